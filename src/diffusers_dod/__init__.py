@@ -1,0 +1,44 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""Diffusion on Diffusion (DoD) for Diffusers: multi-stage class-conditional image generation with visual priors."""
+
+import diffusers
+from diffusers import ModelMixin, SchedulerMixin
+from diffusers.pipelines import pipeline_loading_utils
+
+from .latent_embedding import LatentEmbeddingModule, LatentEmbeddingOutput
+from .pipeline_dod import DoDPipeline, DoDPipelineOutput
+from .scheduling_dod import DoDFlowMatchScheduler, DoDFlowMatchSchedulerOutput
+from .transformer_dod import DoDTransformer2DModel
+
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "DoDFlowMatchScheduler",
+    "DoDFlowMatchSchedulerOutput",
+    "DoDPipeline",
+    "DoDPipelineOutput",
+    "DoDTransformer2DModel",
+    "LatentEmbeddingModule",
+    "LatentEmbeddingOutput",
+    "ModelMixin",
+    "SchedulerMixin",
+]
+
+
+def _register_with_diffusers() -> None:
+    """
+    Makes Diffusers save and load these classes under the flat library name `diffusers_dod`.
+
+    It looks base classes up by name in the library of a component, which is why `ModelMixin` and `SchedulerMixin` are
+    names of this package too, and pipelines and automatic models by name in `diffusers` itself.
+    """
+    pipeline_loading_utils.LOADABLE_CLASSES[__name__] = {
+        "ModelMixin": ["save_pretrained", "from_pretrained"],
+        "SchedulerMixin": ["save_pretrained", "from_pretrained"],
+    }
+    for cls in (DoDPipeline, DoDTransformer2DModel, LatentEmbeddingModule, DoDFlowMatchScheduler):
+        setattr(diffusers, cls.__name__, cls)
+
+
+_register_with_diffusers()

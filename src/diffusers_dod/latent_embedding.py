@@ -1,0 +1,238 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""The Latent Embedding Module (paper, Section 3.2): latents -> a few narrow tokens -> a visual prior per patch."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, FeedForward
+from diffusers.models.embeddings import get_1d_sincos_pos_embed_from_grid
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import FP32LayerNorm
+from diffusers.utils import BaseOutput
+
+from .checks import check_at_least, check_number
+from .transformer_dod import DoDAttention, check_latents, patchify
+
+
+@dataclass
+class LatentEmbeddingOutput(BaseOutput):
+    """
+    Output of [`LatentEmbeddingModule`].
+
+    Args:
+        prior_embeds (`torch.Tensor` of shape `(B, T, inner_dim)`): The visual prior e_s of every patch (paper, Eq. 7).
+        latent_tokens (`torch.Tensor` of shape `(B, num_latent_tokens, latent_token_dim)`): The code (paper, Eq. 6).
+    """
+
+    prior_embeds: torch.Tensor
+    latent_tokens: torch.Tensor
+
+
+def sincos_pos_embed(dim: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Frozen 2D sine-cosine positions, (rows * columns, dim): [sin column, cos column, sin row, cos row]."""
+    row = torch.arange(rows, device=device).repeat_interleave(columns)
+    column = torch.arange(columns, device=device).repeat(rows)
+    parts = [get_1d_sincos_pos_embed_from_grid(dim // 2, position, output_type="pt") for position in (column, row)]
+    return torch.cat(parts, dim=-1).to(dtype)
+
+
+class LatentEmbeddingBlock(nn.Module):
+    """A pre-norm vision transformer block: plain self-attention and a GELU MLP."""
+
+    def __init__(self, dim: int, num_attention_heads: int, attention_head_dim: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = FP32LayerNorm(dim, eps=1e-6)
+        self.attn = DoDAttention(dim, num_attention_heads, attention_head_dim, qk_norm=False)
+        self.norm2 = FP32LayerNorm(dim, eps=1e-6)
+        self.ff = FeedForward(dim, inner_dim=int(mlp_ratio * dim), activation_fn="gelu")
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = hidden_states + self.attn(self.norm1(hidden_states))
+        return hidden_states + self.ff(self.norm2(hidden_states))
+
+
+class LatentEmbeddingModule(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
+    r"""
+    The Latent Embedding Module (LEM): an encoder that compresses clean latents into `num_latent_tokens` tokens of
+    width `latent_token_dim` (paper, Eq. 6), and a decoder that spreads them over the patches again as the visual prior
+    of every token (Eq. 7).
+
+    Args:
+        sample_size (`int`, defaults to 32): Height and width of the latents it was trained on; any are accepted.
+        patch_size (`int`, defaults to 2): Side of a patch in latent pixels, the backbone's own.
+        in_channels (`int`, defaults to 4): Channels of the latents.
+        num_latent_tokens (`int`, defaults to 32): Number N of latent tokens.
+        latent_token_dim (`int`, defaults to 16): Width d_e of a latent token, a multiple of 4.
+        num_encoder_layers (`int`, defaults to 8): Transformer blocks of the encoder.
+        num_decoder_layers (`int`, defaults to 4): Transformer blocks of the decoder.
+        num_attention_heads (`int`, defaults to 12): Number of attention heads.
+        attention_head_dim (`int`, defaults to 64): Width of a head; the module's width d_l, which is the backbone's
+            `prior_embed_dim`, is heads times this and a multiple of 4.
+        mlp_ratio (`float`, defaults to 4.0): Width of the blocks' MLP over d_l.
+
+    Raises:
+        `ValueError`, `TypeError`: an argument is out of range or of the wrong type.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["LatentEmbeddingBlock"]
+    _repeated_blocks = ["LatentEmbeddingBlock"]
+    _skip_layerwise_casting_patterns = ["norm", "latent_queries", "mask_token"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        num_latent_tokens: int = 32,
+        latent_token_dim: int = 16,
+        num_encoder_layers: int = 8,
+        num_decoder_layers: int = 4,
+        num_attention_heads: int = 12,
+        attention_head_dim: int = 64,
+        mlp_ratio: float = 4.0,
+    ):
+        super().__init__()
+        for name, value in {
+            "sample_size": sample_size,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "num_latent_tokens": num_latent_tokens,
+            "latent_token_dim": latent_token_dim,
+            "num_encoder_layers": num_encoder_layers,
+            "num_decoder_layers": num_decoder_layers,
+            "num_attention_heads": num_attention_heads,
+            "attention_head_dim": attention_head_dim,
+        }.items():
+            check_at_least(name, value, 1)
+        check_number("mlp_ratio", mlp_ratio, 0, open_minimum=True)
+        if sample_size % patch_size:
+            raise ValueError(f"`sample_size` must be a multiple of `patch_size` = {patch_size}, got {sample_size}.")
+        dim = num_attention_heads * attention_head_dim
+        if dim % 4:
+            raise ValueError(
+                "`num_attention_heads` * `attention_head_dim` must be a multiple of 4 (2D sine-cosine positions), "
+                f"got {num_attention_heads} * {attention_head_dim}."
+            )
+        if latent_token_dim % 4:
+            raise ValueError(
+                f"`latent_token_dim` must be a multiple of 4 (2D sine-cosine positions), got {latent_token_dim}."
+            )
+        self.inner_dim = dim
+
+        def blocks(num_layers: int) -> nn.ModuleList:
+            return nn.ModuleList(
+                [
+                    LatentEmbeddingBlock(dim, num_attention_heads, attention_head_dim, mlp_ratio)
+                    for _ in range(num_layers)
+                ]
+            )
+
+        self.x_embedder = nn.Linear(in_channels * patch_size**2, dim)
+        self.latent_queries = nn.Parameter(torch.empty(num_latent_tokens, dim))
+        self.encoder_blocks = blocks(num_encoder_layers)
+        self.encoder_norm = FP32LayerNorm(dim, eps=1e-6)
+        self.to_latent = nn.Linear(dim, latent_token_dim)
+        self.mask_token = nn.Parameter(torch.empty(latent_token_dim))
+        self.from_latent = nn.Linear(latent_token_dim, dim)
+        self.decoder_blocks = blocks(num_decoder_layers)
+        self.decoder_norm = FP32LayerNorm(dim, eps=1e-6)
+        self.proj_out = nn.Linear(dim, dim)
+
+        self.gradient_checkpointing = False
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.latent_queries, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def _run_blocks(self, blocks: nn.ModuleList, hidden_states: torch.Tensor) -> torch.Tensor:
+        for block in blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states)
+            else:
+                hidden_states = block(hidden_states)
+        return hidden_states
+
+    def encode(self, latents: torch.Tensor) -> torch.Tensor:
+        """
+        Compresses latents into latent tokens (paper, Eq. 6): Linear(Enc((patches + PE) (+) queries)).
+
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, H, W)`): Clean, normalised latents.
+
+        Returns:
+            `torch.Tensor` of shape `(B, num_latent_tokens, latent_token_dim)`.
+
+        Raises:
+            `ValueError`: the shape does not fit.
+        """
+        patch_size = self.config.patch_size
+        check_latents("latents", latents, self.config.in_channels, patch_size)
+        rows, columns = latents.shape[2] // patch_size, latents.shape[3] // patch_size
+        patches = self.x_embedder(patchify(latents, patch_size))  # (B, T, d_l)
+        patches = patches + sincos_pos_embed(self.inner_dim, rows, columns, patches.device, patches.dtype)
+        queries = self.latent_queries.to(patches.dtype).expand(patches.shape[0], -1, -1)
+        hidden_states = torch.cat([patches, queries], dim=1)  # (B, T + N, d_l)
+        hidden_states = self._run_blocks(self.encoder_blocks, hidden_states)
+        return self.to_latent(self.encoder_norm(hidden_states[:, patches.shape[1] :]))
+
+    def decode(self, latent_tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """
+        Spreads latent tokens over the patches (paper, Eq. 7): Linear(Dec((mask + PE) (+) tokens)).
+
+        Args:
+            latent_tokens (`torch.Tensor` of shape `(B, num_latent_tokens, latent_token_dim)`): The code.
+            height (`int`): Height in latent pixels, a multiple of `patch_size`.
+            width (`int`): Width in latent pixels, a multiple of `patch_size`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T, inner_dim)` with T = height/p * width/p.
+
+        Raises:
+            `ValueError`, `TypeError`: a shape or size does not fit.
+        """
+        config = self.config
+        expected = (config.num_latent_tokens, config.latent_token_dim)
+        if latent_tokens.ndim != 3 or tuple(latent_tokens.shape[1:]) != expected:
+            raise ValueError(
+                f"`latent_tokens` must have shape (batch, {expected[0]}, {expected[1]}), "
+                f"got {tuple(latent_tokens.shape)}."
+            )
+        for name, size in {"height": height, "width": width}.items():
+            check_at_least(name, size, 1)
+            if size % config.patch_size:
+                raise ValueError(f"`{name}` must be a multiple of `patch_size` = {config.patch_size}, got {size}.")
+        rows, columns = height // config.patch_size, width // config.patch_size
+        position = sincos_pos_embed(config.latent_token_dim, rows, columns, latent_tokens.device, latent_tokens.dtype)
+        mask_tokens = (self.mask_token.to(latent_tokens.dtype) + position).expand(latent_tokens.shape[0], -1, -1)
+        hidden_states = self.from_latent(torch.cat([mask_tokens, latent_tokens], dim=1))  # (B, T + N, d_l)
+        hidden_states = self._run_blocks(self.decoder_blocks, hidden_states)
+        return self.proj_out(self.decoder_norm(hidden_states[:, : rows * columns]))
+
+    def forward(
+        self, latents: torch.Tensor, return_dict: bool = True
+    ) -> LatentEmbeddingOutput | tuple[torch.Tensor, torch.Tensor]:
+        """
+        Extracts the visual prior of latents: `decode(encode(latents))`.
+
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, H, W)`): Clean, normalised latents.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`LatentEmbeddingOutput`].
+
+        Returns:
+            [`LatentEmbeddingOutput`], or the tuple `(prior_embeds, latent_tokens)`.
+        """
+        latent_tokens = self.encode(latents)
+        prior_embeds = self.decode(latent_tokens, *latents.shape[2:])
+        if not return_dict:
+            return prior_embeds, latent_tokens
+        return LatentEmbeddingOutput(prior_embeds=prior_embeds, latent_tokens=latent_tokens)

@@ -1,0 +1,599 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""The DoD pipeline: sampling stage by stage, each guided by the visual prior of the one before (paper, Eq. 4)."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.utils import BaseOutput, logging, replace_example_docstring
+from diffusers.utils.torch_utils import randn_tensor
+
+from .checks import check_at_least, check_choice, check_number, check_type
+from .guidance import guided_velocity
+from .latent_embedding import LatentEmbeddingModule
+from .rectified_flow import NUM_TRAIN_TIMESTEPS
+from .scheduling_dod import DoDFlowMatchScheduler
+from .transformer_dod import DoDTransformer2DModel
+
+
+logger = logging.get_logger(__name__)
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> from diffusers_dod import DoDPipeline
+
+        >>> pipe = DoDPipeline.from_pretrained("checkpoints/dod-desk")
+        >>> output = pipe(class_labels=["marble", "bricks"], num_stages=2, return_stages=True)
+        >>> output.stages[0][1]  # the bricks of stage 1
+        >>> output.images[1]  # the bricks of stage 2
+        ```
+"""
+
+
+@dataclass
+class DoDPipelineOutput(BaseOutput):
+    """
+    Output of [`DoDPipeline`].
+
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
+            The images of the last stage: a list of B PIL images, an array (B, H, W, 3) or a tensor (B, 3, H, W) in
+            [0, 1], or with `output_type="latent"` the normalised latents (B, C, h, w).
+        stages (`list`, *optional*): With `return_stages=True`, what `images` is for every stage that was run.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    stages: list | None = None
+
+
+def latent_statistics(vae: AutoencoderKL, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation by which an autoencoder's latents (B, C, h, w) are normalised."""
+    config = vae.config
+    if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+        mean, std = config.latents_mean, config.latents_std
+    else:
+        mean, std = [getattr(config, "shift_factor", None) or 0.0], [1.0 / config.scaling_factor]
+    return tuple(latents.new_tensor(statistic).reshape(1, -1, 1, 1) for statistic in (mean, std))
+
+
+def normalize_latents(latents: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
+    """
+    Latents of the autoencoder -> latents of the transformer.
+
+    By `latents_mean` and `latents_std` where the autoencoder has them, else by `shift_factor` and `scaling_factor`.
+    """
+    mean, std = latent_statistics(vae, latents)
+    return (latents - mean) / std
+
+
+def denormalize_latents(latents: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
+    """The inverse of [`normalize_latents`]."""
+    mean, std = latent_statistics(vae, latents)
+    return latents * std + mean
+
+
+@contextmanager
+def _without_local_paths(objects: Sequence[ConfigMixin]) -> Iterator[None]:
+    """Hides from saved configs the path that an object was loaded from, which would name a folder of this machine."""
+    configs = [object_._internal_dict for object_ in objects]
+    for object_, config in zip(objects, configs, strict=True):
+        object_._internal_dict = FrozenDict({key: value for key, value in config.items() if key != "_name_or_path"})
+    try:
+        yield
+    finally:
+        for object_, config in zip(objects, configs, strict=True):
+            object_._internal_dict = config
+
+
+class DoDPipeline(DiffusionPipeline):
+    r"""
+    Class-conditional image generation with Diffusion on Diffusion.
+
+    Stage 1 samples from noise, given the class. Every later stage samples again from fresh noise, given the class and
+    the visual prior that the latent embedder extracts from the sample of the stage before (paper, Eq. 4). All stages
+    share one transformer.
+
+    Args:
+        transformer ([`DoDTransformer2DModel`]): Predicts the velocity.
+        scheduler ([`DoDFlowMatchScheduler`]):
+            Integrates it. Diffusers' own flow-match schedulers can take its place.
+        vae ([`AutoencoderKL`], *optional*): Decodes latents to images; `None` for a pixel-space model.
+        latent_embedder ([`LatentEmbeddingModule`], *optional*):
+            Extracts visual priors; without it there is one stage, guided by `guidance_scale`.
+        id2label (`dict[int, str]`, *optional*): Class names, several for one class separated by commas.
+        default_guidance_scale (`float`, defaults to 5.5): Scale from stage 2 on when a call gives none.
+        default_num_inference_steps (`int`, defaults to 30): Intervals of each stage when a call gives none.
+        default_num_stages (`int`, *optional*): Stages when a call gives none; 2 with a latent embedder, else 1.
+
+    Raises:
+        `ValueError`, `TypeError`: an argument is out of range or the components do not fit together.
+    """
+
+    model_cpu_offload_seq = "latent_embedder->transformer->vae"
+    _optional_components = ["vae", "latent_embedder"]
+    _callback_tensor_inputs = ["latents", "prior_embeds", "class_labels"]
+
+    def __init__(
+        self,
+        transformer: DoDTransformer2DModel,
+        scheduler: DoDFlowMatchScheduler | SchedulerMixin,
+        vae: AutoencoderKL | None = None,
+        latent_embedder: LatentEmbeddingModule | None = None,
+        id2label: dict | None = None,
+        default_guidance_scale: float = 5.5,
+        default_num_inference_steps: int = 30,
+        default_num_stages: int | None = None,
+    ):
+        super().__init__()
+        check_number("default_guidance_scale", default_guidance_scale, 0)
+        check_at_least("default_num_inference_steps", default_num_inference_steps, 1)
+        if default_num_stages is None:
+            default_num_stages = 1 if latent_embedder is None else 2
+        check_at_least("default_num_stages", default_num_stages, 1)
+        if latent_embedder is None and default_num_stages > 1:
+            raise ValueError(f"`default_num_stages` must be 1 without a `latent_embedder`, got {default_num_stages}.")
+        if latent_embedder is not None and latent_embedder.inner_dim != transformer.config.prior_embed_dim:
+            raise ValueError(
+                f"The width of `latent_embedder` must be the transformer's `prior_embed_dim` = "
+                f"{transformer.config.prior_embed_dim}, got {latent_embedder.inner_dim}."
+            )
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, latent_embedder=latent_embedder)
+        id2label = self._check_id2label(id2label, transformer.config.num_classes)
+        self.register_to_config(
+            id2label=id2label,
+            default_guidance_scale=default_guidance_scale,
+            default_num_inference_steps=default_num_inference_steps,
+            default_num_stages=default_num_stages,
+        )
+        #: Class name -> ids that carry it.
+        self.label2ids: dict[str, list[int]] = {}
+        for key, names in (id2label or {}).items():
+            for name in names.split(","):
+                self.label2ids.setdefault(name.strip(), []).append(int(key))
+
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+        # Sizes are checked here and never changed: no resizing, no rounding.
+        self.image_processor = VaeImageProcessor(
+            vae_scale_factor=self.vae_scale_factor, do_resize=False, do_convert_rgb=True
+        )
+
+    @staticmethod
+    def _check_id2label(id2label: dict | None, num_classes: int) -> dict[str, str] | None:
+        if id2label is None:
+            return None
+        check_type("id2label", id2label, dict)
+        for key, name in id2label.items():
+            if not str(key).isdecimal() or int(key) >= num_classes or not isinstance(name, str):
+                raise ValueError(
+                    f"`id2label` must map ids in [0, {num_classes - 1}] to names (str), got {key!r}: {name!r}."
+                )
+        return {str(int(key)): name for key, name in id2label.items()}  # JSON has no integer keys
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """Saves the pipeline as `DiffusionPipeline` does, without the local paths that it was loaded from."""
+        components = [component for component in self.components.values() if isinstance(component, ConfigMixin)]
+        with _without_local_paths([self, *components]):
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of the stage under way, read at every step; a callback may set `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int | None:
+        """Number of steps over all stages of the latest call, `None` when the solver chooses its own steps."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `_interrupt` to `True` in a callback to end the call with the sample reached so far."""
+        return self._interrupt
+
+    # ------------------------------------------------------------------------------------------------- inputs
+
+    def get_label_ids(self, class_labels: int | str | Sequence[int | str] | torch.Tensor) -> list[int]:
+        """
+        Class labels as a list of ids.
+
+        Args:
+            class_labels (`int`, `str`, `list` or `torch.Tensor`): Ids in [0, num_classes - 1] or names of `id2label`.
+
+        Raises:
+            `ValueError`: an id is out of range, a name is unknown or fits several ids, or the list is empty.
+            `TypeError`: a label is neither an integer nor a name.
+        """
+        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+            is_integer = torch.as_tensor(class_labels).dtype in (
+                torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
+            )  # fmt: skip
+            if not is_integer or class_labels.ndim > 1:
+                raise ValueError(
+                    "`class_labels` as a tensor must be an integer scalar or vector, "
+                    f"got {class_labels.dtype} of shape {tuple(class_labels.shape)}."
+                )
+            class_labels = class_labels.reshape(-1).tolist()
+        elif isinstance(class_labels, (int, str, np.integer)):
+            class_labels = [class_labels]
+        elif not isinstance(class_labels, (list, tuple)):
+            raise TypeError(
+                "`class_labels` must be an int, a str, a list of them or a tensor, "
+                f"got {class_labels!r} of type {type(class_labels).__name__}."
+            )
+        if len(class_labels) == 0:
+            raise ValueError(f"`class_labels` must hold at least one label, got {class_labels!r}.")
+        return [self._get_label_id(label) for label in class_labels]
+
+    def _get_label_id(self, label: int | str) -> int:
+        num_classes = self.transformer.config.num_classes
+        if isinstance(label, str):
+            ids = self.label2ids.get(label, [])
+            if len(ids) > 1:
+                raise ValueError(f"`class_labels` has the name {label!r}, which fits the ids {ids}: pass one of them.")
+            if not ids:
+                close = difflib.get_close_matches(label, self.label2ids, n=5, cutoff=0.4) or list(self.label2ids)[:5]
+                raise ValueError(
+                    f"`class_labels` must be among the {len(self.label2ids)} names in `label2ids`"
+                    f"{', such as ' + ', '.join(map(repr, close)) if close else ''}, got {label!r}."
+                )
+            return ids[0]
+        if isinstance(label, torch.Tensor) and label.ndim == 0:
+            label = label.item()
+        if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
+            raise TypeError(f"`class_labels` must be integers or names, got {label!r} of type {type(label).__name__}.")
+        if not 0 <= label < num_classes:
+            null = " (the null class, which is not a class to sample)" if label == num_classes else ""
+            raise ValueError(f"`class_labels` must be in [0, {num_classes - 1}], got {label}{null}.")
+        return int(label)
+
+    def check_inputs(
+        self,
+        num_stages: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        first_stage_guidance_scale: float,
+        image: PipelineImageInput | None,
+        height: int | None,
+        width: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        batch_size: int,
+    ) -> None:
+        """Raises a `ValueError` or `TypeError` that names the argument, what it may be and what it is."""
+        check_at_least("num_stages", num_stages, 1)
+        if num_stages > 1 and self.latent_embedder is None:
+            raise ValueError(f"`num_stages` must be 1 without a `latent_embedder`, got {num_stages}.")
+        if image is not None and num_stages < 2:
+            raise ValueError(f"`num_stages` must be >= 2 with an `image`, which stands for stage 1, got {num_stages}.")
+        check_at_least("num_inference_steps", num_inference_steps, 1)
+        check_number("guidance_scale", guidance_scale, 0)
+        check_number("first_stage_guidance_scale", first_stage_guidance_scale, 0)
+        multiple = self.vae_scale_factor * self.transformer.config.patch_size
+        for name, size in {"height": height, "width": width}.items():
+            if size is not None:
+                check_at_least(name, size, 1)
+                if size % multiple:
+                    raise ValueError(
+                        f"`{name}` must be a multiple of {multiple} pixels (the autoencoder's factor "
+                        f"{self.vae_scale_factor} times `patch_size`), got {size}."
+                    )
+        if generator is not None:
+            generators = generator if isinstance(generator, list) else [generator]
+            for entry in generators:
+                check_type("generator", entry, torch.Generator)
+            if isinstance(generator, list) and len(generator) != batch_size:
+                raise ValueError(
+                    f"`generator` must be one generator or a list of {batch_size} (one per label), "
+                    f"got a list of {len(generator)}."
+                )
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        for name in callback_on_step_end_tensor_inputs:
+            check_choice("callback_on_step_end_tensor_inputs", name, tuple(self._callback_tensor_inputs))
+
+    def _check_image(self, image: PipelineImageInput, batch_size: int) -> torch.Tensor:
+        """The visual prior's picture as pixels (B, 3, H, W) in [-1, 1]; one picture serves all labels."""
+        images = image if isinstance(image, (list, tuple)) else [image]
+        if not images or not all(isinstance(entry, type(images[0])) for entry in images):
+            raise TypeError(f"`image` must be one or more pictures of the same type, got {image!r}.")
+        if isinstance(images[0], np.ndarray) and images[0].dtype == np.uint8:
+            images = [entry.astype(np.float32) / 255 for entry in images]
+        elif isinstance(images[0], torch.Tensor) and images[0].dtype == torch.uint8:
+            images = [entry.float() / 255 for entry in images]
+        elif isinstance(images[0], (np.ndarray, torch.Tensor)):
+            for entry in images:
+                low, high = float(entry.min()), float(entry.max())
+                if not (0 <= low and high <= 1):  # NaN compares false
+                    raise ValueError(f"`image` must be uint8 or have values in [0, 1], got [{low}, {high}].")
+        elif not isinstance(images[0], PIL.Image.Image):
+            raise TypeError(
+                "`image` must be a PIL image, an array (H, W, 3), a tensor (3, H, W), a batch or a list of them, "
+                f"got {type(images[0]).__name__}."
+            )
+        if len({entry.size if isinstance(entry, PIL.Image.Image) else tuple(entry.shape) for entry in images}) > 1:
+            raise ValueError(f"`image` must hold pictures of one size, got {len(images)} of different sizes.")
+        if not isinstance(images[0], PIL.Image.Image) and images[0].ndim not in (3, 4):
+            raise ValueError(
+                "`image` must have the shape (H, W, 3) or (B, H, W, 3) as an array, (3, H, W) or (B, 3, H, W) as a "
+                f"tensor, got {tuple(images[0].shape)}."
+            )
+        pixels = self.image_processor.preprocess(list(images)).float()
+        channels = self.vae.config.in_channels if self.vae is not None else self.transformer.config.in_channels
+        multiple = self.vae_scale_factor * self.transformer.config.patch_size
+        size = tuple(pixels.shape[2:])
+        if pixels.shape[1] != channels or any(side == 0 or side % multiple for side in size):
+            raise ValueError(
+                f"`image` must have {channels} channels and a height and width that are multiples of {multiple}, "
+                f"got {pixels.shape[1]} channels and {size[0]} x {size[1]}."
+            )
+        if pixels.shape[0] not in (1, batch_size):
+            raise ValueError(f"`image` must hold 1 or {batch_size} pictures (one per label), got {pixels.shape[0]}.")
+        return pixels.expand(batch_size, -1, -1, -1)
+
+    def _check_latents(
+        self, latents: torch.Tensor | list[torch.Tensor] | None, num_runs: int, shape: tuple[int, ...]
+    ) -> list[torch.Tensor | None]:
+        """The noise of each stage that is run, `None` where it is to be drawn."""
+        if latents is None:
+            return [None] * num_runs
+        given = list(latents) if isinstance(latents, (list, tuple)) else [latents]
+        if isinstance(latents, (list, tuple)) and len(given) != num_runs:
+            raise ValueError(
+                f"`latents` must be a tensor or a list of {num_runs} (one per stage that is run), "
+                f"got a list of {len(given)}."
+            )
+        for entry in given:
+            check_type("latents", entry, torch.Tensor)
+            if tuple(entry.shape) != shape:
+                raise ValueError(f"`latents` must have shape {shape}, got {tuple(entry.shape)}.")
+        return given + [None] * (num_runs - len(given))
+
+    # ------------------------------------------------------------------------------------------------ sampling
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] -> normalised latents (B, C, h, w) by the mode of the posterior."""
+        if self.vae is None:
+            return pixels.float()
+        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        return normalize_latents(posterior.mode().float(), self.vae)
+
+    def decode_latents(
+        self, latents: torch.Tensor, output_type: str
+    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+        """Normalised latents (B, C, h, w) -> images in the form of `output_type`."""
+        if output_type == "latent":
+            return latents
+        pixels = latents
+        if self.vae is not None:
+            pixels = self.vae.decode(denormalize_latents(latents, self.vae).to(self.vae.dtype)).sample
+        return self.image_processor.postprocess(pixels.float(), output_type=output_type)
+
+    def _set_timesteps(self, num_inference_steps: int) -> int | None:
+        """Lays out one stage; returns its number of steps, `None` when the solver chooses them."""
+        scheduler = self.scheduler
+        if getattr(scheduler, "is_adaptive", False):
+            return None
+        if isinstance(scheduler, DoDFlowMatchScheduler):
+            scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        elif "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+            # Diffusers' own default ends at 1 / num_train_timesteps; N intervals of 1 / N are those of our scheduler.
+            sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+            scheduler.set_timesteps(sigmas=sigmas, device=self._execution_device)
+        else:
+            scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+        return len(scheduler.timesteps)
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor,
+        num_stages: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        first_stage_guidance_scale: float = 1.0,
+        image: PipelineImageInput | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | list[torch.Tensor] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        return_stages: bool = False,
+        callback_on_step_end: Callable[["DoDPipeline", int, torch.Tensor, dict], dict | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> DoDPipelineOutput | tuple:
+        r"""
+        Generates one image per class label.
+
+        Args:
+            class_labels (`int`, `str`, `list` or `torch.Tensor`):
+                Class ids in [0, num_classes - 1] or names of `id2label`, B of them.
+            num_stages (`int`, *optional*): Number of stages, >= 1; the checkpoint's default if not given.
+            num_inference_steps (`int`, *optional*):
+                Number of intervals of each stage, >= 1. Solvers of higher order evaluate the model several times per
+                interval; adaptive ones choose their own steps and ignore it.
+            guidance_scale (`float`, *optional*):
+                Classifier-free guidance scale from stage 2 on, >= 0; 1 is no guidance. The checkpoint's default if not
+                given. Without a latent embedder it is the scale of the only stage.
+            first_stage_guidance_scale (`float`, defaults to 1.0): Guidance scale of stage 1 (paper: none).
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
+                One picture, or one per label, that takes the place of stage 1's sample: arrays (H, W, 3) and tensors
+                (3, H, W), uint8 or in [0, 1]. Stage 1 is not run, though `num_stages` counts it.
+            height (`int`, *optional*): Height in pixels; that of `image`, else the trained size, if not given.
+            width (`int`, *optional*): Width in pixels, likewise.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Source of the noise, one for all labels or one per label.
+            latents (`torch.Tensor` of shape `(B, C, h, w)` or a list of them, *optional*):
+                Standard normal noise of the first stage that is run, or of each.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`DoDPipelineOutput`].
+            return_stages (`bool`, defaults to `False`): Whether to return the images of every stage too.
+            callback_on_step_end (`Callable`, *optional*):
+                `callback(pipe, step_index, timestep, callback_kwargs)` after each step, with one index over all
+                stages. It may return a dict with new values of the tensors it was given; under an adaptive solver
+                the latents cannot be replaced.
+            callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("latents",)`):
+                The tensors in `callback_kwargs`: `"latents"`, `"prior_embeds"`, `"class_labels"`.
+
+        Examples:
+
+        Returns:
+            [`DoDPipelineOutput`], or the tuple `(images,)`, `(images, stages)` with `return_stages=True`.
+
+        Raises:
+            `ValueError`, `TypeError`: an argument is out of range or of the wrong type or shape.
+        """
+        # 1. Inputs
+        label_ids = self.get_label_ids(class_labels)
+        batch_size = len(label_ids)
+        num_stages = self.config.default_num_stages if num_stages is None else num_stages
+        is_adaptive = getattr(self.scheduler, "is_adaptive", False)
+        if is_adaptive and num_inference_steps is not None:
+            logger.warning(
+                f"`num_inference_steps` = {num_inference_steps} has no effect: the solver chooses its own steps."
+            )
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_num_inference_steps
+        if self.latent_embedder is not None and num_stages == 1 and guidance_scale is not None:
+            logger.warning(
+                f"`guidance_scale` = {guidance_scale} has no effect with one stage: it applies from stage 2 on. "
+                "Use `first_stage_guidance_scale`."
+            )
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance_scale
+        self.check_inputs(
+            num_stages,
+            num_inference_steps,
+            guidance_scale,
+            first_stage_guidance_scale,
+            image,
+            height,
+            width,
+            generator,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+            batch_size,
+        )
+        if self.latent_embedder is None:
+            first_stage_guidance_scale = guidance_scale
+        device = self._execution_device
+        factor = self.vae_scale_factor
+        trained_size = self.transformer.config.sample_size * factor
+        if image is not None:
+            pixels = self._check_image(image, batch_size)
+            for name, size, image_size in (("height", height, pixels.shape[2]), ("width", width, pixels.shape[3])):
+                if size not in (None, image_size):
+                    raise ValueError(f"`{name}` must be None or that of `image`, {image_size}, got {size}.")
+            height, width = pixels.shape[2:]
+        height = trained_size if height is None else height
+        width = trained_size if width is None else width
+        shape = (batch_size, self.transformer.config.in_channels, height // factor, width // factor)
+        first_stage = 1 if image is None else 2
+        stage_numbers = range(first_stage, num_stages + 1)
+        noises = self._check_latents(latents, len(stage_numbers), shape)
+
+        # 2. What all stages share
+        state: dict[str, torch.Tensor | None] = {
+            "latents": self.encode_image(pixels.to(device)) if image is not None else None,
+            "prior_embeds": None,
+            "class_labels": torch.tensor(label_ids, device=device),
+        }
+        steps_per_stage = self._set_timesteps(num_inference_steps)
+        self._num_timesteps = None if steps_per_stage is None else steps_per_stage * len(stage_numbers)
+        self._step_index = 0  # over all stages
+        self._interrupt = False
+        stages = []
+
+        # 3. Stage by stage (paper, Eq. 4)
+        for stage, noise in zip(stage_numbers, noises, strict=True):
+            self._guidance_scale = float(first_stage_guidance_scale if stage == 1 else guidance_scale)
+            if stage > 1:
+                clean_latents = state["latents"].to(self.latent_embedder.dtype)
+                state["prior_embeds"] = self.latent_embedder(clean_latents).prior_embeds.to(self.transformer.dtype)
+            if noise is None:
+                noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+            state["latents"] = noise.to(device=device, dtype=torch.float32)
+            self._set_timesteps(num_inference_steps)
+            with self.progress_bar(total=steps_per_stage or NUM_TRAIN_TIMESTEPS) as progress_bar:
+                progress_bar.set_description(f"Stage {stage}/{num_stages}")
+                self._sample_stage(state, progress_bar, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            if return_stages:
+                stages.append(self.decode_latents(state["latents"], output_type))
+            if self.interrupt:
+                break
+
+        # 4. Images
+        images = stages[-1] if return_stages else self.decode_latents(state["latents"], output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images, stages) if return_stages else (images,)
+        return DoDPipelineOutput(images=images, stages=stages if return_stages else None)
+
+    def _sample_stage(
+        self,
+        state: dict[str, torch.Tensor | None],
+        progress_bar,
+        callback_on_step_end: Callable | None,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> None:
+        """Integrates `state["latents"]` from noise to data, in place of the entry, with callbacks in between."""
+        # The model's timestep is 1000 * sigma, whatever a scheduler calls its own.
+        time_scale = NUM_TRAIN_TIMESTEPS / self.scheduler.config.num_train_timesteps
+
+        def velocity(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return guided_velocity(
+                self.transformer,
+                latents,
+                timestep * time_scale,
+                state["class_labels"],
+                state["prior_embeds"],
+                self.guidance_scale,
+            )
+
+        def end_step(timestep: torch.Tensor) -> None:
+            if callback_on_step_end is not None:
+                inputs = {name: state[name] for name in callback_on_step_end_tensor_inputs}
+                outputs = callback_on_step_end(self, self._step_index, timestep, inputs) or {}
+                for name, tensor in outputs.items():
+                    check_choice("callback_on_step_end", name, tuple(self._callback_tensor_inputs))
+                    state[name] = tensor
+            self._step_index += 1
+
+        if getattr(self.scheduler, "is_adaptive", False):
+
+            def end_accepted_step(index: int, timestep: torch.Tensor, latents: torch.Tensor) -> bool:
+                state["latents"] = latents
+                end_step(timestep)
+                if state["latents"] is not latents:
+                    raise ValueError(
+                        "`callback_on_step_end` must not replace `latents` under an adaptive solver, whose error "
+                        f"control would not notice; got new ones in step {self._step_index - 1}."
+                    )
+                progress_bar.update(round(NUM_TRAIN_TIMESTEPS - float(timestep * time_scale)) - progress_bar.n)
+                return not self.interrupt
+
+            state["latents"] = self.scheduler.solve(velocity, state["latents"], callback=end_accepted_step).prev_sample
+            progress_bar.update(NUM_TRAIN_TIMESTEPS - progress_bar.n)
+            return
+
+        for timestep in self.scheduler.timesteps:
+            model_output = velocity(state["latents"], timestep)
+            state["latents"] = self.scheduler.step(model_output, timestep, state["latents"], return_dict=False)[0]
+            end_step(timestep)
+            progress_bar.update()
+            if self.interrupt:
+                return

@@ -1,0 +1,70 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""Rectified flow (paper, Eqs. 1-3 and 11): the straight path between data and noise.
+
+This is the only file that knows the direction of time: `sigma` runs from 0 (data) to 1 (noise), the model's `timestep`
+is 1000 * sigma, and the velocity points from data to noise.
+"""
+
+import torch
+
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+def _expand_like(sigma: float | torch.Tensor, sample: torch.Tensor) -> float | torch.Tensor:
+    """Reshapes a (B,) `sigma` to (B, 1, ..., 1) so that it broadcasts over `sample`."""
+    if isinstance(sigma, torch.Tensor):
+        sigma = sigma.to(device=sample.device, dtype=sample.dtype)
+        if sigma.ndim == 1:
+            sigma = sigma.reshape(-1, *[1] * (sample.ndim - 1))
+    return sigma
+
+
+def interpolate(sample: torch.Tensor, noise: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+    """
+    The forward process (paper, Eq. 1): x_sigma = (1 - sigma) * sample + sigma * noise.
+
+    Args:
+        sample (`torch.Tensor` of shape `(B, ...)`): data.
+        noise (`torch.Tensor` of shape `(B, ...)`): standard normal noise.
+        sigma (`float` or `torch.Tensor` of shape `()` or `(B,)`): time in [0, 1], 0 = data.
+
+    Returns:
+        `torch.Tensor` of shape `(B, ...)`.
+    """
+    sigma = _expand_like(sigma, sample)
+    return (1 - sigma) * sample + sigma * noise
+
+
+def velocity_target(sample: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The regression target of the model (paper, Eq. 3): d x_sigma / d sigma = noise - sample."""
+    return noise - sample
+
+
+def sample_from_velocity(
+    noisy_sample: torch.Tensor, velocity: torch.Tensor, sigma: float | torch.Tensor
+) -> torch.Tensor:
+    """The data behind `noisy_sample` by Eqs. 1 and 3: x_sigma - sigma * velocity."""
+    return noisy_sample - _expand_like(sigma, noisy_sample) * velocity
+
+
+def euler_step(
+    noisy_sample: torch.Tensor, velocity: torch.Tensor, sigma: float | torch.Tensor, next_sigma: float | torch.Tensor
+) -> torch.Tensor:
+    """One Euler step of the flow (paper, Eq. 2) from `sigma` to `next_sigma`; towards data when next_sigma < sigma."""
+    return noisy_sample + _expand_like(next_sigma - sigma, noisy_sample) * velocity
+
+
+def logit_normal_sigma(normal: torch.Tensor) -> torch.Tensor:
+    """
+    Logit-normal training times (paper, Eq. 11, which prints the inverse function): sigma = 1 / (1 + exp(-normal)).
+
+    The density is symmetric about 1/2, so it is the same whichever end of the path is called 0.
+
+    Args:
+        normal (`torch.Tensor`): standard normal draws of any shape.
+
+    Returns:
+        `torch.Tensor`: times in (0, 1), of the same shape.
+    """
+    return torch.sigmoid(normal)

@@ -1,0 +1,139 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""
+Training checkpoints: safetensors and JSON only, never half written.
+
+A checkpoint is written into a hidden folder, hashed, flushed to disk and renamed; one whose hashes do not match is not
+taken up again. `checkpoint-<step>/` is itself a `DoDPipeline` folder with the EMA weights, next to `training_state/`.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+STATE_FOLDER = "training_state"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """All `checkpoint-<step>` folders below `output_dir`, oldest first, valid or not."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The optimizer step in the name of a checkpoint folder."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or `None` if every file has the hash that its manifest states."""
+    try:
+        hashes = json.loads((checkpoint / MANIFEST).read_text())["sha256"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"its {MANIFEST} cannot be read ({error})"
+    present = {str(path.relative_to(checkpoint)) for path in _files(checkpoint)}
+    if missing := sorted(set(hashes) - present):
+        return f"files are missing: {', '.join(missing)}"
+    for name, expected in hashes.items():
+        if _sha256(checkpoint / name) != expected:
+            return f"{name} does not have the hash that the manifest states"
+    return None
+
+
+def find_latest_checkpoint(output_dir: Path) -> Path | None:
+    """The newest undamaged checkpoint below `output_dir`; damaged ones are passed over with a warning."""
+    for checkpoint in reversed(list_checkpoints(output_dir)):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            return checkpoint
+        logger.warning(f"Passing over {checkpoint}: {damage}.")
+    return None
+
+
+def save_checkpoint(
+    output_dir: Path, step: int, write: Callable[[Path], None], total_limit: int | None = None
+) -> Path:
+    """
+    Saves `checkpoint-<step>` atomically, then removes the oldest ones beyond `total_limit`.
+
+    Args:
+        output_dir (`Path`): Folder of the run.
+        step (`int`): Number of finished optimizer steps.
+        write (`Callable`): Writes the files of the checkpoint into the folder that it is given.
+        total_limit (`int`, *optional*): How many checkpoints to keep, at least 1; `None` keeps all.
+    """
+    checkpoint = output_dir / f"checkpoint-{step}"
+    unfinished = output_dir / f".unfinished-checkpoint-{step}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    write(unfinished)
+    hashes = {str(path.relative_to(unfinished)): _sha256(path) for path in _files(unfinished)}
+    (unfinished / MANIFEST).write_text(json.dumps({"step": step, "sha256": hashes}, indent=2) + "\n")
+    for path in unfinished.rglob("*"):
+        _flush(path)
+    if checkpoint.exists():  # a damaged one of the same step, passed over when the run was resumed
+        shutil.rmtree(checkpoint)
+    os.rename(unfinished, checkpoint)
+    _flush(output_dir)
+    if total_limit is not None:
+        for old in list_checkpoints(output_dir)[:-total_limit]:
+            shutil.rmtree(old)
+    return checkpoint
+
+
+def save_training_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Writes the raw weights, the optimizer's tensors and a JSON `state` to `folder/training_state`."""
+    folder = folder / STATE_FOLDER
+    folder.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    tensors = {
+        f"{index}.{name}": tensor.contiguous()
+        for index, entry in optimizer.state_dict()["state"].items()
+        for name, tensor in entry.items()
+    }
+    save_file(tensors, folder / "optimizer.safetensors")
+    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+
+
+def load_training_state(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Loads what [`save_training_state`] wrote into `model` and `optimizer`; returns the JSON state."""
+    folder = checkpoint / STATE_FOLDER
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    # The parameter groups (learning rates, betas) come from the run's own arguments.
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return json.loads((folder / "state.json").read_text())

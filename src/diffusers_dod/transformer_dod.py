@@ -1,0 +1,434 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""The DoD backbone: a FiTv2 transformer (paper, Appendix A.1) whose conditioning may differ from token to token."""
+
+import torch
+import torch.nn as nn
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import (
+    PixArtAlphaTextProjection,
+    TimestepEmbedding,
+    apply_rotary_emb,
+    get_1d_rotary_pos_embed,
+    get_timestep_embedding,
+)
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import FP32LayerNorm
+
+from .checks import check_at_least, check_type
+from .rectified_flow import NUM_TRAIN_TIMESTEPS
+
+
+def patchify(hidden_states: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Cuts (B, C, H, W) into row-major tokens (B, H/p * W/p, C*p*p); within a token the channel is slowest."""
+    batch, channels, height, width = hidden_states.shape
+    hidden_states = hidden_states.reshape(
+        batch, channels, height // patch_size, patch_size, width // patch_size, patch_size
+    )
+    return hidden_states.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatchify(tokens: torch.Tensor, patch_size: int, height: int, width: int) -> torch.Tensor:
+    """The inverse of [`patchify`]: tokens (B, H/p * W/p, C*p*p) -> (B, C, H, W)."""
+    rows, columns = height // patch_size, width // patch_size
+    tokens = tokens.reshape(tokens.shape[0], rows, columns, -1, patch_size, patch_size)
+    return tokens.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, height, width)
+
+
+def check_latents(name: str, latents: torch.Tensor, in_channels: int, patch_size: int) -> None:
+    """Raises a `ValueError` unless `latents` is (B, in_channels, H, W) with H and W divisible by `patch_size`."""
+    if latents.ndim != 4 or latents.shape[1] != in_channels:
+        raise ValueError(
+            f"`{name}` must have shape (batch, {in_channels}, height, width), got {tuple(latents.shape)}."
+        )
+    height, width = latents.shape[2:]
+    if height == 0 or width == 0 or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"The height and width of `{name}` must be positive multiples of `patch_size` = {patch_size}, "
+            f"got {height} x {width}."
+        )
+
+
+class DoDAttnProcessor:
+    """Self-attention softmax(LN(q) LN(k)^T / sqrt(head_dim)) v (paper, Eq. 9, whose 1/d_k is a misprint)."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "DoDAttention",
+        hidden_states: torch.Tensor,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query = query.unflatten(-1, (-1, attn.head_dim))  # (B, T, heads, head_dim)
+        key = key.unflatten(-1, (-1, attn.head_dim))
+        value = value.unflatten(-1, (-1, attn.head_dim))
+
+        if attn.norm_q is not None:
+            query, key = attn.norm_q(query), attn.norm_k(key)
+        if image_rotary_emb is not None:
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        # Autocast leaves the fp32 norms' outputs in fp32 and the value in bf16.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+
+        hidden_states = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        hidden_states = hidden_states.flatten(2, 3)
+        return attn.to_out[1](attn.to_out[0](hidden_states))
+
+
+class DoDAttention(nn.Module, AttentionModuleMixin):
+    """Self-attention with biases; `qk_norm` adds a LayerNorm without affine parameters to each query and key head."""
+
+    _default_processor_cls = DoDAttnProcessor
+    _available_processors = [DoDAttnProcessor]
+
+    def __init__(self, query_dim: int, heads: int, dim_head: int, qk_norm: bool = True, processor=None):
+        super().__init__()
+        self.head_dim = dim_head
+        self.heads = heads
+        self.inner_dim = heads * dim_head
+        self.use_bias = True
+        self.norm_q = FP32LayerNorm(dim_head, eps=1e-6, elementwise_affine=False) if qk_norm else None
+        self.norm_k = FP32LayerNorm(dim_head, eps=1e-6, elementwise_affine=False) if qk_norm else None
+        self.to_q = nn.Linear(query_dim, self.inner_dim)
+        self.to_k = nn.Linear(query_dim, self.inner_dim)
+        self.to_v = nn.Linear(query_dim, self.inner_dim)
+        self.to_out = nn.ModuleList([nn.Linear(self.inner_dim, query_dim), nn.Dropout(0.0)])
+        self.set_processor(processor or self._default_processor_cls())
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.processor(self, hidden_states, **kwargs)
+
+
+class DoDRotaryPosEmbed(nn.Module):
+    """2D rotary position embedding: the first half of every head rotates with the row, the second with the column."""
+
+    def __init__(self, dim: int, theta: float = 10000.0):
+        super().__init__()
+        self.dim = dim
+        self.theta = theta
+
+    def forward(self, rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns cos and sin, each (rows * columns, dim) in fp32, for tokens in row-major order."""
+        row = torch.arange(rows, device=device, dtype=torch.float32).repeat_interleave(columns)
+        column = torch.arange(columns, device=device, dtype=torch.float32).repeat(rows)
+        row_cos, row_sin = get_1d_rotary_pos_embed(self.dim // 2, row, theta=self.theta, use_real=True)
+        column_cos, column_sin = get_1d_rotary_pos_embed(self.dim // 2, column, theta=self.theta, use_real=True)
+        return torch.cat([row_cos, column_cos], dim=-1), torch.cat([row_sin, column_sin], dim=-1)
+
+
+class DoDTimestepEmbedding(nn.Module):
+    """
+    Sinusoidal features of sigma and a two-layer MLP, computed in at least fp32 whatever the dtype of the model.
+
+    bf16 has only half of the 1001 integer timesteps, so neither a cast of the model nor autocast reaches in here.
+    """
+
+    def __init__(self, embedding_dim: int, num_features: int = 256):
+        super().__init__()
+        self.num_features = num_features
+        self.mlp = TimestepEmbedding(num_features, embedding_dim)
+
+    def _apply(self, fn, recurse=True):
+        def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            if result.is_floating_point() and result.dtype.itemsize < 4 <= tensor.dtype.itemsize:
+                return tensor.to(result.device)
+            return result
+
+        return super()._apply(keep_precision, recurse)
+
+    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Embeds `timestep` (B,) in [0, 1000] as (B, embedding_dim)."""
+        sigma = timestep.to(torch.float32) / NUM_TRAIN_TIMESTEPS
+        with torch.autocast(timestep.device.type, enabled=False):
+            features = get_timestep_embedding(sigma, self.num_features, flip_sin_to_cos=True, downscale_freq_shift=0)
+            return self.mlp(features.to(self.mlp.linear_1.weight.dtype))
+
+
+# The conditioning of a batch comes in one or two parts along the batch dimension: samples with a prior have one row
+# per token, (K, T, ...), and those without have a single row, (B - K, 1, ...). The functions below apply a part to its
+# own samples only, so that nothing is ever broadcast to T tokens.
+Parts = tuple[torch.Tensor, ...]
+
+
+def _modulate(hidden_states: torch.Tensor, shift: Parts, scale: Parts) -> torch.Tensor:
+    samples = hidden_states.split([part.shape[0] for part in shift])
+    samples = [x * (1 + scale_) + shift_ for x, shift_, scale_ in zip(samples, shift, scale, strict=True)]
+    return samples[0] if len(samples) == 1 else torch.cat(samples)
+
+
+def _gate(hidden_states: torch.Tensor, gate: Parts) -> torch.Tensor:
+    samples = hidden_states.split([part.shape[0] for part in gate])
+    samples = [x * gate_ for x, gate_ in zip(samples, gate, strict=True)]
+    return samples[0] if len(samples) == 1 else torch.cat(samples)
+
+
+class DoDTransformerBlock(nn.Module):
+    """Attention and SwiGLU (paper, Eqs. 8-9), modulated by a global AdaLN plus a low-rank one (Eq. 10)."""
+
+    def __init__(
+        self, dim: int, num_attention_heads: int, attention_head_dim: int, ff_inner_dim: int, adaln_lora_dim: int
+    ):
+        super().__init__()
+        self.norm1 = FP32LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attn = DoDAttention(dim, num_attention_heads, attention_head_dim)
+        self.norm2 = FP32LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.ff = FeedForward(dim, inner_dim=ff_inner_dim, activation_fn="swiglu")
+        self.adaln_down = nn.Linear(dim, adaln_lora_dim)
+        self.adaln_up = nn.Linear(adaln_lora_dim, 6 * dim)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (B, T, d)
+        conditioning: Parts,  # SiLU(c): (K, T, d) and (B - K, 1, d), either part may be missing
+        global_modulation: Parts,  # the same, 6d wide
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        modulation = [
+            (self.adaln_up(self.adaln_down(c)) + shared).chunk(6, dim=-1)
+            for c, shared in zip(conditioning, global_modulation, strict=True)
+        ]
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = zip(*modulation, strict=True)
+
+        attn_output = self.attn(
+            _modulate(self.norm1(hidden_states), shift_msa, scale_msa), image_rotary_emb=image_rotary_emb
+        )
+        hidden_states = hidden_states + _gate(attn_output, gate_msa)
+        ff_output = self.ff(_modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
+        return hidden_states + _gate(ff_output, gate_mlp)
+
+
+class DoDTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+    r"""
+    The DoD backbone, a FiTv2 transformer that predicts the rectified-flow velocity (noise - data) and is conditioned
+    on the time, the class and, where one is given, a visual prior per token (paper, Eqs. 5 and 8-10).
+
+    Height and width are free. Without a prior every token shares one conditioning vector c = time + class + S, where S
+    is the trainable sample token; with a prior, S is replaced by the projected prior of the token.
+
+    Args:
+        sample_size (`int`, defaults to 32):
+            Height and width of the latents that the model was trained on. Pipelines use it as the default; the model
+            itself takes any height and width.
+        patch_size (`int`, defaults to 2): Side of a token's patch in latent pixels.
+        in_channels (`int`, defaults to 4): Channels of the latents and of the predicted velocity.
+        num_layers (`int`, defaults to 12): Number of transformer blocks.
+        num_attention_heads (`int`, defaults to 12): Number of attention heads.
+        attention_head_dim (`int`, defaults to 64): Width of a head, a multiple of 4; the model's width d is heads
+            times this.
+        num_classes (`int`, defaults to 1000): Number of classes. `num_classes` itself is the id of the null class.
+        mlp_ratio (`float`, defaults to 4.0): Width of a plain MLP over d; the SwiGLU is 2/3 as wide.
+        adaln_lora_dim (`int`, *optional*): Rank of the blocks' own modulation (paper, Eq. 10), d / 4 by default.
+        prior_embed_dim (`int`, *optional*):
+            Width of the visual prior's tokens. `None` is a plain FiTv2 without S and projection, which refuses
+            `prior_embeds`.
+
+    Raises:
+        `ValueError`, `TypeError`: an argument is out of range or of the wrong type.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DoDTransformerBlock"]
+    _repeated_blocks = ["DoDTransformerBlock"]
+    _keep_in_fp32_modules = ["time_embed"]
+    _skip_layerwise_casting_patterns = ["time_embed", "class_embed", "adaln", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        num_layers: int = 12,
+        num_attention_heads: int = 12,
+        attention_head_dim: int = 64,
+        num_classes: int = 1000,
+        mlp_ratio: float = 4.0,
+        adaln_lora_dim: int | None = None,
+        prior_embed_dim: int | None = None,
+    ):
+        super().__init__()
+        for name, value in {
+            "patch_size": patch_size,
+            "sample_size": sample_size,
+            "in_channels": in_channels,
+            "num_layers": num_layers,
+            "num_attention_heads": num_attention_heads,
+            "attention_head_dim": attention_head_dim,
+            "num_classes": num_classes,
+        }.items():
+            check_at_least(name, value, 1)
+        if sample_size % patch_size:
+            raise ValueError(f"`sample_size` must be a multiple of `patch_size` = {patch_size}, got {sample_size}.")
+        if attention_head_dim % 4:
+            raise ValueError(
+                f"`attention_head_dim` must be a multiple of 4 (2D rotary embedding), got {attention_head_dim}."
+            )
+        dim = num_attention_heads * attention_head_dim
+        check_type("mlp_ratio", mlp_ratio, (int, float))
+        ff_inner_dim = int(mlp_ratio * dim) * 2 // 3 if mlp_ratio > 0 else 0  # NaN compares false
+        if ff_inner_dim < 1:
+            raise ValueError(f"`mlp_ratio` must be a positive number, got {mlp_ratio}.")
+        if adaln_lora_dim is None:
+            adaln_lora_dim = max(dim // 4, 1)
+        check_at_least("adaln_lora_dim", adaln_lora_dim, 1)
+        if prior_embed_dim is not None:
+            check_at_least("prior_embed_dim", prior_embed_dim, 1)
+
+        self.inner_dim = dim
+        self.out_channels = in_channels
+
+        self.x_embedder = nn.Linear(in_channels * patch_size**2, dim)
+        self.pos_embed = DoDRotaryPosEmbed(attention_head_dim)
+        self.time_embed = DoDTimestepEmbedding(dim)
+        self.class_embed = nn.Embedding(num_classes + 1, dim)
+        if prior_embed_dim is not None:
+            self.sample_token = nn.Parameter(torch.empty(1, dim))
+            self.prior_proj = PixArtAlphaTextProjection(prior_embed_dim, dim, act_fn="silu")
+        self.adaln_global = nn.Linear(dim, 6 * dim)
+        self.transformer_blocks = nn.ModuleList(
+            [
+                DoDTransformerBlock(dim, num_attention_heads, attention_head_dim, ff_inner_dim, adaln_lora_dim)
+                for _ in range(num_layers)
+            ]
+        )
+        self.norm_out = FP32LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.adaln_out = nn.Linear(dim, 2 * dim)
+        self.proj_out = nn.Linear(dim, in_channels * patch_size**2)
+
+        self.gradient_checkpointing = False
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Xavier-uniform Linears, N(0, 0.02) embeddings, and zeros where a block or the output starts as nothing."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for weight in (
+            self.class_embed.weight,
+            self.time_embed.mlp.linear_1.weight,
+            self.time_embed.mlp.linear_2.weight,
+        ):
+            nn.init.normal_(weight, std=0.02)
+        if self.config.prior_embed_dim is not None:
+            nn.init.normal_(self.sample_token, std=0.02)
+        zero_layers = [block.adaln_up for block in self.transformer_blocks]
+        for layer in [*zero_layers, self.adaln_global, self.adaln_out, self.proj_out]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def _conditioning(
+        self,
+        timestep: torch.Tensor,  # (B,)
+        class_labels: torch.Tensor,  # (B,)
+        prior_embeds: torch.Tensor | None,  # (K, T, d_l)
+        dtype: torch.dtype,
+    ) -> Parts:
+        """SiLU of c = time + class + (projected prior of the token or S) (paper, Eq. 5), in parts split at K."""
+        embedding = self.time_embed(timestep)
+        embedding = (embedding + self.class_embed(class_labels).to(embedding.dtype))[:, None]  # (B, 1, d)
+        if self.config.prior_embed_dim is None:
+            parts = (embedding,)
+        else:
+            num_priors = 0 if prior_embeds is None else prior_embeds.shape[0]
+            parts = ()
+            if num_priors > 0:
+                parts += (embedding[:num_priors] + self.prior_proj(prior_embeds),)  # (K, T, d)
+            if num_priors < embedding.shape[0]:
+                parts += (embedding[num_priors:] + self.sample_token,)  # (B - K, 1, d)
+        return tuple(nn.functional.silu(part).to(dtype) for part in parts)
+
+    def _check_inputs(self, hidden_states, timestep, class_labels, prior_embeds) -> None:
+        config = self.config
+        check_latents("hidden_states", hidden_states, config.in_channels, config.patch_size)
+        batch_size, _, height, width = hidden_states.shape
+        if timestep.ndim > 1 or (timestep.ndim == 1 and timestep.shape[0] not in (1, batch_size)):
+            raise ValueError(f"`timestep` must be a scalar or of shape ({batch_size},), got {tuple(timestep.shape)}.")
+        if class_labels.shape != (batch_size,):
+            raise ValueError(f"`class_labels` must have shape ({batch_size},), got {tuple(class_labels.shape)}.")
+        if prior_embeds is None:
+            return
+        if config.prior_embed_dim is None:
+            raise ValueError(
+                "`prior_embeds` must be None: this model has `prior_embed_dim=None` (a plain FiTv2), "
+                f"got a tensor of shape {tuple(prior_embeds.shape)}."
+            )
+        num_tokens = (height // config.patch_size) * (width // config.patch_size)
+        if (
+            prior_embeds.ndim != 3
+            or prior_embeds.shape[0] > batch_size
+            or tuple(prior_embeds.shape[1:]) != (num_tokens, config.prior_embed_dim)
+        ):
+            raise ValueError(
+                f"`prior_embeds` must have shape (K, {num_tokens}, {config.prior_embed_dim}) with "
+                f"0 <= K <= {batch_size}, got {tuple(prior_embeds.shape)}."
+            )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float,
+        class_labels: torch.Tensor,
+        prior_embeds: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """
+        Predicts the velocity (noise - data) of noisy latents.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, C, H, W)`): Noisy latents.
+            timestep (`float` or `torch.Tensor` of shape `()` or `(B,)`):
+                Time in [0, 1000] = 1000 * sigma, 0 = data. Kept in fp32.
+            class_labels (`torch.Tensor` of shape `(B,)`): Class ids; `num_classes` is the null class.
+            prior_embeds (`torch.Tensor` of shape `(K, T, prior_embed_dim)`, *optional*):
+                Visual priors of the *first* K samples, 0 <= K <= B, T = H/p * W/p. The other samples get the sample
+                token S.
+            return_dict (`bool`, defaults to `True`): Whether to return a `Transformer2DModelOutput`.
+
+        Returns:
+            `Transformer2DModelOutput` with `sample` of shape `(B, C, H, W)`, or a tuple with it.
+
+        Raises:
+            `ValueError`: a shape does not fit.
+        """
+        if not isinstance(timestep, torch.Tensor):
+            timestep = torch.tensor(timestep, dtype=torch.float32, device=hidden_states.device)
+        self._check_inputs(hidden_states, timestep, class_labels, prior_embeds)
+        batch_size, _, height, width = hidden_states.shape
+        patch_size = self.config.patch_size
+        timestep = timestep.to(hidden_states.device).expand(batch_size)
+
+        image_rotary_emb = self.pos_embed(height // patch_size, width // patch_size, hidden_states.device)
+        hidden_states = self.x_embedder(patchify(hidden_states, patch_size))  # (B, T, d)
+        conditioning = self._conditioning(timestep, class_labels, prior_embeds, hidden_states.dtype)
+        global_modulation = tuple(self.adaln_global(c) for c in conditioning)
+
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(
+                    block, hidden_states, conditioning, global_modulation, image_rotary_emb
+                )
+            else:
+                hidden_states = block(hidden_states, conditioning, global_modulation, image_rotary_emb)
+
+        shift, scale = zip(*(self.adaln_out(c).chunk(2, dim=-1) for c in conditioning), strict=True)
+        hidden_states = self.proj_out(_modulate(self.norm_out(hidden_states), shift, scale))
+        sample = unpatchify(hidden_states, patch_size, height, width)
+
+        if not return_dict:
+            return (sample,)
+        return Transformer2DModelOutput(sample=sample)

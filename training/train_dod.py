@@ -1,0 +1,7 @@
+"""accelerate launch training/train_dod.py --help  (the trainer itself: diffusers_dod.training.train)"""
+
+from diffusers_dod.training.train import main
+
+
+if __name__ == "__main__":
+    main()
