@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """The DoD backbone: a FiTv2 transformer (paper, Appendix A.1) whose conditioning may differ from token to token."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn as nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -18,6 +20,7 @@ from diffusers.models.embeddings import (
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
+from torch.amp import is_autocast_available
 
 from .checks import check_at_least, check_type
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
@@ -153,7 +156,10 @@ class DoDTimestepEmbedding(nn.Module):
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         """Embeds `timestep` (B,) in [0, 1000] as (B, embedding_dim)."""
         sigma = timestep.to(torch.float32) / NUM_TRAIN_TIMESTEPS
-        with torch.autocast(timestep.device.type, enabled=False):
+        device_type = timestep.device.type
+        # The meta device, on which costs are counted, knows no autocast.
+        in_fp32 = torch.autocast(device_type, enabled=False) if is_autocast_available(device_type) else nullcontext()
+        with in_fp32:
             features = get_timestep_embedding(sigma, self.num_features, flip_sin_to_cos=True, downscale_freq_shift=0)
             return self.mlp(features.to(self.mlp.linear_1.weight.dtype))
 

@@ -204,6 +204,14 @@ def build_models(args: argparse.Namespace, latent_shape: tuple[int, ...], num_cl
     return DoDJointModel(transformer, latent_embedder)
 
 
+def use_fast_attention(model: DoDJointModel, device: torch.device) -> None:
+    """On a CPU the backward pass of fused attention takes longer than the rest of a short sequence's step together."""
+    if device.type == "cpu":
+        for module in (model.transformer, model.latent_embedder):
+            if module is not None:
+                module.set_attention_backend("_native_math")
+
+
 def build_optimizer(args: argparse.Namespace, model: DoDJointModel) -> torch.optim.AdamW:
     groups = [{"params": list(model.transformer.parameters())}]
     if model.latent_embedder is not None:
@@ -268,6 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # not prepared by accelerate, which would step it once per process
     model, optimizer = accelerator.prepare(model, optimizer)
     joint_model: DoDJointModel = accelerator.unwrap_model(model)
+    use_fast_attention(joint_model, accelerator.device)
     ema = EMAModel(joint_model.parameters(), decay=args.ema_decay, foreach=True)
 
     # 3. Resume

@@ -1,0 +1,40 @@
+# Every target sets up what it needs: `make demo` and `make test` work on a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install demo test test-all style check bench clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# A picture of two-stage samples from the checkpoint in the repository: outputs/demo.png
+demo: install
+	$(BIN)/python examples/quickstart.py --output outputs/demo.png
+
+test: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+# The quick tests and the slow ones.
+test-all: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
+
+style: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: install
+	$(BIN)/python benchmarks/bench_sampling.py
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info

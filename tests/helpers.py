@@ -1,0 +1,115 @@
+"""Tiny components with random weights, and the form of error messages, for the tests."""
+
+import re
+
+import torch
+from diffusers import AutoencoderKL
+
+from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDTransformer2DModel, LatentEmbeddingModule
+
+
+# Id 0 has two names, and one name ("crane") belongs to two ids, as in ImageNet.
+ID2LABEL = {
+    0: "tench, Tinca tinca",
+    1: "goldfish",
+    2: "crane",
+    3: "ostrich",
+    4: "brambling",
+    5: "crane",
+    6: "house finch",
+    7: "junco",
+    8: "indigo bunting",
+    9: "robin",
+}
+
+
+def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """
+    Overwrites every parameter with random numbers that keep the activations near unit size.
+
+    A fresh DoD model outputs exact zeros (its AdaLN starts at zero), so that nothing about its conditioning, guidance
+    or integration would show in a test.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                noise = noise / parameter[0].numel() ** 0.5
+            elif name.endswith("weight"):  # a norm's
+                noise = 1 + 0.1 * noise
+            else:
+                noise = 0.1 * noise
+            parameter.copy_(noise)
+    return module.eval()
+
+
+def tiny_transformer(seed: int = 0, **overrides) -> DoDTransformer2DModel:
+    config = dict(
+        sample_size=8,
+        in_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_classes=10,
+        prior_embed_dim=32,
+    )
+    return randomize(DoDTransformer2DModel(**{**config, **overrides}), seed)
+
+
+def tiny_latent_embedder(seed: int = 1, **overrides) -> LatentEmbeddingModule:
+    config = dict(
+        sample_size=8,
+        in_channels=4,
+        num_latent_tokens=4,
+        latent_token_dim=8,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=16,
+    )
+    return randomize(LatentEmbeddingModule(**{**config, **overrides}), seed)
+
+
+def tiny_vae(seed: int = 2, **overrides) -> AutoencoderKL:
+    """An autoencoder with factor 2 whose latents have a mean and a standard deviation of their own per channel."""
+    config = dict(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        latents_mean=[0.5, -0.25, 0.0, 0.125],
+        latents_std=[1.0, 2.0, 0.5, 1.5],
+    )
+    return randomize(AutoencoderKL(**{**config, **overrides}), seed)
+
+
+def tiny_pipeline(in_channels: int = 4, **overrides) -> DoDPipeline:
+    """
+    A two-stage pipeline for 16 x 16 images in 10 classes.
+
+    Args:
+        in_channels: Channels of transformer and latent embedder; 3 together with `vae=None` is a pixel-space model.
+        overrides: Arguments of `DoDPipeline`. `latent_embedder=None` makes the transformer a plain FiTv2.
+    """
+    if "latent_embedder" in overrides and overrides["latent_embedder"] is None:
+        transformer = tiny_transformer(in_channels=in_channels, prior_embed_dim=None)
+    else:
+        transformer = tiny_transformer(in_channels=in_channels)
+    components = dict(transformer=transformer, scheduler=DoDFlowMatchScheduler(), id2label=ID2LABEL)
+    if "latent_embedder" not in overrides:
+        components["latent_embedder"] = tiny_latent_embedder(in_channels=in_channels)
+    if "vae" not in overrides:
+        components["vae"] = tiny_vae()
+    defaults = dict(default_guidance_scale=2.0, default_num_inference_steps=2)
+    pipe = DoDPipeline(**{**components, **defaults, **overrides})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def says(*fragments: str) -> str:
+    """A pattern for `pytest.raises(match=...)`: the message holds every fragment, in any order."""
+    return "(?s)" + "".join(f"(?=.*{re.escape(fragment)})" for fragment in fragments)

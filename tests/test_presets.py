@@ -1,0 +1,89 @@
+"""Sizes and costs of the presets against the paper's Table 1 and Table 4, to the unit, without allocating a weight."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusers_dod import DoDTransformer2DModel, LatentEmbeddingModule
+from diffusers_dod.presets import PRESETS
+
+
+BACKBONE_PARAMETERS = {
+    "DoD-S": 26_529_040,
+    "DoD-B": 104_962_576,
+    "DoD-XL": 527_126_800,
+    "FiTv2-B": 128_149_072,
+    "FiTv2-XL": 671_045_776,
+    "FiTv2-3B": 2_971_928_080,
+}
+EMBEDDER_PARAMETERS = {"DoD-S": 21_474_464, "DoD-B": 85_711_136, "DoD-XL": 85_711_136}
+PAPER_MILLIONS = {"DoD-S": 48, "DoD-B": 191, "DoD-XL": 613}
+# 10^9 multiply-accumulates of the Linears, one 32x32 latent.
+BACKBONE_GMACS = {"DoD-S": 6.609, "DoD-B": 26.431, "DoD-XL": 134.095, "FiTv2-B": 27.206, "FiTv2-XL": 146.872}
+BACKBONE_GMACS["FiTv2-3B"] = 652.737
+FIRST_STAGE_GMACS = {"DoD-S": 5.44, "DoD-B": 21.77, "DoD-XL": 114.24}
+EMBEDDER_GMACS = {"DoD-S": 6.157, "DoD-B": 24.619, "DoD-XL": 24.619}
+
+
+def on_meta(name: str) -> tuple[DoDTransformer2DModel, LatentEmbeddingModule | None]:
+    preset = PRESETS[name]
+    with torch.device("meta"):
+        transformer = DoDTransformer2DModel(**preset.transformer_config)
+        embedder = preset.latent_embedder_config and LatentEmbeddingModule(**preset.latent_embedder_config)
+    return transformer, embedder
+
+
+def linear_gmacs(run) -> float:
+    """Half the floating-point operations of `addmm` and `mm`: those of the Linears, not of attention's products."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(count for operation, count in counts.items() if str(operation) in ("aten.addmm", "aten.mm")) / 2e9
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("name", BACKBONE_PARAMETERS)
+def test_parameters(name):
+    transformer, embedder = on_meta(name)
+    assert parameters(transformer) == BACKBONE_PARAMETERS[name]
+    assert (parameters(embedder) if embedder is not None else None) == EMBEDDER_PARAMETERS.get(name)
+    if embedder is not None:
+        assert round((parameters(transformer) + parameters(embedder)) / 1e6) == PAPER_MILLIONS[name]
+        assert embedder.inner_dim == transformer.config.prior_embed_dim
+
+
+@pytest.mark.parametrize("name", BACKBONE_GMACS)
+def test_multiply_accumulates(name):
+    transformer, embedder = on_meta(name)
+    latents = torch.empty(1, 4, 32, 32, device="meta")
+    timestep, labels = torch.empty(1, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
+    prior_embeds = None
+    if embedder is not None:
+        prior_embeds = embedder(latents).prior_embeds
+        assert linear_gmacs(lambda: embedder(latents)) == pytest.approx(EMBEDDER_GMACS[name], abs=5e-4)
+        # Without a prior the conditioning is one token wide, which is what stage 1 saves.
+        first_stage = linear_gmacs(lambda: transformer(latents, timestep, labels))
+        assert first_stage == pytest.approx(FIRST_STAGE_GMACS[name], abs=5e-3)
+    count = linear_gmacs(lambda: transformer(latents, timestep, labels, prior_embeds=prior_embeds))
+    assert count == pytest.approx(BACKBONE_GMACS[name], abs=5e-4)
+
+
+def test_a_guided_batch_is_split_not_broadcast():
+    """The unconditional half of a guided evaluation costs what stage 1 costs, not what a prior costs."""
+    transformer, embedder = on_meta("DoD-B")
+    latents = torch.empty(2, 4, 32, 32, device="meta")
+    labels = torch.empty(2, dtype=torch.int64, device="meta")
+    prior_embeds = torch.empty(1, 256, 768, device="meta")
+    guided = linear_gmacs(lambda: transformer(latents, torch.empty(2, device="meta"), labels, prior_embeds))
+    assert guided == pytest.approx(BACKBONE_GMACS["DoD-B"] + FIRST_STAGE_GMACS["DoD-B"], abs=1e-2)
+
+
+def test_sampling_defaults_follow_the_paper():
+    assert PRESETS["DoD-B"].pipeline_config["default_guidance_scale"] == 5.5
+    assert PRESETS["DoD-XL"].pipeline_config["default_guidance_scale"] == 3.5
+    assert PRESETS["DoD-S"].latent_embedder_config["num_latent_tokens"] == 32
+    assert PRESETS["DoD-S"].latent_embedder_config["latent_token_dim"] == 16
+    assert PRESETS["FiTv2-B"].pipeline_config["default_num_stages"] == 1

@@ -1,0 +1,120 @@
+"""
+The judge of the desk-size checkpoint: a small CNN that knows nothing of it. It is trained on rendered textures to tell
+their class and how they were made (colours, scale, angle), so that its 64 features see more than the class.
+
+    python training/desk/texture_classifier.py --output_dir checkpoints/texture-classifier
+
+Takes about 5 minutes on two CPU cores and reaches a held-out accuracy above 99 %.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from diffusers_dod.training.data import to_pixels
+from diffusers_dod.training.textures import NUM_ATTRIBUTES, TEXTURE_CLASSES, TextureDataset
+
+
+TRAIN_SEED, HELD_OUT_SEED = 100, 101  # neither is a seed of the generator's own training set
+NUM_FEATURES = 64
+
+
+class TextureClassifier(nn.Module):
+    """Pixels (B, 3, 32, 32) in [-1, 1] -> features (B, 64), class logits (B, 12), attributes (B, 9)."""
+
+    def __init__(self):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for in_channels, channels, stride in [
+            (3, 32, 1),
+            (32, 32, 1),
+            (32, 64, 2),
+            (64, 64, 1),
+            (64, 96, 2),
+            (96, 96, 1),
+        ]:
+            layers += [
+                nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1),
+                nn.GroupNorm(8, channels),
+                nn.ReLU(),
+            ]
+        self.trunk = nn.Sequential(*layers)
+        self.to_features = nn.Linear(2 * 96, NUM_FEATURES)
+        self.to_logits = nn.Linear(NUM_FEATURES, len(TEXTURE_CLASSES))
+        self.to_attributes = nn.Linear(NUM_FEATURES, NUM_ATTRIBUTES)
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        maps = self.trunk(pixels)
+        pooled = torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1)
+        features = F.relu(self.to_features(pooled))
+        return features, self.to_logits(features), self.to_attributes(features)
+
+    @classmethod
+    def load(cls, folder: Path) -> "TextureClassifier":
+        model = cls()
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        return model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--max_train_steps", type=int, default=2500)
+    parser.add_argument("--train_batch_size", type=int, default=64)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    model = TextureClassifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=1e-2, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.max_train_steps)
+
+    dataset = TextureDataset(args.max_train_steps * args.train_batch_size, seed=TRAIN_SEED)
+    start = time.perf_counter()
+    progress = tqdm(DataLoader(dataset, batch_size=args.train_batch_size, num_workers=1), desc="classifier")
+    for batch in progress:
+        pixels = to_pixels(batch["image"])
+        if torch.rand(()) < 0.5:  # a decoder's blur must not be mistaken for another class
+            blurred = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+            pixels = torch.lerp(pixels, blurred, torch.rand(len(pixels), 1, 1, 1))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            _, logits, attributes = model(pixels)
+        loss = F.cross_entropy(logits.float(), batch["label"]) + F.mse_loss(attributes.float(), batch["attributes"])
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        progress.set_postfix(loss=f"{loss.item():.4f}")
+    seconds = time.perf_counter() - start
+
+    model.eval()
+    correct = squared_error = 0.0
+    held_out = TextureDataset(6000, seed=HELD_OUT_SEED)
+    with torch.no_grad():
+        for batch in DataLoader(held_out, batch_size=250):
+            _, logits, attributes = model(to_pixels(batch["image"]))
+            correct += (logits.argmax(dim=1) == batch["label"]).sum().item()
+            squared_error += (attributes - batch["attributes"]).square().mean(dim=1).sum().item()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), args.output_dir / "model.safetensors")
+    metrics = {
+        "held_out_accuracy": correct / len(held_out),
+        "held_out_attribute_mse": squared_error / len(held_out),
+        "held_out_pictures": len(held_out),
+        "steps": args.max_train_steps,
+        "batch_size": args.train_batch_size,
+        "train_seconds": round(seconds),
+    }
+    (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    print(json.dumps(metrics, indent=2))
+
+
+if __name__ == "__main__":
+    main()
