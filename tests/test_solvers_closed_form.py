@@ -155,7 +155,7 @@ def test_guided_velocity_agrees_with_fitv2(shape):
     data = {key.removeprefix(f"cfg_{shape}."): value for key, value in FITV2.items()}
     model = golden_model()
     timestep = 1000 * (1 - data["t"])
-    velocity = guided_velocity(model, data["latents"], torch.cat([timestep, timestep]), data["y"], None, 4.0)
+    velocity = guided_velocity(model, data["latents"], timestep, data["y"], None, 4.0)
     torch.testing.assert_close(velocity, -data["velocity_cfg_allch"], atol=5e-5, rtol=0)
     conditional = guided_velocity(model, data["latents"], timestep, data["y"], None, 1.0)
     torch.testing.assert_close(conditional, -data["velocity_cond"], atol=1e-5, rtol=0)

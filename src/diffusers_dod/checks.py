@@ -2,6 +2,7 @@
 """Checks of public arguments: every message names the argument, the accepted range and the value received."""
 
 import math
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -9,20 +10,21 @@ def check_type(name: str, value: Any, types: type | tuple[type, ...]) -> None:
     """Raises a `TypeError` unless `value` is of one of `types`. A bool is not a number here."""
     types = types if isinstance(types, tuple) else (types,)
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        accepted = " or ".join(type_.__name__ for type_ in types)
+        names = {Integral: "int", Real: "int or float"}  # NumPy's numbers count as well
+        accepted = " or ".join(names.get(type_, type_.__name__) for type_ in types)
         raise TypeError(f"`{name}` must be of type {accepted}, got {value!r} of type {type(value).__name__}.")
 
 
 def check_at_least(name: str, value: Any, minimum: int) -> None:
     """Raises unless `value` is an integer of at least `minimum`."""
-    check_type(name, value, int)
+    check_type(name, value, Integral)
     if value < minimum:
         raise ValueError(f"`{name}` must be an integer >= {minimum}, got {value}.")
 
 
 def check_number(name: str, value: Any, minimum: float, maximum: float = math.inf, open_minimum: bool = False) -> None:
     """Raises unless `value` is a finite number in [minimum, maximum], or in (minimum, maximum] if `open_minimum`."""
-    check_type(name, value, (int, float))
+    check_type(name, value, Real)
     above = value > minimum if open_minimum else value >= minimum
     if not (math.isfinite(value) and above and value <= maximum):
         bracket = "(" if open_minimum else "["

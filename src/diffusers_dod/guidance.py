@@ -34,7 +34,7 @@ def guided_velocity(
     Args:
         transformer ([`DoDTransformer2DModel`]): The model.
         latents (`torch.Tensor` of shape `(B, C, H, W)`): Noisy latents.
-        timestep (`float` or `torch.Tensor` of shape `()`): Time in [0, 1000], 0 = data.
+        timestep (`float` or `torch.Tensor` of shape `()` or `(B,)`): Time in [0, 1000], 0 = data.
         class_labels (`torch.Tensor` of shape `(B,)`): Class ids.
         prior_embeds (`torch.Tensor` of shape `(B, T, d_l)`, *optional*): Visual priors.
         guidance_scale (`float`): The scale.
@@ -45,6 +45,8 @@ def guided_velocity(
     model_input = latents.to(transformer.dtype)
     if guidance_scale == 1:
         return transformer(model_input, timestep, class_labels, prior_embeds=prior_embeds).sample.float()
+    if isinstance(timestep, torch.Tensor) and timestep.ndim == 1:
+        timestep = torch.cat([timestep, timestep])
     null_labels = torch.full_like(class_labels, transformer.config.num_classes)
     velocity = transformer(
         torch.cat([model_input, model_input]),

@@ -109,7 +109,7 @@ class LatentEmbeddingModule(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
             "attention_head_dim": attention_head_dim,
         }.items():
             check_at_least(name, value, 1)
-        check_number("mlp_ratio", mlp_ratio, 0, open_minimum=True)
+        check_number("mlp_ratio", mlp_ratio, 1 / (num_attention_heads * attention_head_dim))  # at least one unit
         if sample_size % patch_size:
             raise ValueError(f"`sample_size` must be a multiple of `patch_size` = {patch_size}, got {sample_size}.")
         dim = num_attention_heads * attention_head_dim

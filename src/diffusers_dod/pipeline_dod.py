@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import BaseOutput, logging, replace_example_docstring
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 
 from .checks import check_at_least, check_choice, check_number, check_type
 from .guidance import guided_velocity
@@ -114,7 +114,8 @@ class DoDPipeline(DiffusionPipeline):
         id2label (`dict[int, str]`, *optional*): Class names, several for one class separated by commas.
         default_guidance_scale (`float`, defaults to 5.5): Scale from stage 2 on when a call gives none.
         default_num_inference_steps (`int`, defaults to 30): Intervals of each stage when a call gives none.
-        default_num_stages (`int`, *optional*): Stages when a call gives none; 2 with a latent embedder, else 1.
+        default_num_stages (`int`, defaults to 2): Stages when a call gives none; without a latent embedder there is
+            only one.
 
     Raises:
         `ValueError`, `TypeError`: an argument is out of range or the components do not fit together.
@@ -133,21 +134,13 @@ class DoDPipeline(DiffusionPipeline):
         id2label: dict | None = None,
         default_guidance_scale: float = 5.5,
         default_num_inference_steps: int = 30,
-        default_num_stages: int | None = None,
+        default_num_stages: int = 2,
     ):
         super().__init__()
+        self._check_components(transformer, scheduler, vae, latent_embedder)
         check_number("default_guidance_scale", default_guidance_scale, 0)
         check_at_least("default_num_inference_steps", default_num_inference_steps, 1)
-        if default_num_stages is None:
-            default_num_stages = 1 if latent_embedder is None else 2
         check_at_least("default_num_stages", default_num_stages, 1)
-        if latent_embedder is None and default_num_stages > 1:
-            raise ValueError(f"`default_num_stages` must be 1 without a `latent_embedder`, got {default_num_stages}.")
-        if latent_embedder is not None and latent_embedder.inner_dim != transformer.config.prior_embed_dim:
-            raise ValueError(
-                f"The width of `latent_embedder` must be the transformer's `prior_embed_dim` = "
-                f"{transformer.config.prior_embed_dim}, got {latent_embedder.inner_dim}."
-            )
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, latent_embedder=latent_embedder)
         id2label = self._check_id2label(id2label, transformer.config.num_classes)
         self.register_to_config(
@@ -156,11 +149,13 @@ class DoDPipeline(DiffusionPipeline):
             default_num_inference_steps=default_num_inference_steps,
             default_num_stages=default_num_stages,
         )
+        #: Class id -> name, as given; the config has the ids as strings.
+        self.id2label: dict[int, str] = {int(key): name for key, name in (id2label or {}).items()}
         #: Class name -> ids that carry it.
         self.label2ids: dict[str, list[int]] = {}
-        for key, names in (id2label or {}).items():
-            for name in names.split(","):
-                self.label2ids.setdefault(name.strip(), []).append(int(key))
+        for key, names in self.id2label.items():
+            for name in {names: None, **dict.fromkeys(name.strip() for name in names.split(","))}:
+                self.label2ids.setdefault(name, []).append(key)
 
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
         # Sizes are checked here and never changed: no resizing, no rounding.
@@ -173,12 +168,56 @@ class DoDPipeline(DiffusionPipeline):
         if id2label is None:
             return None
         check_type("id2label", id2label, dict)
+        checked: dict[str, str] = {}  # JSON has no integer keys
         for key, name in id2label.items():
-            if not str(key).isdecimal() or int(key) >= num_classes or not isinstance(name, str):
+            known = str(key).isdecimal() and int(key) < num_classes and str(int(key)) not in checked
+            if not known or not isinstance(name, str) or not all(part.strip() for part in name.split(",")):
                 raise ValueError(
-                    f"`id2label` must map ids in [0, {num_classes - 1}] to names (str), got {key!r}: {name!r}."
+                    f"`id2label` must map ids in [0, {num_classes - 1}], each once, to names (str, not empty), "
+                    f"got {key!r}: {name!r}."
                 )
-        return {str(int(key)): name for key, name in id2label.items()}  # JSON has no integer keys
+            checked[str(int(key))] = name
+        return checked
+
+    @staticmethod
+    def _check_components(transformer, scheduler, vae, latent_embedder) -> None:
+        """Raises a `TypeError` or `ValueError` unless the components are what they should be and fit together."""
+        components = {"transformer": transformer, "vae": vae, "latent_embedder": latent_embedder}
+        for name, component in components.items():
+            if component is None and name != "transformer":
+                continue
+            types = {"transformer": DoDTransformer2DModel, "vae": ModelMixin, "latent_embedder": LatentEmbeddingModule}
+            check_type(name, component._orig_mod if is_compiled_module(component) else component, types[name])
+        check_type("scheduler", scheduler, SchedulerMixin)
+        config = transformer.config
+        if vae is not None and vae.config.latent_channels != config.in_channels:
+            raise ValueError(
+                f"`vae` must have `latent_channels` = {config.in_channels}, the transformer's `in_channels`, "
+                f"got {vae.config.latent_channels}."
+            )
+        if latent_embedder is not None:
+            embedder_config = latent_embedder.config
+            for name, expected, received in (
+                ("width", config.prior_embed_dim, latent_embedder.inner_dim),
+                ("in_channels", config.in_channels, embedder_config.in_channels),
+                ("patch_size", config.patch_size, embedder_config.patch_size),
+            ):
+                if received != expected:
+                    described = "`prior_embed_dim`" if name == "width" else f"`{name}`"
+                    raise ValueError(
+                        f"`latent_embedder` must have the {name} {expected}, the transformer's {described}, "
+                        f"got {received}."
+                    )
+
+    def _check_scheduler(self) -> None:
+        """Raises a `ValueError` unless the scheduler is a flow-match one: others would step along another path."""
+        scheduler = self.scheduler
+        is_flow = isinstance(scheduler, DoDFlowMatchScheduler) or type(scheduler).__name__.startswith("FlowMatch")
+        if not is_flow and not scheduler.config.get("use_flow_sigmas", False):
+            raise ValueError(
+                "`scheduler` must be a `DoDFlowMatchScheduler`, one of Diffusers' `FlowMatch...` or one with "
+                f"`use_flow_sigmas=True`, got {type(scheduler).__name__}."
+            )
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """Saves the pipeline as `DiffusionPipeline` does, without the local paths that it was loaded from."""
@@ -215,9 +254,11 @@ class DoDPipeline(DiffusionPipeline):
             `TypeError`: a label is neither an integer nor a name.
         """
         if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-            is_integer = torch.as_tensor(class_labels).dtype in (
-                torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
-            )  # fmt: skip
+            if isinstance(class_labels, torch.Tensor):
+                dtype = class_labels.dtype
+                is_integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+            else:
+                is_integer = np.issubdtype(class_labels.dtype, np.integer)
             if not is_integer or class_labels.ndim > 1:
                 raise ValueError(
                     "`class_labels` as a tensor must be an integer scalar or vector, "
@@ -268,6 +309,7 @@ class DoDPipeline(DiffusionPipeline):
         width: int | None,
         generator: torch.Generator | list[torch.Generator] | None,
         output_type: str,
+        callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: Sequence[str],
         batch_size: int,
     ) -> None:
@@ -299,40 +341,29 @@ class DoDPipeline(DiffusionPipeline):
                     f"got a list of {len(generator)}."
                 )
         check_choice("output_type", output_type, OUTPUT_TYPES)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise TypeError(
+                "`callback_on_step_end` must be None or callable, "
+                f"got {callback_on_step_end!r} of type {type(callback_on_step_end).__name__}."
+            )
+        check_type("callback_on_step_end_tensor_inputs", callback_on_step_end_tensor_inputs, (list, tuple))
         for name in callback_on_step_end_tensor_inputs:
             check_choice("callback_on_step_end_tensor_inputs", name, tuple(self._callback_tensor_inputs))
 
     def _check_image(self, image: PipelineImageInput, batch_size: int) -> torch.Tensor:
-        """The visual prior's picture as pixels (B, 3, H, W) in [-1, 1]; one picture serves all labels."""
-        images = image if isinstance(image, (list, tuple)) else [image]
-        if not images or not all(isinstance(entry, type(images[0])) for entry in images):
-            raise TypeError(f"`image` must be one or more pictures of the same type, got {image!r}.")
-        if isinstance(images[0], np.ndarray) and images[0].dtype == np.uint8:
-            images = [entry.astype(np.float32) / 255 for entry in images]
-        elif isinstance(images[0], torch.Tensor) and images[0].dtype == torch.uint8:
-            images = [entry.float() / 255 for entry in images]
-        elif isinstance(images[0], (np.ndarray, torch.Tensor)):
-            for entry in images:
-                low, high = float(entry.min()), float(entry.max())
-                if not (0 <= low and high <= 1):  # NaN compares false
-                    raise ValueError(f"`image` must be uint8 or have values in [0, 1], got [{low}, {high}].")
-        elif not isinstance(images[0], PIL.Image.Image):
-            raise TypeError(
-                "`image` must be a PIL image, an array (H, W, 3), a tensor (3, H, W), a batch or a list of them, "
-                f"got {type(images[0]).__name__}."
-            )
-        if len({entry.size if isinstance(entry, PIL.Image.Image) else tuple(entry.shape) for entry in images}) > 1:
-            raise ValueError(f"`image` must hold pictures of one size, got {len(images)} of different sizes.")
-        if not isinstance(images[0], PIL.Image.Image) and images[0].ndim not in (3, 4):
-            raise ValueError(
-                "`image` must have the shape (H, W, 3) or (B, H, W, 3) as an array, (3, H, W) or (B, 3, H, W) as a "
-                f"tensor, got {tuple(images[0].shape)}."
-            )
-        pixels = self.image_processor.preprocess(list(images)).float()
+        """The visual prior's picture as pixels (B, C, H, W) in [-1, 1]; one picture serves all labels."""
+        entries = list(image) if isinstance(image, (list, tuple)) else [image]
+        if not entries:
+            raise ValueError(f"`image` must hold 1 or {batch_size} pictures (one per label), got {image!r}.")
+        pictures = [self._to_tensor(entry) for entry in entries]  # each (n, C, H, W) in [0, 1]
+        if len({picture.shape[1:] for picture in pictures}) > 1:
+            shapes = [tuple(picture.shape[1:]) for picture in pictures]
+            raise ValueError(f"`image` must hold pictures of one size, got (channels, height, width) {shapes}.")
+        pixels = self.image_processor.normalize(torch.cat(pictures))
         channels = self.vae.config.in_channels if self.vae is not None else self.transformer.config.in_channels
         multiple = self.vae_scale_factor * self.transformer.config.patch_size
         size = tuple(pixels.shape[2:])
-        if pixels.shape[1] != channels or any(side == 0 or side % multiple for side in size):
+        if pixels.shape[1] != channels or any(side % multiple for side in size):
             raise ValueError(
                 f"`image` must have {channels} channels and a height and width that are multiples of {multiple}, "
                 f"got {pixels.shape[1]} channels and {size[0]} x {size[1]}."
@@ -340,6 +371,32 @@ class DoDPipeline(DiffusionPipeline):
         if pixels.shape[0] not in (1, batch_size):
             raise ValueError(f"`image` must hold 1 or {batch_size} pictures (one per label), got {pixels.shape[0]}.")
         return pixels.expand(batch_size, -1, -1, -1)
+
+    def _to_tensor(self, picture: PIL.Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
+        """One picture, or a batch of them, as an fp32 tensor (n, C, H, W) in [0, 1]."""
+        processor = self.image_processor
+        if isinstance(picture, PIL.Image.Image):
+            return processor.numpy_to_pt(processor.pil_to_numpy(processor.convert_to_rgb(picture)))
+        if not isinstance(picture, (np.ndarray, torch.Tensor)):
+            raise TypeError(
+                "`image` must be a PIL image, an array (H, W, 3), a tensor (3, H, W), a batch or a list of them, "
+                f"got {picture!r} of type {type(picture).__name__}."
+            )
+        if picture.ndim not in (3, 4) or 0 in picture.shape:
+            raise ValueError(
+                "`image` must have the shape (H, W, 3) or (B, H, W, 3) as an array, (3, H, W) or (B, 3, H, W) as a "
+                f"tensor, none of them 0, got {tuple(picture.shape)}."
+            )
+        tensor = torch.as_tensor(picture)
+        tensor = tensor[None] if tensor.ndim == 3 else tensor
+        if isinstance(picture, np.ndarray):
+            tensor = tensor.permute(0, 3, 1, 2)
+        if tensor.dtype == torch.uint8:
+            return tensor.float() / 255
+        low, high = float(tensor.min()), float(tensor.max())
+        if not tensor.is_floating_point() or not (0 <= low and high <= 1):  # NaN compares false
+            raise ValueError(f"`image` must be uint8 or floats in [0, 1], got {tensor.dtype} in [{low}, {high}].")
+        return tensor.float()
 
     def _check_latents(
         self, latents: torch.Tensor | list[torch.Tensor] | None, num_runs: int, shape: tuple[int, ...]
@@ -460,7 +517,9 @@ class DoDPipeline(DiffusionPipeline):
         # 1. Inputs
         label_ids = self.get_label_ids(class_labels)
         batch_size = len(label_ids)
-        num_stages = self.config.default_num_stages if num_stages is None else num_stages
+        self._check_scheduler()
+        if num_stages is None:
+            num_stages = self.config.default_num_stages if self.latent_embedder is not None else 1
         is_adaptive = getattr(self.scheduler, "is_adaptive", False)
         if is_adaptive and num_inference_steps is not None:
             logger.warning(
@@ -472,6 +531,11 @@ class DoDPipeline(DiffusionPipeline):
             logger.warning(
                 f"`guidance_scale` = {guidance_scale} has no effect with one stage: it applies from stage 2 on. "
                 "Use `first_stage_guidance_scale`."
+            )
+        if self.latent_embedder is None and first_stage_guidance_scale != 1:
+            logger.warning(
+                f"`first_stage_guidance_scale` = {first_stage_guidance_scale} has no effect without a latent "
+                "embedder: the only stage is guided by `guidance_scale`."
             )
         if guidance_scale is None:
             guidance_scale = self.config.default_guidance_scale
@@ -485,6 +549,7 @@ class DoDPipeline(DiffusionPipeline):
             width,
             generator,
             output_type,
+            callback_on_step_end,
             callback_on_step_end_tensor_inputs,
             batch_size,
         )
@@ -543,6 +608,13 @@ class DoDPipeline(DiffusionPipeline):
             return (images, stages) if return_stages else (images,)
         return DoDPipelineOutput(images=images, stages=stages if return_stages else None)
 
+    @staticmethod
+    def _check_replacement(name: str, tensor: torch.Tensor | None, current: torch.Tensor | None) -> None:
+        shapes = [None if value is None else tuple(getattr(value, "shape", ())) for value in (tensor, current)]
+        if not isinstance(tensor, (torch.Tensor, type(None))) or shapes[0] != shapes[1]:
+            received = f"shape {shapes[0]}" if isinstance(tensor, torch.Tensor) else repr(tensor)
+            raise ValueError(f"`callback_on_step_end` must return `{name}` of shape {shapes[1]}, got {received}.")
+
     def _sample_stage(
         self,
         state: dict[str, torch.Tensor | None],
@@ -567,9 +639,11 @@ class DoDPipeline(DiffusionPipeline):
         def end_step(timestep: torch.Tensor) -> None:
             if callback_on_step_end is not None:
                 inputs = {name: state[name] for name in callback_on_step_end_tensor_inputs}
-                outputs = callback_on_step_end(self, self._step_index, timestep, inputs) or {}
-                for name, tensor in outputs.items():
+                outputs = callback_on_step_end(self, self._step_index, timestep, inputs)
+                check_type("callback_on_step_end", {} if outputs is None else outputs, dict)
+                for name, tensor in (outputs or {}).items():
                     check_choice("callback_on_step_end", name, tuple(self._callback_tensor_inputs))
+                    self._check_replacement(name, tensor, state[name])
                     state[name] = tensor
             self._step_index += 1
 

@@ -40,6 +40,13 @@ class DoDFlowMatchSchedulerOutput(BaseOutput):
     num_rejected: int | None = None
 
 
+def _check_velocity(name: str, velocity: torch.Tensor, sample: torch.Tensor) -> None:
+    if velocity.shape != sample.shape:
+        raise ValueError(
+            f"`{name}` must have the shape of `sample`, {tuple(sample.shape)}, got {tuple(velocity.shape)}."
+        )
+
+
 class _Stop(Exception):
     """Raised inside torchdiffeq to leave it early; carries the sample that was reached."""
 
@@ -131,6 +138,8 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
             begin_index (`int`, defaults to 0): Index into `timesteps`.
         """
         check_at_least("begin_index", begin_index, 0)
+        if begin_index >= len(self.timesteps):
+            raise ValueError(f"`begin_index` must be in [0, {len(self.timesteps) - 1}], got {begin_index}.")
         self._begin_index = begin_index
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
@@ -193,7 +202,10 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         """
         self._refuse_adaptive("set_timesteps")
         if sigmas is not None:
-            sigmas = torch.as_tensor(sigmas, dtype=torch.float32).cpu()
+            try:
+                sigmas = torch.as_tensor(sigmas, dtype=torch.float32).cpu()
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"`sigmas` must be strictly decreasing numbers in (0, 1], got {sigmas!r}.") from error
             valid = sigmas.ndim == 1 and len(sigmas) > 0 and bool((sigmas > 0).all()) and bool((sigmas <= 1).all())
             if not valid or not bool((sigmas.diff() < 0).all()):
                 raise ValueError(f"`sigmas` must be strictly decreasing numbers in (0, 1], got {sigmas.tolist()}.")
@@ -228,12 +240,13 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         if self._begin_index is not None:
             self._step_index = self._begin_index
             return
-        matches = (self.timesteps == torch.as_tensor(timestep, device=self.timesteps.device)).nonzero()
+        # Heun lists a timestep twice, as the end of an interval and as the start of the next: a start is meant.
+        evaluations = FIXED_STEP_SOLVERS[self.config.solver]
+        starts = self.timesteps[::evaluations]
+        matches = (starts == torch.as_tensor(timestep, device=starts.device)).nonzero()
         if len(matches) == 0:
-            raise ValueError(
-                f"`timestep` must be one of `scheduler.timesteps` ({self.timesteps.tolist()}), got {timestep}."
-            )
-        self._step_index = int(matches[0])
+            raise ValueError(f"`timestep` must start an interval, one of {starts.tolist()}, got {timestep}.")
+        self._step_index = int(matches[0]) * evaluations
 
     def step(
         self,
@@ -263,6 +276,7 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         self._refuse_adaptive("step")
         if self.num_inference_steps is None:
             raise ValueError("`num_inference_steps` is None: call `set_timesteps` before `step`.")
+        _check_velocity("model_output", model_output, sample)
         if self._step_index is None:
             self._init_step_index(timestep)
         if self._step_index >= len(self.timesteps):
@@ -322,7 +336,9 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         self.set_begin_index(0)
         num_evaluations = 0
         for timestep in self.timesteps:
-            sample = self.step(velocity_fn(sample, timestep), timestep, sample).prev_sample
+            velocity = velocity_fn(sample, timestep)
+            _check_velocity("velocity_fn", velocity, sample)
+            sample = self.step(velocity, timestep, sample).prev_sample
             num_evaluations += 1
             if callback is not None and callback(num_evaluations - 1, timestep, sample) is False:
                 break
@@ -344,7 +360,13 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
             counts["num_evaluations"] += 1
             # Steps past the end, which only the "batch" protocol takes, see the end's time, as in FiT.
             timestep = (sigma.clamp(min=0.0) * maximum).to(torch.float32)
-            return velocity_fn(state, timestep).to(state.dtype)
+            result = velocity_fn(state, timestep)
+            _check_velocity("velocity_fn", result, state)
+            if not torch.isfinite(result).all():
+                raise ValueError(
+                    f"`velocity_fn` must return finite numbers, got others at timestep {float(timestep)}."
+                )
+            return result.to(state.dtype)
 
         def report(end: torch.Tensor) -> None:
             if callback is not None and step_start is not None:

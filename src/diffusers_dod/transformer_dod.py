@@ -22,7 +22,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
 from torch.amp import is_autocast_available
 
-from .checks import check_at_least, check_type
+from .checks import check_at_least, check_number
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
 
 
@@ -284,10 +284,8 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
                 f"`attention_head_dim` must be a multiple of 4 (2D rotary embedding), got {attention_head_dim}."
             )
         dim = num_attention_heads * attention_head_dim
-        check_type("mlp_ratio", mlp_ratio, (int, float))
-        ff_inner_dim = int(mlp_ratio * dim) * 2 // 3 if mlp_ratio > 0 else 0  # NaN compares false
-        if ff_inner_dim < 1:
-            raise ValueError(f"`mlp_ratio` must be a positive number, got {mlp_ratio}.")
+        check_number("mlp_ratio", mlp_ratio, 2 / dim)  # a hidden layer of at least one unit
+        ff_inner_dim = int(mlp_ratio * dim) * 2 // 3
         if adaln_lora_dim is None:
             adaln_lora_dim = max(dim // 4, 1)
         check_at_least("adaln_lora_dim", adaln_lora_dim, 1)

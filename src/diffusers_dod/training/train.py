@@ -304,6 +304,8 @@ def main(argv: list[str] | None = None) -> None:
             ]
             ema.optimization_step = start_step = state["step"]
             lr_scheduler.load_state_dict(state["lr_scheduler"])
+            for group, learning_rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = learning_rate  # a schedule sets it only when it steps
             logger.info(f"Resuming from {checkpoint} at step {start_step}.")
     elif find_latest_checkpoint(args.output_dir) is not None:
         raise ValueError(
@@ -388,7 +390,7 @@ def main(argv: list[str] | None = None) -> None:
         total=args.max_train_steps, initial=start_step, desc="Training", disable=not accelerator.is_main_process
     )
     # Sums since the last line of metrics: loss and count of samples with and without a prior, then the gradient norm.
-    sums = torch.zeros(5, dtype=torch.float64)
+    sums = torch.zeros(5, device=accelerator.device)
     interval_start, interval_step = time.perf_counter(), start_step
     for step in range(start_step + 1, args.max_train_steps + 1):
         for _ in range(args.gradient_accumulation_steps):
@@ -402,18 +404,18 @@ def main(argv: list[str] | None = None) -> None:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            losses = losses.detach().double().cpu()
-            kept, dropped = losses[:num_priors], losses[num_priors:]
-            sums[:4] += torch.stack(
-                [kept.sum(), torch.tensor(float(len(kept))), dropped.sum(), torch.tensor(float(len(dropped)))]
-            )
+            losses = losses.detach()
+            sums[0] += losses[:num_priors].sum()
+            sums[1] += num_priors
+            sums[2] += losses[num_priors:].sum()
+            sums[3] += len(losses) - num_priors
         lr_scheduler.step()
         ema.step(joint_model.parameters())
-        sums[4] += float(grad_norm)
+        sums[4] += grad_norm
         progress.update()
 
         if step % args.logging_steps == 0 or step == args.max_train_steps:
-            totals = accelerator.reduce(sums.to(accelerator.device)).cpu().tolist()
+            totals = accelerator.reduce(sums).tolist()
             num_steps = step - interval_step
             seconds = time.perf_counter() - interval_start
             with_prior, without_prior = (

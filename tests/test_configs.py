@@ -1,0 +1,212 @@
+"""Bad arguments of the two models: each message names the argument, what is accepted and what was received."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from helpers import says, tiny_latent_embedder, tiny_transformer
+
+from diffusers_dod import DoDTransformer2DModel, LatentEmbeddingModule
+
+
+NAN, INF = math.nan, math.inf
+
+COUNTS_OF_TRANSFORMER = (
+    "sample_size",
+    "patch_size",
+    "in_channels",
+    "num_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "num_classes",
+    "adaln_lora_dim",
+    "prior_embed_dim",
+)
+COUNTS_OF_LATENT_EMBEDDER = (
+    "sample_size",
+    "patch_size",
+    "in_channels",
+    "num_latent_tokens",
+    "latent_token_dim",
+    "num_encoder_layers",
+    "num_decoder_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+)
+BAD_COUNTS = [
+    (0, ValueError, ">= 1", "got 0"),
+    (-4, ValueError, ">= 1", "got -4"),
+    (8.0, TypeError, "int", "got 8.0"),
+    (True, TypeError, "int", "got True"),
+    ("8", TypeError, "int", "got '8'"),
+]
+# A ratio that is too small leaves the MLP no width.
+BAD_RATIOS = [
+    (0, ValueError, "got 0"),
+    (-1.0, ValueError, "got -1.0"),
+    (NAN, ValueError, "got nan"),
+    (INF, ValueError, "got inf"),
+    (1e-3, ValueError, "got 0.001"),
+    ("4", TypeError, "float", "got '4'"),
+    (True, TypeError, "float", "got True"),
+]
+BAD_TRANSFORMERS = [
+    *[(name, {name: value}, *expected) for name in COUNTS_OF_TRANSFORMER for value, *expected in BAD_COUNTS],
+    *[("mlp_ratio", dict(mlp_ratio=value), *expected) for value, *expected in BAD_RATIOS],
+    ("sample_size", dict(sample_size=9), ValueError, "multiple of `patch_size` = 2", "got 9"),
+    ("attention_head_dim", dict(attention_head_dim=18), ValueError, "multiple of 4", "got 18"),
+]
+BAD_LATENT_EMBEDDERS = [
+    *[(name, {name: value}, *expected) for name in COUNTS_OF_LATENT_EMBEDDER for value, *expected in BAD_COUNTS],
+    *[("mlp_ratio", dict(mlp_ratio=value), *expected) for value, *expected in BAD_RATIOS],
+    ("sample_size", dict(sample_size=9), ValueError, "multiple of `patch_size` = 2", "got 9"),
+    ("latent_token_dim", dict(latent_token_dim=6), ValueError, "multiple of 4", "got 6"),
+    ("attention_head_dim", dict(attention_head_dim=15), ValueError, "multiple of 4", "got 2 * 15"),
+    ("num_attention_heads", dict(num_attention_heads=3, attention_head_dim=2), ValueError, "of 4", "got 3 * 2"),
+]
+
+
+def latents(batch_size=2, channels=4, height=8, width=8):
+    return torch.zeros(batch_size, channels, height, width)
+
+
+def priors(batch_size=2, tokens=16, width=32):
+    return torch.zeros(batch_size, tokens, width)
+
+
+BAD_LATENTS = [
+    (latents()[0], "(batch, 4, height, width)", "got (4, 8, 8)"),
+    (latents(channels=3), "(batch, 4, height, width)", "got (2, 3, 8, 8)"),
+    (latents(height=7), "multiples of `patch_size` = 2", "got 7 x 8"),
+    (latents(width=5), "multiples of `patch_size` = 2", "got 8 x 5"),
+    (latents(height=0), "positive multiples", "got 0 x 8"),
+]
+BAD_FORWARDS = [
+    *[("hidden_states", dict(hidden_states=value), ValueError, *expected) for value, *expected in BAD_LATENTS],
+    ("timestep", dict(timestep=torch.zeros(3)), ValueError, "(2,)", "got (3,)"),
+    ("timestep", dict(timestep=torch.zeros(2, 1)), ValueError, "(2,)", "got (2, 1)"),
+    ("class_labels", dict(class_labels=torch.tensor(1)), ValueError, "(2,)", "got ()"),
+    ("class_labels", dict(class_labels=torch.tensor([1])), ValueError, "(2,)", "got (1,)"),
+    ("class_labels", dict(class_labels=torch.tensor([[1], [2]])), ValueError, "(2,)", "got (2, 1)"),
+    ("prior_embeds", dict(prior_embeds=priors()[0]), ValueError, "(K, 16, 32)", "0 <= K <= 2", "got (16, 32)"),
+    ("prior_embeds", dict(prior_embeds=priors(3)), ValueError, "(K, 16, 32)", "0 <= K <= 2", "got (3, 16, 32)"),
+    ("prior_embeds", dict(prior_embeds=priors(2, 15)), ValueError, "(K, 16, 32)", "got (2, 15, 32)"),
+    # One token would broadcast over all.
+    ("prior_embeds", dict(prior_embeds=priors(2, 1)), ValueError, "(K, 16, 32)", "got (2, 1, 32)"),
+    ("prior_embeds", dict(prior_embeds=priors(2, 16, 31)), ValueError, "(K, 16, 32)", "got (2, 16, 31)"),
+]
+BAD_DECODES = [
+    ("latent_tokens", dict(latent_tokens=torch.zeros(4, 8)), ValueError, "(batch, 4, 8)", "got (4, 8)"),
+    ("latent_tokens", dict(latent_tokens=torch.zeros(2, 5, 8)), ValueError, "(batch, 4, 8)", "got (2, 5, 8)"),
+    ("latent_tokens", dict(latent_tokens=torch.zeros(2, 4, 7)), ValueError, "(batch, 4, 8)", "got (2, 4, 7)"),
+    ("height", dict(height=0), ValueError, ">= 1", "got 0"),
+    ("height", dict(height=7), ValueError, "multiple of `patch_size` = 2", "got 7"),
+    ("height", dict(height=8.0), TypeError, "int", "got 8.0"),
+    ("width", dict(width=-2), ValueError, ">= 1", "got -2"),
+    ("width", dict(width=3), ValueError, "multiple of `patch_size` = 2", "got 3"),
+    ("width", dict(width=None), TypeError, "int", "got None"),
+]
+
+
+def table(rows):
+    """Rows (argument, kwargs, exception, *fragments) as parameters named after the argument."""
+    return pytest.mark.parametrize(
+        ("argument", "kwargs", "exception", "fragments"),
+        [
+            pytest.param(argument, kwargs, exception, fragments, id=f"{argument}-{number}")
+            for number, (argument, kwargs, exception, *fragments) in enumerate(rows)
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    return tiny_transformer()
+
+
+@pytest.fixture(scope="module")
+def latent_embedder():
+    return tiny_latent_embedder()
+
+
+@table(BAD_TRANSFORMERS)
+def test_bad_arguments_of_the_transformer(argument, kwargs, exception, fragments):
+    with pytest.raises(exception, match=says(f"`{argument}`", *fragments)):
+        tiny_transformer(**kwargs)
+
+
+@table(BAD_LATENT_EMBEDDERS)
+def test_bad_arguments_of_the_latent_embedder(argument, kwargs, exception, fragments):
+    with pytest.raises(exception, match=says(f"`{argument}`", *fragments)):
+        tiny_latent_embedder(**kwargs)
+
+
+@table(BAD_FORWARDS)
+def test_bad_inputs_of_the_transformer(transformer, argument, kwargs, exception, fragments):
+    inputs = dict(hidden_states=latents(), timestep=500.0, class_labels=torch.tensor([1, 2])) | kwargs
+    with pytest.raises(exception, match=says(f"`{argument}`", *fragments)):
+        transformer(**inputs)
+
+
+def test_a_plain_transformer_refuses_priors():
+    transformer = tiny_transformer(prior_embed_dim=None)
+    with pytest.raises(ValueError, match=says("`prior_embeds`", "must be None", "got a tensor of shape (2, 16, 32)")):
+        transformer(latents(), 500.0, torch.tensor([1, 2]), prior_embeds=priors())
+
+
+@pytest.mark.parametrize(("value", "fragments"), [(value, fragments) for value, *fragments in BAD_LATENTS])
+@pytest.mark.parametrize("method", ["encode", "forward"])
+def test_bad_inputs_of_the_latent_embedder(latent_embedder, method, value, fragments):
+    with pytest.raises(ValueError, match=says("`latents`", *fragments)):
+        getattr(latent_embedder, method)(value)
+
+
+@table(BAD_DECODES)
+def test_bad_inputs_of_decode(latent_embedder, argument, kwargs, exception, fragments):
+    inputs = dict(latent_tokens=torch.zeros(2, 4, 8), height=8, width=8) | kwargs
+    with pytest.raises(exception, match=says(f"`{argument}`", *fragments)):
+        latent_embedder.decode(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("function", "rows"),
+    [
+        (DoDTransformer2DModel.__init__, BAD_TRANSFORMERS),
+        (LatentEmbeddingModule.__init__, BAD_LATENT_EMBEDDERS),
+        (DoDTransformer2DModel.forward, BAD_FORWARDS),
+        (LatentEmbeddingModule.decode, BAD_DECODES),
+    ],
+    ids=["transformer", "latent embedder", "forward", "decode"],
+)
+def test_every_argument_has_a_bad_value(function, rows):
+    # `return_dict` is taken by its truth, as everywhere in Diffusers.
+    assert {row[0] for row in rows} == set(inspect.signature(function).parameters) - {"self", "return_dict"}
+
+
+def test_the_smallest_accepted_values():
+    transformer = tiny_transformer(
+        sample_size=1,
+        patch_size=1,
+        in_channels=1,
+        num_layers=1,
+        num_attention_heads=1,
+        attention_head_dim=4,
+        num_classes=1,
+        adaln_lora_dim=1,
+        prior_embed_dim=1,
+        mlp_ratio=0.5,
+    )
+    sample = transformer(latents(1, 1, 1, 1), 0, torch.tensor([1]), prior_embeds=priors(1, 1, 1)).sample
+    assert sample.shape == (1, 1, 1, 1) and sample.isfinite().all()
+    latent_embedder = tiny_latent_embedder(
+        sample_size=1,
+        patch_size=1,
+        in_channels=1,
+        num_latent_tokens=1,
+        latent_token_dim=4,
+        num_attention_heads=1,
+        attention_head_dim=4,
+        mlp_ratio=0.25,
+    )
+    assert latent_embedder(latents(1, 1, 1, 1)).prior_embeds.shape == (1, 1, 4)

@@ -1,0 +1,114 @@
+"""Up to the Hub and down again, by the real client against a server on the loopback interface."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from helpers import tiny_pipeline
+from hub_server import Hub
+
+
+# The end point is read when huggingface_hub is imported, so all of the client runs in one process of its own. It says
+# when it is done with the server and goes on once that is gone.
+CLIENT = """
+import sys
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi
+
+from diffusers_dod import DoDPipeline
+
+local_folder, exported_folder = sys.argv[1:]
+
+
+def images(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(["goldfish", 3], output_type="pt", generator=torch.Generator().manual_seed(0)).images
+
+
+local = DoDPipeline.from_pretrained(local_folder)
+expected = images(local)
+
+api = HfApi()
+api.create_repo("user/uploaded")
+api.upload_folder(repo_id="user/uploaded", folder_path=local_folder)
+local.push_to_hub("user/pushed")
+
+for repo_id in ("user/uploaded", "user/pushed"):
+    for cls in (DoDPipeline, DiffusionPipeline):
+        pipe = cls.from_pretrained(repo_id)
+        assert type(pipe) is DoDPipeline, type(pipe)
+        assert torch.equal(images(pipe), expected), (repo_id, cls)
+    assert dict(pipe.config.id2label) == dict(local.config.id2label)
+    assert pipe.config.default_guidance_scale == local.config.default_guidance_scale
+pipe.save_pretrained(exported_folder)
+
+print("online done", flush=True)
+sys.stdin.readline()
+for cls in (DoDPipeline, DiffusionPipeline):
+    pipe = cls.from_pretrained("user/pushed", local_files_only=True)
+    assert torch.equal(images(pipe), expected), cls
+print("offline done", flush=True)
+"""
+
+
+def run_client(folder: Path) -> Hub:
+    """Runs the client in `folder`, where `local` is the pipeline to upload; returns the server, stopped by then."""
+    with Hub() as hub, (folder / "errors").open("w") as errors:
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))},
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(folder / "home"),
+            "HF_TOKEN": "hf_dummy",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        client = subprocess.Popen(
+            [sys.executable, "-c", CLIENT, folder / "local", folder / "exported"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
+        )
+        online = client.stdout.readline()
+    num_requests = len(hub.requests)
+    output, _ = client.communicate("\n", timeout=60)
+    assert (online + output, client.returncode) == ("online done\noffline done\n", 0), (folder / "errors").read_text()
+    assert len(hub.requests) == num_requests
+    return hub
+
+
+def json_files(folder: Path) -> dict[str, dict]:
+    return {str(file.relative_to(folder)): json.loads(file.read_text()) for file in folder.rglob("*.json")}
+
+
+# One test, so that the client runs once however the tests are spread over processes.
+def test_up_to_the_hub_and_down_again(tmp_path):
+    local = tmp_path / "local"
+    tiny_pipeline(default_guidance_scale=3.0).save_pretrained(local)
+    hub = run_client(tmp_path)  # asserts that the images are the same
+
+    # The weights of every component came from the server.
+    for repo_id in ("user/uploaded", "user/pushed"):
+        downloads = [request for request in hub.requests if request.startswith(f"GET /{repo_id}/resolve/")]
+        weights = {download.rsplit("/", 2)[-2] for download in downloads if download.endswith(".safetensors")}
+        assert weights == {"transformer", "vae", "latent_embedder"}
+
+    # Both ways put the same files there, byte for byte, and pushing adds a model card.
+    uploaded, pushed = (hub.repos[repo_id].files for repo_id in ("user/uploaded", "user/pushed"))
+    assert set(uploaded) == {str(file.relative_to(local)) for file in local.rglob("*") if file.is_file()}
+    assert set(pushed) == set(uploaded) | {"README.md"}
+    for path, file in uploaded.items():
+        assert pushed[path].sha256 == file.sha256, path
+        assert file.is_lfs == path.endswith(".safetensors")
+
+    # Nothing names a folder of this machine, neither there nor in what is saved from the cache of downloads.
+    for path, file in (*uploaded.items(), *pushed.items()):
+        content = hub.contents[file.sha256]
+        assert str(tmp_path).encode() not in content and b"_name_or_path" not in content, path
+    assert json_files(tmp_path / "exported") == json_files(local)

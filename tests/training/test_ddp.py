@@ -1,0 +1,189 @@
+"""
+Two processes against one. pytest starts this very file once under torchrun: `work` is what each process does, and the
+tests compare what the processes have written with one process that sees the joint batch.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from diffusers_dod import DoDTransformer2DModel, LatentEmbeddingModule
+from diffusers_dod.losses import DoDJointModel
+from diffusers_dod.training.train import main
+
+
+# Which of the two processes keeps the prior of its one sample, step by step. A reducer that still waits for a
+# parameter of the step before raises in the next one, so the kinds of steps follow each other both ways.
+KEPT = [(0, 0), (1, 1), (1, 0), (0, 1), (0, 0), (1, 0), (1, 1)]
+
+TRAIN = "--preset DoD-Desk --resolution 8 --max_train_steps 2 --logging_steps 1".split()
+# With this epsilon Adam's update is a smooth function of the gradient, so that rounding stays rounding.
+TRAIN += "--learning_rate 1e-2 --adam_epsilon 1e-3".split()
+
+
+def tiny_model() -> DoDJointModel:
+    torch.manual_seed(0)
+    transformer = DoDTransformer2DModel(
+        sample_size=4,
+        in_channels=2,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_classes=3,
+        prior_embed_dim=16,
+    )
+    latent_embedder = LatentEmbeddingModule(
+        sample_size=4,
+        in_channels=2,
+        num_latent_tokens=2,
+        latent_token_dim=4,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+    )
+    model = DoDJointModel(transformer, latent_embedder)
+    with torch.no_grad():  # a fresh model has a gradient in its last layer only
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model
+
+
+def draw_samples(step: int) -> dict[str, torch.Tensor]:
+    """One sample for each of the two processes."""
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "latents": torch.randn(2, 2, 4, 4, generator=generator),
+        "noise": torch.randn(2, 2, 4, 4, generator=generator),
+        "sigmas": torch.rand(2, generator=generator),
+        "class_labels": torch.randint(0, 4, (2,), generator=generator),
+    }
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("module."): parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def work(folder: Path) -> None:
+    accelerator = Accelerator()
+    # Some ways to launch two processes run one, and a test of one process would pass.
+    assert accelerator.num_processes == torch.distributed.get_world_size() == 2
+    rank = accelerator.process_index
+    model = accelerator.prepare(tiny_model())
+    assert isinstance(model, torch.nn.parallel.DistributedDataParallel) and not model.find_unused_parameters
+    for step, kept in enumerate(KEPT):
+        own = {name: tensor[rank : rank + 1] for name, tensor in draw_samples(step).items()}
+        model.zero_grad()
+        accelerator.backward(model(**own, num_priors=kept[rank]).mean())
+        save_file(gradients(model), folder / f"gradients-{step}-{rank}.safetensors")
+    arguments = ["--train_data_dir", str(folder / "pictures"), "--output_dir", str(folder / "two")]
+    main([*TRAIN, *arguments, "--train_batch_size", "2"])
+    (folder / f"finished-{rank}").touch()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ddp")
+    for i, name in enumerate(("ant", "newt")):
+        (folder / "pictures" / name).mkdir(parents=True)
+        for j in range(4):
+            Image.radial_gradient("L").rotate(40 * i + 90 * j).resize((20 + j, 20)).save(
+                folder / "pictures" / name / f"{j}.png"
+            )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["HF_DATASETS_CACHE"] = str(folder / "cache")
+    process = subprocess.Popen(
+        [*command, __file__, str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that a launch that hangs can be ended with its workers
+    )
+    try:
+        output, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"Two processes did not finish in 300 s:\n{output[-3000:]}")
+    assert process.returncode == 0, output[-5000:]
+    assert sorted(path.name for path in folder.glob("finished-*")) == ["finished-0", "finished-1"]
+    return folder
+
+
+@pytest.mark.parametrize("step", range(len(KEPT)), ids=[f"{i}: {kept}" for i, kept in enumerate(KEPT)])
+def test_gradients_are_those_of_the_joint_batch(folder, step):
+    first, second = (load_file(folder / f"gradients-{step}-{rank}.safetensors") for rank in range(2))
+    kept = KEPT[step]
+    order = [0, 1] if kept[0] >= kept[1] else [1, 0]  # priors first
+    model = tiny_model()
+    model(
+        **{name: tensor[order] for name, tensor in draw_samples(step).items()}, num_priors=sum(kept)
+    ).mean().backward()
+    expected = gradients(model)
+    assert first.keys() == second.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], expected[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: n + m)
+    sample_token = expected["transformer.sample_token"].abs().max()
+    embedder = expected["latent_embedder.latent_queries"].abs().max()
+    assert (sample_token > 1e-4) == (sum(kept) < 2) and (embedder > 1e-4) == (sum(kept) > 0)
+
+
+@pytest.fixture(scope="module")
+def one(folder) -> Path:
+    """The same training by one process with twice the batch."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        arguments = ["--train_data_dir", str(folder / "pictures"), "--output_dir", str(folder / "one")]
+        main([*TRAIN, *arguments, "--train_batch_size", "4"])
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+    return folder / "one"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "training_state/model.safetensors",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "latent_embedder/diffusion_pytorch_model.safetensors",
+    ],
+)
+def test_weights_are_those_of_one_process(folder, one, name):
+    ours, expected = (load_file(run / "checkpoint-2" / name) for run in (folder / "two", one))
+    assert ours.keys() == expected.keys()
+    for key in expected:
+        torch.testing.assert_close(ours[key], expected[key], rtol=0, atol=1e-5, msg=lambda m, k=key: k + m)
+
+
+def test_metrics_are_those_of_one_process(folder, one):
+    """Losses are averaged over the samples of all processes, and each line is written once."""
+    ours, expected = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (folder / "two", one)
+    )
+    assert [line["step"] for line in ours] == [line["step"] for line in expected] == [1, 2]
+    for our_line, line in zip(ours, expected, strict=True):
+        for name in ("loss", "loss_with_prior", "loss_without_prior", "grad_norm", "learning_rate"):
+            assert our_line[name] == pytest.approx(line[name], rel=1e-4), name
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))

@@ -1,0 +1,450 @@
+"""The trainer as it is called: what it computes, writes and refuses, and that a resumed run is the same run."""
+
+import json
+import re
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_dod import DoDPipeline
+from diffusers_dod.presets import PRESETS
+from diffusers_dod.training.checkpoints import MANIFEST, STATE_FOLDER
+from diffusers_dod.training.data import LatentDataset, TrainingStream
+from diffusers_dod.training.train import main, parse_args
+
+
+# A large epsilon makes Adam's update a smooth function of the gradient, so that rounding stays rounding.
+TINY = "--preset DoD-Desk --train_batch_size 4 --logging_steps 1 --learning_rate 1e-2 --adam_epsilon 1e-3".split()
+
+
+@contextmanager
+def fresh_accelerator():
+    """The state of accelerate outlives a run; each run of these tests is the first one of its process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        yield
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+
+
+def train(output_dir: Path, *arguments) -> Path:
+    with fresh_accelerator():
+        main([*TINY, "--output_dir", str(output_dir), *map(str, arguments)])
+    return output_dir
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for name in ("newt", "ant"):
+        (folder / name).mkdir()
+        for i in range(5):
+            Image.fromarray(rng.integers(0, 256, (18, 22, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(pictures) -> list:
+    return ["--train_data_dir", pictures, "--resolution", 16]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data) -> Path:
+    """Four uninterrupted steps with a checkpoint after each; read only."""
+    output_dir = tmp_path_factory.mktemp("finished") / "run"
+    return train(output_dir, *data, "--max_train_steps", 4, "--checkpointing_steps", 1, "--ema_decay", 0.2)
+
+
+def raw_weights(output_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(output_dir / f"checkpoint-{step}" / STATE_FOLDER / "model.safetensors")
+
+
+def averaged_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a pipeline's folder under their names in the joint model."""
+    return {
+        f"{part}.{name}": tensor
+        for part in ("transformer", "latent_embedder")
+        if (folder / part).exists()
+        for name, tensor in load_file(folder / part / "diffusion_pytorch_model.safetensors").items()
+    }
+
+
+def hashes(output_dir: Path, step: int) -> dict[str, str]:
+    return json.loads((output_dir / f"checkpoint-{step}" / MANIFEST).read_text())["sha256"]
+
+
+def read_metrics(output_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speed(metrics: list[dict]) -> list[dict]:
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in metrics]
+
+
+def copy_of(output_dir: Path, target: Path, last_step: int) -> Path:
+    """A run as it is found after a crash: everything is there but the checkpoints after `last_step`."""
+    shutil.copytree(output_dir, target)
+    for checkpoint in target.glob("checkpoint-*"):
+        if int(checkpoint.name.split("-")[1]) > last_step:
+            shutil.rmtree(checkpoint)
+    return target
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run writes
+
+
+def test_finished_pipeline(finished):
+    pipe = DoDPipeline.from_pretrained(finished)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.config.id2label == {"0": "ant", "1": "newt"}
+    assert pipe.vae is None and pipe.config.default_num_stages == 2
+    assert pipe.transformer.config.num_classes == 2
+    image = pipe(["newt"], num_inference_steps=1, generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (16, 16)
+
+
+def test_finished_weights_are_the_average_of_the_last_step(finished):
+    last, final = averaged_weights(finished / "checkpoint-4"), averaged_weights(finished)
+    assert final.keys() == last.keys() == raw_weights(finished, 4).keys()
+    for name in final:
+        assert torch.equal(final[name], last[name]), name
+
+
+def test_metrics(finished):
+    metrics = read_metrics(finished)
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    for line in metrics:
+        assert list(line) == [
+            *("step", "loss", "loss_with_prior", "loss_without_prior"),
+            *("grad_norm", "learning_rate", "images_per_second"),
+        ]
+        assert line["loss"] > 0 and line["grad_norm"] > 0 and line["images_per_second"] > 0
+        assert line["learning_rate"] == 1e-2
+
+
+def test_loss_of_the_first_step(finished):
+    """An untrained model answers zero, so its loss is the mean square of noise - latents over the first samples."""
+    stream = TrainingStream(LatentDataset(finished / "latents.safetensors"), num_classes=2, seed=0)
+    samples = [stream[position] for position in range(4)]
+    losses = [float((sample["noise"] - sample["latents"]).double().square().mean()) for sample in samples]
+    kept = [loss for loss, sample in zip(losses, samples, strict=True) if sample["has_prior"]]
+    dropped = [loss for loss, sample in zip(losses, samples, strict=True) if not sample["has_prior"]]
+    assert kept and dropped  # seed 0 has both
+    first = read_metrics(finished)[0]
+    assert first["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert first["loss_with_prior"] == pytest.approx(np.mean(kept), rel=1e-5)
+    assert first["loss_without_prior"] == pytest.approx(np.mean(dropped), rel=1e-5)
+
+
+def test_every_weight_is_trained(finished):
+    """After four steps nothing is still where it was after the first, in the backbone or in the LEM."""
+    first, last = raw_weights(finished, 1), raw_weights(finished, 4)
+    # The keys' bias in a LEM block cancels in the softmax, so that its gradient is rounding.
+    still = [
+        name
+        for name in first
+        if torch.equal(first[name], last[name]) and not (name.startswith("latent") and name.endswith("to_k.bias"))
+    ]
+    assert still == []
+
+
+def test_average_of_the_weights(finished):
+    """EMA with diffusers' ramp: the decay of step n is min(ema_decay, n / (n + 9)), and none in the first step."""
+    average = raw_weights(finished, 1)
+    for step in (1, 2, 3, 4):
+        raw = raw_weights(finished, step)
+        decay = 0.0 if step == 1 else min(0.2, step / (step + 9))
+        average = {name: decay * average[name] + (1 - decay) * raw[name] for name in raw}
+        written = averaged_weights(finished / f"checkpoint-{step}")
+        for name in raw:
+            torch.testing.assert_close(written[name], average[name], rtol=0, atol=1e-6, msg=lambda m, n=name: n + m)
+    assert any((written[name] - raw[name]).abs().max() > 1e-4 for name in raw)
+
+
+def test_checkpoints_hold_only_safetensors_and_json(finished):
+    files = [path for path in finished.glob("checkpoint-*/**/*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".json"}
+    assert sorted(path.name for path in finished.glob("checkpoint-*")) == [f"checkpoint-{i}" for i in (1, 2, 3, 4)]
+    assert not list(finished.glob(".unfinished*"))
+
+
+def test_a_checkpoint_is_a_pipeline(finished):
+    pipe = DoDPipeline.from_pretrained(finished / "checkpoint-2")
+    assert pipe.config.id2label == {"0": "ant", "1": "newt"}
+
+
+def test_sample_grid(finished):
+    """Two classes beside each other; two samples of two stages above each other; enlarged to 64, two pixels apart."""
+    assert [path.name for path in (finished / "samples").iterdir()] == ["step-0000004.png"]
+    with Image.open(finished / "samples" / "step-0000004.png") as grid:
+        assert grid.format == "PNG" and grid.size == (2 * 66 - 2, 4 * 66 - 2)
+        assert len(grid.getcolors(maxcolors=1 << 20)) > 50
+
+
+def text_files(output_dir: Path) -> list[Path]:
+    return [path for path in output_dir.rglob("*") if path.suffix in (".json", ".jsonl", ".md")]
+
+
+def test_no_paths_of_this_machine_are_written(finished, pictures):
+    assert finished / "README.md" in text_files(finished)
+    for path in text_files(finished):
+        text = path.read_text()
+        assert str(finished.parent) not in text and str(pictures) not in text, path
+
+
+def test_model_card(finished):
+    card = (finished / "README.md").read_text()
+    assert "2 classes: ant, newt" in card and '"max_train_steps": 4' in card and "DoD-Desk" in card
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resuming
+
+
+def test_resuming_is_bit_identical(tmp_path, data, finished):
+    """Two steps, a new process' worth of state, two more steps: the files of the last checkpoint have equal hashes."""
+    shared = [*data, "--checkpointing_steps", 2, "--ema_decay", 0.2, "--resume_from_checkpoint", "latest"]
+    train(tmp_path / "run", *shared, "--max_train_steps", 2)  # nothing to resume yet: it starts from scratch
+    assert hashes(tmp_path / "run", 2) == hashes(finished, 2)
+    # A grid on the way must not move anything either.
+    train(tmp_path / "run", *shared, "--max_train_steps", 4, "--validation_steps", 3)
+    assert hashes(tmp_path / "run", 4) == hashes(finished, 4)
+    assert {f"{STATE_FOLDER}/model.safetensors", f"{STATE_FOLDER}/optimizer.safetensors"} < hashes(finished, 4).keys()
+    assert without_speed(read_metrics(tmp_path / "run")) == without_speed(read_metrics(finished))
+    final, expected = averaged_weights(tmp_path / "run"), averaged_weights(finished)
+    for name in expected:
+        assert torch.equal(final[name], expected[name]), name
+
+
+def test_resuming_after_a_crash(tmp_path, data, finished):
+    """The newest checkpoint is damaged, its metrics are written again, and no line comes twice."""
+    run = copy_of(finished, tmp_path / "run", last_step=4)
+    weights = run / "checkpoint-4" / STATE_FOLDER / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    arguments = ["--max_train_steps", 4, "--checkpointing_steps", 1, "--ema_decay", 0.2]
+    train(run, *data, *arguments, "--resume_from_checkpoint", "latest")
+    assert hashes(run, 4) == hashes(finished, 4)
+    assert without_speed(read_metrics(run)) == without_speed(read_metrics(finished))
+
+
+def test_resuming_with_a_schedule_of_the_learning_rate(tmp_path, pictures):
+    """A cosine with warm-up: the first step after the interruption has its own rate, not that of the first step."""
+    arguments = ["--train_data_dir", pictures, "--resolution", 8]
+    arguments += ["--lr_scheduler", "cosine", "--lr_warmup_steps", 2, "--max_train_steps", 4]
+    whole = train(tmp_path / "whole", *arguments, "--checkpointing_steps", 2)
+    # The line of a step names the rate of the next one.
+    rates = [line["learning_rate"] for line in read_metrics(whole)]
+    assert rates == pytest.approx([0.5e-2, 1e-2, 0.5e-2, 0.0])
+    run = copy_of(whole, tmp_path / "run", last_step=2)
+    train(run, *arguments, "--checkpointing_steps", 2, "--resume_from_checkpoint", "latest")
+    assert without_speed(read_metrics(run)) == without_speed(read_metrics(whole))
+    assert hashes(run, 4) == hashes(whole, 4)
+
+
+def test_resuming_with_a_torn_line_of_metrics(tmp_path, data, finished):
+    """A run that was killed while it wrote a line of metrics goes on all the same."""
+    run = copy_of(finished, tmp_path / "run", last_step=4)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    train(run, *data, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    assert read_metrics(run) == read_metrics(finished)
+
+
+def test_a_named_checkpoint_is_taken_only_undamaged(tmp_path, data, finished):
+    run = copy_of(finished, tmp_path / "run", last_step=4)
+    (run / "checkpoint-3" / "transformer" / "config.json").unlink()
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` must be an undamaged checkpoint") as error:
+        train(run, *data, "--max_train_steps", 4, "--resume_from_checkpoint", run / "checkpoint-3")
+    assert "checkpoint-3" in str(error.value) and "transformer/config.json" in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other ways to train
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, data, finished):
+    arguments = ["--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--max_train_steps", 2]
+    run = train(tmp_path / "run", *data, *arguments, "--ema_decay", 0.2)
+    for weights in (lambda folder: raw_weights(folder, 2), lambda folder: averaged_weights(folder / "checkpoint-2")):
+        ours, expected = weights(run), weights(finished)
+        for name in expected:
+            torch.testing.assert_close(ours[name], expected[name], rtol=0, atol=1e-5, msg=lambda m, n=name: n + m)
+    first, second = raw_weights(finished, 1), raw_weights(finished, 2)
+    assert max((first[name] - second[name]).abs().max() for name in first) > 1e-3  # a step is much more than that
+    for ours, expected in zip(read_metrics(run), read_metrics(finished), strict=False):
+        for name in ("step", "loss", "loss_with_prior", "loss_without_prior", "grad_norm", "learning_rate"):
+            assert ours[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+def test_own_rate_for_the_latent_embedder(tmp_path, data, finished):
+    """With nearly no rate of its own the LEM stays where it is, and the backbone moves."""
+    run = train(tmp_path / "run", *data, "--max_train_steps", 2, "--latent_embedder_learning_rate", 1e-12)
+    initial = raw_weights(finished, 1)  # zero-initialised modulation: the first step moves only the output layer
+    for name, tensor in raw_weights(run, 2).items():
+        if name.startswith("latent_embedder"):
+            torch.testing.assert_close(tensor, initial[name], rtol=0, atol=1e-8, msg=lambda m, n=name: n + m)
+    moved = raw_weights(run, 2)["transformer.proj_out.weight"] - initial["transformer.proj_out.weight"]
+    assert moved.abs().max() > 1e-3
+
+
+def test_latents_of_an_autoencoder(tmp_path, pictures):
+    """Mirrored pictures, bf16, gradient checkpointing: the finished pipeline holds the autoencoder too."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=16,
+        latents_mean=[0.5, -0.25, 0.0, 0.125],
+        latents_std=[1.0, 2.0, 0.5, 1.5],
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    arguments = ["--train_data_dir", pictures, "--resolution", 16, "--random_flip", "--mixed_precision", "bf16"]
+    arguments += ["--gradient_checkpointing", "--pretrained_vae_name_or_path", tmp_path / "vae"]
+    arguments += ["--max_train_steps", 2, "--checkpointing_steps", 1, "--checkpoints_total_limit", 1]
+    run = train(tmp_path / "run", *arguments)
+    assert LatentDataset(run / "latents.safetensors").mean.shape == (10, 2, 4, 8, 8)
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert {tensor.dtype for tensor in raw_weights(run, 2).values()} == {torch.float32}
+    pipe = DoDPipeline.from_pretrained(run)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.transformer.config.in_channels == pipe.latent_embedder.config.in_channels == 4
+    for name, tensor in vae.state_dict().items():
+        assert torch.equal(pipe.vae.state_dict()[name], tensor), name
+    assert pipe(["ant"], num_inference_steps=1).images[0].size == (16, 16)
+    leaks = [str(path.relative_to(run)) for path in text_files(run) if str(tmp_path) in path.read_text()]
+    assert leaks == []
+
+
+def test_a_plain_fit_trains(tmp_path):
+    arguments = ["--preset", "FiTv2-Desk", "--dataset_name", "textures", "--num_train_samples", 48, "--resolution", 8]
+    run = train(tmp_path / "run", *arguments, "--max_train_steps", 2, "--checkpointing_steps", 1)
+    for line in read_metrics(run):
+        assert line["loss_with_prior"] is None and line["loss"] == line["loss_without_prior"] > 0
+    first, last = raw_weights(run, 1), raw_weights(run, 2)
+    assert not any(name.startswith("latent_embedder") for name in last)
+    assert not torch.equal(
+        first["transformer.transformer_blocks.0.adaln_up.weight"],
+        last["transformer.transformer_blocks.0.adaln_up.weight"],
+    )
+    pipe = DoDPipeline.from_pretrained(run)
+    assert pipe.latent_embedder is None and pipe.config.default_num_stages == 1
+    assert pipe.config.id2label["5"] == "marble" and len(pipe.config.id2label) == 12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run refuses
+
+
+def test_a_folder_with_checkpoints_is_not_overwritten(data, finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    with pytest.raises(ValueError, match="`output_dir` .*holds checkpoints.*`--resume_from_checkpoint latest`"):
+        train(finished, *data, "--max_train_steps", 4)
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "other", [["--random_flip"], ["--resolution", 8], ["--dataset_name", "textures", "--num_train_samples", 4]]
+)
+def test_latents_of_other_pictures_are_refused(tmp_path, pictures, finished, other):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(finished / "latents.safetensors", run)
+    source = [] if "--dataset_name" in other else ["--train_data_dir", pictures]
+    with pytest.raises(ValueError, match="must hold the latents of these pictures.*another `output_dir`") as error:
+        train(run, "--resolution", 16, *source, *other, "--max_train_steps", 1)
+    assert "latents.safetensors" in str(error.value)
+    assert [path.name for path in run.iterdir()] == ["latents.safetensors"]
+
+
+ACCEPTED = ["--preset", "DoD-Desk", "--dataset_name", "textures", "--output_dir", "run"]
+OUT_OF_RANGE = [
+    *((name, "0") for name in ("num_train_samples", "resolution", "encoding_batch_size", "train_batch_size")),
+    *((name, "0") for name in ("gradient_accumulation_steps", "max_train_steps", "logging_steps")),
+    *((name, "0") for name in ("validation_steps", "checkpointing_steps", "checkpoints_total_limit")),
+    *((name, "0") for name in ("num_latent_tokens", "latent_token_dim")),
+    *((name, "-4") for name in ("train_batch_size", "max_train_steps", "resolution", "num_latent_tokens")),
+    *((name, "-1") for name in ("dataloader_num_workers", "lr_warmup_steps", "seed", "validation_seed")),
+    *((name, "0") for name in ("learning_rate", "latent_embedder_learning_rate", "max_grad_norm", "adam_epsilon")),
+    *((name, "-1e-4") for name in ("learning_rate", "latent_embedder_learning_rate", "max_grad_norm")),
+    *((name, "nan") for name in ("learning_rate", "max_grad_norm", "ema_decay", "prior_dropout_prob")),
+    *((name, "inf") for name in ("learning_rate", "adam_weight_decay", "validation_guidance_scale")),
+    *((name, "-0.1") for name in ("adam_beta1", "adam_beta2", "ema_decay", "label_dropout_prob")),
+    *((name, "-0.1") for name in ("prior_dropout_prob", "adam_weight_decay", "validation_guidance_scale")),
+    *((name, "1.1") for name in ("adam_beta1", "adam_beta2", "ema_decay", "label_dropout_prob", "prior_dropout_prob")),
+    # AdamW divides by 1 - beta^step.
+    *((name, "1.0") for name in ("adam_beta1", "adam_beta2")),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
+def test_numbers_out_of_range(name, value, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse_args([*ACCEPTED, f"--{name}={value}"])
+    assert error.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"`{name}` must be" in message
+    got = re.search(r"got (\S+)\.$", message).group(1)
+    assert float(got) == pytest.approx(float(value), nan_ok=True)
+
+
+def test_the_table_above_names_every_number():
+    defaults = vars(parse_args(ACCEPTED))
+    numbers = {name for name, value in defaults.items() if type(value) in (int, float)}
+    unset = {"num_latent_tokens", "latent_token_dim", "latent_embedder_learning_rate"}
+    unset |= {"checkpoints_total_limit", "validation_guidance_scale"}
+    assert unset <= {name for name, value in defaults.items() if value is None}
+    assert numbers | unset == {name for name, _ in OUT_OF_RANGE}
+
+
+@pytest.mark.parametrize("name", ["num_train_samples", "train_batch_size", "seed", "num_latent_tokens"])
+def test_counts_are_integers(name, capsys):
+    with pytest.raises(SystemExit):
+        parse_args([*ACCEPTED, f"--{name}=2.5"])
+    assert f"--{name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["--output_dir", "run"], ["`dataset_name`", "`train_data_dir`"]),
+        ([*ACCEPTED, "--train_data_dir", "here"], ["`dataset_name`", "`train_data_dir`", "'here'"]),
+        ([*ACCEPTED, "--preset", "DoD-Huge"], ["--preset", "DoD-Huge", *PRESETS]),
+        ([*ACCEPTED, "--preset", "FiTv2-Desk", "--num_latent_tokens", "4"], ["`num_latent_tokens`", "'FiTv2-Desk'"]),
+        ([*ACCEPTED, "--preset", "FiTv2-B", "--latent_token_dim", "8"], ["`latent_token_dim`", "'FiTv2-B'"]),
+        ([*ACCEPTED, "--lr_scheduler", "none"], ["--lr_scheduler", "cosine"]),
+        ([*ACCEPTED, "--mixed_precision", "fp8"], ["--mixed_precision", "bf16"]),
+        (["--dataset_name", "textures"], ["--output_dir"]),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments, fragments, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    message = capsys.readouterr().err
+    for fragment in fragments:
+        assert fragment in message
