@@ -22,14 +22,22 @@ def check_at_least(name: str, value: Any, minimum: int) -> None:
         raise ValueError(f"`{name}` must be an integer >= {minimum}, got {value}.")
 
 
-def check_number(name: str, value: Any, minimum: float, maximum: float = math.inf, open_minimum: bool = False) -> None:
-    """Raises unless `value` is a finite number in [minimum, maximum], or in (minimum, maximum] if `open_minimum`."""
+def check_number(
+    name: str,
+    value: Any,
+    minimum: float,
+    maximum: float = math.inf,
+    open_minimum: bool = False,
+    open_maximum: bool = False,
+) -> None:
+    """Raises unless `value` is a finite number between `minimum` and `maximum`, each included unless it is open."""
     check_type(name, value, Real)
     above = value > minimum if open_minimum else value >= minimum
-    if not (math.isfinite(value) and above and value <= maximum):
-        bracket = "(" if open_minimum else "["
-        closing = "inf)" if maximum == math.inf else f"{maximum}]"
-        raise ValueError(f"`{name}` must be a finite number in {bracket}{minimum}, {closing}, got {value}.")
+    below = value < maximum if open_maximum else value <= maximum
+    if not (math.isfinite(value) and above and below):
+        opening = "(" if open_minimum else "["
+        closing = ")" if open_maximum or maximum == math.inf else "]"
+        raise ValueError(f"`{name}` must be a finite number in {opening}{minimum}, {maximum}{closing}, got {value}.")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

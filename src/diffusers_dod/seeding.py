@@ -12,12 +12,14 @@ def stateless_generator(*ids: int) -> torch.Generator:
     Different tuples give independent streams, and the same tuple gives the same stream in any process, in any order.
 
     Args:
-        ids (`int`): One or more integers >= 0.
+        ids (`int`): One or more integers in [0, 2^64 - 1].
 
     Raises:
-        `ValueError`: an id is negative.
+        `ValueError`: an id is out of range.
     """
-    if min(ids) < 0:
-        raise ValueError(f"`ids` must be integers >= 0, got {ids}.")
-    state = np.random.SeedSequence(ids).generate_state(1, np.uint64)[0]
+    if not all(0 <= number < 2**64 for number in ids):
+        raise ValueError(f"`ids` must be integers >= 0 and < 2**64, got {ids}.")
+    # SeedSequence cuts ids into 32-bit words and ignores zeros at the end: a fixed width and the count keep ids apart.
+    words = [word for number in ids for word in (number & 0xFFFFFFFF, number >> 32)]
+    state = np.random.SeedSequence([len(ids), *words]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))

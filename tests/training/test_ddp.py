@@ -101,6 +101,7 @@ def folder(tmp_path_factory) -> Path:
                 folder / "pictures" / name / f"{j}.png"
             )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["--log_dir", str(folder / "logs")]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["HF_DATASETS_CACHE"] = str(folder / "cache")
     process = subprocess.Popen(

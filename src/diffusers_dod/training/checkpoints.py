@@ -59,8 +59,8 @@ def checkpoint_step(checkpoint: Path) -> int:
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or `None` if every file has the hash that its manifest states."""
     try:
-        hashes = json.loads((checkpoint / MANIFEST).read_text())["sha256"]
-    except (OSError, ValueError, KeyError) as error:
+        hashes = dict(json.loads((checkpoint / MANIFEST).read_text())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
     present = {str(path.relative_to(checkpoint)) for path in _files(checkpoint)}
     if missing := sorted(set(hashes) - present):
@@ -107,7 +107,9 @@ def save_checkpoint(
     os.rename(unfinished, checkpoint)
     _flush(output_dir)
     if total_limit is not None:
-        for old in list_checkpoints(output_dir)[:-total_limit]:
+        # The one just written is known to be valid, so it stays whatever else there is.
+        others = [path for path in list_checkpoints(output_dir) if path != checkpoint]
+        for old in others[: max(0, len(others) + 1 - total_limit)]:
             shutil.rmtree(old)
     return checkpoint
 

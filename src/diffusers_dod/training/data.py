@@ -40,7 +40,7 @@ def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
     scale = resolution / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
     left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
-    return np.asarray(image.crop((left, top, left + resolution, top + resolution)))
+    return np.array(image.crop((left, top, left + resolution, top + resolution)))
 
 
 class PictureDataset(Dataset):
@@ -133,7 +133,8 @@ def latents_fingerprint(pictures: Pictures, vae: AutoencoderKL | None, random_fl
     """A hash of what the encoded latents depend on: the pictures, the autoencoder's weights and the flip."""
     digest = hashlib.sha256(f"{pictures.fingerprint}-{random_flip}".encode())
     if vae is not None:
-        digest.update(json.dumps({k: str(v) for k, v in sorted(vae.config.items()) if k[0] != "_"}).encode())
+        config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
         for name, tensor in sorted(vae.state_dict().items()):
             digest.update(name.encode() + tensor.cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()

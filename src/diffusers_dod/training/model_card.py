@@ -30,6 +30,12 @@ def write_model_card(
     recipe = {name: str(value) if isinstance(value, Path) else value for name, value in sorted(vars(args).items())}
     for private in ("hub_token", "output_dir", "resume_from_checkpoint", "train_data_dir"):
         recipe.pop(private, None)
+    for source in (
+        "pretrained_vae_name_or_path",
+        "dataset_name",
+    ):  # a Hub id is public, a folder of this machine is not
+        if recipe[source] is not None and Path(recipe[source]).exists():
+            recipe.pop(source)
     shown = ", ".join(class_names[:20]) + (", ..." if len(class_names) > 20 else "")
     card = ModelCard.from_template(
         data,

@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import time
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from ..transformer_dod import DoDTransformer2DModel
 from .checkpoints import (
     find_damage,
     find_latest_checkpoint,
+    list_checkpoints,
     load_training_state,
     save_checkpoint,
     save_training_state,
@@ -148,7 +150,9 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("learning_rate", "latent_embedder_learning_rate", "max_grad_norm", "adam_epsilon"):
         if getattr(args, name) is not None:
             check_number(name, getattr(args, name), 0, open_minimum=True)
-    for name in ("adam_beta1", "adam_beta2", "ema_decay", "label_dropout_prob", "prior_dropout_prob"):
+    for name in ("adam_beta1", "adam_beta2"):
+        check_number(name, getattr(args, name), 0, 1, open_maximum=True)
+    for name in ("ema_decay", "label_dropout_prob", "prior_dropout_prob"):
         check_number(name, getattr(args, name), 0, 1)
     check_number("adam_weight_decay", args.adam_weight_decay, 0)
     if args.validation_guidance_scale is not None:
@@ -228,10 +232,18 @@ def build_optimizer(args: argparse.Namespace, model: DoDJointModel) -> torch.opt
 
 
 def drop_metrics_after(path: Path, step: int) -> None:
-    """Removes the lines that a resumed run will write again."""
+    """Removes the lines that a resumed run will write again, and the half of a line that a crash may have left."""
+
+    def is_kept(line: str) -> bool:
+        try:
+            return json.loads(line)["step"] <= step
+        except ValueError:
+            return False
+
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in lines))
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text("".join(line + "\n" for line in path.read_text().splitlines() if is_kept(line)))
+        os.replace(unfinished, path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -290,6 +302,10 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError(
                     f"`resume_from_checkpoint` must be an undamaged checkpoint, got {checkpoint}: {damage}."
                 )
+        if checkpoint is None and list_checkpoints(args.output_dir):
+            raise ValueError(
+                f"`output_dir` {args.output_dir} must hold an undamaged checkpoint, got damaged ones only."
+            )
         if checkpoint is None:
             logger.info(f"No checkpoint in {args.output_dir}, starting from scratch.")
         else:
@@ -307,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
             for group, learning_rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
                 group["lr"] = learning_rate  # a schedule sets it only when it steps
             logger.info(f"Resuming from {checkpoint} at step {start_step}.")
-    elif find_latest_checkpoint(args.output_dir) is not None:
+    elif list_checkpoints(args.output_dir):
         raise ValueError(
             f"`output_dir` {args.output_dir} holds checkpoints: continue with `--resume_from_checkpoint latest`, or "
             "use another folder."
