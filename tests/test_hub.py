@@ -8,6 +8,7 @@ from pathlib import Path
 
 from helpers import tiny_pipeline
 from hub_server import Hub
+from PIL import Image
 
 
 # The end point is read when huggingface_hub is imported, so all of the client runs in one process of its own. It says
@@ -20,8 +21,9 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 
 from diffusers_dod import DoDPipeline
+from diffusers_dod.training.train import main as train
 
-local_folder, exported_folder = sys.argv[1:]
+local_folder, exported_folder, pictures, trained_folder = sys.argv[1:]
 
 
 def images(pipe):
@@ -46,6 +48,14 @@ for repo_id in ("user/uploaded", "user/pushed"):
     assert pipe.config.default_guidance_scale == local.config.default_guidance_scale
 pipe.save_pretrained(exported_folder)
 
+sizes = "--resolution 8 --train_batch_size 2 --max_train_steps 1"
+where = ["--train_data_dir", pictures, "--output_dir", trained_folder]
+hub = ["--push_to_hub", "--hub_model_id", "user/trained", "--hub_token", "hf_dummy"]
+train(["--preset", "DoD-Desk", *sizes.split(), *where, *hub])
+pipe = DoDPipeline.from_pretrained("user/trained")
+assert pipe.label2ids == {"ant": [0], "newt": [1]}, pipe.label2ids
+assert pipe("newt", num_inference_steps=1, output_type="pt").images.shape == (1, 3, 8, 8)
+
 print("online done", flush=True)
 sys.stdin.readline()
 for cls in (DoDPipeline, DiffusionPipeline):
@@ -68,7 +78,7 @@ def run_client(folder: Path) -> Hub:
             "NO_PROXY": "127.0.0.1",
         }
         client = subprocess.Popen(
-            [sys.executable, "-c", CLIENT, folder / "local", folder / "exported"],
+            [sys.executable, "-c", CLIENT, *(folder / name for name in ("local", "exported", "pictures", "trained"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -91,6 +101,9 @@ def json_files(folder: Path) -> dict[str, dict]:
 def test_up_to_the_hub_and_down_again(tmp_path):
     local = tmp_path / "local"
     tiny_pipeline(default_guidance_scale=3.0).save_pretrained(local)
+    for name in ("newt", "ant"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "pictures" / name / "0.png")
     hub = run_client(tmp_path)  # asserts that the images are the same
 
     # The weights of every component came from the server.
@@ -112,3 +125,13 @@ def test_up_to_the_hub_and_down_again(tmp_path):
         content = hub.contents[file.sha256]
         assert str(tmp_path).encode() not in content and b"_name_or_path" not in content, path
     assert json_files(tmp_path / "exported") == json_files(local)
+
+    # A training run leaves its pipeline, card, metrics and samples there, and neither its checkpoints nor its secrets.
+    trained = hub.repos["user/trained"].files
+    assert {path.split("/")[0] for path in trained} == {
+        *("README.md", "metrics.jsonl", "model_index.json", "samples"),
+        *("latent_embedder", "scheduler", "transformer"),
+    }
+    for path, file in trained.items():
+        content = hub.contents[file.sha256]
+        assert str(tmp_path).encode() not in content and b"hf_dummy" not in content, path

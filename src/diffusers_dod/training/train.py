@@ -35,7 +35,7 @@ from ..losses import DoDJointModel
 from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS, Preset
 from ..scheduling_dod import DoDFlowMatchScheduler
-from ..transformer_dod import DoDTransformer2DModel
+from ..transformer_dod import DoDAttention, DoDTransformer2DModel
 from .checkpoints import (
     find_damage,
     find_latest_checkpoint,
@@ -211,8 +211,8 @@ def build_models(args: argparse.Namespace, latent_shape: tuple[int, ...], num_cl
 def use_fast_attention(model: DoDJointModel, device: torch.device) -> None:
     """On a CPU the backward pass of fused attention takes longer than the rest of a short sequence's step together."""
     if device.type == "cpu":
-        for module in (model.transformer, model.latent_embedder):
-            if module is not None:
+        for module in model.modules():
+            if isinstance(module, DoDAttention):  # the models' own method would change the default of all others too
                 module.set_attention_backend("_native_math")
 
 
