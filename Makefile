@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Two processes of one thread each: more threads than cores would only wait for each other.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .PHONY: install demo test test-all style check bench clean
 
@@ -19,11 +21,11 @@ demo: install
 	$(BIN)/python examples/quickstart.py --output outputs/demo.png
 
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+	$(PYTEST)
 
 # The quick tests and the slow ones.
 test-all: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 style: install
 	$(BIN)/ruff check --fix .
