@@ -5,9 +5,10 @@ Judges a texture checkpoint stage by stage: class accuracy of an independent cla
         --settings 1 2 3 4 5 3:2 3:4 --seeds 0 1 2 --output_file outputs/evaluation.json
 
 A setting is the guidance scale of each stage, joined by colons: `3` is one stage at scale 3, `1:5.5` a second stage at
-5.5 after an unguided first. `real:5.5` gives the prior of real pictures to stage 2 (reconstruction), and `real` passes
-them through the autoencoder only, which bounds what any sample can reach. Every stage from the second on has the last
-scale. FID here is the Fréchet distance on 64 features of the texture classifier, not on Inception's: compare it within this table only.
+5.5 after an unguided first; every stage from the second on has the last scale. `real:5.5` gives the prior of real
+pictures to stage 2 (reconstruction), and `real` passes them through the autoencoder only, which bounds what samples can
+reach. FID here is the Fréchet distance on 64 features of the texture classifier, not on Inception's: compare it within
+this table only.
 """
 
 import argparse
