@@ -6,8 +6,8 @@ Judges a texture checkpoint stage by stage: class accuracy of an independent cla
 
 A setting is the guidance scale of each stage, joined by colons: `3` is one stage at scale 3, `1:5.5` a second stage at
 5.5 after an unguided first; every stage from the second on has the last scale. `real:5.5` gives the prior of real
-pictures to stage 2 (reconstruction), and `real` passes them through the autoencoder only, which bounds what samples can
-reach. FID here is the Fréchet distance on 64 features of the texture classifier, not on Inception's: compare it within
+pictures to stage 2 (reconstruction), and `real` passes them through the autoencoder only, the bound of all samples.
+FID here is the Fréchet distance on 64 features of the texture classifier, not on Inception's: compare it within
 this table only.
 """
 
