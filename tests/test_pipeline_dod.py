@@ -429,7 +429,8 @@ def test_callback_sees_one_step_index_over_all_stages(solver, timesteps):
     def callback(pipe_, step_index, timestep, kwargs):
         assert pipe_ is pipe and set(kwargs) == {"latents", "prior_embeds", "class_labels"}
         assert kwargs["latents"].shape == (2, 4, 8, 8) and kwargs["class_labels"].tolist() == [1, 3]
-        seen.append((step_index, float(timestep), pipe.guidance_scale, kwargs["prior_embeds"] is not None))
+        assert (pipe.first_stage_guidance_scale, pipe.guidance_scale) == (1.0, 3.0)
+        seen.append((step_index, float(timestep), kwargs["prior_embeds"] is not None))
 
     sample(
         pipe,
@@ -440,7 +441,6 @@ def test_callback_sees_one_step_index_over_all_stages(solver, timesteps):
     per_stage = len(timesteps)
     assert [step_index for step_index, *_ in seen] == list(range(2 * per_stage))
     assert [timestep for _, timestep, *_ in seen] == timesteps * 2
-    assert [scale for *_, scale, _ in seen] == [1.0] * per_stage + [3.0] * per_stage
     assert [has_prior for *_, has_prior in seen] == [False] * per_stage + [True] * per_stage
     assert pipe.num_timesteps == 2 * per_stage
 
@@ -494,14 +494,17 @@ def test_interrupt_returns_the_sample_reached(pipe, last_step):
     assert torch.equal(sample(pipe).images, sample(tiny_pipeline()).images)
 
 
-def test_guidance_scale_set_in_a_callback_holds_from_the_next_step_to_the_end_of_the_stage(pipe):
+def test_scales_set_in_a_callback_hold_from_the_next_step(pipe):
     calls = record_calls(pipe.transformer)
 
     def callback(pipe, step_index, timestep, kwargs):
-        if step_index in (0, 3):
-            pipe._guidance_scale = 2.0 if step_index == 0 else 1.0
+        if step_index == 0:
+            pipe._first_stage_guidance_scale = 2.0
+        if step_index == 3:
+            pipe._guidance_scale = 1.0
 
     sample(pipe, num_inference_steps=3, guidance_scale=3.0, callback_on_step_end=callback)
+    assert pipe.guidance_scale == 1.0 and pipe.first_stage_guidance_scale == 2.0
     assert batch_sizes(calls) == [2, 4, 4, 4, 2, 2]
 
 
@@ -528,7 +531,7 @@ def test_progress_bar_names_the_stage(pipe, capsys, with_image):
     pipe.set_progress_bar_config(disable=False)
     sample(pipe, num_stages=3, num_inference_steps=3, image=PICTURE if with_image else None)
     stages = re.findall(r"Stage (\d)/3: 100%\S* 3/3", capsys.readouterr().err)
-    assert stages == (["2", "3"] if with_image else ["1", "2", "3"])
+    assert list(dict.fromkeys(stages)) == (["2", "3"] if with_image else ["1", "2", "3"])  # a slow bar is drawn again
 
 
 # -------------------------------------------------------------------------------------------------- adaptive solver
@@ -835,6 +838,8 @@ BAD_CALLS = [
     ("latents", dict(latents=torch.zeros(2, 4, 8, 4)), ValueError, "(2, 4, 8, 8)", "got (2, 4, 8, 4)"),
     ("latents", dict(latents=torch.zeros(1, 4, 8, 8)), ValueError, "(2, 4, 8, 8)", "got (1, 4, 8, 8)"),
     ("latents", dict(latents=[noise(0), noise(1)[:1]]), ValueError, "(2, 4, 8, 8)", "got (1, 4, 8, 8)"),
+    ("latents", dict(latents=noise(0) * NAN), ValueError, "finite", "nan"),
+    ("latents", dict(latents=noise(0).long()), ValueError, "floating-point", "got torch.int64"),
     ("latents", dict(latents=[noise(0)]), ValueError, "a list of 2", "got a list of 1"),
     ("latents", dict(latents=[noise(0, width=4)] * 2, image=PICTURE), ValueError, "list of 1", "got a list of 2"),
     ("latents", dict(latents=[]), ValueError, "a list of 2", "got a list of 0"),
@@ -992,3 +997,22 @@ def test_names_lead_to_ids_and_back():
     assert pipe.id2label == {int(key): name for key, name in pipe.config.id2label.items()}
     (tench,) = (key for key, name in pipe.id2label.items() if name == "tench, Tinca tinca")
     assert pipe.get_label_ids(["tench", "Tinca tinca", "tench, Tinca tinca"]) == [tench] * 3
+
+
+def test_a_stochastic_stock_scheduler_belongs_to_its_seed():
+    pipe = tiny_pipeline(scheduler=FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))
+    images = [
+        pipe([1], num_inference_steps=3, output_type="pt", generator=torch.Generator().manual_seed(seed)).images
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+
+
+def test_one_picture_is_encoded_once_for_all_labels():
+    pipe = tiny_pipeline()
+    sizes = []
+    handle = pipe.vae.encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    many = pipe([1, 1, 3], image=PICTURE, num_inference_steps=1, latents=torch.ones(3, 4, 8, 4), output_type="latent")
+    handle.remove()
+    assert sizes == [1]
+    torch.testing.assert_close(many.images[0], many.images[1], atol=1e-5, rtol=0)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import BaseOutput, logging, replace_example_docstring
@@ -186,7 +186,11 @@ class DoDPipeline(DiffusionPipeline):
         for name, component in components.items():
             if component is None and name != "transformer":
                 continue
-            types = {"transformer": DoDTransformer2DModel, "vae": ModelMixin, "latent_embedder": LatentEmbeddingModule}
+            types = {
+                "transformer": DoDTransformer2DModel,
+                "vae": AutoencoderKL,
+                "latent_embedder": LatentEmbeddingModule,
+            }
             check_type(name, component._orig_mod if is_compiled_module(component) else component, types[name])
         check_type("scheduler", scheduler, SchedulerMixin)
         config = transformer.config
@@ -227,8 +231,13 @@ class DoDPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """The guidance scale of the stage under way, read at every step; a callback may set `_guidance_scale`."""
+        """The guidance scale from stage 2 on, read at every step; a callback may set `_guidance_scale`."""
         return self._guidance_scale
+
+    @property
+    def first_stage_guidance_scale(self) -> float:
+        """The guidance scale of stage 1, likewise; a callback may set `_first_stage_guidance_scale`."""
+        return self._first_stage_guidance_scale
 
     @property
     def num_timesteps(self) -> int | None:
@@ -351,7 +360,7 @@ class DoDPipeline(DiffusionPipeline):
             check_choice("callback_on_step_end_tensor_inputs", name, tuple(self._callback_tensor_inputs))
 
     def _check_image(self, image: PipelineImageInput, batch_size: int) -> torch.Tensor:
-        """The visual prior's picture as pixels (B, C, H, W) in [-1, 1]; one picture serves all labels."""
+        """The pictures of the visual prior as pixels (1 or B, C, H, W) in [-1, 1]; one picture serves all labels."""
         entries = list(image) if isinstance(image, (list, tuple)) else [image]
         if not entries:
             raise ValueError(f"`image` must hold 1 or {batch_size} pictures (one per label), got {image!r}.")
@@ -370,7 +379,7 @@ class DoDPipeline(DiffusionPipeline):
             )
         if pixels.shape[0] not in (1, batch_size):
             raise ValueError(f"`image` must hold 1 or {batch_size} pictures (one per label), got {pixels.shape[0]}.")
-        return pixels.expand(batch_size, -1, -1, -1)
+        return pixels
 
     def _to_tensor(self, picture: PIL.Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
         """One picture, or a batch of them, as an fp32 tensor (n, C, H, W) in [0, 1]."""
@@ -414,6 +423,8 @@ class DoDPipeline(DiffusionPipeline):
             check_type("latents", entry, torch.Tensor)
             if tuple(entry.shape) != shape:
                 raise ValueError(f"`latents` must have shape {shape}, got {tuple(entry.shape)}.")
+            if not entry.is_floating_point() or not bool(torch.isfinite(entry).all()):
+                raise ValueError(f"`latents` must be finite floating-point noise, got {entry.dtype} with {entry}.")
         return given + [None] * (num_runs - len(given))
 
     # ------------------------------------------------------------------------------------------------ sampling
@@ -485,7 +496,8 @@ class DoDPipeline(DiffusionPipeline):
                 interval; adaptive ones choose their own steps and ignore it.
             guidance_scale (`float`, *optional*):
                 Classifier-free guidance scale from stage 2 on, >= 0; 1 is no guidance. The checkpoint's default if not
-                given. Without a latent embedder it is the scale of the only stage.
+                given. It does not apply to stage 1, not even when that is the only one, unless the pipeline has no
+                latent embedder: then it is the scale of the only stage.
             first_stage_guidance_scale (`float`, defaults to 1.0): Guidance scale of stage 1 (paper: none).
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
                 One picture, or one per label, that takes the place of stage 1's sample: arrays (H, W, 3) and tensors
@@ -501,8 +513,9 @@ class DoDPipeline(DiffusionPipeline):
             return_stages (`bool`, defaults to `False`): Whether to return the images of every stage too.
             callback_on_step_end (`Callable`, *optional*):
                 `callback(pipe, step_index, timestep, callback_kwargs)` after each step, with one index over all
-                stages. It may return a dict with new values of the tensors it was given; under an adaptive solver
-                the latents cannot be replaced.
+                stages. It may return a dict with new values of the tensors it was given. Under an adaptive solver the
+                latents cannot be replaced; between the two evaluations of a Heun interval they are a prediction that
+                the second one replaces.
             callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("latents",)`):
                 The tensors in `callback_kwargs`: `"latents"`, `"prior_embeds"`, `"class_labels"`.
 
@@ -553,8 +566,6 @@ class DoDPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs,
             batch_size,
         )
-        if self.latent_embedder is None:
-            first_stage_guidance_scale = guidance_scale
         device = self._execution_device
         factor = self.vae_scale_factor
         trained_size = self.transformer.config.sample_size * factor
@@ -573,19 +584,20 @@ class DoDPipeline(DiffusionPipeline):
 
         # 2. What all stages share
         state: dict[str, torch.Tensor | None] = {
-            "latents": self.encode_image(pixels.to(device)) if image is not None else None,
+            "latents": self.encode_image(pixels.to(device)).expand(shape) if image is not None else None,
             "prior_embeds": None,
             "class_labels": torch.tensor(label_ids, device=device),
         }
         steps_per_stage = self._set_timesteps(num_inference_steps)
         self._num_timesteps = None if steps_per_stage is None else steps_per_stage * len(stage_numbers)
+        self._guidance_scale = float(guidance_scale)
+        self._first_stage_guidance_scale = float(first_stage_guidance_scale)
         self._step_index = 0  # over all stages
         self._interrupt = False
         stages = []
 
         # 3. Stage by stage (paper, Eq. 4)
         for stage, noise in zip(stage_numbers, noises, strict=True):
-            self._guidance_scale = float(first_stage_guidance_scale if stage == 1 else guidance_scale)
             if stage > 1:
                 clean_latents = state["latents"].to(self.latent_embedder.dtype)
                 state["prior_embeds"] = self.latent_embedder(clean_latents).prior_embeds.to(self.transformer.dtype)
@@ -595,7 +607,9 @@ class DoDPipeline(DiffusionPipeline):
             self._set_timesteps(num_inference_steps)
             with self.progress_bar(total=steps_per_stage or NUM_TRAIN_TIMESTEPS) as progress_bar:
                 progress_bar.set_description(f"Stage {stage}/{num_stages}")
-                self._sample_stage(state, progress_bar, callback_on_step_end, callback_on_step_end_tensor_inputs)
+                self._sample_stage(
+                    stage, state, generator, progress_bar, callback_on_step_end, callback_on_step_end_tensor_inputs
+                )
             if return_stages:
                 stages.append(self.decode_latents(state["latents"], output_type))
             if self.interrupt:
@@ -617,7 +631,9 @@ class DoDPipeline(DiffusionPipeline):
 
     def _sample_stage(
         self,
+        stage: int,
         state: dict[str, torch.Tensor | None],
+        generator: torch.Generator | list[torch.Generator] | None,
         progress_bar,
         callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: Sequence[str],
@@ -625,6 +641,10 @@ class DoDPipeline(DiffusionPipeline):
         """Integrates `state["latents"]` from noise to data, in place of the entry, with callbacks in between."""
         # The model's timestep is 1000 * sigma, whatever a scheduler calls its own.
         time_scale = NUM_TRAIN_TIMESTEPS / self.scheduler.config.num_train_timesteps
+        has_own_scale = stage == 1 and self.latent_embedder is not None
+        # Stock schedulers may be stochastic.
+        accepts_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_arguments = {"generator": generator} if accepts_generator else {}
 
         def velocity(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             return guided_velocity(
@@ -633,7 +653,7 @@ class DoDPipeline(DiffusionPipeline):
                 timestep * time_scale,
                 state["class_labels"],
                 state["prior_embeds"],
-                self.guidance_scale,
+                self.first_stage_guidance_scale if has_own_scale else self.guidance_scale,
             )
 
         def end_step(timestep: torch.Tensor) -> None:
@@ -666,7 +686,9 @@ class DoDPipeline(DiffusionPipeline):
 
         for timestep in self.scheduler.timesteps:
             model_output = velocity(state["latents"], timestep)
-            state["latents"] = self.scheduler.step(model_output, timestep, state["latents"], return_dict=False)[0]
+            state["latents"] = self.scheduler.step(
+                model_output, timestep, state["latents"], **step_arguments, return_dict=False
+            )[0]
             end_step(timestep)
             progress_bar.update()
             if self.interrupt:

@@ -81,8 +81,6 @@ class DoDAttnProcessor:
         if image_rotary_emb is not None:
             query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
-        # Autocast leaves the fp32 norms' outputs in fp32 and the value in bf16.
-        query, key = query.to(value.dtype), key.to(value.dtype)
 
         hidden_states = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config

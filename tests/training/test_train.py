@@ -252,13 +252,41 @@ def test_resuming_with_a_schedule_of_the_learning_rate(tmp_path, pictures):
     arguments = ["--train_data_dir", pictures, "--resolution", 8]
     arguments += ["--lr_scheduler", "cosine", "--lr_warmup_steps", 2, "--max_train_steps", 4]
     whole = train(tmp_path / "whole", *arguments, "--checkpointing_steps", 2)
-    # The line of a step names the rate of the next one.
     rates = [line["learning_rate"] for line in read_metrics(whole)]
-    assert rates == pytest.approx([0.5e-2, 1e-2, 0.5e-2, 0.0])
+    assert rates == pytest.approx([0.0, 0.5e-2, 1e-2, 0.5e-2])
     run = copy_of(whole, tmp_path / "run", last_step=2)
     train(run, *arguments, "--checkpointing_steps", 2, "--resume_from_checkpoint", "latest")
     assert without_speed(read_metrics(run)) == without_speed(read_metrics(whole))
     assert hashes(run, 4) == hashes(whole, 4)
+
+
+def test_resuming_with_another_learning_rate(tmp_path, data, finished):
+    """The rate is that of the run that goes on, not that of the one which wrote the checkpoint."""
+    run = copy_of(finished, tmp_path / "run", last_step=2)
+    train(run, *data, "--max_train_steps", 3, "--learning_rate", 0.5, "--resume_from_checkpoint", "latest")
+    assert [line["learning_rate"] for line in read_metrics(run)] == pytest.approx([1e-2, 1e-2, 0.5])
+
+
+def test_resuming_past_the_end_is_refused(tmp_path, data, finished):
+    run = copy_of(finished, tmp_path / "run", last_step=4)
+    with pytest.raises(ValueError, match=r"`max_train_steps` must be at least the step 4 of .*checkpoint-4, got 3"):
+        train(run, *data, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
+
+
+def test_damaged_checkpoints_alone_are_not_started_over(tmp_path, data, finished):
+    run = copy_of(finished, tmp_path / "run", last_step=1)
+    (run / "checkpoint-1" / "model_index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"`output_dir` .* must hold an undamaged checkpoint"):
+        train(run, *data, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+
+
+def test_metrics_of_a_resumed_run_between_two_lines(tmp_path, pictures):
+    """Two steps to a checkpoint, three to a line of metrics: the interrupted interval is averaged as in one go."""
+    arguments = ["--train_data_dir", pictures, "--resolution", 8, "--logging_steps", 3, "--checkpointing_steps", 2]
+    whole = train(tmp_path / "whole", *arguments, "--max_train_steps", 4)
+    run = copy_of(whole, tmp_path / "run", last_step=2)
+    train(run, *arguments, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    assert without_speed(read_metrics(run)) == without_speed(read_metrics(whole))
 
 
 def test_resuming_with_a_torn_line_of_metrics(tmp_path, data, finished):

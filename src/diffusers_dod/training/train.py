@@ -17,11 +17,13 @@ import logging
 import math
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import InitProcessGroupKwargs
 from diffusers import AutoencoderKL
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
@@ -60,6 +62,9 @@ from .model_card import write_model_card
 
 logger = get_logger(__name__, log_level="INFO")
 
+# Diffusers' piecewise constant one needs rules of its own.
+LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -91,9 +96,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimization.add_argument(
         "--latent_embedder_learning_rate", type=float, help="Learning rate of the LEM, `--learning_rate` by default."
     )
-    optimization.add_argument(
-        "--lr_scheduler", default="constant_with_warmup", choices=[s.value for s in SchedulerType]
-    )
+    optimization.add_argument("--lr_scheduler", default="constant_with_warmup", choices=LR_SCHEDULERS)
     optimization.add_argument("--lr_warmup_steps", type=int, default=0, help="In optimizer steps.")
     optimization.add_argument("--adam_beta1", type=float, default=0.9)
     optimization.add_argument("--adam_beta2", type=float, default=0.999)
@@ -103,7 +106,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimization.add_argument("--ema_decay", type=float, default=0.999)
     optimization.add_argument("--label_dropout_prob", type=float, default=0.1, help="Share of null-class samples.")
     optimization.add_argument("--prior_dropout_prob", type=float, default=0.5, help="p_s, share without a prior.")
-    optimization.add_argument("--mixed_precision", default="no", choices=["no", "fp16", "bf16"])
+    optimization.add_argument(
+        "--mixed_precision", choices=["no", "bf16"], help="What `accelerate launch` is configured for, by default."
+    )
     optimization.add_argument("--gradient_checkpointing", action="store_true")
     optimization.add_argument("--seed", type=int, default=0, help="Of the data stream and of the initial weights.")
 
@@ -251,8 +256,18 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1. Processes, data, autoencoder
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # The other processes wait while the main one encodes the pictures.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
     )
+    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
+        raise ValueError(
+            "`gradient_accumulation_steps` must be what the launcher is configured for, "
+            f"{accelerator.gradient_accumulation_steps}, got {args.gradient_accumulation_steps}."
+        )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(f"`mixed_precision` must be 'no' or 'bf16', got {accelerator.mixed_precision!r}.")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("diffusers_dod").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if accelerator.is_main_process:
@@ -319,9 +334,19 @@ def main(argv: list[str] | None = None) -> None:
                 for parameter in DoDJointModel(averaged, averaged_embedder).parameters()
             ]
             ema.optimization_step = start_step = state["step"]
-            lr_scheduler.load_state_dict(state["lr_scheduler"])
-            for group, learning_rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
-                group["lr"] = learning_rate  # a schedule sets it only when it steps
+            # The learning rate is a function of the step and of this run's own arguments.
+            lr_scheduler.last_epoch = start_step
+            rates = [
+                base_rate * factor(start_step)
+                for base_rate, factor in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            if start_step > args.max_train_steps:
+                raise ValueError(
+                    f"`max_train_steps` must be at least the step {start_step} of {checkpoint}, "
+                    f"got {args.max_train_steps}."
+                )
             logger.info(f"Resuming from {checkpoint} at step {start_step}.")
     elif list_checkpoints(args.output_dir):
         raise ValueError(
@@ -376,8 +401,7 @@ def main(argv: list[str] | None = None) -> None:
     def save(step: int) -> None:
         def write(folder: Path) -> None:
             with_ema_weights(lambda: pipeline.save_pretrained(folder))
-            state = {"step": step, "lr_scheduler": lr_scheduler.state_dict()}
-            save_training_state(folder, joint_model, optimizer, state)
+            save_training_state(folder, joint_model, optimizer, {"step": step})
 
         save_checkpoint(args.output_dir, step, write, args.checkpoints_total_limit)
 
@@ -425,12 +449,16 @@ def main(argv: list[str] | None = None) -> None:
             sums[1] += num_priors
             sums[2] += losses[num_priors:].sum()
             sums[3] += len(losses) - num_priors
+        learning_rate = optimizer.param_groups[0]["lr"]  # of this step
         lr_scheduler.step()
         ema.step(joint_model.parameters())
         sums[4] += grad_norm
         progress.update()
 
-        if step % args.logging_steps == 0 or step == args.max_train_steps:
+        is_last = step == args.max_train_steps
+        is_checkpoint = step % args.checkpointing_steps == 0 or is_last
+        # A line of metrics ends with each checkpoint, so that a resumed run goes on with the same lines.
+        if step % args.logging_steps == 0 or is_checkpoint:
             totals = accelerator.reduce(sums).tolist()
             num_steps = step - interval_step
             seconds = time.perf_counter() - interval_start
@@ -443,25 +471,25 @@ def main(argv: list[str] | None = None) -> None:
                 "loss_with_prior": with_prior,
                 "loss_without_prior": without_prior,
                 "grad_norm": totals[4] / num_steps / accelerator.num_processes,
-                "learning_rate": lr_scheduler.get_last_lr()[0],
+                "learning_rate": learning_rate,
                 "images_per_second": round(num_steps * images_per_step / seconds, 1),
             }
             progress.set_postfix(loss=f"{metrics['loss']:.4f}", images_per_s=metrics["images_per_second"])
             if accelerator.is_main_process:
                 # JSON has no NaN: the loss of no samples is null.
-                line = {name: None if math.isnan(value) else value for name, value in metrics.items()}
+                line = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
                 with open(metrics_path, "a") as file:
                     file.write(json.dumps(line) + "\n")
             sums.zero_()
+            interval_start, interval_step = time.perf_counter(), step
 
-        is_last = step == args.max_train_steps
+        pause = time.perf_counter()
         if accelerator.is_main_process:
-            if step % args.checkpointing_steps == 0 or is_last:
+            if is_checkpoint:
                 save(step)
             if step % args.validation_steps == 0 or is_last:
                 validate(step)
-        if step % args.logging_steps == 0:  # neither saving nor sampling counts as training time
-            interval_start, interval_step = time.perf_counter(), step
+        interval_start += time.perf_counter() - pause  # neither saving nor sampling counts as training time
     progress.close()
 
     # 7. The finished pipeline
