@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # Two processes of one thread each: more threads than cores would only wait for each other.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: install demo test test-all style check bench clean
+.PHONY: install demo test test-all test-oldest style check bench clean
 
 install: $(INSTALLED)
 
@@ -27,6 +27,13 @@ test: install
 test-all: install
 	$(PYTEST) -m "not gpu"
 
+# The quick tests with the oldest versions that pyproject.toml admits.
+test-oldest:
+	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt torch
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[dev]"
+	$(subst $(BIN),$(VENV)-oldest/bin,$(PYTEST))
+
 style: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -39,4 +46,4 @@ bench: install
 	$(BIN)/python benchmarks/bench_sampling.py
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) $(VENV)-oldest build dist src/*.egg-info
