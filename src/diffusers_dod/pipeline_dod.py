@@ -604,7 +604,8 @@ class DoDPipeline(DiffusionPipeline):
             if noise is None:
                 noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
             state["latents"] = noise.to(device=device, dtype=torch.float32)
-            self._set_timesteps(num_inference_steps)
+            if stage > first_stage:
+                self._set_timesteps(num_inference_steps)
             with self.progress_bar(total=steps_per_stage or NUM_TRAIN_TIMESTEPS) as progress_bar:
                 progress_bar.set_description(f"Stage {stage}/{num_stages}")
                 self._sample_stage(
