@@ -30,7 +30,7 @@ def pipeline() -> DoDPipeline:
 def test_size_and_format():
     files = [path for path in CHECKPOINT.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 20_000_000
-    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".png"}
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".md"}
 
 
 def test_it_knows_its_classes_and_defaults(pipeline):

@@ -149,8 +149,8 @@ class DoDPipeline(DiffusionPipeline):
             default_num_inference_steps=default_num_inference_steps,
             default_num_stages=default_num_stages,
         )
-        #: Class id -> name, as given; the config has the ids as strings.
-        self.id2label: dict[int, str] = {int(key): name for key, name in (id2label or {}).items()}
+        #: Class id -> name, in the order of the ids; the config has the ids as strings, in the order of JSON.
+        self.id2label: dict[int, str] = dict(sorted((int(key), name) for key, name in (id2label or {}).items()))
         #: Class name -> ids that carry it.
         self.label2ids: dict[str, list[int]] = {}
         for key, names in self.id2label.items():

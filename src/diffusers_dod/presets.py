@@ -64,6 +64,6 @@ PRESETS: dict[str, Preset] = {
     "FiTv2-B": _preset(15, 12, 64, scale=1.5),
     "FiTv2-XL": _preset(36, 16, 72, scale=1.5),
     "FiTv2-3B": _preset(40, 24, 96, scale=1.5),
-    "DoD-Desk": _preset(6, 4, 32, (3, 2, 4, 32), tokens=(4, 8), scale=4.0, steps=20, sample_size=8, num_classes=12),
-    "FiTv2-Desk": _preset(8, 4, 32, scale=4.0, steps=20, sample_size=8, num_classes=12),
+    "DoD-Desk": _preset(6, 4, 32, (3, 2, 4, 32), tokens=(4, 8), scale=3.0, steps=20, sample_size=8, num_classes=12),
+    "FiTv2-Desk": _preset(8, 4, 32, scale=3.0, steps=20, sample_size=8, num_classes=12),
 }
