@@ -39,4 +39,4 @@ def test_links_and_commands_lead_to_files(document):
     assert all((base / link).exists() for link in links)
     assert all((ROOT / script).exists() for script in scripts)
     makefile = (ROOT / "Makefile").read_text()
-    assert all(f"\n{target}:" in makefile for target in re.findall(r"`?make ([a-z-]+)", text))
+    assert all(f"\n{target}:" in makefile for target in re.findall(r"(?:^ *|`)make ([a-z-]+)", text, re.MULTILINE))
