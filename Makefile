@@ -16,9 +16,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# A picture of two-stage samples from the checkpoint in the repository: outputs/demo.png
+# A picture of two-stage samples from the checkpoint in the repository: outputs/demo.png. One thread is enough for it.
 demo: install
-	$(BIN)/python examples/quickstart.py --output outputs/demo.png
+	OMP_NUM_THREADS=1 $(BIN)/python examples/quickstart.py --output outputs/demo.png
 
 test: install
 	$(PYTEST)
