@@ -5,15 +5,16 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.embeddings import get_1d_sincos_pos_embed_from_grid
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from .checks import check_at_least, check_number
+from .modeling_utils import DoDModelMixin
 from .transformer_dod import DoDAttention, check_latents, patchify
 
 
@@ -54,7 +55,7 @@ class LatentEmbeddingBlock(nn.Module):
         return hidden_states + self.ff(self.norm2(hidden_states))
 
 
-class LatentEmbeddingModule(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
+class LatentEmbeddingModule(DoDModelMixin, PeftAdapterMixin, AttentionMixin):
     r"""
     The Latent Embedding Module (LEM): an encoder that compresses clean latents into `num_latent_tokens` tokens of
     width `latent_token_dim` (paper, Eq. 6), and a decoder that spreads them over the patches again as the visual prior
@@ -80,7 +81,8 @@ class LatentEmbeddingModule(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
     _supports_gradient_checkpointing = True
     _no_split_modules = ["LatentEmbeddingBlock"]
     _repeated_blocks = ["LatentEmbeddingBlock"]
-    _skip_layerwise_casting_patterns = ["norm", "latent_queries", "mask_token"]
+    _skip_layerwise_casting_patterns = ["x_embedder", "to_latent", "from_latent", "norm"]
+    _skip_quantization_modules = ["to_latent", "from_latent"]
 
     @register_to_config
     def __init__(
@@ -162,6 +164,7 @@ class LatentEmbeddingModule(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
                 hidden_states = block(hidden_states)
         return hidden_states
 
+    @apply_forward_hook
     def encode(self, latents: torch.Tensor) -> torch.Tensor:
         """
         Compresses latents into latent tokens (paper, Eq. 6): Linear(Enc((patches + PE) (+) queries)).
@@ -185,6 +188,7 @@ class LatentEmbeddingModule(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         hidden_states = self._run_blocks(self.encoder_blocks, hidden_states)
         return self.to_latent(self.encoder_norm(hidden_states[:, patches.shape[1] :]))
 
+    @apply_forward_hook
     def decode(self, latent_tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """
         Spreads latent tokens over the patches (paper, Eq. 7): Linear(Dec((mask + PE) (+) tokens)).

@@ -3,15 +3,17 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
-from diffusers.configuration_utils import ConfigMixin, FrozenDict
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
@@ -19,6 +21,8 @@ from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 from .checks import check_at_least, check_choice, check_number, check_type
 from .guidance import guided_velocity
 from .latent_embedding import LatentEmbeddingModule
+from .lora import DoDLoraLoaderMixin
+from .modeling_utils import without_local_paths
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
 from .scheduling_dod import DoDFlowMatchScheduler
 from .transformer_dod import DoDTransformer2DModel
@@ -83,20 +87,17 @@ def denormalize_latents(latents: torch.Tensor, vae: AutoencoderKL) -> torch.Tens
     return latents * std + mean
 
 
-@contextmanager
-def _without_local_paths(objects: Sequence[ConfigMixin]) -> Iterator[None]:
-    """Hides from saved configs the path that an object was loaded from, which would name a folder of this machine."""
-    configs = [object_._internal_dict for object_ in objects]
-    for object_, config in zip(objects, configs, strict=True):
-        object_._internal_dict = FrozenDict({key: value for key, value in config.items() if key != "_name_or_path"})
-    try:
-        yield
-    finally:
-        for object_, config in zip(objects, configs, strict=True):
-            object_._internal_dict = config
+def _is_a(component: Any, name: str) -> bool:
+    """
+    Whether the class of a component, compiled or not, is the one of that name or derived from it.
+
+    Asked by name, as the classes of a repository that is loaded with its own code are none of this package's.
+    """
+    component = component._orig_mod if is_compiled_module(component) else component
+    return name in {base.__name__ for base in type(component).__mro__}
 
 
-class DoDPipeline(DiffusionPipeline):
+class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
     r"""
     Class-conditional image generation with Diffusion on Diffusion.
 
@@ -142,7 +143,7 @@ class DoDPipeline(DiffusionPipeline):
         check_at_least("default_num_inference_steps", default_num_inference_steps, 1)
         check_at_least("default_num_stages", default_num_stages, 1)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, latent_embedder=latent_embedder)
-        id2label = self._check_id2label(id2label, transformer.config.num_classes)
+        id2label = self._check_id2label(id2label, None if transformer is None else transformer.config.num_classes)
         self.register_to_config(
             id2label=id2label,
             default_guidance_scale=default_guidance_scale,
@@ -164,16 +165,18 @@ class DoDPipeline(DiffusionPipeline):
         )
 
     @staticmethod
-    def _check_id2label(id2label: dict | None, num_classes: int) -> dict[str, str] | None:
+    def _check_id2label(id2label: dict | None, num_classes: int | None) -> dict[str, str] | None:
         if id2label is None:
             return None
         check_type("id2label", id2label, dict)
         checked: dict[str, str] = {}  # JSON has no integer keys
         for key, name in id2label.items():
-            known = str(key).isdecimal() and int(key) < num_classes and str(int(key)) not in checked
+            known = str(key).isdecimal() and str(int(key)) not in checked
+            known = known and (num_classes is None or int(key) < num_classes)
             if not known or not isinstance(name, str) or not all(part.strip() for part in name.split(",")):
                 raise ValueError(
-                    f"`id2label` must map ids in [0, {num_classes - 1}], each once, to names (str, not empty), "
+                    f"`id2label` must map ids {'>= 0' if num_classes is None else f'in [0, {num_classes - 1}]'}, "
+                    "each once, to names (str, not empty), "
                     f"got {key!r}: {name!r}."
                 )
             checked[str(int(key))] = name
@@ -182,17 +185,18 @@ class DoDPipeline(DiffusionPipeline):
     @staticmethod
     def _check_components(transformer, scheduler, vae, latent_embedder) -> None:
         """Raises a `TypeError` or `ValueError` unless the components are what they should be and fit together."""
-        components = {"transformer": transformer, "vae": vae, "latent_embedder": latent_embedder}
-        for name, component in components.items():
-            if component is None and name != "transformer":
-                continue
-            types = {
-                "transformer": DoDTransformer2DModel,
-                "vae": AutoencoderKL,
-                "latent_embedder": LatentEmbeddingModule,
-            }
-            check_type(name, component._orig_mod if is_compiled_module(component) else component, types[name])
+        components = {
+            "transformer": (transformer, "DoDTransformer2DModel"),
+            "vae": (vae, "AutoencoderKL"),
+            "latent_embedder": (latent_embedder, "LatentEmbeddingModule"),
+        }
+        for name, (component, expected) in components.items():
+            if component is not None and not _is_a(component, expected):
+                received = type(component).__name__ if isinstance(component, torch.nn.Module) else repr(component)
+                raise TypeError(f"`{name}` must be of type {expected}, got {received}.")
         check_type("scheduler", scheduler, SchedulerMixin)
+        if transformer is None:
+            return
         config = transformer.config
         if vae is not None and vae.config.latent_channels != config.in_channels:
             raise ValueError(
@@ -216,17 +220,53 @@ class DoDPipeline(DiffusionPipeline):
     def _check_scheduler(self) -> None:
         """Raises a `ValueError` unless the scheduler is a flow-match one: others would step along another path."""
         scheduler = self.scheduler
-        is_flow = isinstance(scheduler, DoDFlowMatchScheduler) or type(scheduler).__name__.startswith("FlowMatch")
+        is_flow = _is_a(scheduler, "DoDFlowMatchScheduler") or type(scheduler).__name__.startswith("FlowMatch")
         if not is_flow and not scheduler.config.get("use_flow_sigmas", False):
             raise ValueError(
                 "`scheduler` must be a `DoDFlowMatchScheduler`, one of Diffusers' `FlowMatch...` or one with "
                 f"`use_flow_sigmas=True`, got {type(scheduler).__name__}."
             )
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "DoDPipeline":
+        """
+        Loads a pipeline as `DiffusionPipeline.from_pretrained` does.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a repository on the Hub.
+            kwargs: Passed on: components and sampling defaults that take the place of the saved ones (`None` leaves a
+                component out), `torch_dtype`, `variant`, `device_map`, `local_files_only`, `revision`, ...
+
+        Raises:
+            `OSError`: there is no such folder or repository, or a file is missing or cannot be read.
+            `ValueError`: the files are those of something else.
+        """
+        if os.path.isfile(os.path.join(pretrained_model_name_or_path, cls.config_name)):
+            index = cls._dict_from_json_file(os.path.join(pretrained_model_name_or_path, cls.config_name))
+            for name, entry in index.items():
+                is_component = isinstance(entry, list) and name != "_class_name" and entry[0] is not None
+                folder = os.path.join(pretrained_model_name_or_path, name)
+                if is_component and name not in kwargs and not os.path.isdir(folder):
+                    raise OSError(
+                        f"`pretrained_model_name_or_path` must hold a folder for each component in {cls.config_name}, "
+                        f"got {str(pretrained_model_name_or_path)!r} without `{name}` ({entry[1]})."
+                    )
+        elif not os.path.isfile(pretrained_model_name_or_path):
+            try:
+                return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            except (OSError, ValueError) as error:
+                kind = OSError if isinstance(error, OSError) else ValueError
+                what = "which has none" if os.path.isdir(pretrained_model_name_or_path) else "which is no folder here"
+                raise kind(
+                    f"`pretrained_model_name_or_path` must be a folder with a {cls.config_name} or a repository on "
+                    f"the Hub, got {str(pretrained_model_name_or_path)!r}, {what}: {error}"
+                ) from error
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """Saves the pipeline as `DiffusionPipeline` does, without the local paths that it was loaded from."""
         components = [component for component in self.components.values() if isinstance(component, ConfigMixin)]
-        with _without_local_paths([self, *components]):
+        with without_local_paths([self, *components]):
             super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
@@ -243,6 +283,11 @@ class DoDPipeline(DiffusionPipeline):
     def num_timesteps(self) -> int | None:
         """Number of steps over all stages of the latest call, `None` when the solver chooses its own steps."""
         return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """Time of the evaluation under way, in [0, 1000], `None` between calls; for caches that depend on it."""
+        return self._current_timestep
 
     @property
     def interrupt(self) -> bool:
@@ -268,7 +313,7 @@ class DoDPipeline(DiffusionPipeline):
                 is_integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
             else:
                 is_integer = np.issubdtype(class_labels.dtype, np.integer)
-            if not is_integer or class_labels.ndim > 1:
+            if not is_integer or (class_labels.ndim > 1 and tuple(class_labels.shape[1:]) != (1,)):
                 raise ValueError(
                     "`class_labels` as a tensor must be an integer scalar or vector, "
                     f"got {class_labels.dtype} of shape {tuple(class_labels.shape)}."
@@ -298,8 +343,10 @@ class DoDPipeline(DiffusionPipeline):
                     f"{', such as ' + ', '.join(map(repr, close)) if close else ''}, got {label!r}."
                 )
             return ids[0]
-        if isinstance(label, torch.Tensor) and label.ndim == 0:
+        if isinstance(label, (torch.Tensor, np.ndarray)) and label.ndim == 0:
             label = label.item()
+        elif isinstance(label, (list, tuple)) and len(label) == 1:  # a column of labels
+            return self._get_label_id(label[0])
         if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
             raise TypeError(f"`class_labels` must be integers or names, got {label!r} of type {type(label).__name__}.")
         if not 0 <= label < num_classes:
@@ -452,7 +499,7 @@ class DoDPipeline(DiffusionPipeline):
         scheduler = self.scheduler
         if getattr(scheduler, "is_adaptive", False):
             return None
-        if isinstance(scheduler, DoDFlowMatchScheduler):
+        if _is_a(scheduler, "DoDFlowMatchScheduler"):
             scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         elif "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
             # Diffusers' own default ends at 1 / num_train_timesteps; N intervals of 1 / N are those of our scheduler.
@@ -473,6 +520,7 @@ class DoDPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         first_stage_guidance_scale: float = 1.0,
+        num_images_per_label: int = 1,
         image: PipelineImageInput | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -485,11 +533,11 @@ class DoDPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> DoDPipelineOutput | tuple:
         r"""
-        Generates one image per class label.
+        Generates images of class labels, B of them: `num_images_per_label` of each label in turn.
 
         Args:
             class_labels (`int`, `str`, `list` or `torch.Tensor`):
-                Class ids in [0, num_classes - 1] or names of `id2label`, B of them.
+                Class ids in [0, num_classes - 1] or names of `id2label`.
             num_stages (`int`, *optional*): Number of stages, >= 1; the checkpoint's default if not given.
             num_inference_steps (`int`, *optional*):
                 Number of intervals of each stage, >= 1. Solvers of higher order evaluate the model several times per
@@ -499,13 +547,14 @@ class DoDPipeline(DiffusionPipeline):
                 given. It does not apply to stage 1, not even when that is the only one, unless the pipeline has no
                 latent embedder: then it is the scale of the only stage.
             first_stage_guidance_scale (`float`, defaults to 1.0): Guidance scale of stage 1 (paper: none).
+            num_images_per_label (`int`, defaults to 1): Number of images of each label, >= 1.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
                 One picture, or one per label, that takes the place of stage 1's sample: arrays (H, W, 3) and tensors
                 (3, H, W), uint8 or in [0, 1]. Stage 1 is not run, though `num_stages` counts it.
             height (`int`, *optional*): Height in pixels; that of `image`, else the trained size, if not given.
             width (`int`, *optional*): Width in pixels, likewise.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Source of the noise, one for all labels or one per label.
+                Source of the noise, one for all images or one for each of the B.
             latents (`torch.Tensor` of shape `(B, C, h, w)` or a list of them, *optional*):
                 Standard normal noise of the first stage that is run, or of each.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
@@ -517,7 +566,8 @@ class DoDPipeline(DiffusionPipeline):
                 latents cannot be replaced; between the two evaluations of a Heun interval they are a prediction that
                 the second one replaces.
             callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("latents",)`):
-                The tensors in `callback_kwargs`: `"latents"`, `"prior_embeds"`, `"class_labels"`.
+                The tensors in `callback_kwargs`: `"latents"`, `"prior_embeds"`, `"class_labels"`. A `PipelineCallback`
+                brings its own.
 
         Examples:
 
@@ -528,8 +578,15 @@ class DoDPipeline(DiffusionPipeline):
             `ValueError`, `TypeError`: an argument is out of range or of the wrong type or shape.
         """
         # 1. Inputs
+        if self.transformer is None:
+            raise ValueError("`transformer` must be loaded to generate images, got None.")
         label_ids = self.get_label_ids(class_labels)
+        check_at_least("num_images_per_label", num_images_per_label, 1)
+        num_labels = len(label_ids)
+        label_ids = [label for label in label_ids for _ in range(num_images_per_label)]
         batch_size = len(label_ids)
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_scheduler()
         if num_stages is None:
             num_stages = self.config.default_num_stages if self.latent_embedder is not None else 1
@@ -570,7 +627,7 @@ class DoDPipeline(DiffusionPipeline):
         factor = self.vae_scale_factor
         trained_size = self.transformer.config.sample_size * factor
         if image is not None:
-            pixels = self._check_image(image, batch_size)
+            pixels = self._check_image(image, num_labels)
             for name, size, image_size in (("height", height, pixels.shape[2]), ("width", width, pixels.shape[3])):
                 if size not in (None, image_size):
                     raise ValueError(f"`{name}` must be None or that of `image`, {image_size}, got {size}.")
@@ -584,17 +641,25 @@ class DoDPipeline(DiffusionPipeline):
 
         # 2. What all stages share
         state: dict[str, torch.Tensor | None] = {
-            "latents": self.encode_image(pixels.to(device)).expand(shape) if image is not None else None,
+            "latents": None,
             "prior_embeds": None,
             "class_labels": torch.tensor(label_ids, device=device),
         }
+        if image is not None:
+            image_latents = self.encode_image(pixels.to(device))
+            if image_latents.shape[0] > 1:
+                image_latents = image_latents.repeat_interleave(num_images_per_label, dim=0)
+            state["latents"] = image_latents.expand(shape)
+            self.maybe_free_model_hooks()  # the autoencoder is not needed again before the end
         steps_per_stage = self._set_timesteps(num_inference_steps)
         self._num_timesteps = None if steps_per_stage is None else steps_per_stage * len(stage_numbers)
         self._guidance_scale = float(guidance_scale)
         self._first_stage_guidance_scale = float(first_stage_guidance_scale)
+        self._current_timestep = None
+        self._cache_context = None
         self._step_index = 0  # over all stages
         self._interrupt = False
-        stages = []
+        results = []  # latents of each stage
 
         # 3. Stage by stage (paper, Eq. 4)
         for stage, noise in zip(stage_numbers, noises, strict=True):
@@ -611,13 +676,14 @@ class DoDPipeline(DiffusionPipeline):
                 self._sample_stage(
                     stage, state, generator, progress_bar, callback_on_step_end, callback_on_step_end_tensor_inputs
                 )
-            if return_stages:
-                stages.append(self.decode_latents(state["latents"], output_type))
+            results.append(state["latents"])
             if self.interrupt:
                 break
 
-        # 4. Images
-        images = stages[-1] if return_stages else self.decode_latents(state["latents"], output_type)
+        # 4. Images, all at the end: models that are offloaded in turn change places once
+        self._current_timestep = None
+        stages = [self.decode_latents(latents, output_type) for latents in results[None if return_stages else -1 :]]
+        images = stages[-1]
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images, stages) if return_stages else (images,)
@@ -648,14 +714,22 @@ class DoDPipeline(DiffusionPipeline):
         step_arguments = {"generator": generator} if accepts_generator else {}
 
         def velocity(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            return guided_velocity(
-                self.transformer,
-                latents,
-                timestep * time_scale,
-                state["class_labels"],
-                state["prior_embeds"],
-                self.first_stage_guidance_scale if has_own_scale else self.guidance_scale,
-            )
+            guidance_scale = self.first_stage_guidance_scale if has_own_scale else self.guidance_scale
+            self._current_timestep = timestep * time_scale
+            # What a cache holds of another stage, or of a batch of another layout, is of no use here.
+            context = f"stage_{stage}_{'unguided' if guidance_scale == 1 else 'guided'}"
+            if context != self._cache_context:
+                self.transformer._reset_stateful_cache()
+                self._cache_context = context
+            with self.transformer.cache_context(context):
+                return guided_velocity(
+                    self.transformer,
+                    latents,
+                    self._current_timestep,
+                    state["class_labels"],
+                    state["prior_embeds"],
+                    guidance_scale,
+                )
 
         def end_step(timestep: torch.Tensor) -> None:
             if callback_on_step_end is not None:

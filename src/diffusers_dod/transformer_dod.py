@@ -5,7 +5,9 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn as nn
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -18,11 +20,11 @@ from diffusers.models.embeddings import (
     get_timestep_embedding,
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
 from torch.amp import is_autocast_available
 
-from .checks import check_at_least, check_number
+from .checks import check_at_least, check_number, check_type
+from .modeling_utils import DoDModelMixin
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
 
 
@@ -130,26 +132,28 @@ class DoDRotaryPosEmbed(nn.Module):
         return torch.cat([row_cos, column_cos], dim=-1), torch.cat([row_sin, column_sin], dim=-1)
 
 
+class FP32Linear(nn.Linear):
+    """A Linear computed in at least fp32 whatever the dtype of its weights, as `FP32LayerNorm` is."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return F.linear(input.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
 class DoDTimestepEmbedding(nn.Module):
     """
     Sinusoidal features of sigma and a two-layer MLP, computed in at least fp32 whatever the dtype of the model.
 
-    bf16 has only half of the 1001 integer timesteps, so neither a cast of the model nor autocast reaches in here.
+    bf16 has only half of the 1001 integer timesteps, and the features of neighbouring ones are closer yet: neither
+    times nor features are ever rounded to it, under autocast as in a model that was cast.
     """
 
     def __init__(self, embedding_dim: int, num_features: int = 256):
         super().__init__()
         self.num_features = num_features
         self.mlp = TimestepEmbedding(num_features, embedding_dim)
-
-    def _apply(self, fn, recurse=True):
-        def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
-            result = fn(tensor)
-            if result.is_floating_point() and result.dtype.itemsize < 4 <= tensor.dtype.itemsize:
-                return tensor.to(result.device)
-            return result
-
-        return super()._apply(keep_precision, recurse)
+        self.mlp.linear_1 = FP32Linear(num_features, embedding_dim)
+        self.mlp.linear_2 = FP32Linear(embedding_dim, embedding_dim)
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         """Embeds `timestep` (B,) in [0, 1000] as (B, embedding_dim)."""
@@ -159,7 +163,7 @@ class DoDTimestepEmbedding(nn.Module):
         in_fp32 = torch.autocast(device_type, enabled=False) if is_autocast_available(device_type) else nullcontext()
         with in_fp32:
             features = get_timestep_embedding(sigma, self.num_features, flip_sin_to_cos=True, downscale_freq_shift=0)
-            return self.mlp(features.to(self.mlp.linear_1.weight.dtype))
+            return self.mlp(features)
 
 
 # The conditioning of a batch comes in one or two parts along the batch dimension: samples with a prior have one row
@@ -215,7 +219,7 @@ class DoDTransformerBlock(nn.Module):
         return hidden_states + _gate(ff_output, gate_mlp)
 
 
-class DoDTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     r"""
     The DoD backbone, a FiTv2 transformer that predicts the rectified-flow velocity (noise - data) and is conditioned
     on the time, the class and, where one is given, a visual prior per token (paper, Eqs. 5 and 8-10).
@@ -248,7 +252,8 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
     _no_split_modules = ["DoDTransformerBlock"]
     _repeated_blocks = ["DoDTransformerBlock"]
     _keep_in_fp32_modules = ["time_embed"]
-    _skip_layerwise_casting_patterns = ["time_embed", "class_embed", "adaln", "norm"]
+    _skip_layerwise_casting_patterns = ["x_embedder", "time_embed", "class_embed", "adaln", "norm"]
+    _skip_quantization_modules = ["time_embed", "adaln_global", "adaln_down", "adaln_up", "adaln_out"]
 
     @register_to_config
     def __init__(
@@ -356,6 +361,11 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
 
     def _check_inputs(self, hidden_states, timestep, class_labels, prior_embeds) -> None:
         config = self.config
+        check_type("hidden_states", hidden_states, torch.Tensor)
+        check_type("class_labels", class_labels, torch.Tensor)
+        check_type("prior_embeds", prior_embeds, (torch.Tensor, type(None)))
+        if class_labels.is_floating_point() or class_labels.is_complex() or class_labels.dtype == torch.bool:
+            raise TypeError(f"`class_labels` must be integers, got {class_labels.dtype}.")
         check_latents("hidden_states", hidden_states, config.in_channels, config.patch_size)
         batch_size, _, height, width = hidden_states.shape
         if timestep.ndim > 1 or (timestep.ndim == 1 and timestep.shape[0] not in (1, batch_size)):
@@ -405,7 +415,7 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
             `Transformer2DModelOutput` with `sample` of shape `(B, C, H, W)`, or a tuple with it.
 
         Raises:
-            `ValueError`: a shape does not fit.
+            `ValueError`, `TypeError`: a shape or a type does not fit.
         """
         if not isinstance(timestep, torch.Tensor):
             timestep = torch.tensor(timestep, dtype=torch.float32, device=hidden_states.device)
@@ -434,3 +444,7 @@ class DoDTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         if not return_dict:
             return (sample,)
         return Transformer2DModelOutput(sample=sample)
+
+
+# What Diffusers' block caches (FirstBlockCache, MagCache) must know of a block: it returns the hidden states alone.
+TransformerBlockRegistry.register(DoDTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))

@@ -1,0 +1,205 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""LoRA adapters of a whole pipeline: one file for the backbone, the latent embedder or both."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
+from diffusers.utils import USE_PEFT_BACKEND
+
+
+class DoDLoraLoaderMixin(LoraBaseMixin):
+    """
+    Loads, saves and fuses LoRA adapters of a [`DoDPipeline`], with the names of parameters prefixed by the component:
+    `transformer.` and `latent_embedder.`. Needs the PEFT library.
+    """
+
+    _lora_loadable_modules = ["transformer", "latent_embedder"]
+    transformer_name = "transformer"
+    latent_embedder_name = "latent_embedder"
+
+    @classmethod
+    def lora_state_dict(
+        cls,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        return_lora_metadata: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], dict | None]:
+        """
+        Reads the weights of an adapter.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`):
+                A folder, a file or a repository on the Hub with safetensors weights, or the weights themselves.
+            return_lora_metadata (`bool`, defaults to `False`): Whether to return the adapter's configuration too.
+            kwargs: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`, `force_download`, `proxies`,
+                `local_files_only`.
+
+        Returns:
+            `dict`, or a tuple with the metadata.
+
+        Raises:
+            `ValueError`: a name is not that of a LoRA weight of this pipeline.
+        """
+        state_dict, metadata = _fetch_state_dict(
+            pretrained_model_name_or_path_or_dict=pretrained_model_name_or_path_or_dict,
+            weight_name=kwargs.pop("weight_name", None),
+            use_safetensors=kwargs.pop("use_safetensors", True),
+            local_files_only=kwargs.pop("local_files_only", None),
+            cache_dir=kwargs.pop("cache_dir", None),
+            force_download=kwargs.pop("force_download", False),
+            proxies=kwargs.pop("proxies", None),
+            token=kwargs.pop("token", None),
+            revision=kwargs.pop("revision", None),
+            subfolder=kwargs.pop("subfolder", None),
+            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+            allow_pickle=False,
+        )
+        prefixes = tuple(f"{name}." for name in cls._lora_loadable_modules)
+        foreign = [key for key in state_dict if not key.startswith(prefixes) or "lora" not in key]
+        if foreign or not state_dict:
+            raise ValueError(
+                "`pretrained_model_name_or_path_or_dict` must hold LoRA weights, named "
+                f"{' or '.join(prefix + '...lora...' for prefix in prefixes)}, got {sorted(foreign)[:3] or 'none'}."
+            )
+        return (state_dict, metadata) if return_lora_metadata else state_dict
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Adds an adapter to the components that it has weights for, and makes it the active one.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`): As in `lora_state_dict`.
+            adapter_name (`str`, *optional*): Its name; `"default_0"`, `"default_1"`, ... if not given.
+            hotswap (`bool`, defaults to `False`): Replaces the weights of the adapter of that name in place.
+            kwargs: As in `lora_state_dict`, and `low_cpu_mem_usage`.
+
+        Raises:
+            `ValueError`: PEFT is missing, a name is not that of a LoRA weight of this pipeline, or the pipeline has
+                no component of that name.
+        """
+        if not USE_PEFT_BACKEND:
+            raise ValueError("`load_lora_weights` needs the PEFT library: pip install peft.")
+        low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", False)
+        state_dict, metadata = self.lora_state_dict(
+            pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
+        )
+        names = sorted({key.split(".")[0] for key in state_dict}, key=self._lora_loadable_modules.index)
+        absent = [name for name in names if getattr(self, name) is None]
+        if absent:
+            raise ValueError(
+                "`pretrained_model_name_or_path_or_dict` must hold LoRA weights for the components of this pipeline, "
+                f"got some for `{absent[0]}`, which it has not."
+            )
+        for name in names:
+            getattr(self, name).load_lora_adapter(
+                state_dict,
+                prefix=name,
+                adapter_name=adapter_name,
+                metadata=metadata,
+                hotswap=hotswap,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                _pipeline=self,
+            )
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | os.PathLike,
+        transformer_lora_layers: dict[str, torch.Tensor] | None = None,
+        latent_embedder_lora_layers: dict[str, torch.Tensor] | None = None,
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        transformer_lora_adapter_metadata: dict | None = None,
+        latent_embedder_lora_adapter_metadata: dict | None = None,
+    ) -> None:
+        """
+        Saves the adapters of one or both components as one file.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder, made if needed.
+            transformer_lora_layers (`dict[str, torch.Tensor]`, *optional*):
+                The adapter of the backbone, from `peft.get_peft_model_state_dict`.
+            latent_embedder_lora_layers (`dict[str, torch.Tensor]`, *optional*): That of the latent embedder.
+            is_main_process (`bool`, defaults to `True`): Whether this process is the one that writes.
+            weight_name (`str`, *optional*): File name, `pytorch_lora_weights.safetensors` if not given.
+            save_function (`Callable`, *optional*): Writes in place of the safetensors library.
+            safe_serialization (`bool`, defaults to `True`): Whether to write safetensors.
+            transformer_lora_adapter_metadata (`dict`, *optional*): Configuration of the backbone's adapter.
+            latent_embedder_lora_adapter_metadata (`dict`, *optional*): Configuration of the latent embedder's.
+
+        Raises:
+            `ValueError`: no adapter was given.
+        """
+        layers = {
+            cls.transformer_name: transformer_lora_layers,
+            cls.latent_embedder_name: latent_embedder_lora_layers,
+        }
+        metadata = {
+            cls.transformer_name: transformer_lora_adapter_metadata,
+            cls.latent_embedder_name: latent_embedder_lora_adapter_metadata,
+        }
+        layers = {name: weights for name, weights in layers.items() if weights}
+        if not layers:
+            raise ValueError("`transformer_lora_layers` or `latent_embedder_lora_layers` must be given, got neither.")
+        cls._save_lora_weights(
+            save_directory=save_directory,
+            lora_layers=layers,
+            lora_metadata={name: metadata[name] for name in layers},
+            is_main_process=is_main_process,
+            weight_name=weight_name,
+            save_function=save_function,
+            safe_serialization=safe_serialization,
+        )
+
+    def fuse_lora(
+        self,
+        components: Sequence[str] | None = None,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Adds the adapters to the weights, so that they cost nothing any more.
+
+        Args:
+            components (`Sequence[str]`, *optional*): Names of the components; all with adapters if not given.
+            lora_scale (`float`, defaults to 1.0): Scale of the adapters.
+            safe_fusing (`bool`, defaults to `False`): Whether to refuse weights with NaN.
+            adapter_names (`list[str]`, *optional*): The adapters, all active ones if not given.
+            kwargs: Passed on.
+        """
+        components = self._components_with_adapters() if components is None else list(components)
+        super().fuse_lora(
+            components=components,
+            lora_scale=lora_scale,
+            safe_fusing=safe_fusing,
+            adapter_names=adapter_names,
+            **kwargs,
+        )
+
+    def unfuse_lora(self, components: Sequence[str] | None = None, **kwargs: Any) -> None:
+        """
+        Undoes `fuse_lora`.
+
+        Args:
+            components (`Sequence[str]`, *optional*): Names of the components; all with adapters if not given.
+            kwargs: Passed on.
+        """
+        components = self._components_with_adapters() if components is None else list(components)
+        super().unfuse_lora(components=components, **kwargs)
+
+    def _components_with_adapters(self) -> list[str]:
+        names = [name for name in self._lora_loadable_modules if getattr(getattr(self, name), "peft_config", None)]
+        return names or [self.transformer_name]

@@ -1,0 +1,125 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""What both models add to Diffusers' `ModelMixin`: weights that are checked, clean configs, layers kept precise."""
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
+from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError
+
+
+@contextmanager
+def without_local_paths(objects: Sequence[ConfigMixin]) -> Iterator[None]:
+    """Hides from saved configs the path that an object was loaded from, which would name a folder of this machine."""
+    configs = [object_._internal_dict for object_ in objects]
+    for object_, config in zip(objects, configs, strict=True):
+        object_._internal_dict = FrozenDict({key: value for key, value in config.items() if key != "_name_or_path"})
+    try:
+        yield
+    finally:
+        for object_, config in zip(objects, configs, strict=True):
+            object_._internal_dict = config
+
+
+def _reason(error: BaseException) -> str:
+    """The message of `error`, with that of the safetensors library behind it, which Diffusers leaves out."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, SafetensorError):
+        cause = cause.__cause__ or cause.__context__
+    return str(error) if cause is None or cause is error else f"{error} ({cause})"
+
+
+def _abbreviate(names: Sequence[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+class DoDModelMixin(ModelMixin, ConfigMixin):
+    """
+    `ModelMixin` and `ConfigMixin` for models that
+
+    - load only weights that are all their own: where Diffusers would warn and go on with random weights, they raise;
+    - save configs without the local path that they were loaded from;
+    - keep some layers out of quantization (`_skip_quantization_modules`).
+    """
+
+    _skip_quantization_modules: list[str] = []
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """
+        Loads a config as `ConfigMixin.load_config` does.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a repository on the Hub.
+            args, kwargs: Passed on.
+
+        Raises:
+            `ValueError`: it is the config of another class.
+        """
+        loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+        found = (loaded[0] if isinstance(loaded, tuple) else loaded).get("_class_name")
+        if found is not None and found not in {base.__name__ for base in cls.__mro__}:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` must hold a `{cls.__name__}`, "
+                f"got {str(pretrained_model_name_or_path)!r}, whose config is that of a `{found}`."
+            )
+        return loaded
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
+        """
+        Loads a model as `ModelMixin.from_pretrained` does, in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a repository on the Hub.
+            kwargs: Passed on: `subfolder`, `torch_dtype`, `variant`, `device_map`, `quantization_config`, ... With
+                `ignore_mismatched_sizes=True` or `output_loading_info=True` incomplete weights are accepted, as the
+                caller then knows of them.
+
+        Raises:
+            `OSError`: there is no such folder or repository, or a file is missing or cannot be read.
+            `ValueError`: the weights are those of another model.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        quantization_config = kwargs.get("quantization_config")
+        if quantization_config is not None and cls._skip_quantization_modules:
+            kwargs["quantization_config"] = cls._skip_in(quantization_config)
+        expected = f"`pretrained_model_name_or_path` must hold the config and the weights of a `{cls.__name__}`"
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        except (OSError, ValueError) as error:
+            kind = OSError if isinstance(error, OSError) else ValueError
+            raise kind(f"{expected}, got {str(pretrained_model_name_or_path)!r}: {_reason(error)}") from error
+        missing, unexpected = info["missing_keys"], info["unexpected_keys"]
+        if (missing or unexpected) and not (wants_info or kwargs.get("ignore_mismatched_sizes", False)):
+            raise ValueError(
+                f"{expected}, got {str(pretrained_model_name_or_path)!r}, where {len(missing)} weights are missing "
+                f"({_abbreviate(missing)}) and {len(unexpected)} are unknown ({_abbreviate(unexpected)})."
+            )
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _skip_in(cls, quantization_config: Any) -> Any:
+        """A copy of `quantization_config` that skips the layers of `_skip_quantization_modules` as well."""
+        quantization_config = copy.deepcopy(quantization_config)
+        for name in ("modules_to_not_convert", "llm_int8_skip_modules"):  # the latter is bitsandbytes' name
+            if hasattr(quantization_config, name):
+                given = getattr(quantization_config, name) or []
+                given = [given] if isinstance(given, str) else list(given)
+                setattr(quantization_config, name, list(dict.fromkeys([*given, *cls._skip_quantization_modules])))
+        return quantization_config
+
+    def save_config(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """
+        Saves the config as `ConfigMixin.save_config` does, without the local path that the model was loaded from.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Where `config.json` goes.
+            args, kwargs: Passed on.
+        """
+        with without_local_paths([self]):
+            super().save_config(save_directory, *args, **kwargs)
