@@ -8,7 +8,6 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
-from torchdiffeq import odeint
 
 from .checks import check_at_least, check_choice, check_number
 from .rectified_flow import NUM_TRAIN_TIMESTEPS, euler_step, interpolate
@@ -100,13 +99,22 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
 
         self.num_inference_steps: int | None = None
         # Until `set_timesteps`, the training grid, as in Diffusers' flow-match schedulers.
-        self.sigmas = torch.linspace(1, 0, num_train_timesteps + 1)
-        self.timesteps = self.sigmas[:-1] * num_train_timesteps
+        self._set_sigmas(torch.linspace(1, 0, num_train_timesteps + 1))
+
+    def _set_sigmas(self, sigmas: torch.Tensor, device: str | torch.device | None = None) -> None:
+        """Lays out the evaluations for the boundaries of the intervals, (N + 1,) from 1 to 0."""
+        self.sigmas = sigmas  # kept on the CPU
+        if self.config.solver == "heun":  # each interval is evaluated at its start and at its end
+            evaluated = torch.stack([sigmas[:-1], sigmas[1:]], dim=1).flatten()
+        else:
+            evaluated = sigmas[:-1]
+        self.timesteps = (evaluated * self.config.num_train_timesteps).to(device)
         self._reset()
 
     def _reset(self) -> None:
         self._step_index: int | None = None
         self._begin_index: int | None = None
+        self._start_sigma: float | None = None  # where the first interval is entered, if not at its start
         self._first_velocity: torch.Tensor | None = None  # of the Heun step under way, and where it started
         self._first_sample: torch.Tensor | None = None
 
@@ -221,13 +229,7 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         sigmas = self.config.shift * sigmas / (1 + (self.config.shift - 1) * sigmas)
 
         self.num_inference_steps = num_inference_steps
-        self.sigmas = torch.cat([sigmas, torch.zeros(1)])  # (N + 1,), kept on the CPU
-        if self.config.solver == "heun":  # each interval is evaluated at its start and at its end
-            evaluated = torch.stack([self.sigmas[:-1], self.sigmas[1:]], dim=1).flatten()
-        else:
-            evaluated = self.sigmas[:-1]
-        self.timesteps = (evaluated * self.config.num_train_timesteps).to(device)
-        self._reset()
+        self._set_sigmas(torch.cat([sigmas, torch.zeros(1)]), device)
 
     def _refuse_adaptive(self, method: str) -> None:
         if self.is_adaptive:
@@ -242,11 +244,14 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
             return
         # Heun lists a timestep twice, as the end of an interval and as the start of the next: a start is meant.
         evaluations = FIXED_STEP_SOLVERS[self.config.solver]
-        starts = self.timesteps[::evaluations]
-        matches = (starts == torch.as_tensor(timestep, device=starts.device)).nonzero()
-        if len(matches) == 0:
-            raise ValueError(f"`timestep` must start an interval, one of {starts.tolist()}, got {timestep}.")
-        self._step_index = int(matches[0]) * evaluations
+        starts = self.timesteps[::evaluations].tolist()
+        timestep = float(timestep)
+        if not 0 <= timestep <= starts[0]:
+            raise ValueError(f"`timestep` must be in [0, {starts[0]}], got {timestep}.")
+        interval = sum(start >= timestep for start in starts) - 1  # the last that starts at or before it
+        if starts[interval] != timestep:
+            self._start_sigma = timestep / self.config.num_train_timesteps
+        self._step_index = interval * evaluations
 
     def step(
         self,
@@ -262,7 +267,9 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             model_output (`torch.Tensor`): Velocity (noise - data) at `timestep`.
-            timestep (`float` or `torch.Tensor`): The current entry of `timesteps`.
+            timestep (`float` or `torch.Tensor`):
+                The current entry of `timesteps`. Without a begin index the first call begins there, and so does one
+                after the last step: another time within the range leads to the end of the interval it lies in.
             sample (`torch.Tensor`): The current sample.
             generator (`torch.Generator`, *optional*): Not used, all solvers here are deterministic.
             return_dict (`bool`, defaults to `True`): Whether to return a [`DoDFlowMatchSchedulerOutput`].
@@ -271,20 +278,23 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
             [`DoDFlowMatchSchedulerOutput`], or a tuple with the sample; in the dtype of `sample`.
 
         Raises:
-            `ValueError`: `set_timesteps` was not called, all steps are done, or the solver chooses its own steps.
+            `ValueError`: a time or a shape does not fit, all steps from the begin index on are done, or the solver
+                chooses its own steps.
         """
         self._refuse_adaptive("step")
-        if self.num_inference_steps is None:
-            raise ValueError("`num_inference_steps` is None: call `set_timesteps` before `step`.")
         _check_velocity("model_output", model_output, sample)
-        if self._step_index is None:
-            self._init_step_index(timestep)
-        if self._step_index >= len(self.timesteps):
+        is_done = self._step_index is not None and self._step_index >= len(self.timesteps)
+        if is_done and self._begin_index is not None:
             raise ValueError(
                 f"All {len(self.timesteps)} steps are done, got `timestep` {timestep}: call `set_timesteps` again."
             )
-        interval, evaluation = divmod(self._step_index, FIXED_STEP_SOLVERS[self.config.solver])
+        if is_done or self._step_index is None:
+            self._init_step_index(timestep)
+        num_evaluations = FIXED_STEP_SOLVERS[self.config.solver]
+        interval, evaluation = divmod(self._step_index, num_evaluations)
         sigma, next_sigma = self.sigmas[interval], self.sigmas[interval + 1]
+        if self._start_sigma is not None:
+            sigma = torch.tensor(self._start_sigma)
         velocity, start = model_output.float(), sample.float()
 
         if evaluation == 1:  # Heun: the interval again, with the mean of the velocities at both ends
@@ -296,6 +306,8 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
             self._first_velocity, self._first_sample = velocity, start
         prev_sample = euler_step(start, velocity, sigma, next_sigma).to(sample.dtype)
         self._step_index += 1
+        if evaluation == num_evaluations - 1:
+            self._start_sigma = None
 
         if not return_dict:
             return (prev_sample,)
@@ -352,6 +364,11 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
     def _solve_dopri5(
         self, velocity_fn: VelocityFunction, sample: torch.Tensor, callback: StepCallback | None
     ) -> DoDFlowMatchSchedulerOutput:
+        try:
+            from torchdiffeq import odeint
+        except ImportError as error:
+            raise ImportError("`solver` = 'dopri5' needs the torchdiffeq library: pip install torchdiffeq.") from error
+
         maximum = self.config.num_train_timesteps
         counts = dict(num_evaluations=0, num_accepted=0, num_rejected=0)
         step_start: float | None = None  # starting time of the latest accepted step, whose end is not known yet
