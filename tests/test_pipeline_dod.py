@@ -852,6 +852,7 @@ BAD_CALLS = [
     ("latents", dict(latents=[noise(0), None]), TypeError, "Tensor", "got None"),
     ("output_type", dict(output_type="tensor"), ValueError, "'pil', 'np', 'pt', 'latent'", "got 'tensor'"),
     ("output_type", dict(output_type=None), ValueError, "'pil', 'np', 'pt', 'latent'", "got None"),
+    ("attention_kwargs", dict(attention_kwargs=5), TypeError, "dict", "got 5"),
     ("callback_on_step_end", dict(callback_on_step_end=5), TypeError, "call", "got 5"),
     (
         "callback_on_step_end_tensor_inputs",

@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """What a guided evaluation is: classifier-free guidance over class and visual prior (paper, Section 3.3)."""
 
+from typing import Any
+
 import torch
 
 from .transformer_dod import DoDTransformer2DModel
@@ -24,6 +26,7 @@ def guided_velocity(
     class_labels: torch.Tensor,
     prior_embeds: torch.Tensor | None,
     guidance_scale: float,
+    attention_kwargs: dict[str, Any] | None = None,
 ) -> torch.Tensor:
     """
     The velocity under classifier-free guidance, in one batched pass [conditional, unconditional].
@@ -38,13 +41,16 @@ def guided_velocity(
         class_labels (`torch.Tensor` of shape `(B,)`): Class ids.
         prior_embeds (`torch.Tensor` of shape `(B, T, d_l)`, *optional*): Visual priors.
         guidance_scale (`float`): The scale.
+        attention_kwargs (`dict`, *optional*): Those of the model.
 
     Returns:
         `torch.Tensor` of shape `(B, C, H, W)`, in fp32.
     """
     model_input = latents.to(transformer.dtype)
     if guidance_scale == 1:
-        return transformer(model_input, timestep, class_labels, prior_embeds=prior_embeds).sample.float()
+        return transformer(
+            model_input, timestep, class_labels, prior_embeds=prior_embeds, attention_kwargs=attention_kwargs
+        ).sample.float()
     if isinstance(timestep, torch.Tensor) and timestep.ndim == 1:
         timestep = torch.cat([timestep, timestep])
     null_labels = torch.full_like(class_labels, transformer.config.num_classes)
@@ -53,6 +59,7 @@ def guided_velocity(
         timestep,
         torch.cat([class_labels, null_labels]),
         prior_embeds=prior_embeds,
+        attention_kwargs=attention_kwargs,
     ).sample
     conditional, unconditional = velocity.float().chunk(2)
     return classifier_free_guidance(conditional, unconditional, guidance_scale)

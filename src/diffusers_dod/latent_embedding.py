@@ -2,6 +2,7 @@
 """The Latent Embedding Module (paper, Section 3.2): latents -> a few narrow tokens -> a visual prior per patch."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -10,7 +11,7 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.embeddings import get_1d_sincos_pos_embed_from_grid
 from diffusers.models.normalization import FP32LayerNorm
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from .checks import check_at_least, check_number
@@ -222,19 +223,23 @@ class LatentEmbeddingModule(DoDModelMixin, PeftAdapterMixin, AttentionMixin):
         hidden_states = self._run_blocks(self.decoder_blocks, hidden_states)
         return self.proj_out(self.decoder_norm(hidden_states[:, : rows * columns]))
 
+    @apply_lora_scale("attention_kwargs")
     def forward(
-        self, latents: torch.Tensor, return_dict: bool = True
+        self, latents: torch.Tensor, attention_kwargs: dict[str, Any] | None = None, return_dict: bool = True
     ) -> LatentEmbeddingOutput | tuple[torch.Tensor, torch.Tensor]:
         """
         Extracts the visual prior of latents: `decode(encode(latents))`.
 
         Args:
             latents (`torch.Tensor` of shape `(B, C, H, W)`): Clean, normalised latents.
+            attention_kwargs (`dict`, *optional*): `scale` is that of LoRA adapters; nothing else is known here.
             return_dict (`bool`, defaults to `True`): Whether to return a [`LatentEmbeddingOutput`].
 
         Returns:
             [`LatentEmbeddingOutput`], or the tuple `(prior_embeds, latent_tokens)`.
         """
+        if attention_kwargs:
+            raise ValueError(f"`attention_kwargs` must hold nothing but 'scale', got {attention_kwargs}.")
         latent_tokens = self.encode(latents)
         prior_embeds = self.decode(latent_tokens, *latents.shape[2:])
         if not return_dict:

@@ -32,21 +32,23 @@ class DoDLoraLoaderMixin(LoraBaseMixin):
 
         Args:
             pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`):
-                A folder, a file or a repository on the Hub with safetensors weights, or the weights themselves.
+                A folder, a file or a repository on the Hub, or the weights themselves.
             return_lora_metadata (`bool`, defaults to `False`): Whether to return the adapter's configuration too.
             kwargs: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`, `force_download`, `proxies`,
-                `local_files_only`.
+                `local_files_only` and `use_safetensors`. Without the last, Diffusers' older `.bin` files are read if
+                there is no safetensors file, by `torch.load(weights_only=True)`.
 
         Returns:
             `dict`, or a tuple with the metadata.
 
         Raises:
-            `ValueError`: a name is not that of a LoRA weight of this pipeline.
+            `ValueError`: a name is not that of a LoRA weight.
         """
+        use_safetensors = kwargs.pop("use_safetensors", None)
         state_dict, metadata = _fetch_state_dict(
             pretrained_model_name_or_path_or_dict=pretrained_model_name_or_path_or_dict,
             weight_name=kwargs.pop("weight_name", None),
-            use_safetensors=kwargs.pop("use_safetensors", True),
+            use_safetensors=True if use_safetensors is None else use_safetensors,
             local_files_only=kwargs.pop("local_files_only", None),
             cache_dir=kwargs.pop("cache_dir", None),
             force_download=kwargs.pop("force_download", False),
@@ -55,14 +57,13 @@ class DoDLoraLoaderMixin(LoraBaseMixin):
             revision=kwargs.pop("revision", None),
             subfolder=kwargs.pop("subfolder", None),
             user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
-            allow_pickle=False,
+            allow_pickle=use_safetensors is None,
         )
-        prefixes = tuple(f"{name}." for name in cls._lora_loadable_modules)
-        foreign = [key for key in state_dict if not key.startswith(prefixes) or "lora" not in key]
+        foreign = sorted(key for key in state_dict if "lora" not in key)
         if foreign or not state_dict:
             raise ValueError(
-                "`pretrained_model_name_or_path_or_dict` must hold LoRA weights, named "
-                f"{' or '.join(prefix + '...lora...' for prefix in prefixes)}, got {sorted(foreign)[:3] or 'none'}."
+                "`pretrained_model_name_or_path_or_dict` must hold LoRA weights, with 'lora' in their names, "
+                f"got {foreign[:3] or 'none'}."
             )
         return (state_dict, metadata) if return_lora_metadata else state_dict
 
@@ -83,8 +84,7 @@ class DoDLoraLoaderMixin(LoraBaseMixin):
             kwargs: As in `lora_state_dict`, and `low_cpu_mem_usage`.
 
         Raises:
-            `ValueError`: PEFT is missing, a name is not that of a LoRA weight of this pipeline, or the pipeline has
-                no component of that name.
+            `ValueError`: PEFT is missing, a name is not that of a LoRA weight, or the pipeline lacks a component.
         """
         if not USE_PEFT_BACKEND:
             raise ValueError("`load_lora_weights` needs the PEFT library: pip install peft.")
@@ -92,7 +92,9 @@ class DoDLoraLoaderMixin(LoraBaseMixin):
         state_dict, metadata = self.lora_state_dict(
             pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
         )
-        names = sorted({key.split(".")[0] for key in state_dict}, key=self._lora_loadable_modules.index)
+        prefixes = {key.split(".")[0] for key in state_dict}
+        # Weights of other models are left to the backbone, which reports that it found none of its own.
+        names = [name for name in self._lora_loadable_modules if name in prefixes] or [self.transformer_name]
         absent = [name for name in names if getattr(self, name) is None]
         if absent:
             raise ValueError(

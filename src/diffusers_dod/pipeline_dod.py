@@ -280,6 +280,11 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
         return self._first_stage_guidance_scale
 
     @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        """Those of the latest call."""
+        return self._attention_kwargs
+
+    @property
     def num_timesteps(self) -> int | None:
         """Number of steps over all stages of the latest call, `None` when the solver chooses its own steps."""
         return self._num_timesteps
@@ -529,6 +534,7 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
         output_type: str = "pil",
         return_dict: bool = True,
         return_stages: bool = False,
+        attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable[["DoDPipeline", int, torch.Tensor, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> DoDPipelineOutput | tuple:
@@ -560,6 +566,8 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, defaults to `True`): Whether to return a [`DoDPipelineOutput`].
             return_stages (`bool`, defaults to `False`): Whether to return the images of every stage too.
+            attention_kwargs (`dict`, *optional*):
+                `{"scale": ...}` is the scale of LoRA adapters; anything else goes to the attention processors.
             callback_on_step_end (`Callable`, *optional*):
                 `callback(pipe, step_index, timestep, callback_kwargs)` after each step, with one index over all
                 stages. It may return a dict with new values of the tensors it was given. Under an adaptive solver the
@@ -623,6 +631,7 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
             callback_on_step_end_tensor_inputs,
             batch_size,
         )
+        check_type("attention_kwargs", attention_kwargs, (dict, type(None)))
         device = self._execution_device
         factor = self.vae_scale_factor
         trained_size = self.transformer.config.sample_size * factor
@@ -655,6 +664,7 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
         self._num_timesteps = None if steps_per_stage is None else steps_per_stage * len(stage_numbers)
         self._guidance_scale = float(guidance_scale)
         self._first_stage_guidance_scale = float(first_stage_guidance_scale)
+        self._attention_kwargs = attention_kwargs
         self._current_timestep = None
         self._cache_context = None
         self._step_index = 0  # over all stages
@@ -665,7 +675,9 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
         for stage, noise in zip(stage_numbers, noises, strict=True):
             if stage > 1:
                 clean_latents = state["latents"].to(self.latent_embedder.dtype)
-                state["prior_embeds"] = self.latent_embedder(clean_latents).prior_embeds.to(self.transformer.dtype)
+                scale = {name: value for name, value in (attention_kwargs or {}).items() if name == "scale"}
+                prior_embeds = self.latent_embedder(clean_latents, attention_kwargs=scale).prior_embeds
+                state["prior_embeds"] = prior_embeds.to(self.transformer.dtype)
             if noise is None:
                 noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
             state["latents"] = noise.to(device=device, dtype=torch.float32)
@@ -729,6 +741,7 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
                     state["class_labels"],
                     state["prior_embeds"],
                     guidance_scale,
+                    self.attention_kwargs,
                 )
 
         def end_step(timestep: torch.Tensor) -> None:

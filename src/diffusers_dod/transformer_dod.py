@@ -2,6 +2,7 @@
 """The DoD backbone: a FiTv2 transformer (paper, Appendix A.1) whose conditioning may differ from token to token."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -21,6 +22,7 @@ from diffusers.models.embeddings import (
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import FP32LayerNorm
+from diffusers.utils import apply_lora_scale
 from torch.amp import is_autocast_available
 
 from .checks import check_at_least, check_number, check_type
@@ -204,6 +206,7 @@ class DoDTransformerBlock(nn.Module):
         conditioning: Parts,  # SiLU(c): (K, T, d) and (B - K, 1, d), either part may be missing
         global_modulation: Parts,  # the same, 6d wide
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor],
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> torch.Tensor:
         modulation = [
             (self.adaln_up(self.adaln_down(c)) + shared).chunk(6, dim=-1)
@@ -212,7 +215,9 @@ class DoDTransformerBlock(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = zip(*modulation, strict=True)
 
         attn_output = self.attn(
-            _modulate(self.norm1(hidden_states), shift_msa, scale_msa), image_rotary_emb=image_rotary_emb
+            _modulate(self.norm1(hidden_states), shift_msa, scale_msa),
+            image_rotary_emb=image_rotary_emb,
+            **(attention_kwargs or {}),
         )
         hidden_states = hidden_states + _gate(attn_output, gate_msa)
         ff_output = self.ff(_modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
@@ -390,12 +395,14 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
                 f"0 <= K <= {batch_size}, got {tuple(prior_embeds.shape)}."
             )
 
+    @apply_lora_scale("attention_kwargs")
     def forward(
         self,
         hidden_states: torch.Tensor,
         timestep: torch.Tensor | float,
         class_labels: torch.Tensor,
         prior_embeds: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """
@@ -409,6 +416,8 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
             prior_embeds (`torch.Tensor` of shape `(K, T, prior_embed_dim)`, *optional*):
                 Visual priors of the *first* K samples, 0 <= K <= B, T = H/p * W/p. The other samples get the sample
                 token S.
+            attention_kwargs (`dict`, *optional*):
+                `scale` is that of LoRA adapters; anything else goes to the attention processors.
             return_dict (`bool`, defaults to `True`): Whether to return a `Transformer2DModelOutput`.
 
         Returns:
@@ -432,10 +441,12 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(
-                    block, hidden_states, conditioning, global_modulation, image_rotary_emb
+                    block, hidden_states, conditioning, global_modulation, image_rotary_emb, attention_kwargs
                 )
             else:
-                hidden_states = block(hidden_states, conditioning, global_modulation, image_rotary_emb)
+                hidden_states = block(
+                    hidden_states, conditioning, global_modulation, image_rotary_emb, attention_kwargs
+                )
 
         shift, scale = zip(*(self.adaln_out(c).chunk(2, dim=-1) for c in conditioning), strict=True)
         hidden_states = self.proj_out(_modulate(self.norm_out(hidden_states), shift, scale))
