@@ -86,6 +86,9 @@ BAD_FORWARDS = [
     *[("hidden_states", dict(hidden_states=value), ValueError, *expected) for value, *expected in BAD_LATENTS],
     ("timestep", dict(timestep=torch.zeros(3)), ValueError, "(2,)", "got (3,)"),
     ("timestep", dict(timestep=torch.zeros(2, 1)), ValueError, "(2,)", "got (2, 1)"),
+    ("hidden_states", dict(hidden_states=[1.0]), TypeError, "Tensor", "got [1.0]"),
+    ("class_labels", dict(class_labels=[1, 2]), TypeError, "Tensor", "got [1, 2]"),
+    ("class_labels", dict(class_labels=torch.tensor([1.0, 2.0])), TypeError, "integers", "got torch.float32"),
     ("class_labels", dict(class_labels=torch.tensor(1)), ValueError, "(2,)", "got ()"),
     ("class_labels", dict(class_labels=torch.tensor([1])), ValueError, "(2,)", "got (1,)"),
     ("class_labels", dict(class_labels=torch.tensor([[1], [2]])), ValueError, "(2,)", "got (2, 1)"),
@@ -180,8 +183,9 @@ def test_bad_inputs_of_decode(latent_embedder, argument, kwargs, exception, frag
     ids=["transformer", "latent embedder", "forward", "decode"],
 )
 def test_every_argument_has_a_bad_value(function, rows):
-    # `return_dict` is taken by its truth, as everywhere in Diffusers.
-    assert {row[0] for row in rows} == set(inspect.signature(function).parameters) - {"self", "return_dict"}
+    # `return_dict` is taken by its truth, as everywhere in Diffusers; `attention_kwargs` goes to the processors.
+    exempt = {"self", "return_dict", "attention_kwargs"}
+    assert {row[0] for row in rows} == set(inspect.signature(function).parameters) - exempt
 
 
 def test_the_smallest_accepted_values():
