@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # Two processes of one thread each: more threads than cores would only wait for each other.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: install demo test test-all test-oldest style check bench clean
+.PHONY: install demo test test-all test-oldest style check docs bench clean
 
 install: $(INSTALLED)
 
@@ -23,9 +23,10 @@ demo: install
 test: install
 	$(PYTEST)
 
-# The quick tests and the slow ones.
+# All tests with the newest versions (constraints.txt), then the quick ones with the oldest (constraints-oldest.txt).
 test-all: install
 	$(PYTEST) -m "not gpu"
+	$(MAKE) test-oldest
 
 # The quick tests with the oldest versions that pyproject.toml admits.
 test-oldest:
@@ -41,6 +42,11 @@ style: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The pages of the API: outputs/docs/index.html.
+docs: install
+	$(BIN)/python -m pdoc --docformat google --template-directory docs/pdoc --no-show-source \
+		--output-directory outputs/docs src/diffusers_dod/*.py src/diffusers_dod/*/__init__.py
 
 bench: install
 	$(BIN)/python benchmarks/bench_sampling.py

@@ -1,8 +1,11 @@
 """Tiny components with random weights, and the form of error messages, for the tests."""
 
 import re
+from contextlib import contextmanager
 
+import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDTransformer2DModel, LatentEmbeddingModule
@@ -108,6 +111,18 @@ def tiny_pipeline(in_channels: int = 4, **overrides) -> DoDPipeline:
     pipe = DoDPipeline(**{**components, **defaults, **overrides})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@contextmanager
+def fresh_accelerator():
+    """The state of accelerate outlives a run; each run of these tests is the first one of its process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        yield
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
 
 
 def says(*fragments: str) -> str:

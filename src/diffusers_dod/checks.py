@@ -7,7 +7,11 @@ from typing import Any
 
 
 def check_type(name: str, value: Any, types: type | tuple[type, ...]) -> None:
-    """Raises a `TypeError` unless `value` is of one of `types`. A bool is not a number here."""
+    """
+    Raises a `TypeError` that names the argument `name` unless `value` is of one of `types`.
+
+    A bool is not a number here.
+    """
     types = types if isinstance(types, tuple) else (types,)
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         names = {Integral: "int", Real: "int or float"}  # NumPy's numbers count as well
@@ -16,7 +20,18 @@ def check_type(name: str, value: Any, types: type | tuple[type, ...]) -> None:
 
 
 def check_at_least(name: str, value: Any, minimum: int) -> None:
-    """Raises unless `value` is an integer of at least `minimum`."""
+    """
+    Raises unless an argument is an integer of at least some minimum.
+
+    Args:
+        name (`str`): Name of the argument, for the message.
+        value (`Any`): What was received.
+        minimum (`int`): The least that is accepted.
+
+    Raises:
+        `TypeError`: the value is no integer.
+        `ValueError`: it is less than the minimum.
+    """
     check_type(name, value, Integral)
     if value < minimum:
         raise ValueError(f"`{name}` must be an integer >= {minimum}, got {value}.")
@@ -30,7 +45,21 @@ def check_number(
     open_minimum: bool = False,
     open_maximum: bool = False,
 ) -> None:
-    """Raises unless `value` is a finite number between `minimum` and `maximum`, each included unless it is open."""
+    """
+    Raises unless an argument is a finite number within an interval.
+
+    Args:
+        name (`str`): Name of the argument, for the message.
+        value (`Any`): What was received.
+        minimum (`float`): Lower end of the interval.
+        maximum (`float`, defaults to `math.inf`): Upper end of the interval; infinity itself is never accepted.
+        open_minimum (`bool`, defaults to `False`): Whether the lower end is left out.
+        open_maximum (`bool`, defaults to `False`): Whether the upper end is left out.
+
+    Raises:
+        `TypeError`: the value is no number.
+        `ValueError`: it is outside the interval or not finite.
+    """
     check_type(name, value, Real)
     above = value > minimum if open_minimum else value >= minimum
     below = value < maximum if open_maximum else value <= maximum
@@ -41,6 +70,6 @@ def check_number(
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raises a `ValueError` unless `value` is one of `choices`."""
+    """Raises a `ValueError` that names the argument `name` unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")

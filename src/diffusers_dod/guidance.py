@@ -12,9 +12,15 @@ def classifier_free_guidance(
     conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float
 ) -> torch.Tensor:
     """
-    unconditional + guidance_scale * (conditional - unconditional), on all channels.
+    `unconditional + guidance_scale * (conditional - unconditional)`, on all channels.
 
-    A scale of 1 is the conditional prediction, 0 the unconditional one, above 1 extrapolates.
+    Args:
+        conditional (`torch.Tensor` of shape `(B, C, H, W)`): Prediction under the condition.
+        unconditional (`torch.Tensor` of shape `(B, C, H, W)`): Prediction under the null condition.
+        guidance_scale (`float`): 1 is the conditional prediction, 0 the unconditional one, above 1 extrapolates.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C, H, W)`.
     """
     return unconditional + guidance_scale * (conditional - unconditional)
 
@@ -39,8 +45,8 @@ def guided_velocity(
         latents (`torch.Tensor` of shape `(B, C, H, W)`): Noisy latents.
         timestep (`float` or `torch.Tensor` of shape `()` or `(B,)`): Time in [0, 1000], 0 = data.
         class_labels (`torch.Tensor` of shape `(B,)`): Class ids.
-        prior_embeds (`torch.Tensor` of shape `(B, T, d_l)`, *optional*): Visual priors.
-        guidance_scale (`float`): The scale.
+        prior_embeds (`torch.Tensor` of shape `(B, T, d_l)` or `None`): Visual priors of the conditional half.
+        guidance_scale (`float`): The scale, see [`classifier_free_guidance`].
         attention_kwargs (`dict`, *optional*): Those of the model.
 
     Returns:

@@ -26,15 +26,28 @@ class LatentEmbeddingOutput(BaseOutput):
 
     Args:
         prior_embeds (`torch.Tensor` of shape `(B, T, inner_dim)`): The visual prior e_s of every patch (paper, Eq. 7).
-        latent_tokens (`torch.Tensor` of shape `(B, num_latent_tokens, latent_token_dim)`): The code (paper, Eq. 6).
+        latent_tokens (`torch.Tensor` of shape `(B, num_latent_tokens, latent_token_dim)`, *optional*):
+            The code (paper, Eq. 6), which the module always gives.
     """
 
     prior_embeds: torch.Tensor
-    latent_tokens: torch.Tensor
+    latent_tokens: torch.Tensor | None = None  # always there; a default lets accelerate's hooks rebuild the output
 
 
 def sincos_pos_embed(dim: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Frozen 2D sine-cosine positions, (rows * columns, dim): [sin column, cos column, sin row, cos row]."""
+    """
+    Frozen 2D sine-cosine positions: [sin column, cos column, sin row, cos row].
+
+    Args:
+        dim (`int`): Width of an embedding, a multiple of 4.
+        rows (`int`): Rows of the grid.
+        columns (`int`): Columns of the grid.
+        device (`torch.device`): Where the result is computed.
+        dtype (`torch.dtype`): What the result is rounded to.
+
+    Returns:
+        `torch.Tensor` of shape `(rows * columns, dim)`, row-major.
+    """
     row = torch.arange(rows, device=device).repeat_interleave(columns)
     column = torch.arange(columns, device=device).repeat(rows)
     parts = [get_1d_sincos_pos_embed_from_grid(dim // 2, position, output_type="pt") for position in (column, row)]
@@ -42,7 +55,15 @@ def sincos_pos_embed(dim: int, rows: int, columns: int, device: torch.device, dt
 
 
 class LatentEmbeddingBlock(nn.Module):
-    """A pre-norm vision transformer block: plain self-attention and a GELU MLP."""
+    """
+    A pre-norm vision transformer block: plain self-attention and a GELU MLP.
+
+    Args:
+        dim (`int`): Width of the tokens.
+        num_attention_heads (`int`): Number of attention heads.
+        attention_head_dim (`int`): Width of a head.
+        mlp_ratio (`float`): Width of the MLP over `dim`.
+    """
 
     def __init__(self, dim: int, num_attention_heads: int, attention_head_dim: int, mlp_ratio: float):
         super().__init__()
@@ -52,6 +73,7 @@ class LatentEmbeddingBlock(nn.Module):
         self.ff = FeedForward(dim, inner_dim=int(mlp_ratio * dim), activation_fn="gelu")
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Maps `hidden_states` (B, T, dim) to the same shape."""
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states))
         return hidden_states + self.ff(self.norm2(hidden_states))
 
@@ -182,6 +204,7 @@ class LatentEmbeddingModule(DoDModelMixin, PeftAdapterMixin, AttentionMixin):
         patch_size = self.config.patch_size
         check_latents("latents", latents, self.config.in_channels, patch_size)
         rows, columns = latents.shape[2] // patch_size, latents.shape[3] // patch_size
+        latents = latents.to(self.x_embedder.weight.dtype)
         patches = self.x_embedder(patchify(latents, patch_size))  # (B, T, d_l)
         patches = patches + sincos_pos_embed(self.inner_dim, rows, columns, patches.device, patches.dtype)
         queries = self.latent_queries.to(patches.dtype).expand(patches.shape[0], -1, -1)
@@ -216,6 +239,7 @@ class LatentEmbeddingModule(DoDModelMixin, PeftAdapterMixin, AttentionMixin):
             check_at_least(name, size, 1)
             if size % config.patch_size:
                 raise ValueError(f"`{name}` must be a multiple of `patch_size` = {config.patch_size}, got {size}.")
+        latent_tokens = latent_tokens.to(self.from_latent.weight.dtype)
         rows, columns = height // config.patch_size, width // config.patch_size
         position = sincos_pos_embed(config.latent_token_dim, rows, columns, latent_tokens.device, latent_tokens.dtype)
         mask_tokens = (self.mask_token.to(latent_tokens.dtype) + position).expand(latent_tokens.shape[0], -1, -1)
@@ -237,6 +261,9 @@ class LatentEmbeddingModule(DoDModelMixin, PeftAdapterMixin, AttentionMixin):
 
         Returns:
             [`LatentEmbeddingOutput`], or the tuple `(prior_embeds, latent_tokens)`.
+
+        Raises:
+            `ValueError`: the shape does not fit, or `attention_kwargs` holds anything but `scale`.
         """
         if attention_kwargs:
             raise ValueError(f"`attention_kwargs` must hold nothing but 'scale', got {attention_kwargs}.")

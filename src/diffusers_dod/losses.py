@@ -43,7 +43,7 @@ class DoDJointModel(nn.Module):
             noise (`torch.Tensor` of shape `(B, C, H, W)`): Standard normal noise.
             sigmas (`torch.Tensor` of shape `(B,)`): Time in [0, 1], 0 = data.
             class_labels (`torch.Tensor` of shape `(B,)`): Class ids, `num_classes` where the class is dropped.
-            num_priors (`int`): Number K of leading samples that are given their own visual prior.
+            num_priors (`int`, defaults to 0): Number K of leading samples that are given their own visual prior.
 
         Returns:
             `torch.Tensor` of shape `(B,)`, in fp32.

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 @contextmanager
 def without_local_paths(objects: Sequence[ConfigMixin]) -> Iterator[None]:
-    """Hides from saved configs the path that an object was loaded from, which would name a folder of this machine."""
+    """Within it, the configs of `objects` lack the path they were loaded from, which would name a local folder."""
     configs = [object_._internal_dict for object_ in objects]
     for object_, config in zip(objects, configs, strict=True):
         object_._internal_dict = FrozenDict({key: value for key, value in config.items() if key != "_name_or_path"})

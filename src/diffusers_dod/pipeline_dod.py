@@ -33,15 +33,15 @@ logger = logging.get_logger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 EXAMPLE_DOC_STRING = """
-    Examples:
-        ```py
-        >>> from diffusers_dod import DoDPipeline
+        Examples:
+            ```py
+            >>> from diffusers_dod import DoDPipeline
 
-        >>> pipe = DoDPipeline.from_pretrained("checkpoints/dod-desk")
-        >>> output = pipe(class_labels=["marble", "bricks"], num_stages=2, return_stages=True)
-        >>> output.stages[0][1]  # the bricks of stage 1
-        >>> output.images[1]  # the bricks of stage 2
-        ```
+            >>> pipe = DoDPipeline.from_pretrained("checkpoints/dod-desk")
+            >>> output = pipe(class_labels=["marble", "bricks"], num_stages=2, return_stages=True)
+            >>> output.stages[0][1]  # the bricks of stage 1
+            >>> output.images[1]  # the bricks of stage 2
+            ```
 """
 
 
@@ -62,7 +62,19 @@ class DoDPipelineOutput(BaseOutput):
 
 
 def latent_statistics(vae: AutoencoderKL, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation by which an autoencoder's latents (B, C, h, w) are normalised."""
+    """
+    Mean and standard deviation by which an autoencoder's latents are normalised.
+
+    They are `latents_mean` and `latents_std` of its config where it has both, else `shift_factor` and 1 /
+    `scaling_factor`.
+
+    Args:
+        vae (`AutoencoderKL`): The autoencoder.
+        latents (`torch.Tensor`): Any tensor of the device and dtype that the statistics should have.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Mean and standard deviation of shape `(1, C, 1, 1)`, or `(1, 1, 1, 1)`.
+    """
     config = vae.config
     if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
         mean, std = config.latents_mean, config.latents_std
@@ -73,16 +85,21 @@ def latent_statistics(vae: AutoencoderKL, latents: torch.Tensor) -> tuple[torch.
 
 def normalize_latents(latents: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
     """
-    Latents of the autoencoder -> latents of the transformer.
+    Latents of the autoencoder -> latents of the transformer, by [`latent_statistics`].
 
-    By `latents_mean` and `latents_std` where the autoencoder has them, else by `shift_factor` and `scaling_factor`.
+    Args:
+        latents (`torch.Tensor` of shape `(B, C, h, w)`): What the autoencoder's encoder returns.
+        vae (`AutoencoderKL`): The autoencoder.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C, h, w)`.
     """
     mean, std = latent_statistics(vae, latents)
     return (latents - mean) / std
 
 
 def denormalize_latents(latents: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
-    """The inverse of [`normalize_latents`]."""
+    """The inverse of [`normalize_latents`]: `latents` (B, C, h, w) of the transformer -> what `vae` decodes."""
     mean, std = latent_statistics(vae, latents)
     return latents * std + mean
 
@@ -264,7 +281,13 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """Saves the pipeline as `DiffusionPipeline` does, without the local paths that it was loaded from."""
+        """
+        Saves the pipeline as `DiffusionPipeline` does, without the local paths that it was loaded from.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder, made if needed.
+            args, kwargs: Passed on: `safe_serialization`, `variant`, `max_shard_size`, `push_to_hub`, ...
+        """
         components = [component for component in self.components.values() if isinstance(component, ConfigMixin)]
         with without_local_paths([self, *components]):
             super().save_pretrained(save_directory, *args, **kwargs)
@@ -307,6 +330,9 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
 
         Args:
             class_labels (`int`, `str`, `list` or `torch.Tensor`): Ids in [0, num_classes - 1] or names of `id2label`.
+
+        Returns:
+            `list[int]`: One id per label, a single label too.
 
         Raises:
             `ValueError`: an id is out of range, a name is unknown or fits several ids, or the list is empty.
@@ -374,7 +400,28 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
         callback_on_step_end_tensor_inputs: Sequence[str],
         batch_size: int,
     ) -> None:
-        """Raises a `ValueError` or `TypeError` that names the argument, what it may be and what it is."""
+        """
+        Checks arguments of a call, the defaults filled in, before anything is computed.
+
+        Args:
+            num_stages (`int`): At least 1; 1 without a latent embedder, at least 2 with an `image`.
+            num_inference_steps (`int`): At least 1.
+            guidance_scale (`float`): At least 0.
+            first_stage_guidance_scale (`float`): At least 0.
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, a list of them or `None`):
+                Only whether there is one is looked at.
+            height (`int` or `None`): A multiple of the autoencoder's factor times `patch_size`.
+            width (`int` or `None`): Likewise.
+            generator (`torch.Generator`, `list[torch.Generator]` or `None`): One, or `batch_size` of them.
+            output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            callback_on_step_end (`Callable` or `None`): Anything that can be called.
+            callback_on_step_end_tensor_inputs (`Sequence[str]`): Names among `_callback_tensor_inputs`.
+            batch_size (`int`): Number B of images.
+
+        Raises:
+            `ValueError`, `TypeError`: an argument is something else; the message names it, what it may be and what it
+                is.
+        """
         check_at_least("num_stages", num_stages, 1)
         if num_stages > 1 and self.latent_embedder is None:
             raise ValueError(f"`num_stages` must be 1 without a `latent_embedder`, got {num_stages}.")
@@ -482,7 +529,15 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
     # ------------------------------------------------------------------------------------------------ sampling
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] -> normalised latents (B, C, h, w) by the mode of the posterior."""
+        """
+        Encodes pictures by the mode of the autoencoder's posterior; a pixel-space model takes them as they are.
+
+        Args:
+            pixels (`torch.Tensor` of shape `(B, 3, H, W)`): Pixels in [-1, 1].
+
+        Returns:
+            `torch.Tensor` of shape `(B, C, h, w)`: Normalised latents in fp32.
+        """
         if self.vae is None:
             return pixels.float()
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
@@ -491,7 +546,16 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
     def decode_latents(
         self, latents: torch.Tensor, output_type: str
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
-        """Normalised latents (B, C, h, w) -> images in the form of `output_type`."""
+        """
+        Decodes latents to images.
+
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): Normalised latents.
+            output_type (`str`): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the latents as they are.
+
+        Returns:
+            `list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`, as in [`DoDPipelineOutput`].
+        """
         if output_type == "latent":
             return latents
         pixels = latents
@@ -577,13 +641,13 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
                 The tensors in `callback_kwargs`: `"latents"`, `"prior_embeds"`, `"class_labels"`. A `PipelineCallback`
                 brings its own.
 
-        Examples:
-
         Returns:
             [`DoDPipelineOutput`], or the tuple `(images,)`, `(images, stages)` with `return_stages=True`.
 
         Raises:
             `ValueError`, `TypeError`: an argument is out of range or of the wrong type or shape.
+
+        Examples:
         """
         # 1. Inputs
         if self.transformer is None:

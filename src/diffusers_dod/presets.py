@@ -13,7 +13,7 @@ class Preset:
     Args:
         transformer_config (`dict`): Arguments of [`DoDTransformer2DModel`].
         latent_embedder_config (`dict`, *optional*): Arguments of [`LatentEmbeddingModule`]; `None` for FiTv2.
-        pipeline_config (`dict`): Sampling defaults of [`DoDPipeline`].
+        pipeline_config (`dict`, defaults to `{}`): Sampling defaults of [`DoDPipeline`].
     """
 
     transformer_config: dict[str, Any]

@@ -25,9 +25,9 @@ def interpolate(sample: torch.Tensor, noise: torch.Tensor, sigma: float | torch.
     The forward process (paper, Eq. 1): x_sigma = (1 - sigma) * sample + sigma * noise.
 
     Args:
-        sample (`torch.Tensor` of shape `(B, ...)`): data.
-        noise (`torch.Tensor` of shape `(B, ...)`): standard normal noise.
-        sigma (`float` or `torch.Tensor` of shape `()` or `(B,)`): time in [0, 1], 0 = data.
+        sample (`torch.Tensor` of shape `(B, ...)`): Data.
+        noise (`torch.Tensor` of shape `(B, ...)`): Standard normal noise.
+        sigma (`float` or `torch.Tensor` of shape `()` or `(B,)`): Time in [0, 1], 0 = data.
 
     Returns:
         `torch.Tensor` of shape `(B, ...)`.
@@ -37,21 +37,42 @@ def interpolate(sample: torch.Tensor, noise: torch.Tensor, sigma: float | torch.
 
 
 def velocity_target(sample: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """The regression target of the model (paper, Eq. 3): d x_sigma / d sigma = noise - sample."""
+    """The regression target of the model (paper, Eq. 3): d x_sigma / d sigma = `noise` - `sample`."""
     return noise - sample
 
 
 def sample_from_velocity(
     noisy_sample: torch.Tensor, velocity: torch.Tensor, sigma: float | torch.Tensor
 ) -> torch.Tensor:
-    """The data behind `noisy_sample` by Eqs. 1 and 3: x_sigma - sigma * velocity."""
+    """
+    The data behind a noisy sample by Eqs. 1 and 3: x_sigma - sigma * velocity.
+
+    Args:
+        noisy_sample (`torch.Tensor` of shape `(B, ...)`): The sample x_sigma.
+        velocity (`torch.Tensor` of shape `(B, ...)`): Velocity (noise - data) there.
+        sigma (`float` or `torch.Tensor` of shape `()` or `(B,)`): Time in [0, 1], 0 = data.
+
+    Returns:
+        `torch.Tensor` of shape `(B, ...)`.
+    """
     return noisy_sample - _expand_like(sigma, noisy_sample) * velocity
 
 
 def euler_step(
     noisy_sample: torch.Tensor, velocity: torch.Tensor, sigma: float | torch.Tensor, next_sigma: float | torch.Tensor
 ) -> torch.Tensor:
-    """One Euler step of the flow (paper, Eq. 2) from `sigma` to `next_sigma`; towards data when next_sigma < sigma."""
+    """
+    One Euler step of the flow (paper, Eq. 2); towards data when next_sigma < sigma.
+
+    Args:
+        noisy_sample (`torch.Tensor` of shape `(B, ...)`): The sample at `sigma`.
+        velocity (`torch.Tensor` of shape `(B, ...)`): Velocity (noise - data) there.
+        sigma (`float` or `torch.Tensor` of shape `()` or `(B,)`): Time in [0, 1], 0 = data.
+        next_sigma (`float` or `torch.Tensor` of shape `()` or `(B,)`): The time to go to.
+
+    Returns:
+        `torch.Tensor` of shape `(B, ...)`: The sample at `next_sigma`.
+    """
     return noisy_sample + _expand_like(next_sigma - sigma, noisy_sample) * velocity
 
 
@@ -62,9 +83,9 @@ def logit_normal_sigma(normal: torch.Tensor) -> torch.Tensor:
     The density is symmetric about 1/2, so it is the same whichever end of the path is called 0.
 
     Args:
-        normal (`torch.Tensor`): standard normal draws of any shape.
+        normal (`torch.Tensor`): Standard normal draws of any shape.
 
     Returns:
-        `torch.Tensor`: times in (0, 1), of the same shape.
+        `torch.Tensor`: Times in (0, 1), of the same shape.
     """
     return torch.sigmoid(normal)

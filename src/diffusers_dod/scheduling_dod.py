@@ -144,6 +144,9 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             begin_index (`int`, defaults to 0): Index into `timesteps`.
+
+        Raises:
+            `ValueError`, `TypeError`: it is no index into `timesteps`.
         """
         check_at_least("begin_index", begin_index, 0)
         if begin_index >= len(self.timesteps):
@@ -151,7 +154,7 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index = begin_index
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
-        """Returns `sample` as it is; for interchangeability with schedulers that scale it."""
+        """Returns `sample` as it is at any `timestep`; for interchangeability with schedulers that scale it."""
         return sample
 
     def scale_noise(self, sample: torch.Tensor, timestep: float | torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -186,7 +189,17 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor
     ) -> torch.Tensor:
-        """[`scale_noise`] under the name and in the order of arguments of Diffusers' diffusion schedulers."""
+        """
+        [`scale_noise`] under the name and in the order of arguments of Diffusers' diffusion schedulers.
+
+        Args:
+            original_samples (`torch.Tensor` of shape `(B, ...)`): Data.
+            noise (`torch.Tensor` of shape `(B, ...)`): Standard normal noise.
+            timesteps (`float` or `torch.Tensor` of shape `()` or `(B,)`): Any times in [0, 1000], 0 = data.
+
+        Returns:
+            `torch.Tensor` of shape `(B, ...)`.
+        """
         return self.scale_noise(original_samples, timesteps, noise)
 
     def set_timesteps(

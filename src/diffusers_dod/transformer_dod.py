@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """The DoD backbone: a FiTv2 transformer (paper, Appendix A.1) whose conditioning may differ from token to token."""
 
+import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -31,7 +33,16 @@ from .rectified_flow import NUM_TRAIN_TIMESTEPS
 
 
 def patchify(hidden_states: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Cuts (B, C, H, W) into row-major tokens (B, H/p * W/p, C*p*p); within a token the channel is slowest."""
+    """
+    Cuts latents into tokens in row-major order; within a token the channel is slowest.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(B, C, H, W)`): Latents.
+        patch_size (`int`): Side p of a patch, which divides H and W.
+
+    Returns:
+        `torch.Tensor` of shape `(B, H/p * W/p, C*p*p)`.
+    """
     batch, channels, height, width = hidden_states.shape
     hidden_states = hidden_states.reshape(
         batch, channels, height // patch_size, patch_size, width // patch_size, patch_size
@@ -40,14 +51,36 @@ def patchify(hidden_states: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def unpatchify(tokens: torch.Tensor, patch_size: int, height: int, width: int) -> torch.Tensor:
-    """The inverse of [`patchify`]: tokens (B, H/p * W/p, C*p*p) -> (B, C, H, W)."""
+    """
+    The inverse of [`patchify`].
+
+    Args:
+        tokens (`torch.Tensor` of shape `(B, H/p * W/p, C*p*p)`): Tokens in row-major order.
+        patch_size (`int`): Side p of a patch.
+        height (`int`): Height H of the latents.
+        width (`int`): Width W of the latents.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C, H, W)`.
+    """
     rows, columns = height // patch_size, width // patch_size
     tokens = tokens.reshape(tokens.shape[0], rows, columns, -1, patch_size, patch_size)
     return tokens.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, height, width)
 
 
 def check_latents(name: str, latents: torch.Tensor, in_channels: int, patch_size: int) -> None:
-    """Raises a `ValueError` unless `latents` is (B, in_channels, H, W) with H and W divisible by `patch_size`."""
+    """
+    Raises unless an argument is a batch of latents that can be cut into patches.
+
+    Args:
+        name (`str`): Name of the argument, for the message.
+        latents (`torch.Tensor`): What was received, to be of shape `(B, in_channels, H, W)`.
+        in_channels (`int`): Number of channels.
+        patch_size (`int`): What H and W must be positive multiples of.
+
+    Raises:
+        `ValueError`: the shape is another one.
+    """
     if latents.ndim != 4 or latents.shape[1] != in_channels:
         raise ValueError(
             f"`{name}` must have shape (batch, {in_channels}, height, width), got {tuple(latents.shape)}."
@@ -72,6 +105,18 @@ class DoDAttnProcessor:
         hidden_states: torch.Tensor,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
+        """
+        Runs an attention layer.
+
+        Args:
+            attn ([`DoDAttention`]): The layer, for its weights.
+            hidden_states (`torch.Tensor` of shape `(B, T, query_dim)`): The tokens.
+            image_rotary_emb (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
+                What [`DoDRotaryPosEmbed`] returns; without it queries and keys are not rotated.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T, query_dim)`.
+        """
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
@@ -94,7 +139,17 @@ class DoDAttnProcessor:
 
 
 class DoDAttention(nn.Module, AttentionModuleMixin):
-    """Self-attention with biases; `qk_norm` adds a LayerNorm without affine parameters to each query and key head."""
+    """
+    Self-attention with biases.
+
+    Args:
+        query_dim (`int`): Width of the tokens.
+        heads (`int`): Number of attention heads.
+        dim_head (`int`): Width of a head.
+        qk_norm (`bool`, defaults to `True`):
+            Whether each query and key head gets a LayerNorm without affine parameters.
+        processor (`Callable`, *optional*): Computes the attention, a [`DoDAttnProcessor`] if not given.
+    """
 
     _default_processor_cls = DoDAttnProcessor
     _available_processors = [DoDAttnProcessor]
@@ -114,11 +169,18 @@ class DoDAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(processor or self._default_processor_cls())
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Maps `hidden_states` (B, T, query_dim) to the same shape; `kwargs` go to the processor."""
         return self.processor(self, hidden_states, **kwargs)
 
 
 class DoDRotaryPosEmbed(nn.Module):
-    """2D rotary position embedding: the first half of every head rotates with the row, the second with the column."""
+    """
+    2D rotary position embedding: the first half of every head rotates with the row, the second with the column.
+
+    Args:
+        dim (`int`): Width of a head, a multiple of 4.
+        theta (`float`, defaults to 10000.0): Base of the frequencies.
+    """
 
     def __init__(self, dim: int, theta: float = 10000.0):
         super().__init__()
@@ -126,7 +188,18 @@ class DoDRotaryPosEmbed(nn.Module):
         self.theta = theta
 
     def forward(self, rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns cos and sin, each (rows * columns, dim) in fp32, for tokens in row-major order."""
+        """
+        The rotations of a grid of tokens.
+
+        Args:
+            rows (`int`): Rows of the grid.
+            columns (`int`): Columns of the grid.
+            device (`torch.device`): Where they are computed.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Cosines and sines, each of shape `(rows * columns, dim)` in fp32, for
+            tokens in row-major order.
+        """
         row = torch.arange(rows, device=device, dtype=torch.float32).repeat_interleave(columns)
         column = torch.arange(columns, device=device, dtype=torch.float32).repeat(rows)
         row_cos, row_sin = get_1d_rotary_pos_embed(self.dim // 2, row, theta=self.theta, use_real=True)
@@ -138,6 +211,7 @@ class FP32Linear(nn.Linear):
     """A Linear computed in at least fp32 whatever the dtype of its weights, as `FP32LayerNorm` is."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Maps `input` (..., in_features) to (..., out_features), in fp32 or, if the weights are fp64, in fp64."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         return F.linear(input.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
@@ -148,6 +222,10 @@ class DoDTimestepEmbedding(nn.Module):
 
     bf16 has only half of the 1001 integer timesteps, and the features of neighbouring ones are closer yet: neither
     times nor features are ever rounded to it, under autocast as in a model that was cast.
+
+    Args:
+        embedding_dim (`int`): Width of the embedding.
+        num_features (`int`, defaults to 256): Number of features, half of them cosines and half sines.
     """
 
     def __init__(self, embedding_dim: int, num_features: int = 256):
@@ -187,7 +265,16 @@ def _gate(hidden_states: torch.Tensor, gate: Parts) -> torch.Tensor:
 
 
 class DoDTransformerBlock(nn.Module):
-    """Attention and SwiGLU (paper, Eqs. 8-9), modulated by a global AdaLN plus a low-rank one (Eq. 10)."""
+    """
+    Attention and SwiGLU (paper, Eqs. 8-9), modulated by a global AdaLN plus a low-rank one (Eq. 10).
+
+    Args:
+        dim (`int`): Width d of the tokens.
+        num_attention_heads (`int`): Number of attention heads.
+        attention_head_dim (`int`): Width of a head.
+        ff_inner_dim (`int`): Width of the SwiGLU.
+        adaln_lora_dim (`int`): Rank of the block's own modulation.
+    """
 
     def __init__(
         self, dim: int, num_attention_heads: int, attention_head_dim: int, ff_inner_dim: int, adaln_lora_dim: int
@@ -208,6 +295,22 @@ class DoDTransformerBlock(nn.Module):
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor],
         attention_kwargs: dict[str, Any] | None = None,
     ) -> torch.Tensor:
+        """
+        Runs the block. The conditioning comes in one or two parts along the batch: that of the K samples with a prior,
+        which differs from token to token, and that of the others, either of which may be missing.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, T, d)`): The tokens.
+            conditioning (`tuple[torch.Tensor, ...]`):
+                SiLU(c) of shapes `(K, T, d)` and `(B - K, 1, d)`.
+            global_modulation (`tuple[torch.Tensor, ...]`):
+                The AdaLN that all blocks share, of shapes `(K, T, 6 * d)` and `(B - K, 1, 6 * d)`.
+            image_rotary_emb (`tuple[torch.Tensor, torch.Tensor]`): What [`DoDRotaryPosEmbed`] returns.
+            attention_kwargs (`dict`, *optional*): Further arguments of the attention processor.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T, d)`.
+        """
         modulation = [
             (self.adaln_up(self.adaln_down(c)) + shared).chunk(6, dim=-1)
             for c, shared in zip(conditioning, global_modulation, strict=True)
@@ -343,6 +446,63 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, num_classes: int | None = None, **kwargs: Any
+    ):
+        """
+        Loads a model as `ModelMixin.from_pretrained` does, if wanted with a label table for other classes.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a repository on the Hub.
+            num_classes (`int`, *optional*):
+                Number of classes to fine-tune on. Another number than the saved one resizes the label table, see
+                `resize_class_embed`.
+            kwargs: Passed on, see [`DoDModelMixin.from_pretrained`].
+
+        Raises:
+            `OSError`, `ValueError`: see [`DoDModelMixin.from_pretrained`].
+        """
+        if num_classes is not None:
+            check_at_least("num_classes", num_classes, 1)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if num_classes not in (None, model.config.num_classes):
+            model.resize_class_embed(num_classes)
+        return loaded
+
+    def resize_class_embed(self, num_classes: int, source_classes: Sequence[int | None] | None = None) -> None:
+        """
+        Gives the model a label table for other classes; the null class stays what it is.
+
+        A class starts as a copy of the null class, with which the model makes pictures of any class, or of a class
+        that it knows. Everything but the table is left alone.
+
+        Args:
+            num_classes (`int`): Number of classes from now on, >= 1.
+            source_classes (`Sequence[int | None]`, *optional*):
+                For each new class the old one that it starts as, `None` for the null class. All `None` if not given.
+
+        Raises:
+            `ValueError`, `TypeError`: an argument is out of range or of the wrong type.
+        """
+        check_at_least("num_classes", num_classes, 1)
+        null_class = self.config.num_classes
+        sources = [None] * num_classes if source_classes is None else list(source_classes)
+        if len(sources) != num_classes:
+            raise ValueError(f"`source_classes` must hold {num_classes} classes, got {len(sources)}.")
+        for source in sources:
+            if source is not None:
+                check_at_least("source_classes", source, 0)
+                if source >= null_class:
+                    raise ValueError(f"`source_classes` must be None or in [0, {null_class - 1}], got {source}.")
+        rows = torch.tensor([null_class if source is None else source for source in [*sources, None]])
+        old = self.class_embed.weight
+        table = nn.Embedding(num_classes + 1, self.inner_dim, device=old.device, dtype=old.dtype)
+        table.weight = nn.Parameter(old.detach()[rows.to(old.device)], requires_grad=old.requires_grad)
+        self.class_embed = table
+        self.register_to_config(num_classes=num_classes)
+
     def _conditioning(
         self,
         timestep: torch.Tensor,  # (B,)
@@ -427,13 +587,14 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
             `ValueError`, `TypeError`: a shape or a type does not fit.
         """
         if not isinstance(timestep, torch.Tensor):
-            timestep = torch.tensor(timestep, dtype=torch.float32, device=hidden_states.device)
+            timestep = torch.tensor(timestep, dtype=torch.float32)
         self._check_inputs(hidden_states, timestep, class_labels, prior_embeds)
         batch_size, _, height, width = hidden_states.shape
         patch_size = self.config.patch_size
         timestep = timestep.to(hidden_states.device).expand(batch_size)
 
         image_rotary_emb = self.pos_embed(height // patch_size, width // patch_size, hidden_states.device)
+        hidden_states = hidden_states.to(self.x_embedder.weight.dtype)
         hidden_states = self.x_embedder(patchify(hidden_states, patch_size))  # (B, T, d)
         conditioning = self._conditioning(timestep, class_labels, prior_embeds, hidden_states.dtype)
         global_modulation = tuple(self.adaln_global(c) for c in conditioning)

@@ -3,13 +3,12 @@
 import json
 import re
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from helpers import fresh_accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,18 +21,6 @@ from diffusers_dod.training.train import main, parse_args
 
 # A large epsilon makes Adam's update a smooth function of the gradient, so that rounding stays rounding.
 TINY = "--preset DoD-Desk --train_batch_size 4 --logging_steps 1 --learning_rate 1e-2 --adam_epsilon 1e-3".split()
-
-
-@contextmanager
-def fresh_accelerator():
-    """The state of accelerate outlives a run; each run of these tests is the first one of its process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        yield
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
 
 
 def train(output_dir: Path, *arguments) -> Path:

@@ -6,7 +6,13 @@ import numpy as np
 
 def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
-    Mean (d,) and unbiased covariance (d, d) of features (n, d), in float64.
+    Mean and unbiased covariance of features.
+
+    Args:
+        features (`np.ndarray` of shape `(n, d)`): The features of n >= 2 samples.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: Mean of shape `(d,)` and covariance of shape `(d, d)`, in float64.
 
     Raises:
         `ValueError`: there are fewer than two samples, or a feature is not finite.
@@ -28,8 +34,13 @@ def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
     symmetric: nothing complex arises, and singular covariances need no offset.
 
     Args:
-        mean_1, mean_2 (`np.ndarray` of shape `(d,)`): Means.
-        cov_1, cov_2 (`np.ndarray` of shape `(d, d)`): Covariances.
+        mean_1 (`np.ndarray` of shape `(d,)`): Mean of one Gaussian.
+        cov_1 (`np.ndarray` of shape `(d, d)`): Its covariance.
+        mean_2 (`np.ndarray` of shape `(d,)`): Mean of the other.
+        cov_2 (`np.ndarray` of shape `(d, d)`): Its covariance.
+
+    Returns:
+        `float`: The squared distance, 0 for the same Gaussian.
 
     Raises:
         `ValueError`: the shapes do not fit.

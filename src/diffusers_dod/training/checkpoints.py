@@ -52,12 +52,12 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The optimizer step in the name of a checkpoint folder."""
+    """The optimizer step in the name of the folder `checkpoint`, `checkpoint-<step>`."""
     return int(checkpoint.name.split("-")[1])
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or `None` if every file has the hash that its manifest states."""
+    """What is wrong with the folder `checkpoint`, or `None` if every file has the hash that its manifest states."""
     try:
         hashes = dict(json.loads((checkpoint / MANIFEST).read_text())["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -92,6 +92,9 @@ def save_checkpoint(
         step (`int`): Number of finished optimizer steps.
         write (`Callable`): Writes the files of the checkpoint into the folder that it is given.
         total_limit (`int`, *optional*): How many checkpoints to keep, at least 1; `None` keeps all.
+
+    Returns:
+        `Path`: The folder of the checkpoint.
     """
     checkpoint = output_dir / f"checkpoint-{step}"
     unfinished = output_dir / f".unfinished-checkpoint-{step}"
@@ -115,7 +118,15 @@ def save_checkpoint(
 
 
 def save_training_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Writes the raw weights, the optimizer's tensors and a JSON `state` to `folder/training_state`."""
+    """
+    Writes what a resumed run needs beyond the pipeline to `training_state/`.
+
+    Args:
+        folder (`Path`): The checkpoint, which has no such sub-folder yet.
+        model (`torch.nn.Module`): Its raw weights are written, not the EMA.
+        optimizer (`torch.optim.Optimizer`): Its moments are written, not its settings.
+        state (`dict`): Anything else that JSON can hold.
+    """
     folder = folder / STATE_FOLDER
     folder.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
@@ -129,7 +140,17 @@ def save_training_state(folder: Path, model: torch.nn.Module, optimizer: torch.o
 
 
 def load_training_state(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Loads what [`save_training_state`] wrote into `model` and `optimizer`; returns the JSON state."""
+    """
+    Loads what [`save_training_state`] wrote.
+
+    Args:
+        checkpoint (`Path`): The folder of the checkpoint.
+        model (`torch.nn.Module`): Takes the raw weights.
+        optimizer (`torch.optim.Optimizer`): Takes the moments; it keeps its own learning rates and other settings.
+
+    Returns:
+        `dict`: The JSON state.
+    """
     folder = checkpoint / STATE_FOLDER
     model.load_state_dict(load_file(folder / "model.safetensors"))
     state: dict[int, dict[str, torch.Tensor]] = {}

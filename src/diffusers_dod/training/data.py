@@ -31,6 +31,10 @@ def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
     Scales the short side to `resolution` and crops the centre square, as in ADM: halved with a box filter while at
     least twice as large, then bicubic.
 
+    Args:
+        image (`PIL.Image.Image`): A picture of any mode and size.
+        resolution (`int`): Side of the square in pixels.
+
     Returns:
         `np.ndarray` of shape `(resolution, resolution, 3)`, uint8 RGB.
     """
@@ -44,7 +48,15 @@ def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
 
 
 class PictureDataset(Dataset):
-    """Labelled pictures of a `datasets.Dataset` as uint8 arrays (resolution, resolution, 3), cropped in the centre."""
+    """
+    Labelled pictures of a `datasets.Dataset` as uint8 arrays, cropped by [`center_crop`].
+
+    Args:
+        dataset (`datasets.Dataset`): The data set.
+        image_column (`str`): Its column of PIL images.
+        label_column (`str`): Its column of class ids.
+        resolution (`int`): Side of the pictures in pixels.
+    """
 
     def __init__(self, dataset, image_column: str, label_column: str, resolution: int):
         self.dataset = dataset
@@ -62,7 +74,14 @@ class PictureDataset(Dataset):
 
 @dataclass(frozen=True)
 class Pictures:
-    """A picture data set with what names it: the class names in the order of their ids, and a fingerprint."""
+    """
+    A picture data set with what names it.
+
+    Args:
+        dataset (`torch.utils.data.Dataset`): Yields dicts with the `image`, uint8 (H, W, 3), and the `label`, an id.
+        class_names (`tuple[str, ...]`): Names of the classes in the order of their ids.
+        fingerprint (`str`): Another one for other pictures.
+    """
 
     dataset: Dataset
     class_names: tuple[str, ...]
@@ -82,12 +101,16 @@ def load_pictures(
     Opens the procedural `textures`, a data set of the Hub or a folder with one sub-folder of pictures per class.
 
     Args:
-        dataset_name (`str`, *optional*): `"textures"` or what `datasets.load_dataset` takes.
-        train_data_dir (`str`, *optional*): An image folder; exactly one of the two must be given.
+        dataset_name (`str` or `None`): `"textures"` or what `datasets.load_dataset` takes.
+        train_data_dir (`str` or `None`): An image folder; exactly one of the two must be given.
         resolution (`int`): Side of the pictures in pixels.
         num_train_samples (`int`): Number of procedural pictures.
         seed (`int`): Seed of the procedural pictures.
-        image_column (`str`), label_column (`str`): Columns of the data set.
+        image_column (`str`, defaults to `"image"`): Column of the pictures.
+        label_column (`str`, defaults to `"label"`): Column of the classes, of type `ClassLabel`.
+
+    Returns:
+        [`Pictures`].
 
     Raises:
         `ValueError`: both or neither source is given, or the data set has no such columns or no class names.
@@ -125,12 +148,12 @@ def load_pictures(
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:
-    """uint8 pictures (B, H, W, 3) -> pixels (B, 3, H, W) in [-1, 1]."""
+    """Pictures `images` (B, H, W, 3) in uint8 -> pixels (B, 3, H, W) in [-1, 1], fp32."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def latents_fingerprint(pictures: Pictures, vae: AutoencoderKL | None, random_flip: bool) -> str:
-    """A hash of what the encoded latents depend on: the pictures, the autoencoder's weights and the flip."""
+    """A hash of what encoded latents depend on: `pictures`, config and weights of `vae` and `random_flip`."""
     digest = hashlib.sha256(f"{pictures.fingerprint}-{random_flip}".encode())
     if vae is not None:
         config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
@@ -147,6 +170,14 @@ def encode_pictures(
     """
     Writes the normalised posterior mean and standard deviation of every picture to `path` (safetensors), once for the
     picture and, with `random_flip`, once for its mirror image. Without an autoencoder the "latents" are the pixels.
+
+    Args:
+        pictures ([`Pictures`]): The pictures.
+        vae (`AutoencoderKL` or `None`): The autoencoder.
+        path (`Path`): The file, which [`LatentDataset`] opens. It is never half written.
+        random_flip (`bool`): Whether to encode the mirror images too.
+        batch_size (`int`): Pictures per pass of the autoencoder.
+        num_workers (`int`): Processes that read pictures; 0 reads them in this one.
     """
     device = next(vae.parameters()).device if vae is not None else torch.device("cpu")
     chunks: dict[str, list[torch.Tensor]] = {"mean": [], "std": [], "labels": []}
@@ -172,7 +203,7 @@ def encode_pictures(
 
 
 class LatentDataset:
-    """The latents that [`encode_pictures`] wrote: `mean` and `std` (n, views, C, H, W) and `labels` (n,)."""
+    """The latents that [`encode_pictures`] wrote to `path`: `mean` and `std` (n, views, C, H, W), `labels` (n,)."""
 
     def __init__(self, path: Path):
         with safe_open(path, framework="pt") as file:
@@ -197,8 +228,9 @@ class TrainingStream(Dataset):
         latents ([`LatentDataset`]): The encoded pictures.
         num_classes (`int`): Id of the null class.
         seed (`int`): Seed of order and draws.
-        label_dropout_prob (`float`): Probability that the class is replaced by the null class.
-        prior_dropout_prob (`float`): The paper's p_s, the probability that a sample is trained without its prior.
+        label_dropout_prob (`float`, defaults to 0.1): Probability that the class is replaced by the null class.
+        prior_dropout_prob (`float`, defaults to 0.5):
+            The paper's p_s, the probability that a sample is trained without its prior.
     """
 
     def __init__(
@@ -244,7 +276,7 @@ class TrainingStream(Dataset):
 
 
 def collate_priors_first(samples: list[dict]) -> dict[str, torch.Tensor | int]:
-    """Stacks samples, those with a prior first, into the arguments of [`DoDJointModel`]'s forward."""
+    """Stacks `samples` of a [`TrainingStream`], those with a prior first, into the arguments of `DoDJointModel`."""
     samples = sorted(
         samples, key=lambda sample: not sample["has_prior"]
     )  # stable, so the order stays a function of it
@@ -261,6 +293,14 @@ class StreamSampler(Sampler[int]):
     """
     The stream positions of one process, in order. Optimizer step s covers the positions [s * G, (s + 1) * G), where
     G = processes * accumulation * batch size; its micro-batches are dealt to the processes in turn.
+
+    Args:
+        start_step (`int`): Number of optimizer steps that are done already.
+        num_steps (`int`): Number of optimizer steps at the end, those included.
+        batch_size (`int`): Samples in a micro-batch of one process.
+        accumulation (`int`, defaults to 1): Micro-batches of a process in an optimizer step.
+        process_index (`int`, defaults to 0): Which process this is.
+        num_processes (`int`, defaults to 1): Number of processes.
     """
 
     def __init__(

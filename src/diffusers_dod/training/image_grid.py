@@ -8,7 +8,17 @@ from ..pipeline_dod import DoDPipeline
 
 
 def make_grid(rows: list[list[Image.Image]], scale: int = 1, gap: int = 2) -> Image.Image:
-    """Rows of equally large pictures on white, each enlarged `scale` times without smoothing."""
+    """
+    Pictures of one size in rows, on white.
+
+    Args:
+        rows (`list[list[PIL.Image.Image]]`): The pictures; rows may differ in length.
+        scale (`int`, defaults to 1): How many times each is enlarged, without smoothing.
+        gap (`int`, defaults to 2): White pixels between neighbours.
+
+    Returns:
+        `PIL.Image.Image`: The grid.
+    """
     width, height = (side * scale for side in rows[0][0].size)
     columns = max(len(row) for row in rows)
     grid = Image.new("RGB", (columns * (width + gap) - gap, len(rows) * (height + gap) - gap), "white")
@@ -31,6 +41,10 @@ def stage_grid(
         num_columns (`int`, defaults to 12): How many classes to show.
         samples_per_class (`int`, defaults to 2): How many samples of each.
         call_arguments: Further arguments of the pipeline's call.
+
+    Returns:
+        `PIL.Image.Image`: The grid, its pictures enlarged by the largest whole factor that keeps them within 64
+        pixels.
     """
     labels = list(range(min(num_columns, pipeline.transformer.config.num_classes)))
     generator = torch.Generator().manual_seed(seed)

@@ -19,7 +19,7 @@ def write_model_card(
         args (`Namespace`): The run's arguments.
         class_names (`tuple[str]`): Names of the classes.
         images_per_step (`int`): Samples per optimizer step over all processes.
-        note (`str`): Text that goes in front of the recipe.
+        note (`str`, defaults to `""`): Text that goes in front of the recipe.
     """
     data = ModelCardData(
         library_name="diffusers",
@@ -30,10 +30,8 @@ def write_model_card(
     recipe = {name: str(value) if isinstance(value, Path) else value for name, value in sorted(vars(args).items())}
     for private in ("hub_token", "output_dir", "resume_from_checkpoint", "train_data_dir"):
         recipe.pop(private, None)
-    for source in (
-        "pretrained_vae_name_or_path",
-        "dataset_name",
-    ):  # a Hub id is public, a folder of this machine is not
+    # A Hub id is public, a folder of this machine is not.
+    for source in ("pretrained_model_name_or_path", "pretrained_vae_name_or_path", "dataset_name"):
         if recipe[source] is not None and Path(recipe[source]).exists():
             recipe.pop(source)
     shown = ", ".join(class_names[:20]) + (", ..." if len(class_names) > 20 else "")

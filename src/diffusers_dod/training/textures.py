@@ -353,7 +353,7 @@ def render_texture(label: int, seed: int | Sequence[int], size: int = 32) -> tup
         seed (`int` or `Sequence[int]`):
             Which picture of the class: an integer in 0..2**64-1 or a non-empty sequence of them. Neighbouring seeds
             give independent pictures. `seed` and `(seed,)` mean the same picture.
-        size (`int`, *optional*, defaults to 32):
+        size (`int`, defaults to 32):
             Height and width in pixels, a positive multiple of 8.
 
     Returns:
@@ -368,16 +368,15 @@ def render_texture(label: int, seed: int | Sequence[int], size: int = 32) -> tup
           direction towards the light, counterclockwise in 0..pi.
 
     Raises:
-        `ValueError`: If an argument is outside of its range.
-        `TypeError`: If an argument is not an integer (or, for `seed`, a sequence of integers).
+        `ValueError`: an argument is outside of its range.
+        `TypeError`: an argument is not an integer (or, for `seed`, a sequence of integers).
 
-    Example:
-
-    ```py
-    >>> image, attributes = render_texture(TEXTURE_CLASSES.index("marble"), seed=7)
-    >>> image.shape, attributes.shape
-    ((32, 32, 3), (9,))
-    ```
+    Examples:
+        ```py
+        >>> image, attributes = render_texture(TEXTURE_CLASSES.index("marble"), seed=7)
+        >>> image.shape, attributes.shape
+        ((32, 32, 3), (9,))
+        ```
     """
     label, seeds, size = _check_label(label), _check_seeds(seed), _check_size(size)
     rng = _generator(label, seeds)
@@ -416,24 +415,23 @@ class TextureDataset(Dataset[dict[str, Any]]):
     Args:
         num_samples (`int`):
             Number of pictures, at least 1.
-        size (`int`, *optional*, defaults to 32):
+        size (`int`, defaults to 32):
             Height and width in pixels, a positive multiple of 8.
-        seed (`int`, *optional*, defaults to 0):
+        seed (`int`, defaults to 0):
             Which set of pictures, an integer in 0..2**64-1. Sets with different seeds are disjoint, so a second seed
             gives a held-out set.
 
     Raises:
-        `ValueError`: If an argument is outside of its range.
-        `TypeError`: If an argument is not an integer.
+        `ValueError`: an argument is outside of its range.
+        `TypeError`: an argument is not an integer.
 
-    Example:
-
-    ```py
-    >>> train, held_out = TextureDataset(60_000), TextureDataset(1_200, seed=1)
-    >>> sample = train[4]
-    >>> sample["image"].shape, TEXTURE_CLASSES[sample["label"]], sample["attributes"].shape
-    ((32, 32, 3), 'voronoi', (9,))
-    ```
+    Examples:
+        ```py
+        >>> train, held_out = TextureDataset(60_000), TextureDataset(1_200, seed=1)
+        >>> sample = train[4]
+        >>> sample["image"].shape, TEXTURE_CLASSES[sample["label"]], sample["attributes"].shape
+        ((32, 32, 3), 'voronoi', (9,))
+        ```
     """
 
     def __init__(self, num_samples: int, size: int = 32, seed: int = 0) -> None:

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..checks import check_at_least, check_choice, check_number
+from ..conversion import add_prior_projection
 from ..latent_embedding import LatentEmbeddingModule
 from ..losses import DoDJointModel
 from ..pipeline_dod import DoDPipeline
@@ -56,6 +57,7 @@ from .data import (
     latents_fingerprint,
     load_pictures,
 )
+from .finetuning import TRAINABLE_PARAMETERS, difffit_parameters, freeze_all_but
 from .image_grid import stage_grid
 from .model_card import write_model_card
 
@@ -67,10 +69,22 @@ LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.P
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses and checks the arguments `argv` of the command, those of the process by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     model = parser.add_argument_group("model")
     model.add_argument("--preset", default="DoD-B", choices=list(PRESETS), help="Size of backbone and LEM.")
+    model.add_argument(
+        "--pretrained_model_name_or_path",
+        help="Start from the weights of this pipeline: one trained before, or a converted FiTv2, which becomes the "
+        "backbone of a DoD with the preset's LEM. With other classes than its own each starts as its null class.",
+    )
+    model.add_argument(
+        "--trainable_parameters",
+        default="all",
+        choices=TRAINABLE_PARAMETERS,
+        help="What training changes: everything, or biases, norms and embeddings only (DiffFit).",
+    )
     model.add_argument("--num_latent_tokens", type=int, help="Overrides the preset's number of latent tokens N.")
     model.add_argument("--latent_token_dim", type=int, help="Overrides the preset's width d_e of a latent token.")
     model.add_argument(
@@ -134,7 +148,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises a `ValueError` that names the first argument that is out of range."""
+    """Raises a `ValueError` or `TypeError` that names the first of `args` that is out of range or of another type."""
     for name in (
         "num_train_samples",
         "resolution",
@@ -163,6 +177,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.validation_guidance_scale is not None:
         check_number("validation_guidance_scale", args.validation_guidance_scale, 0)
     check_choice("preset", args.preset, tuple(PRESETS))
+    check_choice("trainable_parameters", args.trainable_parameters, TRAINABLE_PARAMETERS)
     if (args.dataset_name is None) == (args.train_data_dir is None):
         raise ValueError(
             "Exactly one of `dataset_name` and `train_data_dir` must be given, "
@@ -177,7 +192,21 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def prepare_latents(args: argparse.Namespace, accelerator: Accelerator, pictures: Pictures, vae) -> LatentDataset:
-    """The encoded pictures; the main process encodes them unless `output_dir` has them already."""
+    """
+    The encoded pictures; the main process encodes them unless the run's folder has them already.
+
+    Args:
+        args (`argparse.Namespace`): The run's arguments.
+        accelerator (`Accelerator`): Lets the other processes wait for the main one.
+        pictures ([`Pictures`]): What to encode.
+        vae (`AutoencoderKL` or `None`): The autoencoder; without one the latents are the pixels.
+
+    Returns:
+        [`LatentDataset`].
+
+    Raises:
+        `ValueError`: the folder has the latents of other pictures or of another autoencoder.
+    """
     path = args.output_dir / "latents.safetensors"
     with accelerator.main_process_first():
         if accelerator.is_main_process and not path.exists():
@@ -195,26 +224,107 @@ def prepare_latents(args: argparse.Namespace, accelerator: Accelerator, pictures
 
 
 def build_models(args: argparse.Namespace, latent_shape: tuple[int, ...], num_classes: int) -> DoDJointModel:
-    """Backbone and LEM of the preset for latents (C, h, w) and this many classes, seeded by `--seed`."""
+    """
+    Backbone and LEM: those of `--pretrained_model_name_or_path` if given, those of the preset, seeded by `--seed`, for
+    the rest.
+
+    Args:
+        args (`argparse.Namespace`): The run's arguments.
+        latent_shape (`tuple[int, ...]`): Shape (C, h, w) of the latents.
+        num_classes (`int`): Number of classes.
+
+    Returns:
+        [`DoDJointModel`], all of it trainable unless `--trainable_parameters` says otherwise.
+
+    Raises:
+        `ValueError`: a saved pipeline does not fit the latents or the arguments.
+    """
     torch.manual_seed(args.seed)
     preset: Preset = PRESETS[args.preset]
     channels, sample_size = latent_shape[0], latent_shape[1]
     shape = {"in_channels": channels, "sample_size": sample_size}
-    transformer = DoDTransformer2DModel(**(preset.transformer_config | shape | {"num_classes": num_classes}))
-    latent_embedder = None
-    if preset.latent_embedder_config is not None:
-        given = {"num_latent_tokens": args.num_latent_tokens, "latent_token_dim": args.latent_token_dim}
-        overrides = {name: value for name, value in given.items() if value is not None}
+    transformer = latent_embedder = None
+    if args.pretrained_model_name_or_path is not None:
+        transformer, latent_embedder = load_pretrained(args.pretrained_model_name_or_path, shape, num_classes)
+    if transformer is None:
+        transformer = DoDTransformer2DModel(**(preset.transformer_config | shape | {"num_classes": num_classes}))
+    given = {"num_latent_tokens": args.num_latent_tokens, "latent_token_dim": args.latent_token_dim}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    if latent_embedder is not None and overrides:
+        name, value = next(iter(overrides.items()))
+        raise ValueError(
+            f"`{name}` must not be given where `pretrained_model_name_or_path` has a latent embedder, "
+            f"whose own is {latent_embedder.config[name]}, got {value}."
+        )
+    if latent_embedder is None and preset.latent_embedder_config is not None:
+        overrides["patch_size"] = transformer.config.patch_size
         latent_embedder = LatentEmbeddingModule(**(preset.latent_embedder_config | shape | overrides))
+        if transformer.config.prior_embed_dim is None:  # a FiTv2 becomes the backbone of a DoD
+            transformer = with_priors(transformer, latent_embedder.inner_dim)
+    model = DoDJointModel(transformer, latent_embedder)
     if args.gradient_checkpointing:
-        for module in (transformer, latent_embedder):
-            if module is not None:
-                module.enable_gradient_checkpointing()
-    return DoDJointModel(transformer, latent_embedder)
+        for module in model.children():
+            module.enable_gradient_checkpointing()
+    if args.trainable_parameters == "difffit":
+        freeze_all_but(model, difffit_parameters(model))
+    return model
+
+
+def load_pretrained(
+    path: str, shape: dict[str, int], num_classes: int
+) -> tuple[DoDTransformer2DModel, LatentEmbeddingModule | None]:
+    """
+    Backbone and, where it has one, LEM of a saved pipeline, in training mode.
+
+    Args:
+        path (`str`): A folder or a repository on the Hub.
+        shape (`dict[str, int]`): The `in_channels` and the `sample_size` of the latents.
+        num_classes (`int`): Number of classes; if it has another, each class starts as its null class.
+
+    Returns:
+        `tuple[DoDTransformer2DModel, LatentEmbeddingModule | None]`: The models.
+
+    Raises:
+        `ValueError`: a model has another number of channels, or a patch size that does not divide `sample_size`.
+    """
+    pipeline = DoDPipeline.from_pretrained(path, vae=None)
+    models = [model for model in (pipeline.transformer, pipeline.latent_embedder) if model is not None]
+    for model in models:
+        if model.config.in_channels != shape["in_channels"] or shape["sample_size"] % model.config.patch_size:
+            raise ValueError(
+                "`pretrained_model_name_or_path` must hold a model for latents of the data's shape, "
+                f"{shape['in_channels']} channels with sides that are multiples of its patch size, got {path!r} "
+                f"for {model.config.in_channels} channels and patches of {model.config.patch_size}."
+            )
+        model.register_to_config(sample_size=shape["sample_size"])
+        model.train()
+    if pipeline.transformer.config.num_classes != num_classes:
+        pipeline.transformer.resize_class_embed(num_classes)
+    return pipeline.transformer, pipeline.latent_embedder
+
+
+def with_priors(transformer: DoDTransformer2DModel, prior_embed_dim: int) -> DoDTransformer2DModel:
+    """
+    A plain FiTv2 as a backbone that takes priors, and that still predicts exactly the same at the start.
+
+    Args:
+        transformer ([`DoDTransformer2DModel`]): The FiTv2, with `prior_embed_dim=None`.
+        prior_embed_dim (`int`): Width of the visual priors.
+
+    Returns:
+        [`DoDTransformer2DModel`], a new one.
+    """
+    model = DoDTransformer2DModel.from_config({**transformer.config, "prior_embed_dim": prior_embed_dim})
+    model.load_state_dict(add_prior_projection(transformer.state_dict(), prior_embed_dim))
+    return model
 
 
 def use_fast_attention(model: DoDJointModel, device: torch.device) -> None:
-    """On a CPU the backward pass of fused attention takes longer than the rest of a short sequence's step together."""
+    """
+    Gives `model` unfused attention if `device` is a CPU.
+
+    There the backward pass of the fused one takes longer than the rest of a short sequence's step together.
+    """
     if device.type == "cpu":
         for module in model.modules():
             if isinstance(module, DoDAttention):  # the models' own method would change the default of all others too
@@ -222,10 +332,15 @@ def use_fast_attention(model: DoDJointModel, device: torch.device) -> None:
 
 
 def build_optimizer(args: argparse.Namespace, model: DoDJointModel) -> torch.optim.AdamW:
-    groups = [{"params": list(model.transformer.parameters())}]
+    """AdamW with the settings in `args` for what is trainable in `model`; the LEM may have its own learning rate."""
+
+    def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+    groups = [{"params": trainable(model.transformer)}]
     if model.latent_embedder is not None:
         rate = args.latent_embedder_learning_rate or args.learning_rate
-        groups.append({"params": list(model.latent_embedder.parameters()), "lr": rate})
+        groups.append({"params": trainable(model.latent_embedder), "lr": rate})
     return torch.optim.AdamW(
         groups,
         lr=args.learning_rate,
@@ -237,7 +352,10 @@ def build_optimizer(args: argparse.Namespace, model: DoDJointModel) -> torch.opt
 
 
 def drop_metrics_after(path: Path, step: int) -> None:
-    """Removes the lines that a resumed run will write again, and the half of a line that a crash may have left."""
+    """
+    Removes from the metrics in `path`, if it exists, the lines after `step`, which a resumed run will write again, and
+    the half of a line that a crash may have left.
+    """
 
     def is_kept(line: str) -> bool:
         try:
@@ -252,6 +370,7 @@ def drop_metrics_after(path: Path, step: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
     args = parse_args(argv)
 
     # 1. Processes, data, autoencoder

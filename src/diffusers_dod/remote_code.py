@@ -1,0 +1,199 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""
+Writes a pipeline together with its code, for people who have Diffusers but not this package:
+
+    python -m diffusers_dod.remote_code checkpoints/dod-desk outputs/dod-desk-remote
+    hf upload user/dod-desk outputs/dod-desk-remote
+
+    DiffusionPipeline.from_pretrained("user/dod-desk", trust_remote_code=True)
+
+Each class gets one self-contained file, put together from the sources of this package: the definitions it needs from
+other modules come first, imports are merged, and nothing is written twice by hand.
+"""
+
+import argparse
+import ast
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import ModelMixin, SchedulerMixin
+from huggingface_hub import snapshot_download
+
+from .latent_embedding import LatentEmbeddingModule
+from .pipeline_dod import DoDPipeline
+from .scheduling_dod import DoDFlowMatchScheduler
+from .transformer_dod import DoDTransformer2DModel
+
+
+COMPONENT_CLASSES = {
+    cls.__name__: cls for cls in (DoDTransformer2DModel, LatentEmbeddingModule, DoDFlowMatchScheduler)
+}
+PACKAGE = __package__
+
+
+@dataclass(frozen=True)
+class _Statement:
+    """A top-level statement with the comments above it, the names it defines and all names it mentions."""
+
+    source: str
+    defines: frozenset[str]
+    mentions: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Module:
+    docstring: str
+    statements: list[_Statement]
+    relative_imports: dict[str, list[str]]  # module of this package -> names
+    absolute_imports: dict[str, tuple[str, str]]  # name in the module -> (imported module or "", what is imported)
+
+
+def _parse(name: str) -> _Module:
+    source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+    lines = source.splitlines(keepends=True)
+    tree = ast.parse(source)
+    docstring = ast.get_docstring(tree, clean=False)
+    statements: list[_Statement] = []
+    relative: dict[str, list[str]] = {}
+    absolute: dict[str, tuple[str, str]] = {}
+    end = 0
+    for node in tree.body:
+        start, end = end, node.end_lineno
+        if isinstance(node, ast.ImportFrom) and node.level:
+            relative.setdefault(node.module, []).extend(alias.name for alias in node.names)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            for alias in node.names:
+                renamed = f" as {alias.asname}" if alias.asname else ""
+                name_here = alias.asname or alias.name.split(".")[0]
+                absolute[name_here] = (getattr(node, "module", ""), alias.name + renamed)
+        elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):  # the docstring
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+            defines = {getattr(target, "name", getattr(target, "id", None)) for target in targets} - {None}
+            mentions = {child.id for child in ast.walk(node) if isinstance(child, ast.Name)}
+            text = "".join(lines[start:end]).strip("\n")
+            statements.append(_Statement(text, frozenset(defines), frozenset(mentions)))
+    return _Module(docstring, statements, relative, absolute)
+
+
+def self_contained_source(module_name: str, stand_ins: dict[str, type] | None = None) -> str:
+    """
+    The source of a module of this package with everything it needs from the others in one file.
+
+    Args:
+        module_name (`str`): Name within the package, such as `"transformer_dod"`.
+        stand_ins (`dict[str, type]`, *optional*):
+            Classes of other modules that are only named in annotations -> a class of Diffusers to name instead.
+
+    Returns:
+        `str`: Python source that imports nothing of this package.
+    """
+    stand_ins = stand_ins or {}
+    entry = _parse(module_name)
+    modules: dict[str, _Module] = {}
+
+    def visit(name: str, module: _Module) -> None:  # what a module needs comes before it
+        for needed, names in module.relative_imports.items():
+            if needed not in modules and not set(names) <= set(stand_ins):
+                visit(needed, _parse(needed))
+        modules[name] = module
+
+    visit(module_name, entry)
+
+    needed_names = set().union(*(statement.mentions for statement in entry.statements))
+    kept = {id(statement) for statement in entry.statements}
+    others = [statement for name, module in modules.items() if name != module_name for statement in module.statements]
+    while found := [s for s in others if id(s) not in kept and s.defines & (needed_names - set(stand_ins))]:
+        for statement in found:
+            kept.add(id(statement))
+            needed_names |= statement.mentions
+    statements = [s for module in modules.values() for s in module.statements if id(s) in kept]
+    defined = [name for statement in statements for name in statement.defines]
+    assert len(defined) == len(set(defined)), f"one name for two things in {module_name}: {sorted(defined)}"
+
+    imported: dict[str, set[str]] = {}
+    for module in modules.values():
+        for name, (origin, what) in module.absolute_imports.items():
+            if name in needed_names:
+                imported.setdefault(origin, set()).add(what)
+    used_stand_ins = {name: cls for name, cls in stand_ins.items() if name in needed_names}
+    for cls in used_stand_ins.values():
+        imported.setdefault("diffusers", set()).add(cls.__name__)
+    header = [
+        "# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.",
+        f"# Written by `python -m {PACKAGE}.remote_code` from the sources of that package: change them there.",
+        f'"""{entry.docstring}"""',
+        "",
+        *(f"import {what}" for what in sorted(imported.pop("", ()))),
+        *(f"from {origin} import {', '.join(sorted(names))}" for origin, names in sorted(imported.items())),
+        "",
+    ]
+    if used_stand_ins:
+        header += ["# Named in annotations only; the classes themselves are in the folders of the components."]
+        header += [f"{name} = {cls.__name__}" for name, cls in used_stand_ins.items()]
+    return "\n".join(header) + "\n\n\n" + "\n\n\n".join(statement.source for statement in statements) + "\n"
+
+
+def export_remote_code(pretrained_model_name_or_path: str | Path, output_dir: str | Path) -> Path:
+    """
+    Copies a saved pipeline and adds the code of its classes, so that `trust_remote_code=True` loads it anywhere.
+
+    Args:
+        pretrained_model_name_or_path (`str` or `Path`): Folder of a saved [`DoDPipeline`] or a repository on the Hub.
+        output_dir (`str` or `Path`): A folder that is empty or does not exist yet.
+
+    Returns:
+        `Path`: `output_dir`.
+
+    Raises:
+        `ValueError`: the source is not a `DoDPipeline` of this package, or `output_dir` is not empty.
+    """
+    source, output_dir = Path(pretrained_model_name_or_path), Path(output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"`output_dir` must be empty or not exist yet, got {str(output_dir)!r}.")
+    if not source.is_dir():
+        source = Path(snapshot_download(str(pretrained_model_name_or_path)))
+    index_file = source / DoDPipeline.config_name
+    index = json.loads(index_file.read_text(encoding="utf-8")) if index_file.is_file() else {}
+    if index.get("_class_name") != DoDPipeline.__name__:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must hold a saved `{DoDPipeline.__name__}`, "
+            f"got {str(pretrained_model_name_or_path)!r} of class {index.get('_class_name')!r}."
+        )
+
+    shutil.copytree(source, output_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns("training_state", ".*"))
+    for name, entry in index.items():
+        if not isinstance(entry, list) or entry[0] != PACKAGE:
+            continue
+        cls = COMPONENT_CLASSES[entry[1]]
+        module_name = cls.__module__.rpartition(".")[2]
+        code = self_contained_source(module_name)
+        (output_dir / name / f"{module_name}.py").write_text(code, encoding="utf-8")
+        index[name] = [module_name, cls.__name__]
+    stand_ins = {
+        name: ModelMixin if issubclass(cls, ModelMixin) else SchedulerMixin for name, cls in COMPONENT_CLASSES.items()
+    }
+    code = self_contained_source(DoDPipeline.__module__.rpartition(".")[2], stand_ins)
+    (output_dir / "pipeline.py").write_text(code, encoding="utf-8")
+    index["_class_name"] = ["pipeline", DoDPipeline.__name__]
+    (output_dir / DoDPipeline.config_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return output_dir
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command; `args` are its arguments, those of the process by default."""
+    parser = argparse.ArgumentParser(description="Write a pipeline together with its code.")
+    parser.add_argument("pretrained_model_name_or_path", help="Folder of a saved pipeline or a repository on the Hub.")
+    parser.add_argument("output_dir", type=Path, help="Folder that is empty or does not exist yet.")
+    parsed = parser.parse_args(args)
+    try:
+        output_dir = export_remote_code(parsed.pretrained_model_name_or_path, parsed.output_dir)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    print(f'{output_dir}: load it with DiffusionPipeline.from_pretrained("{output_dir}", trust_remote_code=True)')
+
+
+if __name__ == "__main__":
+    main()
