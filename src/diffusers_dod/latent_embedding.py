@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """The Latent Embedding Module (paper, Section 3.2): latents -> a few narrow tokens -> a visual prior per patch."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +54,21 @@ def sincos_pos_embed(dim: int, rows: int, columns: int, device: torch.device, dt
     column = torch.arange(columns, device=device).repeat(rows)
     parts = [get_1d_sincos_pos_embed_from_grid(dim // 2, position, output_type="pt") for position in (column, row)]
     return torch.cat(parts, dim=-1).to(dtype)
+
+
+def _apply_offload_hooks(method: Callable) -> Callable:
+    """Loads what is offloaded for a method other than `forward`, the only one that group offloading knows."""
+
+    @functools.wraps(method)
+    def wrapper(self, *args, **kwargs):
+        registry = getattr(self, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook("group_offloading")
+        if hook is None:
+            return method(self, *args, **kwargs)
+        args, kwargs = hook.pre_forward(self, *args, **kwargs)
+        return hook.post_forward(self, method(self, *args, **kwargs))
+
+    return apply_forward_hook(wrapper)
 
 
 class LatentEmbeddingBlock(nn.Module):
@@ -187,7 +204,7 @@ class LatentEmbeddingModule(DoDModelMixin, PeftAdapterMixin, AttentionMixin):
                 hidden_states = block(hidden_states)
         return hidden_states
 
-    @apply_forward_hook
+    @_apply_offload_hooks
     def encode(self, latents: torch.Tensor) -> torch.Tensor:
         """
         Compresses latents into latent tokens (paper, Eq. 6): Linear(Enc((patches + PE) (+) queries)).
@@ -212,7 +229,7 @@ class LatentEmbeddingModule(DoDModelMixin, PeftAdapterMixin, AttentionMixin):
         hidden_states = self._run_blocks(self.encoder_blocks, hidden_states)
         return self.to_latent(self.encoder_norm(hidden_states[:, patches.shape[1] :]))
 
-    @apply_forward_hook
+    @_apply_offload_hooks
     def decode(self, latent_tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """
         Spreads latent tokens over the patches (paper, Eq. 7): Linear(Dec((mask + PE) (+) tokens)).
@@ -236,7 +253,8 @@ class LatentEmbeddingModule(DoDModelMixin, PeftAdapterMixin, AttentionMixin):
                 f"got {tuple(latent_tokens.shape)}."
             )
         for name, size in {"height": height, "width": width}.items():
-            check_at_least(name, size, 1)
+            if not isinstance(size, torch.SymInt):  # which torch.export puts in the place of a number
+                check_at_least(name, size, 1)
             if size % config.patch_size:
                 raise ValueError(f"`{name}` must be a multiple of `patch_size` = {config.patch_size}, got {size}.")
         latent_tokens = latent_tokens.to(self.from_latent.weight.dtype)

@@ -93,6 +93,8 @@ class DoDModelMixin(ModelMixin, ConfigMixin):
             model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         except (OSError, ValueError) as error:
             kind = OSError if isinstance(error, OSError) else ValueError
+            if kind is ValueError and not str(error).startswith("Cannot load"):  # another argument is wrong
+                raise
             raise kind(f"{expected}, got {str(pretrained_model_name_or_path)!r}: {_reason(error)}") from error
         missing, unexpected = info["missing_keys"], info["unexpected_keys"]
         if (missing or unexpected) and not (wants_info or kwargs.get("ignore_mismatched_sizes", False)):
@@ -106,11 +108,14 @@ class DoDModelMixin(ModelMixin, ConfigMixin):
     def _skip_in(cls, quantization_config: Any) -> Any:
         """A copy of `quantization_config` that skips the layers of `_skip_quantization_modules` as well."""
         quantization_config = copy.deepcopy(quantization_config)
-        for name in ("modules_to_not_convert", "llm_int8_skip_modules"):  # the latter is bitsandbytes' name
-            if hasattr(quantization_config, name):
-                given = getattr(quantization_config, name) or []
-                given = [given] if isinstance(given, str) else list(given)
-                setattr(quantization_config, name, list(dict.fromkeys([*given, *cls._skip_quantization_modules])))
+        values = quantization_config if isinstance(quantization_config, dict) else vars(quantization_config)
+        is_bitsandbytes = (
+            "bitsandbytes" in str(values.get("quant_method")).lower() or "llm_int8_skip_modules" in values
+        )
+        name = "llm_int8_skip_modules" if is_bitsandbytes else "modules_to_not_convert"
+        given = values.get(name) or []
+        given = [given] if isinstance(given, str) else list(given)
+        values[name] = list(dict.fromkeys([*given, *cls._skip_quantization_modules]))
         return quantization_config
 
     def save_config(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:

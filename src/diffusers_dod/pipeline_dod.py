@@ -258,27 +258,57 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
             `OSError`: there is no such folder or repository, or a file is missing or cannot be read.
             `ValueError`: the files are those of something else.
         """
-        if os.path.isfile(os.path.join(pretrained_model_name_or_path, cls.config_name)):
-            index = cls._dict_from_json_file(os.path.join(pretrained_model_name_or_path, cls.config_name))
-            for name, entry in index.items():
-                is_component = isinstance(entry, list) and name != "_class_name" and entry[0] is not None
-                folder = os.path.join(pretrained_model_name_or_path, name)
-                if is_component and name not in kwargs and not os.path.isdir(folder):
-                    raise OSError(
-                        f"`pretrained_model_name_or_path` must hold a folder for each component in {cls.config_name}, "
-                        f"got {str(pretrained_model_name_or_path)!r} without `{name}` ({entry[1]})."
-                    )
-        elif not os.path.isfile(pretrained_model_name_or_path):
-            try:
-                return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-            except (OSError, ValueError) as error:
-                kind = OSError if isinstance(error, OSError) else ValueError
-                what = "which has none" if os.path.isdir(pretrained_model_name_or_path) else "which is no folder here"
-                raise kind(
-                    f"`pretrained_model_name_or_path` must be a folder with a {cls.config_name} or a repository on "
-                    f"the Hub, got {str(pretrained_model_name_or_path)!r}, {what}: {error}"
-                ) from error
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        path = os.fspath(pretrained_model_name_or_path)
+        if os.path.isdir(path):
+            cls._check_folder(path, kwargs)
+        elif os.path.exists(path) or os.path.isabs(path) or path.startswith(".") or path.count("/") > 1:
+            raise OSError(cls._not_found(path, "which is no folder here, nor a name that the Hub knows"))
+        return super().from_pretrained(path, **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str | os.PathLike, **kwargs: Any) -> str:
+        """
+        Downloads the files of a pipeline as `DiffusionPipeline.download` does.
+
+        Args:
+            pretrained_model_name (`str` or `os.PathLike`): A repository on the Hub.
+            kwargs: Passed on.
+
+        Returns:
+            `str`: The folder in the cache.
+
+        Raises:
+            `OSError`: there is no such repository, or it cannot be reached.
+        """
+        try:
+            return super().download(pretrained_model_name, **kwargs)
+        except (OSError, ValueError) as error:
+            raise OSError(cls._not_found(pretrained_model_name, f"which is no folder here: {error}")) from error
+
+    @classmethod
+    def _not_found(cls, path: str | os.PathLike, reason: str) -> str:
+        return (
+            f"`pretrained_model_name_or_path` must be a folder with a {cls.config_name} or a repository on the Hub, "
+            f"got {str(path)!r}, {reason}"
+        )
+
+    @classmethod
+    def _check_folder(cls, path: str, given: dict[str, Any]) -> None:
+        """Raises an `OSError` unless the folder has an index, and a folder for each component that is not `given`."""
+        index_file = os.path.join(path, cls.config_name)
+        if not os.path.isfile(index_file):
+            raise OSError(cls._not_found(path, "which has none."))
+        try:
+            index = cls._dict_from_json_file(index_file)
+        except ValueError as error:
+            raise OSError(f"{index_file} must be JSON: {error}") from error
+        for name, entry in index.items():
+            is_component = isinstance(entry, list) and name != "_class_name" and entry[0] is not None
+            if is_component and name not in given and not os.path.isdir(os.path.join(path, name)):
+                raise OSError(
+                    f"`pretrained_model_name_or_path` must hold a folder for each component in {cls.config_name}, "
+                    f"got {path!r} without `{name}` ({entry[1]})."
+                )
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """
@@ -845,3 +875,14 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
             progress_bar.update()
             if self.interrupt:
                 return
+
+
+# `DiffusionPipeline.from_pretrained` takes the parameters without a default for components, and would load the saved
+# ones in place of those it is given.
+_signature = inspect.signature(DoDPipeline.__init__)
+DoDPipeline.__init__.__signature__ = _signature.replace(
+    parameters=[
+        parameter.replace(default=inspect.Parameter.empty) if name in DoDPipeline._optional_components else parameter
+        for name, parameter in _signature.parameters.items()
+    ]
+)

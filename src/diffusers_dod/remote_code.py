@@ -148,13 +148,20 @@ def export_remote_code(pretrained_model_name_or_path: str | Path, output_dir: st
         `Path`: `output_dir`.
 
     Raises:
+        `OSError`: there is no such folder or repository.
         `ValueError`: the source is not a `DoDPipeline` of this package, or `output_dir` is not empty.
     """
     source, output_dir = Path(pretrained_model_name_or_path), Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"`output_dir` must be empty or not exist yet, got {str(output_dir)!r}.")
     if not source.is_dir():
-        source = Path(snapshot_download(str(pretrained_model_name_or_path)))
+        try:
+            source = Path(snapshot_download(str(pretrained_model_name_or_path)))
+        except (OSError, ValueError) as error:
+            raise OSError(
+                "`pretrained_model_name_or_path` must be a folder or a repository on the Hub, "
+                f"got {str(pretrained_model_name_or_path)!r}, which is no folder here: {error}"
+            ) from error
     index_file = source / DoDPipeline.config_name
     index = json.loads(index_file.read_text(encoding="utf-8")) if index_file.is_file() else {}
     if index.get("_class_name") != DoDPipeline.__name__:

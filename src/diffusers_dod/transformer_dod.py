@@ -361,7 +361,7 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
     _repeated_blocks = ["DoDTransformerBlock"]
     _keep_in_fp32_modules = ["time_embed"]
     _skip_layerwise_casting_patterns = ["x_embedder", "time_embed", "class_embed", "adaln", "norm"]
-    _skip_quantization_modules = ["time_embed", "adaln_global", "adaln_down", "adaln_up", "adaln_out"]
+    _skip_quantization_modules = ["adaln_global", "adaln_down", "adaln_up", "adaln_out"]  # and those in fp32
 
     @register_to_config
     def __init__(
