@@ -17,6 +17,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
+from huggingface_hub.errors import HFValidationError
 
 from .checks import check_at_least, check_choice, check_number, check_type
 from .guidance import guided_velocity
@@ -282,7 +283,7 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
         """
         try:
             return super().download(pretrained_model_name, **kwargs)
-        except (OSError, ValueError) as error:
+        except (OSError, HFValidationError) as error:
             raise OSError(cls._not_found(pretrained_model_name, f"which is no folder here: {error}")) from error
 
     @classmethod

@@ -169,6 +169,13 @@ def export_remote_code(pretrained_model_name_or_path: str | Path, output_dir: st
             f"`pretrained_model_name_or_path` must hold a saved `{DoDPipeline.__name__}`, "
             f"got {str(pretrained_model_name_or_path)!r} of class {index.get('_class_name')!r}."
         )
+    for name, entry in index.items():
+        if isinstance(entry, list) and entry[0] == PACKAGE:
+            if entry[1] not in COMPONENT_CLASSES or not (source / name).is_dir():
+                raise ValueError(
+                    f"`pretrained_model_name_or_path` must have a folder `{name}` with one of "
+                    f"{', '.join(COMPONENT_CLASSES)}, got {entry[1]} in {sorted(p.name for p in source.iterdir())}."
+                )
 
     shutil.copytree(source, output_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns("training_state", ".*"))
     for name, entry in index.items():
