@@ -2,12 +2,24 @@
 
 import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+from diffusers_dod.training.train import parse_args
 
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]
+
+
+def code_blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+
+
 TABLE = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in (ROOT / "docs" / "equations.md").read_text().splitlines()
@@ -30,7 +42,7 @@ def test_the_table_names_what_exists(row):
     assert (ROOT / test).is_file()
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/desk_size.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_and_commands_lead_to_files(document):
     text = (ROOT / document).read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
@@ -40,3 +52,37 @@ def test_links_and_commands_lead_to_files(document):
     assert all((ROOT / script).exists() for script in scripts)
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{target}:" in makefile for target in re.findall(r"(?:^ *|`)make ([a-z-]+)", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if code_blocks(name, "python")])
+def test_python_in_the_documentation_runs(document, tmp_path, monkeypatch):
+    if "peft" in (ROOT / document).read_text():
+        pytest.importorskip("peft")
+    if "torchao" in (ROOT / document).read_text():
+        pytest.importorskip("torchao")
+    monkeypatch.chdir(tmp_path)
+    for name in ("checkpoints", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    backend, _ = _AttentionBackendRegistry.get_active_backend()
+    try:
+        exec(compile("\n".join(code_blocks(document, "python")), document, "exec"), {"__name__": document})
+    finally:
+        _AttentionBackendRegistry.set_active_backend(backend)  # a model's choice is that of the process
+        torch.compiler.reset()
+
+
+TRAIN_COMMANDS = [
+    (document, command.replace("\\\n", " "))
+    for document in DOCUMENTS
+    for block in code_blocks(document, "bash")
+    for command in re.findall(r"training/train_dod\.py((?:.*\\\n)*.*)", block)
+]
+
+
+@pytest.mark.parametrize(("document", "command"), TRAIN_COMMANDS)
+def test_training_commands_are_accepted(document, command):
+    parse_args(shlex.split(command, comments=True))
+
+
+def test_there_are_training_commands():
+    assert {"README.md", "docs/fine_tuning.md", "docs/desk_size.md"} <= {document for document, _ in TRAIN_COMMANDS}

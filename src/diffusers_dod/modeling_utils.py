@@ -76,7 +76,7 @@ class DoDModelMixin(ModelMixin, ConfigMixin):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a repository on the Hub.
-            kwargs: Passed on: `subfolder`, `torch_dtype`, `variant`, `device_map`, `quantization_config`, ... With
+            kwargs: Passed on: `subfolder`, `dtype`, `variant`, `device_map`, `quantization_config`, ... With
                 `ignore_mismatched_sizes=True` or `output_loading_info=True` incomplete weights are accepted, as the
                 caller then knows of them.
 

@@ -253,7 +253,7 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a repository on the Hub.
             kwargs: Passed on: components and sampling defaults that take the place of the saved ones (`None` leaves a
-                component out), `torch_dtype`, `variant`, `device_map`, `local_files_only`, `revision`, ...
+                component out), `dtype`, `variant`, `device_map`, `local_files_only`, `revision`, ...
 
         Raises:
             `OSError`: there is no such folder or repository, or a file is missing or cannot be read.
