@@ -51,6 +51,7 @@ docs: install
 bench: install
 	$(BIN)/python benchmarks/bench_sampling.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_precision.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_batch_independence.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest build dist src/*.egg-info

@@ -14,7 +14,7 @@ import time
 import torch
 
 from diffusers_dod import DoDTransformer2DModel, LatentEmbeddingModule
-from diffusers_dod.guidance import guided_velocity
+from diffusers_dod.guidance import GuidedVelocity
 from diffusers_dod.presets import PRESETS
 
 
@@ -36,15 +36,17 @@ def main() -> None:
     labels = torch.zeros(args.batch_size, dtype=torch.int64)
     prior_embeds = torch.randn(args.batch_size, (config.sample_size // config.patch_size) ** 2, config.prior_embed_dim)
 
+    guided = GuidedVelocity(transformer, args.batch_size)
+
     # The form that is avoided: every sample gets a row per token, also the unconditional half.
     null_prior = torch.cat([prior_embeds, torch.zeros_like(prior_embeds)])
     both, both_labels = torch.cat([latents, latents]), torch.cat([labels, labels + config.num_classes])
 
     cases = {
-        "stage 1, no guidance": lambda: guided_velocity(transformer, latents, 500.0, labels, None, 1.0),
-        "stage 1, guided": lambda: guided_velocity(transformer, latents, 500.0, labels, None, 4.0),
-        "stage 2, no guidance": lambda: guided_velocity(transformer, latents, 500.0, labels, prior_embeds, 1.0),
-        "stage 2, guided": lambda: guided_velocity(transformer, latents, 500.0, labels, prior_embeds, 4.0),
+        "stage 1, no guidance": lambda: guided(latents, 500.0, labels, None, 1.0),
+        "stage 1, guided": lambda: guided(latents, 500.0, labels, None, 4.0),
+        "stage 2, no guidance": lambda: guided(latents, 500.0, labels, prior_embeds, 1.0),
+        "stage 2, guided": lambda: guided(latents, 500.0, labels, prior_embeds, 4.0),
         "stage 2, guided, broadcast": lambda: transformer(both, 500.0, both_labels, prior_embeds=null_prior),
         "latent embedder (once a stage)": lambda: embedder(latents),
     }

@@ -51,15 +51,22 @@ BAD_RATIOS = [
     ("4", TypeError, "float", "got '4'"),
     (True, TypeError, "float", "got True"),
 ]
+BAD_POSITIONS = [
+    ("pos_interpolation", dict(pos_interpolation="cubic"), ValueError, "'ntk'", "got 'cubic'"),
+    ("pos_interpolation", dict(pos_interpolation=None), ValueError, "'none'", "got None"),
+    ("pos_interpolation_decoupled", dict(pos_interpolation_decoupled=1), TypeError, "bool", "got 1"),
+]
 BAD_TRANSFORMERS = [
     *[(name, {name: value}, *expected) for name in COUNTS_OF_TRANSFORMER for value, *expected in BAD_COUNTS],
     *[("mlp_ratio", dict(mlp_ratio=value), *expected) for value, *expected in BAD_RATIOS],
+    *BAD_POSITIONS,
     ("sample_size", dict(sample_size=9), ValueError, "multiple of `patch_size` = 2", "got 9"),
     ("attention_head_dim", dict(attention_head_dim=18), ValueError, "multiple of 4", "got 18"),
 ]
 BAD_LATENT_EMBEDDERS = [
     *[(name, {name: value}, *expected) for name in COUNTS_OF_LATENT_EMBEDDER for value, *expected in BAD_COUNTS],
     *[("mlp_ratio", dict(mlp_ratio=value), *expected) for value, *expected in BAD_RATIOS],
+    *BAD_POSITIONS,
     ("sample_size", dict(sample_size=9), ValueError, "multiple of `patch_size` = 2", "got 9"),
     ("latent_token_dim", dict(latent_token_dim=6), ValueError, "multiple of 4", "got 6"),
     ("attention_head_dim", dict(attention_head_dim=15), ValueError, "multiple of 4", "got 2 * 15"),

@@ -10,7 +10,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from helpers import ID2LABEL, says, tiny_latent_embedder, tiny_pipeline, tiny_transformer, tiny_vae
 from PIL import Image
@@ -357,7 +365,7 @@ def test_image_is_encoded_by_the_mode_and_normalised(statistics):
             expected[:, channel] = (mode[:, channel] - mean) / std
     else:
         expected = (mode - (0.3 if statistics == "scale and shift" else 0.0)) * 0.4
-    assert_near(calls[0].latents, expected.expand(2, -1, -1, -1))
+    assert_near(calls[0].latents, expected)  # once for both labels
     assert_near(normalize_latents(mode, pipe.vae), expected)
     assert_near(denormalize_latents(expected, pipe.vae), mode)
 
@@ -413,7 +421,7 @@ def test_pixel_space_model():
     picture = PICTURE[:6, :8]  # only a multiple of the patch size is asked for here
     assert sample(pipe, image=picture).images.shape == (2, 3, 6, 8)
     expected = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1
-    assert_near(calls[0].latents, expected.expand(2, -1, -1, -1))
+    assert_near(calls[0].latents, expected)
 
 
 # -------------------------------------------------------------------------------------------------------- callbacks
@@ -546,6 +554,7 @@ def test_adaptive_solver_calls_back_after_accepted_steps(adaptive_pipe):
     pipe, seen = adaptive_pipe, []
 
     def callback(pipe, step_index, timestep, kwargs):
+        assert timestep.shape == ()  # that of the slowest sample
         seen.append((step_index, float(timestep), kwargs["latents"]))
 
     output = sample(pipe, callback_on_step_end=callback)
@@ -745,6 +754,7 @@ def test_names_need_id2label():
 
 NAN, INF = math.nan, math.inf
 SEED = torch.Generator()
+FLOW = dict(use_flow_sigmas=True, prediction_type="flow_prediction")
 
 
 def floats(*shape, low=0.0, high=1.0):
@@ -850,6 +860,240 @@ BAD_CALLS = [
     ("latents", dict(latents=[]), ValueError, "a list of 2", "got a list of 0"),
     ("latents", dict(latents="noise"), TypeError, "Tensor", "got 'noise'"),
     ("latents", dict(latents=[noise(0), None]), TypeError, "Tensor", "got None"),
+    ("seed", dict(seed=-1), ValueError, ">= 0", "got -1"),
+    ("seed", dict(seed=1.0), TypeError, "int", "got 1.0"),
+    ("seed", dict(seed=True), TypeError, "int", "got True"),
+    ("seed", dict(seed=torch.tensor(0)), TypeError, "int", "got tensor(0)"),
+    ("seed", dict(seed=2**64, image=PICTURE), ValueError, "2**64", "got 18446744073709551616"),
+    ("seed", dict(seed=0, generator=SEED), ValueError, "Only one of `generator` and `seed`", "and 0"),
+    ("sample_indices", dict(sample_indices=[0, 1]), ValueError, "None without a `seed`", "got [0, 1]"),
+    ("sample_indices", dict(sample_indices=[0, 1], generator=SEED), ValueError, "None without a `seed`", "got [0, 1]"),
+    ("sample_indices", dict(seed=0, sample_indices=[0]), ValueError, "2 integers (one per image)", "got 1"),
+    (
+        "sample_indices",
+        dict(seed=0, sample_indices=range(2), num_images_per_label=2),
+        ValueError,
+        "4 integers (one per image)",
+        "got 2",
+    ),
+    ("sample_indices", dict(seed=0, sample_indices=[0, -1]), ValueError, ">= 0", "got -1"),
+    ("sample_indices", dict(seed=0, sample_indices=[0, 1.0]), TypeError, "int", "got 1.0"),
+    ("sample_indices", dict(seed=0, sample_indices=[0, None]), TypeError, "int", "got None"),
+    ("sample_indices", dict(seed=0, sample_indices=1), TypeError, "list or tuple or range", "got 1"),
+    ("sample_indices", dict(seed=0, sample_indices=[0, 2**64], image=PICTURE), ValueError, "2**64", "got 1844674407"),
+    *[
+        (
+            argument,
+            {argument: given[argument], other: given[other]},
+            ValueError,
+            "Only one of `image`, `prior_latents`, `prior_tokens`",
+            f"got ['{argument}', '{other}']",
+        )
+        for given in [dict(image=PICTURE, prior_latents=torch.zeros(1, 4, 8, 4), prior_tokens=torch.zeros(1, 4, 8))]
+        for argument, other in [
+            ("image", "prior_latents"),
+            ("image", "prior_tokens"),
+            ("prior_latents", "prior_tokens"),
+        ]
+    ],
+    *[
+        ("prior_latents", dict(prior_latents=torch.zeros(shape)), ValueError, accepted, f"got {shape}")
+        for shape, accepted in [
+            ((3, 4, 8, 8), "(1 or 2, 4, 8, 8)"),
+            ((0, 4, 8, 8), "(1 or 2, 4, height, width)"),
+            ((2, 3, 8, 8), "(2, 4, 8, 8)"),
+            ((2, 4, 8, 7), "(1 or 2, 4, height, width) with sides that are multiples of 2"),
+            ((4, 8, 8), "(1 or 2, 4, height, width)"),
+            ((), "(1 or 2, 4, height, width)"),
+        ]
+    ],
+    ("prior_latents", dict(prior_latents=noise(0) * NAN), ValueError, "finite", "nan"),
+    ("prior_latents", dict(prior_latents=noise(0).long()), ValueError, "floating-point", "got torch.int64"),
+    ("prior_latents", dict(prior_latents=noise(0).numpy()), TypeError, "Tensor", "got array"),
+    ("num_stages", dict(num_stages=1, prior_latents=noise(0)), ValueError, ">= 2", "`prior_latents`", "got 1"),
+    ("height", dict(height=8, prior_latents=noise(0)), ValueError, "`prior_latents`, 16", "got 8"),
+    ("width", dict(width=8, prior_latents=noise(0)), ValueError, "`prior_latents`, 16", "got 8"),
+    *[
+        ("prior_tokens", dict(prior_tokens=torch.zeros(shape)), ValueError, accepted, f"got {shape}")
+        for shape, accepted in [
+            ((3, 4, 8), "(1 or 2, 4, 8)"),
+            ((0, 4, 8), "(1 or 2, 4, 8)"),
+            ((1, 5, 8), "(1, 4, 8)"),
+            ((2, 4, 7), "(2, 4, 8)"),
+            ((4, 8), "(1 or 2, 4, 8)"),
+            ((), "(1 or 2, 4, 8)"),
+        ]
+    ],
+    ("prior_tokens", dict(prior_tokens=torch.full((1, 4, 8), INF)), ValueError, "finite", "inf"),
+    ("prior_tokens", dict(prior_tokens=[torch.zeros(4, 8)]), TypeError, "Tensor", "of type list"),
+    ("num_stages", dict(num_stages=1, prior_tokens=torch.zeros(1, 4, 8)), ValueError, "`prior_tokens`", "got 1"),
+    ("num_images_per_prior", dict(num_images_per_prior=0), ValueError, ">= 1", "got 0"),
+    ("num_images_per_prior", dict(num_images_per_prior=1.5), TypeError, "int", "got 1.5"),
+    ("num_images_per_prior", dict(num_images_per_prior=2, num_stages=1), ValueError, "1 with one stage", "got 2"),
+    (
+        "latents",
+        dict(latents=[noise(0), noise(1)], num_images_per_prior=2),
+        ValueError,
+        "(4, 4, 8, 8)",
+        "got (2, 4, 8, 8)",
+    ),
+    *[
+        (name, {name: values, **kwargs}, ValueError, f"{number} values (one per stage that is run)", f"got {length}.")
+        for name, value in [("stage_inference_steps", 2), ("stage_solvers", "heun"), ("stage_guidance_scales", 2.0)]
+        for kwargs, number in [(dict(), 2), (dict(num_stages=3), 3), (dict(image=PICTURE), 1)]
+        for length in (0, number + 1)
+        for values in [[value] * length]
+    ],
+    ("stage_inference_steps", dict(stage_inference_steps=[2, 0]), ValueError, ">= 1", "got 0"),
+    ("stage_inference_steps", dict(stage_inference_steps=[2.0, 2]), TypeError, "int", "got 2.0"),
+    ("stage_inference_steps", dict(stage_inference_steps=2), TypeError, "list or tuple", "got 2"),
+    ("stage_solvers", dict(stage_solvers="heun"), TypeError, "list or tuple", "got 'heun'"),
+    ("stage_solvers", dict(stage_solvers=["euler", "ralston"]), ValueError, "'midpoint'", "got 'ralston'"),
+    ("stage_solvers", dict(stage_solvers=[None, 5]), TypeError, "SchedulerMixin", "got 5"),
+    ("stage_solvers", dict(stage_solvers=[DDIMScheduler(), None]), ValueError, "FlowMatch", "got DDIMScheduler"),
+    (
+        "stage_solvers",
+        dict(stage_solvers=[None, UniPCMultistepScheduler(use_flow_sigmas=True)]),
+        ValueError,
+        "flow_prediction",
+        "got",
+        "'epsilon'",
+    ),
+    *[
+        ("stage_solvers", dict(stage_solvers=[None, scheduler]), ValueError, "got")  # other paths, or another way
+        for scheduler in [
+            UniPCMultistepScheduler(**FLOW, use_karras_sigmas=True),
+            DPMSolverMultistepScheduler(**FLOW, use_karras_sigmas=True),
+            UniPCMultistepScheduler(**FLOW, final_sigmas_type="sigma_min"),
+            FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+            FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            FlowMatchLCMScheduler(scale_factors=[1, 2]),
+        ]
+    ],
+    ("stage_guidance_scales", dict(stage_guidance_scales=[1.0, -1]), ValueError, "[0, inf)", "got -1"),
+    ("stage_guidance_scales", dict(stage_guidance_scales=[NAN, 1.0]), ValueError, "[0, inf)", "got nan"),
+    ("stage_guidance_scales", dict(stage_guidance_scales=[1.0, None]), TypeError, "float", "got None"),
+    ("stage_guidance_scales", dict(stage_guidance_scales=2.0), TypeError, "list or tuple", "got 2.0"),
+    *[
+        ("stage_guidance_scales", dict(stage_guidance_scales=[1.0, 3.0], **other), ValueError, "None beside", "got [1")
+        for other in (dict(guidance_scale=2.0), dict(first_stage_guidance_scale=2.0))
+    ],
+    *[
+        (name, {name: values}, ValueError, f"strictly decreasing numbers in (0, {maximum}]", "got")
+        for name, maximum in [("sigmas", 1), ("timesteps", 1000)]
+        for values in [
+            [0.5 * maximum, maximum],
+            [maximum, maximum],
+            [2 * maximum, maximum],
+            [maximum, 0],
+            [maximum, NAN],
+            [],
+            0.5,
+            "all",
+            [[maximum], [0.5]],
+        ]
+    ],
+    *[
+        (name, {name: values, **other}, ValueError, "Only one of `sigmas`, `timesteps` and numbers of steps", "got")
+        for name, values in [("sigmas", [1.0, 0.5]), ("timesteps", [1000, 500])]
+        for other in [
+            dict(num_inference_steps=2),
+            dict(stage_inference_steps=[2, 2]),
+            dict(sigmas=[1.0, 0.5], timesteps=[1000, 500]),
+        ]
+    ],
+    *[
+        (name, {name: values, "stage_solvers": [None, solver]}, ValueError, "None", str(received), f"got {values}")
+        for name, values in [("sigmas", [1.0, 0.5]), ("timesteps", [1000, 500])]
+        for solver, received in [("dopri5", "dopri5"), (FlowMatchHeunDiscreteScheduler(), "FlowMatchHeunDiscrete")]
+    ],
+    (
+        "timesteps",
+        dict(timesteps=[1000, 500], stage_solvers=[FlowMatchEulerDiscreteScheduler(), None]),
+        ValueError,
+        "None",
+        "FlowMatchEulerDiscreteScheduler",
+        "got [1000, 500]",
+    ),
+    (
+        "num_inference_steps",
+        dict(num_inference_steps=1, stage_solvers=[None, "euler_maruyama"]),
+        ValueError,
+        ">= 2",
+        "got 1",
+    ),
+    ("null_condition", dict(null_condition="label"), ValueError, "'class_and_prior', 'class', 'prior'", "got 'label'"),
+    ("null_condition", dict(null_condition=None), ValueError, "'class_and_prior', 'class', 'prior'", "got None"),
+    (
+        "null_condition",
+        dict(null_condition="class", num_stages=1),
+        ValueError,
+        "'class_and_prior' with one stage",
+        "got 'class'",
+    ),
+    ("prior_guidance_scale", dict(prior_guidance_scale=-1), ValueError, "[0, inf)", "got -1"),
+    ("prior_guidance_scale", dict(prior_guidance_scale=INF), ValueError, "[0, inf)", "got inf"),
+    ("prior_guidance_scale", dict(prior_guidance_scale="2"), TypeError, "float", "got '2'"),
+    (
+        "prior_guidance_scale",
+        dict(prior_guidance_scale=2.0, num_stages=1),
+        ValueError,
+        "None with one stage",
+        "got 2.0",
+    ),
+    ("guidance_channels", dict(guidance_channels=5), ValueError, "[1, 4]", "got 5"),
+    ("guidance_channels", dict(guidance_channels=0), ValueError, ">= 1", "got 0"),
+    ("guidance_channels", dict(guidance_channels=3.0), TypeError, "int", "got 3.0"),
+    ("guidance_interval", dict(guidance_interval=(0.8, 0.2)), ValueError, "low <= high", "got (0.8, 0.2)"),
+    ("guidance_interval", dict(guidance_interval=(-0.1, 1.0)), ValueError, "[0, 1]", "got -0.1"),
+    ("guidance_interval", dict(guidance_interval=(0.0, 1.1)), ValueError, "[0, 1]", "got 1.1"),
+    ("guidance_interval", dict(guidance_interval=(0.0, NAN)), ValueError, "[0, 1]", "got nan"),
+    ("guidance_interval", dict(guidance_interval=(0.0, 0.5, 1.0)), ValueError, "pair", "got (0.0, 0.5, 1.0)"),
+    ("guidance_interval", dict(guidance_interval=0.5), ValueError, "pair", "got 0.5"),
+    ("guidance_interval", dict(guidance_interval=(0, "1")), TypeError, "float", "got '1'"),
+    ("guidance_power", dict(guidance_power=0.0), ValueError, "(0, inf)", "got 0.0"),
+    ("guidance_power", dict(guidance_power="1"), TypeError, "float", "got '1'"),
+    ("guidance_rescale", dict(guidance_rescale=1.5), ValueError, "[0, 1]", "got 1.5"),
+    ("guidance_rescale", dict(guidance_rescale=-0.5), ValueError, "[0, 1]", "got -0.5"),
+    ("guidance_rescale", dict(guidance_rescale=None), TypeError, "float", "got None"),
+    ("guidance_cosine_threshold", dict(guidance_cosine_threshold=1.5), ValueError, "(-1, 1]", "got 1.5"),
+    ("guidance_cosine_threshold", dict(guidance_cosine_threshold=-1), ValueError, "(-1, 1]", "got -1"),
+    ("guidance_cosine_threshold", dict(guidance_cosine_threshold="1"), TypeError, "float", "got '1'"),
+    ("guidance_transformer", dict(guidance_transformer="weak"), TypeError, "DoDTransformer2DModel", "got"),
+    ("guidance_transformer", dict(guidance_transformer=tiny_vae()), TypeError, "DoDTransf", "got AutoencoderKL"),
+    *[
+        (
+            "guidance_transformer",
+            dict(guidance_transformer=tiny_transformer(**{name: value})),
+            ValueError,
+            f"`{name}`, {expected}",
+            f"got {value}",
+        )
+        for name, value, expected in [
+            ("in_channels", 3, 4),
+            ("num_classes", 9, 10),
+            ("patch_size", 1, 2),
+            ("prior_embed_dim", 16, 32),
+        ]
+    ],
+    *[
+        (
+            name,
+            {name: value, "guidance_transformer": tiny_transformer()},
+            ValueError,
+            "Only one of",
+            "`guidance_transformer`",
+            f"got ['`{name}`', '`guidance_transformer`']",
+        )
+        for name, value in [("null_condition", "prior"), ("prior_guidance_scale", 2.0)]
+    ],
+    (
+        "prior_guidance_scale",
+        dict(null_condition="class", prior_guidance_scale=2.0),
+        ValueError,
+        "Only one of",
+        "got ['`null_condition`', '`prior_guidance_scale`']",
+    ),
     ("output_type", dict(output_type="tensor"), ValueError, "'pil', 'np', 'pt', 'latent'", "got 'tensor'"),
     ("output_type", dict(output_type=None), ValueError, "'pil', 'np', 'pt', 'latent'", "got None"),
     ("attention_kwargs", dict(attention_kwargs=5), TypeError, "dict", "got 5"),
@@ -945,18 +1189,55 @@ def table(rows):
 
 @pytest.fixture(scope="module")
 def refusing_pipe():
-    """One pipeline for all bad calls, which leave nothing behind, and the evaluations of its transformer."""
-    pipe = tiny_pipeline()
-    return pipe, record_calls(pipe.transformer)
+    """One pipeline for all bad calls, which leave nothing behind, and the names of its models that were evaluated."""
+    pipe, evaluated = tiny_pipeline(), []
+    models = {
+        "transformer": [pipe.transformer],
+        "latent_embedder": [pipe.latent_embedder.encoder_blocks[0], pipe.latent_embedder.decoder_blocks[0]],
+        "vae": [pipe.vae.encoder, pipe.vae.decoder],
+    }
+    for name, modules in models.items():
+        for module in modules:
+            module.register_forward_pre_hook(lambda *_, name=name: evaluated.append(name))
+    return pipe, evaluated
 
 
 @table(BAD_CALLS)
 def test_bad_arguments_of_a_call(refusing_pipe, argument, kwargs, exception, fragments):
-    pipe, calls = refusing_pipe
-    calls.clear()
+    pipe, evaluated = refusing_pipe
+    evaluated.clear()
     with pytest.raises(exception, match=says(f"`{argument}`", *fragments)):
         pipe(**{"class_labels": [1, 3], "output_type": "latent", **kwargs})
-    assert len(calls) == 0  # found before the first evaluation
+    assert evaluated == []  # found before anything is computed
+
+
+def test_the_watch_over_bad_calls_sees_every_model(refusing_pipe):
+    pipe, evaluated = refusing_pipe
+    pipe(1, image=PICTURE, num_inference_steps=1)
+    assert set(evaluated) == {"transformer", "latent_embedder", "vae"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "kwargs", "fragments"),
+    [
+        ("stage_solvers", dict(stage_solvers=[None, "heun"]), ["schedulers", "FlowMatchEuler", "got 'heun'"]),
+        ("timesteps", dict(timesteps=[1000, 500]), ["None", "FlowMatchEuler", "got [1000, 500]"]),
+        ("sigmas", dict(sigmas=[0.5, 1.0]), ["strictly decreasing", "(0, 1]", "got [0.5, 1.0]"]),
+        ("sigmas", dict(sigmas=[2.0, 1.0]), ["strictly decreasing", "(0, 1]", "got [2.0, 1.0]"]),
+        ("sigmas", dict(sigmas=[]), ["strictly decreasing", "(0, 1]", "got []"]),
+        ("sigmas", dict(sigmas="all"), ["strictly decreasing", "(0, 1]", "got 'all'"]),
+    ],
+)
+def test_bad_arguments_of_a_call_with_a_stock_scheduler(refusing_pipe, argument, kwargs, fragments):
+    pipe, evaluated = refusing_pipe
+    evaluated.clear()
+    ours, pipe.scheduler = pipe.scheduler, FlowMatchEulerDiscreteScheduler()
+    try:
+        with pytest.raises(ValueError, match=says(f"`{argument}`", *fragments)):
+            pipe([1, 3], output_type="latent", **kwargs)
+    finally:
+        pipe.scheduler = ours
+    assert evaluated == []
 
 
 @table(BAD_COMPONENTS)

@@ -14,7 +14,16 @@ SAMPLE = torch.linspace(-1, 1, 12).reshape(2, 6)
 VELOCITY = torch.linspace(2, -1, 12).reshape(2, 6)
 NOISE = torch.linspace(0, 3, 12).reshape(2, 6)
 
-all_solvers = pytest.mark.parametrize("solver", ["euler", "heun", "dopri5"])
+# Evaluations per interval; the last one of `stochastic_heun` has a single one.
+ODE_SOLVERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
+SDE_SOLVERS = {"euler_maruyama": 1, "stochastic_heun": 2}
+FIXED_STEP_SOLVERS = ODE_SOLVERS | SDE_SOLVERS
+FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
+LAST_STEPS = ("mean", "euler", "tweedie", "none")
+
+all_solvers = pytest.mark.parametrize("solver", [*FIXED_STEP_SOLVERS, "dopri5"])
+fixed_step_solvers = pytest.mark.parametrize("solver", FIXED_STEP_SOLVERS)
+sde_solvers = pytest.mark.parametrize("solver", SDE_SOLVERS)
 
 
 def laid_out(num_inference_steps=4, **kwargs):
@@ -24,6 +33,15 @@ def laid_out(num_inference_steps=4, **kwargs):
     return scheduler
 
 
+def ready(solver, **kwargs):
+    """A scheduler to `solve` with."""
+    return DoDFlowMatchScheduler(solver=solver, **kwargs) if solver == "dopri5" else laid_out(solver=solver, **kwargs)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 # ----------------------------------------------------------------------------------------------------------- layout
 
 
@@ -31,12 +49,29 @@ def laid_out(num_inference_steps=4, **kwargs):
     ("kwargs", "expected"),
     [
         (dict(), [1000, 750, 500, 250]),
-        # One entry per evaluation: each interval at its start and at its end.
+        # One entry per evaluation: each interval at its start and at its end, or its middle.
         (dict(solver="heun"), [1000, 750, 750, 500, 500, 250, 250, 0]),
+        (dict(solver="midpoint"), [1000, 875, 750, 625, 500, 375, 250, 125]),
+        (
+            dict(solver="rk4"),
+            [1000, 875, 875, 750, 750, 625, 625, 500, 500, 375, 375, 250, 250, 125, 125, 0],
+        ),
         (dict(num_train_timesteps=100), [100, 75, 50, 25]),
         # shift * s / (1 + (shift - 1) * s) at s = 1, 3/4, 1/2, 1/4.
         (dict(shift=3.0), [1000, 900, 750, 500]),
         (dict(shift=3.0, solver="heun"), [1000, 900, 900, 750, 750, 500, 500, 0]),
+        # Equal steps down to the last one, which begins at `last_step_size` and is evaluated once.
+        (dict(solver="euler_maruyama"), [1000, 680, 360, 40]),
+        (dict(solver="stochastic_heun"), [1000, 680, 680, 360, 360, 40, 40]),
+        (dict(solver="stochastic_heun", last_step_size=0.1), [1000, 700, 700, 400, 400, 100, 100]),
+        (dict(solver="euler_maruyama", last_step="tweedie", last_step_size=0.1), [1000, 700, 400, 100]),
+        (dict(solver="euler_maruyama", num_train_timesteps=50), [50, 34, 18, 2]),
+        # It is at sigma = 0.04 whatever the shift: that of 3 s / (1 + 2 s) at s = 1, 49/73, 25/73, 1/73.
+        (dict(solver="euler_maruyama", shift=3.0), [1000, 49000 / 57, 25000 / 41, 40]),
+        # There is none, nor a `last_step_size`.
+        (dict(solver="euler_maruyama", last_step="none", last_step_size=0.1), [1000, 750, 500, 250]),
+        (dict(solver="stochastic_heun", last_step="none"), [1000, 750, 750, 500, 500, 250, 250]),
+        (dict(solver="euler_maruyama", last_step="none", shift=3.0), [1000, 900, 750, 500]),
     ],
     ids=str,
 )
@@ -59,6 +94,20 @@ def test_sigmas_of_the_caller():
     torch.testing.assert_close(scheduler.timesteps, torch.tensor([1000.0, 750.0]))
 
 
+@fixed_step_solvers
+@pytest.mark.parametrize("maximum", [1000, 50])
+def test_timesteps_of_the_caller_are_sigmas_without_the_shift(solver, maximum):
+    by_sigma = DoDFlowMatchScheduler(solver=solver, num_train_timesteps=maximum)
+    by_sigma.set_timesteps(sigmas=[0.8, 0.3])
+    by_time = DoDFlowMatchScheduler(solver=solver, num_train_timesteps=maximum, shift=3.0)
+    for timesteps in ([0.8 * maximum, 0.3 * maximum], torch.tensor([0.8, 0.3]) * maximum):
+        by_time.set_timesteps(timesteps=timesteps)
+        torch.testing.assert_close(by_time.sigmas, by_sigma.sigmas)
+        torch.testing.assert_close(by_time.timesteps, by_sigma.timesteps)
+        assert by_time.num_inference_steps == 2
+    by_time.set_timesteps(2, timesteps=timesteps)  # the number may be given if it is right
+
+
 def test_device_is_that_of_the_timesteps():
     scheduler = DoDFlowMatchScheduler()
     scheduler.set_timesteps(4, device="meta")
@@ -74,18 +123,26 @@ def test_constants():
     assert len(scheduler) == 1000 and len(DoDFlowMatchScheduler(num_train_timesteps=7)) == 7
 
 
+@all_solvers
+def test_kind_of_solver(solver):
+    scheduler = DoDFlowMatchScheduler(solver=solver)
+    assert scheduler.is_stochastic == (solver in SDE_SOLVERS)
+    assert scheduler.is_adaptive == (solver == "dopri5")
+    assert (scheduler.init_noise_sigma == 1) == (solver != "stochastic_heun")  # see test_solvers_closed_form.py
+
+
 # ------------------------------------------------------------------------------------------------------------ steps
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@fixed_step_solvers
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_step_returns_the_dtype_of_the_sample_and_computes_in_fp32(solver, dtype):
     # Thirds, unlike quarters, are not exact in bf16.
     scheduler, reference = laid_out(3, solver=solver), laid_out(3, solver=solver)
-    sample, velocity = SAMPLE.to(dtype), VELOCITY.to(dtype)
-    for timestep in scheduler.timesteps[:2]:  # for Heun, both evaluations of an interval
-        actual = scheduler.step(velocity, timestep, sample).prev_sample
-        expected = reference.step(velocity.float(), timestep, sample.float()).prev_sample
+    sample, velocity, noise = SAMPLE.to(dtype), VELOCITY.to(dtype), NOISE.to(dtype)
+    for timestep in scheduler.timesteps[: FIXED_STEP_SOLVERS[solver]]:  # all evaluations of an interval
+        actual = scheduler.step(velocity, timestep, sample, variance_noise=noise).prev_sample
+        expected = reference.step(velocity.float(), timestep, sample.float(), variance_noise=noise.float()).prev_sample
         assert actual.dtype == dtype and torch.equal(actual, expected.to(dtype))
     # A velocity in less precision than the sample, as under autocast.
     assert laid_out(solver=solver).step(VELOCITY.bfloat16(), 1000.0, SAMPLE).prev_sample.dtype == torch.float32
@@ -94,9 +151,30 @@ def test_step_returns_the_dtype_of_the_sample_and_computes_in_fp32(solver, dtype
 @all_solvers
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_solve_returns_the_dtype_of_the_sample(solver, dtype):
-    scheduler = DoDFlowMatchScheduler(solver=solver) if solver == "dopri5" else laid_out(solver=solver)
-    output = scheduler.solve(lambda sample, timestep: VELOCITY.to(dtype), SAMPLE.to(dtype))
+    output = ready(solver).solve(lambda sample, timestep, indices: VELOCITY.to(dtype), SAMPLE.to(dtype))
     assert output.prev_sample.dtype == dtype and output.prev_sample.shape == SAMPLE.shape
+    for counts in (output.num_evaluations, output.num_accepted, output.num_rejected):
+        assert counts.dtype == torch.int64 and counts.shape == (2,) and counts.device.type == "cpu"
+
+
+@all_solvers
+@pytest.mark.parametrize("shape", [(3,), (3, 4), (3, 2, 2, 1, 1)], ids=str)
+def test_samples_have_any_number_of_dimensions(solver, shape):
+    for error_norm in ("sample", "batch"):
+        output = ready(solver, error_norm=error_norm, diffusion_norm=0).solve(
+            lambda sample, timestep, indices: torch.ones_like(sample), torch.zeros(shape)
+        )
+        torch.testing.assert_close(output.prev_sample, -torch.ones(shape))
+
+
+@all_solvers
+def test_solve_evaluates_the_whole_batch_at_one_time(solver):
+    def velocity(sample, timestep, indices):
+        assert timestep.ndim == 0 and timestep.dtype == torch.float32
+        assert torch.equal(indices, torch.arange(2)) and sample.shape == SAMPLE.shape
+        return VELOCITY
+
+    ready(solver, error_norm="batch").solve(velocity, SAMPLE)
 
 
 def test_step_returns_a_tuple_on_request():
@@ -106,8 +184,18 @@ def test_step_returns_a_tuple_on_request():
     assert torch.equal(sample, SAMPLE - VELOCITY / 4)
 
 
-@pytest.mark.parametrize(("solver", "evaluations"), [("euler", 4), ("heun", 8)])
-def test_steps_are_counted_and_one_too_many_is_refused(solver, evaluations):
+@pytest.mark.parametrize(
+    ("solver", "evaluations", "half"),
+    [
+        ("euler", 4, 2),
+        ("midpoint", 8, 4),
+        ("heun", 8, 4),
+        ("rk4", 16, 8),
+        ("euler_maruyama", 4, 2),
+        ("stochastic_heun", 7, 3),
+    ],
+)
+def test_steps_are_counted_and_one_too_many_is_refused(solver, evaluations, half):
     scheduler = laid_out(4, solver=solver)
     assert scheduler.step_index is None and len(scheduler.timesteps) == evaluations
     for index, timestep in enumerate(scheduler.timesteps):
@@ -118,29 +206,79 @@ def test_steps_are_counted_and_one_too_many_is_refused(solver, evaluations):
     scheduler.set_begin_index(0)
     for timestep in scheduler.timesteps:
         scheduler.step(VELOCITY, timestep, SAMPLE)
-    message = says(f"All {evaluations // 2} steps are done", "`timestep`", "`set_timesteps`")
+    message = says(f"All {half} steps are done", "`timestep`", "`set_timesteps`")
     with pytest.raises(ValueError, match=message):
         scheduler.step(VELOCITY, scheduler.timesteps[-1], SAMPLE)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@fixed_step_solvers
+@pytest.mark.parametrize(
+    ("timesteps", "length"), [(None, 0.001), ([1000, 502, 127], 0.375)], ids=["training grid", "timesteps"]
+)
+def test_times_that_fp32_does_not_hold_as_sigmas_begin_an_interval(solver, timesteps, length):
+    """1000 * fp32(0.502) is less than 502, which would leave nothing of an interval but its end."""
+    scheduler = DoDFlowMatchScheduler(solver=solver, diffusion_norm=0)
+    if timesteps is not None:
+        scheduler.set_timesteps(timesteps=timesteps)
+    sample = SAMPLE
+    for _ in range(FIXED_STEP_SOLVERS[solver]):
+        sample = scheduler.step(VELOCITY, 502, sample).prev_sample
+    torch.testing.assert_close(sample, SAMPLE - length * VELOCITY)
+
+
+@fixed_step_solvers
 @pytest.mark.parametrize("steps", [4, None])
 def test_single_steps_may_start_at_any_time(solver, steps):
-    """Each leads to the end of the interval it lies in: the velocity is constant, so both solvers are exact."""
-    scheduler = DoDFlowMatchScheduler(solver=solver)  # with the training grid, of 1000 intervals
+    """
+    Each leads to the end of the interval it lies in: the velocity is constant, so all solvers are exact, those of the
+    SDE without its diffusion.
+    """
+    # Without `set_timesteps` with the training grid, of 1000 intervals.
+    scheduler = DoDFlowMatchScheduler(solver=solver, diffusion_norm=0)
     if steps is not None:
-        scheduler.set_timesteps(steps)
-    evaluations = 2 if solver == "heun" else 1
+        scheduler.set_timesteps(timesteps=[1000, 750, 500, 250])
     intervals = steps or 1000
-    for timestep, end in ((1000.0, 1 - 1 / intervals), (0, 0.0), (0.25, 0.0), (torch.tensor(250.0), None)):
+    for timestep, end in (
+        (1000.0, 1 - 1 / intervals),
+        (0, 0.0),
+        (0.25, 0.0),
+        (torch.tensor(250.0), None),
+        (875.25, 0.75 if steps else 0.875),
+    ):
         scheduler._reset()
         sample = SAMPLE
-        for _ in range(evaluations):
+        is_last = float(timestep) <= 1000 / intervals
+        for _ in range(1 if is_last and solver in SDE_SOLVERS else FIXED_STEP_SOLVERS[solver]):
             sample = scheduler.step(VELOCITY, timestep, sample).prev_sample
         start = float(timestep) / 1000
         end = start - 1 / intervals if end is None else end
         torch.testing.assert_close(sample, SAMPLE + (end - start) * VELOCITY)
     assert scheduler.step_index is not None
+
+
+@sde_solvers
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("last_step", LAST_STEPS)
+def test_an_sde_entered_at_any_time_stays_finite(solver, form, last_step):
+    scheduler = DoDFlowMatchScheduler(solver=solver, diffusion_form=form, last_step=last_step)
+    for shift_to in (None, 3):
+        if shift_to is not None:
+            scheduler.set_timesteps(shift_to)
+        for timestep in (1000, 999.5, 500.3, 40, 1e-3, 0):
+            scheduler._reset()
+            sample = scheduler.step(VELOCITY, timestep, SAMPLE, variance_noise=NOISE).prev_sample
+            assert torch.isfinite(sample).all()
+            if timestep == 0:  # there is nothing left to do
+                assert torch.equal(sample, SAMPLE)
+
+
+def test_an_sde_entered_within_an_interval_takes_the_rest_of_it():
+    scheduler = DoDFlowMatchScheduler(solver="euler_maruyama")
+    scheduler.set_timesteps(sigmas=[1.0, 0.5, 0.25])
+    sample = scheduler.step(VELOCITY, 400.0, SAMPLE, variance_noise=NOISE).prev_sample
+    drift = VELOCITY + (SAMPLE + 0.6 * VELOCITY)  # the diffusion is sigma
+    expected = SAMPLE - 0.15 * drift + math.sqrt(2 * 0.4 * 0.15) * NOISE
+    torch.testing.assert_close(sample, expected)
 
 
 def test_after_the_last_step_a_timestep_is_looked_up_again():
@@ -154,24 +292,32 @@ def test_after_the_last_step_a_timestep_is_looked_up_again():
 
 
 @pytest.mark.parametrize("how", ["begin index", "timestep"])
-@pytest.mark.parametrize(("solver", "index"), [("euler", 2), ("heun", 4)])
-def test_steps_may_begin_in_between(solver, index, how):
-    scheduler = laid_out(4, solver=solver)
+@fixed_step_solvers
+def test_steps_may_begin_in_between(solver, how):
+    scheduler = DoDFlowMatchScheduler(solver=solver, diffusion_norm=0)
+    scheduler.set_timesteps(timesteps=[1000, 750, 500, 250])
+    evaluations = FIXED_STEP_SOLVERS[solver]
+    index = 2 * evaluations
     if how == "begin index":
         scheduler.set_begin_index(index)
         assert scheduler.begin_index == index
     # Heun's list has 500 twice, as the end of an interval and as the start of the next: a first step starts one.
     assert scheduler.timesteps[index] == 500
-    sample = scheduler.step(VELOCITY, scheduler.timesteps[index], SAMPLE).prev_sample
-    assert scheduler.step_index == index + 1
+    sample = SAMPLE
+    for timestep in scheduler.timesteps[index : index + evaluations]:
+        sample = scheduler.step(VELOCITY, timestep, sample).prev_sample
+    assert scheduler.step_index == index + evaluations
     torch.testing.assert_close(sample, SAMPLE - VELOCITY / 4)
 
 
-@pytest.mark.parametrize(("solver", "evaluations"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize(
+    ("solver", "evaluations"),
+    [("euler", 4), ("midpoint", 8), ("heun", 8), ("rk4", 16), ("euler_maruyama", 4), ("stochastic_heun", 7)],
+)
 def test_solve_counts_and_calls_back(solver, evaluations):
     scheduler, seen, timesteps = laid_out(4, solver=solver), [], []
 
-    def velocity(sample, timestep):
+    def velocity(sample, timestep, indices):
         timesteps.append(float(timestep))
         return VELOCITY
 
@@ -182,24 +328,118 @@ def test_solve_counts_and_calls_back(solver, evaluations):
         seen.clear(), timesteps.clear()
         output = scheduler.solve(velocity, SAMPLE, callback=callback)
         assert timesteps == scheduler.timesteps.tolist() == [timestep for _, timestep, _ in seen]
-        assert [index for index, *_ in seen] == list(range(4 * evaluations))
+        assert [index for index, *_ in seen] == list(range(evaluations))
         assert torch.equal(seen[-1][2], output.prev_sample)
-        assert (output.num_evaluations, output.num_accepted, output.num_rejected) == (4 * evaluations, 4, 0)
+        assert output.num_evaluations.tolist() == [evaluations] * 2
+        assert output.num_accepted.tolist() == [4, 4] and output.num_rejected.tolist() == [0, 0]
+
+
+@fixed_step_solvers
+def test_a_solve_that_is_stopped_counts_its_whole_intervals(solver):
+    evaluations = FIXED_STEP_SOLVERS[solver]
+    stop_after = 2 * evaluations + (evaluations - 1)  # within the third interval, if there is anything within
+    output = ready(solver).solve(
+        lambda sample, timestep, indices: VELOCITY,
+        SAMPLE,
+        callback=lambda index, timestep, sample: index + 1 < stop_after,
+    )
+    assert output.num_evaluations.tolist() == [stop_after] * 2
+    assert output.num_accepted.tolist() == [2, 2] and output.num_rejected.tolist() == [0, 0]
+
+
+@fixed_step_solvers
+def test_no_more_is_kept_than_the_evaluations_of_an_interval(solver):
+    scheduler = laid_out(4, solver=solver)
+
+    def kept():
+        values = [value for item in vars(scheduler).values() for value in (item if isinstance(item, list) else [item])]
+        return sum(isinstance(value, torch.Tensor) and value.shape == SAMPLE.shape for value in values)
+
+    counts = []
+    for timestep in scheduler.timesteps:
+        scheduler.step(VELOCITY, timestep, SAMPLE)
+        counts.append(kept())
+    assert max(counts) <= FIXED_STEP_SOLVERS[solver] and counts[-1] == 0
+    if solver in ("euler", "euler_maruyama"):  # single evaluations leave nothing behind
+        assert max(counts) == 0
 
 
 @all_solvers
 def test_callback_stops_solve(solver):
-    scheduler = DoDFlowMatchScheduler(solver=solver) if solver == "dopri5" else laid_out(solver=solver)
     seen = []
 
     def callback(index, timestep, sample):
         seen.append(sample)
         return index < 1
 
-    output = scheduler.solve(lambda sample, timestep: torch.sin(9 * sample), SAMPLE, callback=callback)
+    output = ready(solver).solve(lambda sample, timestep, indices: torch.sin(9 * sample), SAMPLE, callback=callback)
     assert len(seen) == 2 and torch.equal(output.prev_sample, seen[-1])
     if solver == "dopri5":
-        assert output.num_accepted >= 2
+        assert output.num_accepted.max() >= 2
+
+
+# ------------------------------------------------------------------------------------------------------ noise of SDEs
+
+
+def draw(solver, seed=None, **kwargs):
+    output = ready(solver, **kwargs).solve(
+        lambda sample, timestep, indices: VELOCITY[indices],
+        SAMPLE,
+        generator=None if seed is None else generator(seed),
+    )
+    return output.prev_sample
+
+
+@sde_solvers
+def test_noise_comes_from_the_generator(solver):
+    assert torch.equal(draw(solver, 0), draw(solver, 0))
+    assert not torch.isclose(draw(solver, 0), draw(solver, 1)).any()
+    torch.manual_seed(5)
+    first, second = draw(solver), draw(solver)
+    torch.manual_seed(5)
+    assert torch.equal(first, draw(solver)) and not torch.equal(first, second)
+    assert torch.equal(draw("euler", 0), draw("euler", 1))
+
+
+@sde_solvers
+def test_a_generator_for_each_sample_makes_it_independent_of_its_neighbours(solver):
+    def solve(samples, seeds):
+        output = laid_out(solver=solver).solve(
+            lambda sample, timestep, indices: torch.zeros_like(sample),
+            SAMPLE[samples],
+            generator=[generator(seed) for seed in seeds],
+        )
+        return output.prev_sample
+
+    both = solve([0, 1], [7, 8])
+    assert torch.equal(both[:1], solve([0], [7])) and torch.equal(both[1:], solve([1], [8]))
+
+
+@sde_solvers
+def test_given_noise_stands_for_the_drawn_one(solver):
+    drawn, given = laid_out(solver=solver), laid_out(solver=solver)
+    source, same_source, sample = generator(0), generator(0), SAMPLE
+    evaluations, num_draws = FIXED_STEP_SOLVERS[solver], 0
+    for index, timestep in enumerate(drawn.timesteps):
+        before = source.get_state()
+        expected = drawn.step(VELOCITY, timestep, sample, generator=source).prev_sample
+        noise = NOISE
+        # Noise is drawn only where it is used: not by predictions, nor by the last step, nor before it.
+        if not torch.equal(source.get_state(), before):
+            num_draws += 1
+            assert index % evaluations == evaluations - 1
+            noise = torch.randn(SAMPLE.shape, generator=same_source)
+        sample = given.step(VELOCITY, timestep, sample, variance_noise=noise).prev_sample
+        assert torch.equal(sample, expected)
+    assert num_draws == (3 if solver == "euler_maruyama" else 2)
+
+
+@pytest.mark.parametrize("solver", ODE_SOLVERS)
+def test_solvers_of_the_ode_use_no_noise(solver):
+    with_noise, without = laid_out(solver=solver), laid_out(solver=solver)
+    for timestep in without.timesteps:
+        expected = without.step(VELOCITY, timestep, SAMPLE).prev_sample
+        assert torch.equal(with_noise.step(VELOCITY, timestep, SAMPLE, variance_noise=NOISE).prev_sample, expected)
 
 
 # ------------------------------------------------------------------------------------------------------------ noise
@@ -237,7 +477,18 @@ def test_noise_is_added_in_the_time_and_dtype_of_the_caller():
 
 # ----------------------------------------------------------------------------------------------------------- config
 
-CONFIG = dict(num_train_timesteps=500, solver="heun", shift=2.0, rtol=1e-2, atol=1e-4, error_norm="batch")
+CONFIG = dict(
+    num_train_timesteps=500,
+    solver="stochastic_heun",
+    shift=2.0,
+    rtol=1e-2,
+    atol=1e-4,
+    error_norm="batch",
+    diffusion_form="decreasing",
+    diffusion_norm=0.5,
+    last_step="tweedie",
+    last_step_size=0.1,
+)
 
 
 def test_config_survives_saving(tmp_path):
@@ -247,6 +498,9 @@ def test_config_survives_saving(tmp_path):
     assert {name: loaded.config[name] for name in CONFIG} == CONFIG
     loaded.set_timesteps(3)
     assert torch.equal(loaded.timesteps, laid_out(3, **CONFIG).timesteps)
+    # None of them is a default.
+    defaults = inspect.signature(DoDFlowMatchScheduler).parameters
+    assert all(value != defaults[name].default for name, value in CONFIG.items())
 
 
 def test_config_passes_to_and_from_the_stock_scheduler():
@@ -295,8 +549,8 @@ BAD_CONSTRUCTION = [
     ("num_train_timesteps", dict(num_train_timesteps=-1), ValueError, ">= 1", "got -1"),
     ("num_train_timesteps", dict(num_train_timesteps=10.5), TypeError, "int", "got 10.5"),
     ("num_train_timesteps", dict(num_train_timesteps=True), TypeError, "int", "got True"),
-    ("solver", dict(solver="rk4"), ValueError, "'euler', 'heun', 'dopri5'", "got 'rk4'"),
-    ("solver", dict(solver=None), ValueError, "'euler', 'heun', 'dopri5'", "got None"),
+    ("solver", dict(solver="rk45"), ValueError, ", ".join(map(repr, [*FIXED_STEP_SOLVERS, "dopri5"])), "got 'rk45'"),
+    ("solver", dict(solver=None), ValueError, "'euler'", "'dopri5'", "got None"),
     ("shift", dict(shift=0), ValueError, "(0, inf)", "got 0"),
     ("shift", dict(shift=-1.0), ValueError, "(0, inf)", "got -1.0"),
     ("shift", dict(shift=NAN), ValueError, "(0, inf)", "got nan"),
@@ -309,6 +563,18 @@ BAD_CONSTRUCTION = [
     ("atol", dict(atol=-1e-6), ValueError, "(0, inf)", "got -1e-06"),
     ("atol", dict(atol="1e-6"), TypeError, "float", "got '1e-6'"),
     ("error_norm", dict(error_norm="max"), ValueError, "'sample', 'batch'", "got 'max'"),
+    ("diffusion_form", dict(diffusion_form="sbdm"), ValueError, ", ".join(map(repr, FORMS)), "got 'sbdm'"),
+    ("diffusion_form", dict(diffusion_form=None), ValueError, "'constant'", "got None"),
+    ("diffusion_norm", dict(diffusion_norm=-0.1), ValueError, "[0, inf)", "got -0.1"),
+    ("diffusion_norm", dict(diffusion_norm=NAN), ValueError, "[0, inf)", "got nan"),
+    ("diffusion_norm", dict(diffusion_norm=INF), ValueError, "[0, inf)", "got inf"),
+    ("diffusion_norm", dict(diffusion_norm="1"), TypeError, "float", "got '1'"),
+    ("last_step", dict(last_step="Mean"), ValueError, ", ".join(map(repr, LAST_STEPS)), "got 'Mean'"),
+    ("last_step", dict(last_step=None), ValueError, "'none'", "got None"),
+    ("last_step_size", dict(last_step_size=0), ValueError, "(0, 1)", "got 0"),
+    ("last_step_size", dict(last_step_size=1.0), ValueError, "(0, 1)", "got 1.0"),
+    ("last_step_size", dict(last_step_size=NAN), ValueError, "(0, 1)", "got nan"),
+    ("last_step_size", dict(last_step_size=None), TypeError, "float", "got None"),
 ]
 
 BAD_LAYOUTS = [
@@ -327,6 +593,25 @@ BAD_LAYOUTS = [
     ("sigmas", dict(sigmas=0.5), ValueError, "strictly decreasing", "(0, 1]", "got 0.5"),
     ("sigmas", dict(sigmas=[[1.0]]), ValueError, "strictly decreasing", "(0, 1]", "got [[1.0]]"),
     ("sigmas", dict(sigmas=["1.0"]), (TypeError, ValueError), "strictly decreasing", "(0, 1]", "got ['1.0']"),
+    ("sigmas", dict(sigmas=[1.0, 0.5], timesteps=[1000, 500]), ValueError, "`timesteps`", "got [1.0, 0.5]", "[1000"),
+    ("num_inference_steps", dict(num_inference_steps=3, timesteps=[1000]), ValueError, "`timesteps`, 1", "got 3"),
+    ("timesteps", dict(timesteps=[]), ValueError, "strictly decreasing", "(0, 1000]", "got []"),
+    ("timesteps", dict(timesteps=[500, 500]), ValueError, "strictly decreasing", "(0, 1000]", "got [500.0, 500.0]"),
+    ("timesteps", dict(timesteps=[250, 750]), ValueError, "strictly decreasing", "(0, 1000]", "got [250.0, 750.0]"),
+    (
+        "timesteps",
+        dict(timesteps=[1000.5, 500]),
+        ValueError,
+        "strictly decreasing",
+        "(0, 1000]",
+        "got [1000.5, 500.0]",
+    ),
+    ("timesteps", dict(timesteps=[500, 0]), ValueError, "strictly decreasing", "(0, 1000]", "got [500.0, 0.0]"),
+    ("timesteps", dict(timesteps=[INF]), ValueError, "strictly decreasing", "(0, 1000]", "got [inf]"),
+    ("timesteps", dict(timesteps=[NAN]), ValueError, "strictly decreasing", "(0, 1000]", "got [nan]"),
+    ("timesteps", dict(timesteps=500), ValueError, "strictly decreasing", "(0, 1000]", "got 500.0"),
+    ("timesteps", dict(timesteps=[[1000]]), ValueError, "strictly decreasing", "(0, 1000]", "got [[1000.0]]"),
+    ("timesteps", dict(timesteps=["1000"]), ValueError, "strictly decreasing", "(0, 1000]", "got ['1000']"),
 ]
 
 BAD_NOISE = [
@@ -346,6 +631,8 @@ BAD_STEPS = [
     ("model_output", dict(model_output=VELOCITY[:1]), ValueError, "(2, 6)", "got (1, 6)"),
     ("model_output", dict(model_output=VELOCITY[0, 0]), ValueError, "(2, 6)", "got ()"),
     ("model_output", dict(model_output=VELOCITY[None]), ValueError, "(2, 6)", "got (1, 2, 6)"),
+    ("variance_noise", dict(variance_noise=NOISE[:1]), ValueError, "(2, 6)", "got (1, 6)"),
+    ("variance_noise", dict(variance_noise=NOISE[0, 0]), ValueError, "(2, 6)", "got ()"),
 ]
 
 BAD_BEGIN_INDICES = [
@@ -380,8 +667,28 @@ def test_bad_arguments_of_scale_noise_and_add_noise(argument, kwargs, exception,
         scheduler.add_noise(kwargs["sample"], kwargs["noise"], kwargs["timestep"])
 
 
+@sde_solvers
+@pytest.mark.parametrize(
+    ("kwargs", "fragments"),
+    [
+        (dict(num_inference_steps=1), ["`num_inference_steps`", ">= 2", "got 1"]),
+        (dict(sigmas=[0.5]), ["`sigmas` must hold at least 2", "got 1"]),
+        (dict(timesteps=[500]), ["`timesteps` must hold at least 2", "got 1"]),
+    ],
+    ids=str,
+)
+def test_an_sde_needs_a_step_before_its_last_one(solver, kwargs, fragments):
+    scheduler = laid_out(3, solver=solver)
+    with pytest.raises(ValueError, match=says(*fragments)):
+        scheduler.set_timesteps(**kwargs)
+    assert scheduler.num_inference_steps == 3 and len(scheduler.sigmas) == 4  # as it was
+    scheduler = DoDFlowMatchScheduler(solver=solver, last_step="none")
+    scheduler.set_timesteps(**kwargs)
+    assert len(scheduler.timesteps) == 1
+
+
 @table(BAD_STEPS)
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@fixed_step_solvers
 def test_bad_arguments_of_step(solver, argument, kwargs, exception, fragments):
     scheduler = laid_out(4, solver=solver)
     with pytest.raises(exception, match=says(f"`{argument}`", *fragments)):
@@ -400,7 +707,11 @@ def test_bad_arguments_of_set_begin_index(argument, kwargs, exception, fragments
         (DoDFlowMatchScheduler.__init__, BAD_CONSTRUCTION, set()),
         (DoDFlowMatchScheduler.set_timesteps, BAD_LAYOUTS, {"device"}),  # torch's own error
         (DoDFlowMatchScheduler.scale_noise, BAD_NOISE, {"sample"}),  # the noise is compared with it
-        (DoDFlowMatchScheduler.step, BAD_STEPS, {"sample", "generator", "return_dict"}),  # the same; not used; a flag
+        (
+            DoDFlowMatchScheduler.step,
+            BAD_STEPS,
+            {"sample", "generator", "return_dict"},
+        ),  # the same; Diffusers' error; a flag
         (DoDFlowMatchScheduler.set_begin_index, BAD_BEGIN_INDICES, set()),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -411,29 +722,33 @@ def test_every_argument_has_a_bad_value(function, rows, exempt):
 
 @all_solvers
 def test_a_velocity_of_another_shape_is_refused_by_solve(solver):
-    scheduler = DoDFlowMatchScheduler(solver=solver) if solver == "dopri5" else laid_out(solver=solver)
     # It would broadcast: one sample would drive all.
-    with pytest.raises(ValueError, match=says("(2, 6)", "got (1, 6)")):
-        scheduler.solve(lambda sample, timestep: VELOCITY[:1], SAMPLE)
+    with pytest.raises(ValueError, match=says("`velocity_fn`", "(2, 6)", "got (1, 6)")):
+        ready(solver).solve(lambda sample, timestep, indices: VELOCITY[:1], SAMPLE)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@fixed_step_solvers
 def test_solving_needs_a_layout(solver):
     scheduler = DoDFlowMatchScheduler(solver=solver)
     with pytest.raises(ValueError, match=says("`num_inference_steps` is None", "`set_timesteps` before `solve`")):
-        scheduler.solve(lambda sample, timestep: VELOCITY, SAMPLE)
+        scheduler.solve(lambda sample, timestep, indices: VELOCITY, SAMPLE)
 
 
-def test_heun_starts_with_a_whole_interval():
-    scheduler = laid_out(4, solver="heun")
-    scheduler.set_begin_index(1)  # the second evaluation of the first interval
-    with pytest.raises(ValueError, match=says("`timestep`", "start an interval", "got 750")):
-        scheduler.step(VELOCITY, scheduler.timesteps[1], SAMPLE)
+@pytest.mark.parametrize("solver", [solver for solver, number in FIXED_STEP_SOLVERS.items() if number > 1])
+def test_steps_start_with_a_whole_interval(solver):
+    for evaluation in range(1, FIXED_STEP_SOLVERS[solver]):
+        scheduler = DoDFlowMatchScheduler(solver=solver)
+        scheduler.set_timesteps(sigmas=[1.0, 0.5])
+        scheduler.set_begin_index(evaluation)
+        timestep = scheduler.timesteps[evaluation]
+        with pytest.raises(ValueError, match=says("`timestep`", "start an interval", repr(solver), f"got {timestep}")):
+            scheduler.step(VELOCITY, timestep, SAMPLE)
 
 
 def test_the_adaptive_solver_points_to_solve():
     scheduler = DoDFlowMatchScheduler(solver="dopri5")
-    with pytest.raises(ValueError, match=says("`step`", "'euler', 'heun'", "'dopri5'", "use `solve`")):
+    others = ", ".join(map(repr, FIXED_STEP_SOLVERS))
+    with pytest.raises(ValueError, match=says("`step`", others, "'dopri5'", "use `solve`")):
         scheduler.step(VELOCITY, 1000.0, SAMPLE)
-    with pytest.raises(ValueError, match=says("`set_timesteps`", "'euler', 'heun'", "'dopri5'", "use `solve`")):
+    with pytest.raises(ValueError, match=says("`set_timesteps`", others, "'dopri5'", "use `solve`")):
         scheduler.set_timesteps(4)

@@ -18,6 +18,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from .checks import check_at_least, check_number
 from .modeling_utils import DoDModelMixin
+from .pos_interpolation import grid_scales, interpolate_frequencies
 from .transformer_dod import DoDAttention, check_latents, patchify
 
 
@@ -36,7 +37,16 @@ class LatentEmbeddingOutput(BaseOutput):
     latent_tokens: torch.Tensor | None = None  # always there; a default lets accelerate's hooks rebuild the output
 
 
-def sincos_pos_embed(dim: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def sincos_pos_embed(
+    dim: int,
+    rows: int,
+    columns: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    trained_size: int | None = None,
+    pos_interpolation: str = "none",
+    pos_interpolation_decoupled: bool = False,
+) -> torch.Tensor:
     """
     Frozen 2D sine-cosine positions: [sin column, cos column, sin row, cos row].
 
@@ -46,13 +56,27 @@ def sincos_pos_embed(dim: int, rows: int, columns: int, device: torch.device, dt
         columns (`int`): Columns of the grid.
         device (`torch.device`): Where the result is computed.
         dtype (`torch.dtype`): What the result is rounded to.
+        trained_size (`int`, *optional*): Rows and columns of the trained grid, which only interpolation needs.
+        pos_interpolation (`str`, defaults to `"none"`): See [`interpolate_frequencies`].
+        pos_interpolation_decoupled (`bool`, defaults to `False`): See [`grid_scales`].
 
     Returns:
         `torch.Tensor` of shape `(rows * columns, dim)`, row-major.
     """
+    scales = (1.0, 1.0)
+    if pos_interpolation != "none":
+        scales = grid_scales(rows, columns, trained_size, pos_interpolation_decoupled)
     row = torch.arange(rows, device=device).repeat_interleave(columns)
     column = torch.arange(columns, device=device).repeat(rows)
-    parts = [get_1d_sincos_pos_embed_from_grid(dim // 2, position, output_type="pt") for position in (column, row)]
+    parts = []
+    for position, scale in ((column, scales[1]), (row, scales[0])):
+        if scale == 1:
+            parts.append(get_1d_sincos_pos_embed_from_grid(dim // 2, position, output_type="pt"))
+            continue
+        exponents = torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim // 4)
+        frequencies = interpolate_frequencies(10000**-exponents, scale, pos_interpolation, trained_size)
+        angles = torch.outer(position.float(), frequencies)
+        parts.append(torch.cat([angles.sin(), angles.cos()], dim=1))
     return torch.cat(parts, dim=-1).to(dtype)
 
 
@@ -69,6 +93,12 @@ def _apply_offload_hooks(method: Callable) -> Callable:
         return hook.post_forward(self, method(self, *args, **kwargs))
 
     return apply_forward_hook(wrapper)
+
+
+def _check_attention_kwargs(attention_kwargs: dict[str, Any] | None) -> None:
+    """Raises if anything is left after `apply_lora_scale` took the scale."""
+    if attention_kwargs:
+        raise ValueError(f"`attention_kwargs` must hold nothing but 'scale', got {attention_kwargs}.")
 
 
 class LatentEmbeddingBlock(nn.Module):
@@ -113,6 +143,10 @@ class LatentEmbeddingModule(DoDModelMixin, PeftAdapterMixin, AttentionMixin):
         attention_head_dim (`int`, defaults to 64): Width of a head; the module's width d_l, which is the backbone's
             `prior_embed_dim`, is heads times this and a multiple of 4.
         mlp_ratio (`float`, defaults to 4.0): Width of the blocks' MLP over d_l.
+        pos_interpolation (`str`, defaults to `"none"`):
+            How positions on grids larger than the trained one are treated: `"none"`, `"linear"`, `"ntk"` or `"yarn"`,
+            see `set_pos_interpolation`.
+        pos_interpolation_decoupled (`bool`, defaults to `False`): Whether rows and columns are so on their own.
 
     Raises:
         `ValueError`, `TypeError`: an argument is out of range or of the wrong type.
@@ -137,8 +171,11 @@ class LatentEmbeddingModule(DoDModelMixin, PeftAdapterMixin, AttentionMixin):
         num_attention_heads: int = 12,
         attention_head_dim: int = 64,
         mlp_ratio: float = 4.0,
+        pos_interpolation: str = "none",
+        pos_interpolation_decoupled: bool = False,
     ):
         super().__init__()
+        self._check_pos_interpolation(pos_interpolation, pos_interpolation_decoupled)
         for name, value in {
             "sample_size": sample_size,
             "patch_size": patch_size,
@@ -204,33 +241,52 @@ class LatentEmbeddingModule(DoDModelMixin, PeftAdapterMixin, AttentionMixin):
                 hidden_states = block(hidden_states)
         return hidden_states
 
+    def _pos_embed(self, dim: int, rows: int, columns: int, tokens: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        return sincos_pos_embed(
+            dim,
+            rows,
+            columns,
+            tokens.device,
+            tokens.dtype,
+            config.sample_size // config.patch_size,
+            config.pos_interpolation,
+            config.pos_interpolation_decoupled,
+        )
+
     @_apply_offload_hooks
-    def encode(self, latents: torch.Tensor) -> torch.Tensor:
+    @apply_lora_scale("attention_kwargs")
+    def encode(self, latents: torch.Tensor, attention_kwargs: dict[str, Any] | None = None) -> torch.Tensor:
         """
         Compresses latents into latent tokens (paper, Eq. 6): Linear(Enc((patches + PE) (+) queries)).
 
         Args:
             latents (`torch.Tensor` of shape `(B, C, H, W)`): Clean, normalised latents.
+            attention_kwargs (`dict`, *optional*): `scale` is that of LoRA adapters; nothing else is known here.
 
         Returns:
             `torch.Tensor` of shape `(B, num_latent_tokens, latent_token_dim)`.
 
         Raises:
-            `ValueError`: the shape does not fit.
+            `ValueError`: the shape does not fit, or `attention_kwargs` holds anything but `scale`.
         """
+        _check_attention_kwargs(attention_kwargs)
         patch_size = self.config.patch_size
         check_latents("latents", latents, self.config.in_channels, patch_size)
         rows, columns = latents.shape[2] // patch_size, latents.shape[3] // patch_size
         latents = latents.to(self.x_embedder.weight.dtype)
         patches = self.x_embedder(patchify(latents, patch_size))  # (B, T, d_l)
-        patches = patches + sincos_pos_embed(self.inner_dim, rows, columns, patches.device, patches.dtype)
+        patches = patches + self._pos_embed(self.inner_dim, rows, columns, patches)
         queries = self.latent_queries.to(patches.dtype).expand(patches.shape[0], -1, -1)
         hidden_states = torch.cat([patches, queries], dim=1)  # (B, T + N, d_l)
         hidden_states = self._run_blocks(self.encoder_blocks, hidden_states)
         return self.to_latent(self.encoder_norm(hidden_states[:, patches.shape[1] :]))
 
     @_apply_offload_hooks
-    def decode(self, latent_tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    @apply_lora_scale("attention_kwargs")
+    def decode(
+        self, latent_tokens: torch.Tensor, height: int, width: int, attention_kwargs: dict[str, Any] | None = None
+    ) -> torch.Tensor:
         """
         Spreads latent tokens over the patches (paper, Eq. 7): Linear(Dec((mask + PE) (+) tokens)).
 
@@ -238,13 +294,15 @@ class LatentEmbeddingModule(DoDModelMixin, PeftAdapterMixin, AttentionMixin):
             latent_tokens (`torch.Tensor` of shape `(B, num_latent_tokens, latent_token_dim)`): The code.
             height (`int`): Height in latent pixels, a multiple of `patch_size`.
             width (`int`): Width in latent pixels, a multiple of `patch_size`.
+            attention_kwargs (`dict`, *optional*): `scale` is that of LoRA adapters; nothing else is known here.
 
         Returns:
             `torch.Tensor` of shape `(B, T, inner_dim)` with T = height/p * width/p.
 
         Raises:
-            `ValueError`, `TypeError`: a shape or size does not fit.
+            `ValueError`, `TypeError`: a shape or size does not fit, or `attention_kwargs` holds anything but `scale`.
         """
+        _check_attention_kwargs(attention_kwargs)
         config = self.config
         expected = (config.num_latent_tokens, config.latent_token_dim)
         if latent_tokens.ndim != 3 or tuple(latent_tokens.shape[1:]) != expected:
@@ -259,7 +317,7 @@ class LatentEmbeddingModule(DoDModelMixin, PeftAdapterMixin, AttentionMixin):
                 raise ValueError(f"`{name}` must be a multiple of `patch_size` = {config.patch_size}, got {size}.")
         latent_tokens = latent_tokens.to(self.from_latent.weight.dtype)
         rows, columns = height // config.patch_size, width // config.patch_size
-        position = sincos_pos_embed(config.latent_token_dim, rows, columns, latent_tokens.device, latent_tokens.dtype)
+        position = self._pos_embed(config.latent_token_dim, rows, columns, latent_tokens)
         mask_tokens = (self.mask_token.to(latent_tokens.dtype) + position).expand(latent_tokens.shape[0], -1, -1)
         hidden_states = self.from_latent(torch.cat([mask_tokens, latent_tokens], dim=1))  # (B, T + N, d_l)
         hidden_states = self._run_blocks(self.decoder_blocks, hidden_states)
@@ -283,8 +341,7 @@ class LatentEmbeddingModule(DoDModelMixin, PeftAdapterMixin, AttentionMixin):
         Raises:
             `ValueError`: the shape does not fit, or `attention_kwargs` holds anything but `scale`.
         """
-        if attention_kwargs:
-            raise ValueError(f"`attention_kwargs` must hold nothing but 'scale', got {attention_kwargs}.")
+        _check_attention_kwargs(attention_kwargs)
         latent_tokens = self.encode(latents)
         prior_embeds = self.decode(latent_tokens, *latents.shape[2:])
         if not return_dict:

@@ -11,6 +11,9 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 
+from .checks import check_choice, check_type
+from .pos_interpolation import POS_INTERPOLATIONS
+
 
 @contextmanager
 def without_local_paths(objects: Sequence[ConfigMixin]) -> Iterator[None]:
@@ -117,6 +120,47 @@ class DoDModelMixin(ModelMixin, ConfigMixin):
         given = [given] if isinstance(given, str) else list(given)
         values[name] = list(dict.fromkeys([*given, *cls._skip_quantization_modules]))
         return quantization_config
+
+    def set_pos_interpolation(
+        self, pos_interpolation: str = "none", pos_interpolation_decoupled: bool = False
+    ) -> None:
+        """
+        Chooses how positions on grids larger than the trained one are treated. At the trained size, and below it,
+        nothing changes. The config keeps the choice.
+
+        Args:
+            pos_interpolation (`str`, defaults to `"none"`):
+                `"none"` goes on with the trained frequencies, `"linear"` divides all of them by how many times larger
+                the grid is, `"ntk"` divides the lowest by it and the higher ones by less, and `"yarn"` divides those
+                that the trained grid did not turn around, and sharpens the attention where positions are rotations.
+            pos_interpolation_decoupled (`bool`, defaults to `False`):
+                Whether rows and columns are as much larger as they are each; both as the longer side if not.
+
+        Raises:
+            `ValueError`, `TypeError`: an argument is none of these.
+        """
+        self._check_pos_interpolation(pos_interpolation, pos_interpolation_decoupled)
+        self.register_to_config(
+            pos_interpolation=pos_interpolation, pos_interpolation_decoupled=pos_interpolation_decoupled
+        )
+
+    @staticmethod
+    def _check_pos_interpolation(pos_interpolation: str, pos_interpolation_decoupled: bool) -> None:
+        check_choice("pos_interpolation", pos_interpolation, POS_INTERPOLATIONS)
+        check_type("pos_interpolation_decoupled", pos_interpolation_decoupled, bool)
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """
+        Adds entries to the config as `ConfigMixin.register_to_config` does, for good: `from_config` leaves out what
+        was a default in the constructor, but not what was chosen later.
+
+        Args:
+            kwargs: The entries.
+        """
+        super().register_to_config(**kwargs)
+        defaults = self._internal_dict.get("_use_default_values", [])
+        if "_use_default_values" not in kwargs and not set(defaults).isdisjoint(kwargs):
+            super().register_to_config(_use_default_values=[name for name in defaults if name not in kwargs])
 
     def save_config(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """

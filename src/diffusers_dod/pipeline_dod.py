@@ -5,7 +5,7 @@ import difflib
 import inspect
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,13 @@ from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 from huggingface_hub.errors import HFValidationError
 
 from .checks import check_at_least, check_choice, check_number, check_type
-from .guidance import guided_velocity
+from .guidance import Guidance, GuidedVelocity
 from .latent_embedding import LatentEmbeddingModule
 from .lora import DoDLoraLoaderMixin
 from .modeling_utils import without_local_paths
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
-from .scheduling_dod import DoDFlowMatchScheduler
+from .scheduling_dod import DoDFlowMatchScheduler, check_starts
+from .seeding import stateless_generator, stateless_noise
 from .transformer_dod import DoDTransformer2DModel
 
 
@@ -47,6 +48,25 @@ EXAMPLE_DOC_STRING = """
 
 
 @dataclass
+class DoDStageStatistics(BaseOutput):
+    """
+    What a stage cost, by sample.
+
+    Args:
+        num_evaluations (`torch.Tensor` of shape `(B,)`): Evaluations of the conditional velocity, int64.
+        num_guided_evaluations (`torch.Tensor` of shape `(B,)`):
+            How many of them were guided. The difference is what guidance intervals and thresholds saved.
+        num_accepted_steps (`torch.Tensor` of shape `(B,)`, *optional*): Steps that an adaptive solver accepted.
+        num_rejected_steps (`torch.Tensor` of shape `(B,)`, *optional*): Steps that an adaptive solver took again.
+    """
+
+    num_evaluations: torch.Tensor
+    num_guided_evaluations: torch.Tensor
+    num_accepted_steps: torch.Tensor | None = None
+    num_rejected_steps: torch.Tensor | None = None
+
+
+@dataclass
 class DoDPipelineOutput(BaseOutput):
     """
     Output of [`DoDPipeline`].
@@ -56,10 +76,15 @@ class DoDPipelineOutput(BaseOutput):
             The images of the last stage: a list of B PIL images, an array (B, H, W, 3) or a tensor (B, 3, H, W) in
             [0, 1], or with `output_type="latent"` the normalised latents (B, C, h, w).
         stages (`list`, *optional*): With `return_stages=True`, what `images` is for every stage that was run.
+        stage_latents (`list[torch.Tensor]`, *optional*):
+            With `return_stages=True`, the normalised latents (B, C, h, w) of every stage that was run.
+        statistics (`list[DoDStageStatistics]`, *optional*): What every stage that was run did cost.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
     stages: list | None = None
+    stage_latents: list[torch.Tensor] | None = None
+    statistics: list[DoDStageStatistics] | None = None
 
 
 def latent_statistics(vae: AutoencoderKL, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,6 +138,40 @@ def _is_a(component: Any, name: str) -> bool:
     """
     component = component._orig_mod if is_compiled_module(component) else component
     return name in {base.__name__ for base in type(component).__mro__}
+
+
+@dataclass
+class _NoiseSource:
+    """Where the noise of a stage comes from: that of each image of stage 1, and of its replicas from stage 2 on."""
+
+    stage: int
+    batch_size: int
+    num_replicas: int
+    generator: torch.Generator | list[torch.Generator] | None
+    seed: int | None
+    sample_indices: Sequence[int]
+
+    def _ids(self, step: int) -> list[tuple[int, ...]]:
+        return [
+            (self.seed, int(index), replica, self.stage, step)
+            for index in self.sample_indices
+            for replica in range(self.num_replicas)
+        ]
+
+    def generators(self, step: int) -> torch.Generator | list[torch.Generator] | None:
+        """What a scheduler of Diffusers draws the noise of a step from."""
+        if self.seed is not None:
+            return [stateless_generator(*ids) for ids in self._ids(step)]
+        if isinstance(self.generator, list):
+            return [generator for generator in self.generator for _ in range(self.num_replicas)]
+        return self.generator
+
+    def draw(self, step: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """Standard normal noise of all samples, each of `shape`: the initial one for step 0."""
+        if self.seed is not None:
+            return torch.stack([stateless_noise(tuple(shape), *ids) for ids in self._ids(step)]).to(device)
+        shape = (self.batch_size * self.num_replicas, *shape)
+        return randn_tensor(shape, self.generators(step), device=device, dtype=torch.float32)
 
 
 class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
@@ -235,15 +294,61 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
                         f"got {received}."
                     )
 
-    def _check_scheduler(self) -> None:
-        """Raises a `ValueError` unless the scheduler is a flow-match one: others would step along another path."""
-        scheduler = self.scheduler
-        is_flow = _is_a(scheduler, "DoDFlowMatchScheduler") or type(scheduler).__name__.startswith("FlowMatch")
-        if not is_flow and not scheduler.config.get("use_flow_sigmas", False):
-            raise ValueError(
-                "`scheduler` must be a `DoDFlowMatchScheduler`, one of Diffusers' `FlowMatch...` or one with "
-                f"`use_flow_sigmas=True`, got {type(scheduler).__name__}."
-            )
+    def _get_schedulers(self, stage_solvers: Sequence[str | SchedulerMixin | None] | None, num_runs: int) -> list:
+        """The scheduler of each stage that is run."""
+        schedulers = []
+        for solver in self._check_stage_values("stage_solvers", stage_solvers, num_runs):
+            if solver is not None and not isinstance(solver, SchedulerMixin):
+                check_type("stage_solvers", solver, (str, SchedulerMixin))
+                if not _is_a(self.scheduler, "DoDFlowMatchScheduler"):
+                    raise ValueError(
+                        "`stage_solvers` must hold schedulers where that of the pipeline is no "
+                        f"`DoDFlowMatchScheduler` but a `{type(self.scheduler).__name__}`, got {solver!r}."
+                    )
+                try:
+                    scheduler = type(self.scheduler).from_config(self.scheduler.config, solver=solver)
+                except ValueError as error:
+                    raise ValueError(f"`stage_solvers` must hold schedulers or solvers: {error}") from error
+            else:
+                scheduler = self.scheduler if solver is None else solver
+            self._check_scheduler("scheduler" if solver is None else "stage_solvers", scheduler)
+            schedulers.append(scheduler)
+        return schedulers
+
+    @staticmethod
+    def _check_stage_values(name: str, values: Sequence | None, num_runs: int) -> list:
+        """One value for each stage that is run, `None` where none is given."""
+        if values is None:
+            return [None] * num_runs
+        check_type(name, values, (list, tuple))
+        if len(values) != num_runs:
+            raise ValueError(f"`{name}` must hold {num_runs} values (one per stage that is run), got {len(values)}.")
+        return list(values)
+
+    @staticmethod
+    def _check_scheduler(name: str, scheduler: SchedulerMixin) -> None:
+        """Raises unless the scheduler is a flow-match one: others would step along another path."""
+        check_type(name, scheduler, SchedulerMixin)
+        if _is_a(scheduler, "DoDFlowMatchScheduler"):
+            return
+        accepted: dict[str, tuple] = {
+            "invert_sigmas": (False,),
+            "use_dynamic_shifting": (False,),
+            "scale_factors": (None,),
+            "final_sigmas_type": ("zero",),
+            "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+        }
+        if not type(scheduler).__name__.startswith("FlowMatch"):
+            accepted |= {"use_flow_sigmas": (True,), "prediction_type": ("flow_prediction",)}
+            accepted |= dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), (False,))
+        for setting, values in accepted.items():
+            received = scheduler.config.get(setting, False if setting == "use_flow_sigmas" else values[0])
+            if received not in values:
+                raise ValueError(
+                    f"`{name}` must be a `DoDFlowMatchScheduler`, one of Diffusers' `FlowMatch...` or one with "
+                    f"`use_flow_sigmas=True, prediction_type='flow_prediction'`, where `{setting}` is "
+                    f"{' or '.join(map(repr, values))}, got {type(scheduler).__name__} with {received!r}."
+                )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "DoDPipeline":
@@ -422,10 +527,12 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
         num_inference_steps: int,
         guidance_scale: float,
         first_stage_guidance_scale: float,
-        image: PipelineImageInput | None,
+        has_prior: bool,
         height: int | None,
         width: int | None,
         generator: torch.Generator | list[torch.Generator] | None,
+        seed: int | None,
+        sample_indices: Sequence[int] | None,
         output_type: str,
         callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: Sequence[str],
@@ -435,15 +542,16 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
         Checks arguments of a call, the defaults filled in, before anything is computed.
 
         Args:
-            num_stages (`int`): At least 1; 1 without a latent embedder, at least 2 with an `image`.
+            num_stages (`int`): At least 1; 1 without a latent embedder, at least 2 with a prior.
             num_inference_steps (`int`): At least 1.
             guidance_scale (`float`): At least 0.
             first_stage_guidance_scale (`float`): At least 0.
-            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, a list of them or `None`):
-                Only whether there is one is looked at.
+            has_prior (`bool`): Whether an `image`, `prior_latents` or `prior_tokens` stand for stage 1.
             height (`int` or `None`): A multiple of the autoencoder's factor times `patch_size`.
             width (`int` or `None`): Likewise.
             generator (`torch.Generator`, `list[torch.Generator]` or `None`): One, or `batch_size` of them.
+            seed (`int` or `None`): At least 0; not beside a generator.
+            sample_indices (`Sequence[int]` or `None`): `batch_size` of them, at least 0; only beside a seed.
             output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             callback_on_step_end (`Callable` or `None`): Anything that can be called.
             callback_on_step_end_tensor_inputs (`Sequence[str]`): Names among `_callback_tensor_inputs`.
@@ -456,11 +564,31 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
         check_at_least("num_stages", num_stages, 1)
         if num_stages > 1 and self.latent_embedder is None:
             raise ValueError(f"`num_stages` must be 1 without a `latent_embedder`, got {num_stages}.")
-        if image is not None and num_stages < 2:
-            raise ValueError(f"`num_stages` must be >= 2 with an `image`, which stands for stage 1, got {num_stages}.")
+        if has_prior and num_stages < 2:
+            raise ValueError(
+                "`num_stages` must be >= 2 with an `image`, `prior_latents` or `prior_tokens`, which stand for "
+                f"stage 1, got {num_stages}."
+            )
         check_at_least("num_inference_steps", num_inference_steps, 1)
         check_number("guidance_scale", guidance_scale, 0)
         check_number("first_stage_guidance_scale", first_stage_guidance_scale, 0)
+        if seed is not None:
+            check_at_least("seed", seed, 0)
+            if generator is not None:
+                raise ValueError(f"Only one of `generator` and `seed` must be given, got {generator} and {seed}.")
+        if sample_indices is not None:
+            if seed is None:
+                raise ValueError(f"`sample_indices` must be None without a `seed`, got {sample_indices!r}.")
+            check_type("sample_indices", sample_indices, (list, tuple, range))
+            if len(sample_indices) != batch_size:
+                raise ValueError(
+                    f"`sample_indices` must hold {batch_size} integers (one per image), got {len(sample_indices)}."
+                )
+            for index in sample_indices:
+                check_at_least("sample_indices", index, 0)
+        for name, values in (("seed", [seed or 0]), ("sample_indices", sample_indices or [])):
+            if max(values, default=0) >= 2**64:
+                raise ValueError(f"`{name}` must be an integer >= 0 and < 2**64, got {max(values)}.")
         multiple = self.vae_scale_factor * self.transformer.config.patch_size
         for name, size in {"height": height, "width": width}.items():
             if size is not None:
@@ -489,11 +617,15 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
         for name in callback_on_step_end_tensor_inputs:
             check_choice("callback_on_step_end_tensor_inputs", name, tuple(self._callback_tensor_inputs))
 
-    def _check_image(self, image: PipelineImageInput, batch_size: int) -> torch.Tensor:
-        """The pictures of the visual prior as pixels (1 or B, C, H, W) in [-1, 1]; one picture serves all labels."""
+    def _check_image(self, image: PipelineImageInput, batch_size: int | None) -> torch.Tensor:
+        """
+        The pictures of the visual prior as pixels (1 or B, C, H, W) in [-1, 1]; one picture serves all labels. Any
+        number if `batch_size` is `None`.
+        """
         entries = list(image) if isinstance(image, (list, tuple)) else [image]
         if not entries:
-            raise ValueError(f"`image` must hold 1 or {batch_size} pictures (one per label), got {image!r}.")
+            number = "at least one picture" if batch_size is None else f"1 or {batch_size} pictures (one per label)"
+            raise ValueError(f"`image` must hold {number}, got {image!r}.")
         pictures = [self._to_tensor(entry) for entry in entries]  # each (n, C, H, W) in [0, 1]
         if len({picture.shape[1:] for picture in pictures}) > 1:
             shapes = [tuple(picture.shape[1:]) for picture in pictures]
@@ -507,7 +639,7 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
                 f"`image` must have {channels} channels and a height and width that are multiples of {multiple}, "
                 f"got {pixels.shape[1]} channels and {size[0]} x {size[1]}."
             )
-        if pixels.shape[0] not in (1, batch_size):
+        if batch_size is not None and pixels.shape[0] not in (1, batch_size):
             raise ValueError(f"`image` must hold 1 or {batch_size} pictures (one per label), got {pixels.shape[0]}.")
         return pixels
 
@@ -537,25 +669,52 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
             raise ValueError(f"`image` must be uint8 or floats in [0, 1], got {tensor.dtype} in [{low}, {high}].")
         return tensor.float()
 
-    def _check_latents(
-        self, latents: torch.Tensor | list[torch.Tensor] | None, num_runs: int, shape: tuple[int, ...]
+    def _check_noises(
+        self, latents: torch.Tensor | list[torch.Tensor] | None, shapes: list[tuple[int, ...]]
     ) -> list[torch.Tensor | None]:
         """The noise of each stage that is run, `None` where it is to be drawn."""
         if latents is None:
-            return [None] * num_runs
-        given = list(latents) if isinstance(latents, (list, tuple)) else [latents]
-        if isinstance(latents, (list, tuple)) and len(given) != num_runs:
+            return [None] * len(shapes)
+        if not isinstance(latents, (list, tuple)):
+            latents = [latents]
+        elif len(latents) != len(shapes):
             raise ValueError(
-                f"`latents` must be a tensor or a list of {num_runs} (one per stage that is run), "
-                f"got a list of {len(given)}."
+                f"`latents` must be a tensor or a list of {len(shapes)} (one per stage that is run), "
+                f"got a list of {len(latents)}."
             )
-        for entry in given:
-            check_type("latents", entry, torch.Tensor)
-            if tuple(entry.shape) != shape:
-                raise ValueError(f"`latents` must have shape {shape}, got {tuple(entry.shape)}.")
-            if not entry.is_floating_point() or not bool(torch.isfinite(entry).all()):
-                raise ValueError(f"`latents` must be finite floating-point noise, got {entry.dtype} with {entry}.")
-        return given + [None] * (num_runs - len(given))
+        for entry, shape in zip(latents, shapes, strict=False):
+            self._check_tensor("latents", entry, shape)
+        return list(latents) + [None] * (len(shapes) - len(latents))
+
+    @staticmethod
+    def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+        check_type(name, tensor, torch.Tensor)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"`{name}` must have shape {shape}, got {tuple(tensor.shape)}.")
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"`{name}` must be finite floating-point numbers, got {tensor.dtype} with {tensor}.")
+
+    def _check_prior(self, name: str, prior: torch.Tensor, num_labels: int) -> None:
+        """Raises unless the latents or tokens of a prior are one, or one per label."""
+        check_type(name, prior, torch.Tensor)
+        if self.latent_embedder is None:
+            raise ValueError(f"`{name}` must be None without a `latent_embedder`, got shape {tuple(prior.shape)}.")
+        config = self.latent_embedder.config
+        if name == "prior_tokens":
+            expected = (config.num_latent_tokens, config.latent_token_dim)
+        else:
+            expected = (config.in_channels, *prior.shape[2:])
+            if prior.ndim != 4 or 0 in prior.shape or any(side % config.patch_size for side in prior.shape[2:]):
+                raise ValueError(
+                    f"`{name}` must have shape (1 or {num_labels}, {config.in_channels}, height, width) with sides "
+                    f"that are multiples of {config.patch_size}, got {tuple(prior.shape)}."
+                )
+        if prior.ndim == 0 or prior.shape[0] not in (1, num_labels):
+            raise ValueError(
+                f"`{name}` must have shape (1 or {num_labels}, {', '.join(map(str, expected))}), "
+                f"got {tuple(prior.shape)}."
+            )
+        self._check_tensor(name, prior, (prior.shape[0], *expected))
 
     # ------------------------------------------------------------------------------------------------ sampling
 
@@ -574,6 +733,47 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return normalize_latents(posterior.mode().float(), self.vae)
 
+    @torch.no_grad()
+    def get_prior_tokens(
+        self,
+        image: PipelineImageInput | None = None,
+        latents: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """
+        The latent tokens of pictures or latents, for `prior_tokens`; `torch.lerp` of two of them lies between two
+        priors.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
+                Pictures: arrays (H, W, 3) and tensors (3, H, W), uint8 or in [0, 1].
+            latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*):
+                Normalised latents, such as `stage_latents` of [`DoDPipelineOutput`], in place of pictures.
+            attention_kwargs (`dict`, *optional*): `{"scale": ...}` is the scale of LoRA adapters.
+
+        Returns:
+            `torch.Tensor` of shape `(B, num_latent_tokens, latent_token_dim)`.
+
+        Raises:
+            `ValueError`, `TypeError`: not one of both is given, it does not fit, or there is no latent embedder.
+        """
+        if self.latent_embedder is None:
+            raise ValueError("`latent_embedder` must be loaded to extract tokens, got None.")
+        if (image is None) == (latents is None):
+            raise ValueError(
+                f"One of `image` and `latents` must be given, got {'neither' if image is None else 'both'}."
+            )
+        device = self._execution_device
+        if latents is None:
+            latents = self.encode_image(self._check_image(image, None).to(device))
+        else:
+            check_type("latents", latents, torch.Tensor)
+            self._check_prior("latents", latents, latents.shape[0] if latents.ndim > 0 else 1)
+        tokens = self.latent_embedder.encode(latents.to(device), attention_kwargs=attention_kwargs)
+        self.maybe_free_model_hooks()
+        return tokens
+
+    @torch.no_grad()
     def decode_latents(
         self, latents: torch.Tensor, output_type: str
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
@@ -594,22 +794,70 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
             pixels = self.vae.decode(denormalize_latents(latents, self.vae).to(self.vae.dtype)).sample
         return self.image_processor.postprocess(pixels.float(), output_type=output_type)
 
-    def _set_timesteps(self, num_inference_steps: int) -> int | None:
-        """Lays out one stage; returns its number of steps, `None` when the solver chooses them."""
-        scheduler = self.scheduler
-        if getattr(scheduler, "is_adaptive", False):
+    def set_pos_interpolation(
+        self, pos_interpolation: str = "none", pos_interpolation_decoupled: bool = False
+    ) -> None:
+        """
+        Chooses how backbone and latent embedder treat positions on grids larger than the trained one.
+
+        Args:
+            pos_interpolation (`str`, defaults to `"none"`): `"none"`, `"linear"`, `"ntk"` or `"yarn"`, see
+                [`DoDModelMixin.set_pos_interpolation`].
+            pos_interpolation_decoupled (`bool`, defaults to `False`):
+                Whether rows and columns are as much larger as they are each; both as the longer side if not.
+
+        Raises:
+            `ValueError`, `TypeError`: an argument is none of these.
+        """
+        for model in (self.transformer, self.latent_embedder):
+            if model is not None:
+                model.set_pos_interpolation(pos_interpolation, pos_interpolation_decoupled)
+
+    def _set_timesteps(self, scheduler: SchedulerMixin, num_inference_steps: int, grid: dict[str, Any]) -> int | None:
+        """
+        Lays out one stage, on the `sigmas` or `timesteps` of `grid` if it has some; returns its number of steps,
+        `None` when the solver chooses them.
+        """
+        device = self._execution_device
+        is_ours = _is_a(scheduler, "DoDFlowMatchScheduler")
+        accepted = inspect.signature(scheduler.set_timesteps).parameters
+        is_adaptive = getattr(scheduler, "is_adaptive", False)
+        for name, values in grid.items():
+            if is_adaptive or name not in accepted or (name == "timesteps" and not is_ours):
+                solver = scheduler.config.solver if is_adaptive else type(scheduler).__name__
+                raise ValueError(f"`{name}` must be None for {solver!r}, which has a grid of its own, got {values!r}.")
+        if is_adaptive:
             return None
-        if _is_a(scheduler, "DoDFlowMatchScheduler"):
-            scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        elif "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+        if grid and not is_ours:
+            starts = check_starts("sigmas", grid["sigmas"], 1)
+            scheduler.set_timesteps(sigmas=starts.numpy(), device=device)
+        elif grid:
+            scheduler.set_timesteps(**grid, device=device)
+        elif "sigmas" in accepted and not is_ours:
             # Diffusers' own default ends at 1 / num_train_timesteps; N intervals of 1 / N are those of our scheduler.
             sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
-            scheduler.set_timesteps(sigmas=sigmas, device=self._execution_device)
+            scheduler.set_timesteps(sigmas=sigmas, device=device)
         else:
-            scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+            scheduler.set_timesteps(num_inference_steps, device=device)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
         return len(scheduler.timesteps)
+
+    def _prior_embeds(
+        self,
+        latents: torch.Tensor | None,
+        latent_tokens: torch.Tensor | None,
+        size: tuple[int, int],
+        attention_kwargs: dict[str, Any] | None,
+    ) -> torch.Tensor:
+        """The visual priors of latents, or of latent tokens, for the next stage."""
+        embedder, device = self.latent_embedder, self._execution_device
+        scale = {name: value for name, value in (attention_kwargs or {}).items() if name == "scale"}
+        if latent_tokens is None:
+            prior_embeds = embedder(latents.to(device, embedder.dtype), attention_kwargs=scale).prior_embeds
+        else:
+            prior_embeds = embedder.decode(latent_tokens.to(device), *size, attention_kwargs=scale)
+        return prior_embeds.to(self.transformer.dtype)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -622,9 +870,27 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
         first_stage_guidance_scale: float = 1.0,
         num_images_per_label: int = 1,
         image: PipelineImageInput | None = None,
+        prior_latents: torch.Tensor | None = None,
+        prior_tokens: torch.Tensor | None = None,
+        num_images_per_prior: int = 1,
+        stage_inference_steps: Sequence[int | None] | None = None,
+        stage_solvers: Sequence[str | SchedulerMixin | None] | None = None,
+        stage_guidance_scales: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
+        null_condition: str = "class_and_prior",
+        prior_guidance_scale: float | None = None,
+        guidance_channels: int | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_power: float | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_cosine_threshold: float | None = None,
+        guidance_transformer: DoDTransformer2DModel | None = None,
         height: int | None = None,
         width: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        seed: int | None = None,
+        sample_indices: Sequence[int] | None = None,
         latents: torch.Tensor | list[torch.Tensor] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -634,7 +900,8 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> DoDPipelineOutput | tuple:
         r"""
-        Generates images of class labels, B of them: `num_images_per_label` of each label in turn.
+        Generates images of class labels, B of them: `num_images_per_label` of each label in turn, and from stage 2 on
+        `num_images_per_prior` of each of those.
 
         Args:
             class_labels (`int`, `str`, `list` or `torch.Tensor`):
@@ -652,22 +919,67 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
                 One picture, or one per label, that takes the place of stage 1's sample: arrays (H, W, 3) and tensors
                 (3, H, W), uint8 or in [0, 1]. Stage 1 is not run, though `num_stages` counts it.
-            height (`int`, *optional*): Height in pixels; that of `image`, else the trained size, if not given.
+            prior_latents (`torch.Tensor` of shape `(1, C, h, w)` or `(number of labels, C, h, w)`, *optional*):
+                Normalised latents in place of a picture, such as `stage_latents` of an earlier call.
+            prior_tokens (`torch.Tensor` of shape `(1 or number of labels, num_latent_tokens, latent_token_dim)`,
+                *optional*): Latent tokens in place of a picture, see `get_prior_tokens`.
+            num_images_per_prior (`int`, defaults to 1):
+                Number of stage-2 images of each sample of stage 1, or of each picture, >= 1. Later stages go on with
+                all of them.
+            stage_inference_steps (`Sequence[int | None]`, *optional*):
+                `num_inference_steps` of each stage that is run; `None` is the default.
+            stage_solvers (`Sequence[str | SchedulerMixin | None]`, *optional*):
+                For each stage that is run the `solver` of a [`DoDFlowMatchScheduler`] or another flow-match scheduler;
+                `None` is the pipeline's.
+            stage_guidance_scales (`Sequence[float]`, *optional*):
+                The scale of each stage that is run, in place of the two others.
+            sigmas (`Sequence[float]`, *optional*):
+                Strictly decreasing starts of the intervals of each stage in (0, 1], before the scheduler's shift.
+            timesteps (`Sequence[float]`, *optional*):
+                The same as times of the scheduler, in (0, `num_train_timesteps`], after the shift.
+            null_condition (`str`, defaults to `"class_and_prior"`):
+                What the unconditional half lacks from stage 2 on: `"class_and_prior"` (paper), `"class"` or `"prior"`.
+            prior_guidance_scale (`float`, *optional*):
+                A scale of the prior's own from stage 2 on, in three evaluations; `guidance_scale` is then that of the
+                class.
+            guidance_channels (`int`, *optional*):
+                Guides the first channels only; all if not given. DiT, SiT and FiT guide 3 of 4.
+            guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`):
+                Guides where low <= sigma <= high only, and computes no unconditional half elsewhere.
+            guidance_power (`float`, *optional*):
+                Lets the scale rise from 1 in pure noise to the full one at the data, by a power-cosine schedule of
+                this power (1 is the plain cosine, larger ones rise later).
+            guidance_rescale (`float`, defaults to 0.0):
+                From 0 to 1, how far the guided prediction's standard deviation is taken back to the conditional one's,
+                against oversaturation.
+            guidance_cosine_threshold (`float`, *optional*):
+                Adaptive Guidance: stops to guide a sample, for the rest of the stage, once its conditional and
+                unconditional velocities agree to this cosine. Its fixed form is `guidance_interval`.
+            guidance_transformer ([`DoDTransformer2DModel`], *optional*):
+                A weaker model under the same condition in place of the unconditional half.
+            height (`int`, *optional*):
+                Height in pixels; that of `image` or `prior_latents`, else the trained size, if not given.
             width (`int`, *optional*): Width in pixels, likewise.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Source of the noise, one for all images or one for each of the B.
+                Source of the noise. One for all images: an image depends on its place in the batch, as in Diffusers.
+                Or one for each image of stage 1: an image depends on its own generator alone.
+            seed (`int`, *optional*):
+                Source of the noise in place of a generator, >= 0: an image depends on the seed and its index alone,
+                not on the batch, its place in it, or the process.
+            sample_indices (`Sequence[int]`, *optional*):
+                Index of each image of stage 1, >= 0; 0, 1, 2, ... if not given.
             latents (`torch.Tensor` of shape `(B, C, h, w)` or a list of them, *optional*):
                 Standard normal noise of the first stage that is run, or of each.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, defaults to `True`): Whether to return a [`DoDPipelineOutput`].
-            return_stages (`bool`, defaults to `False`): Whether to return the images of every stage too.
+            return_stages (`bool`, defaults to `False`): Whether to return images and latents of every stage too.
             attention_kwargs (`dict`, *optional*):
                 `{"scale": ...}` is the scale of LoRA adapters; anything else goes to the attention processors.
             callback_on_step_end (`Callable`, *optional*):
                 `callback(pipe, step_index, timestep, callback_kwargs)` after each step, with one index over all
                 stages. It may return a dict with new values of the tensors it was given. Under an adaptive solver the
-                latents cannot be replaced; between the two evaluations of a Heun interval they are a prediction that
-                the second one replaces.
+                latents cannot be replaced, and the time is that of the slowest sample; between the evaluations of an
+                interval they are a prediction that the last one replaces.
             callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("latents",)`):
                 The tensors in `callback_kwargs`: `"latents"`, `"prior_embeds"`, `"class_labels"`. A `PipelineCallback`
                 brings its own.
@@ -685,21 +997,14 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
             raise ValueError("`transformer` must be loaded to generate images, got None.")
         label_ids = self.get_label_ids(class_labels)
         check_at_least("num_images_per_label", num_images_per_label, 1)
+        check_at_least("num_images_per_prior", num_images_per_prior, 1)
         num_labels = len(label_ids)
         label_ids = [label for label in label_ids for _ in range(num_images_per_label)]
         batch_size = len(label_ids)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self._check_scheduler()
         if num_stages is None:
             num_stages = self.config.default_num_stages if self.latent_embedder is not None else 1
-        is_adaptive = getattr(self.scheduler, "is_adaptive", False)
-        if is_adaptive and num_inference_steps is not None:
-            logger.warning(
-                f"`num_inference_steps` = {num_inference_steps} has no effect: the solver chooses its own steps."
-            )
-        if num_inference_steps is None:
-            num_inference_steps = self.config.default_num_inference_steps
         if self.latent_embedder is not None and num_stages == 1 and guidance_scale is not None:
             logger.warning(
                 f"`guidance_scale` = {guidance_scale} has no effect with one stage: it applies from stage 2 on. "
@@ -710,78 +1015,168 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
                 f"`first_stage_guidance_scale` = {first_stage_guidance_scale} has no effect without a latent "
                 "embedder: the only stage is guided by `guidance_scale`."
             )
+        if stage_guidance_scales is not None and (guidance_scale is not None or first_stage_guidance_scale != 1):
+            raise ValueError(
+                "`stage_guidance_scales` must be None beside `guidance_scale` or `first_stage_guidance_scale`, "
+                f"got {stage_guidance_scales!r}."
+            )
+        steps_are_given = num_inference_steps is not None
         if guidance_scale is None:
             guidance_scale = self.config.default_guidance_scale
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_num_inference_steps
+        priors = {"image": image, "prior_latents": prior_latents, "prior_tokens": prior_tokens}
+        given_priors = [name for name, prior in priors.items() if prior is not None]
+        if len(given_priors) > 1:
+            raise ValueError(
+                f"Only one of {', '.join(f'`{name}`' for name in priors)} must be given, got {given_priors}."
+            )
         self.check_inputs(
             num_stages,
             num_inference_steps,
             guidance_scale,
             first_stage_guidance_scale,
-            image,
+            bool(given_priors),
             height,
             width,
             generator,
+            seed,
+            sample_indices,
             output_type,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
             batch_size,
         )
         check_type("attention_kwargs", attention_kwargs, (dict, type(None)))
+        first_stage = 2 if given_priors else 1
+        stage_numbers = range(first_stage, num_stages + 1)
+        if num_images_per_prior > 1 and num_stages == 1:
+            raise ValueError(f"`num_images_per_prior` must be 1 with one stage, got {num_images_per_prior}.")
+        guidance = Guidance(
+            null_condition=null_condition,
+            prior_scale=prior_guidance_scale,
+            channels=guidance_channels,
+            interval=guidance_interval,
+            power=guidance_power,
+            rescale=guidance_rescale,
+            cosine_threshold=guidance_cosine_threshold,
+            transformer=guidance_transformer,
+        )
+        self._check_guidance(guidance, num_stages)
+        schedulers = self._get_schedulers(stage_solvers, len(stage_numbers))
+        steps = self._check_stage_values("stage_inference_steps", stage_inference_steps, len(stage_numbers))
+        for value in steps:
+            if value is not None:
+                check_at_least("stage_inference_steps", value, 1)
+        steps = [num_inference_steps if value is None else value for value in steps]
+        scales = self._check_stage_values("stage_guidance_scales", stage_guidance_scales, len(stage_numbers))
+        for value in scales:
+            if stage_guidance_scales is not None:
+                check_number("stage_guidance_scales", value, 0)
+        grid = {name: value for name, value in (("sigmas", sigmas), ("timesteps", timesteps)) if value is not None}
+        if grid and (steps_are_given or stage_inference_steps is not None or len(grid) > 1):
+            raise ValueError(
+                "Only one of `sigmas`, `timesteps` and numbers of steps must be given, "
+                f"got {', '.join(f'`{name}`' for name in grid)}"
+                f"{' and a number of steps' if steps_are_given or stage_inference_steps is not None else ''}."
+            )
+        is_adaptive = [getattr(scheduler, "is_adaptive", False) for scheduler in schedulers]
+        if steps_are_given and all(is_adaptive):
+            logger.warning(
+                f"`num_inference_steps` = {num_inference_steps} has no effect: the solver chooses its own steps."
+            )
+        if stage_inference_steps is not None and any(
+            adaptive and value is not None for adaptive, value in zip(is_adaptive, stage_inference_steps, strict=True)
+        ):
+            logger.warning(
+                f"`stage_inference_steps` = {stage_inference_steps} has no effect in stages whose solver chooses its "
+                "own steps."
+            )
         device = self._execution_device
         factor = self.vae_scale_factor
-        trained_size = self.transformer.config.sample_size * factor
+        prior_size = None
         if image is not None:
             pixels = self._check_image(image, num_labels)
-            for name, size, image_size in (("height", height, pixels.shape[2]), ("width", width, pixels.shape[3])):
-                if size not in (None, image_size):
-                    raise ValueError(f"`{name}` must be None or that of `image`, {image_size}, got {size}.")
-            height, width = pixels.shape[2:]
+            prior_size = tuple(pixels.shape[2:])
+        elif given_priors:
+            self._check_prior(given_priors[0], priors[given_priors[0]], num_labels)
+            if prior_latents is not None:
+                prior_size = (prior_latents.shape[2] * factor, prior_latents.shape[3] * factor)
+        if prior_size is not None:
+            for name, size, prior_side in (("height", height, prior_size[0]), ("width", width, prior_size[1])):
+                if size not in (None, prior_side):
+                    raise ValueError(
+                        f"`{name}` must be None or that of `{given_priors[0]}`, {prior_side}, got {size}."
+                    )
+            height, width = prior_size
+        trained_size = self.transformer.config.sample_size * factor
         height = trained_size if height is None else height
         width = trained_size if width is None else width
-        shape = (batch_size, self.transformer.config.in_channels, height // factor, width // factor)
-        first_stage = 1 if image is None else 2
-        stage_numbers = range(first_stage, num_stages + 1)
-        noises = self._check_latents(latents, len(stage_numbers), shape)
+        shape = (self.transformer.config.in_channels, height // factor, width // factor)
+        batch_sizes = [batch_size * (1 if stage == 1 else num_images_per_prior) for stage in stage_numbers]
+        noises = self._check_noises(latents, [(number, *shape) for number in batch_sizes])
+        numbers_of_steps = [
+            self._set_timesteps(scheduler, number, grid) for scheduler, number in zip(schedulers, steps, strict=True)
+        ]
 
         # 2. What all stages share
         state: dict[str, torch.Tensor | None] = {
-            "latents": None,
+            "latents": prior_latents,
             "prior_embeds": None,
             "class_labels": torch.tensor(label_ids, device=device),
         }
         if image is not None:
-            image_latents = self.encode_image(pixels.to(device))
-            if image_latents.shape[0] > 1:
-                image_latents = image_latents.repeat_interleave(num_images_per_label, dim=0)
-            state["latents"] = image_latents.expand(shape)
+            state["latents"] = self.encode_image(pixels.to(device))
             self.maybe_free_model_hooks()  # the autoencoder is not needed again before the end
-        steps_per_stage = self._set_timesteps(num_inference_steps)
-        self._num_timesteps = None if steps_per_stage is None else steps_per_stage * len(stage_numbers)
+        self._num_timesteps = None if None in numbers_of_steps else sum(numbers_of_steps)
         self._guidance_scale = float(guidance_scale)
         self._first_stage_guidance_scale = float(first_stage_guidance_scale)
         self._attention_kwargs = attention_kwargs
         self._current_timestep = None
-        self._cache_context = None
         self._step_index = 0  # over all stages
         self._interrupt = False
-        results = []  # latents of each stage
+        results, statistics = [], []  # of each stage
+        sample_indices = range(batch_size) if sample_indices is None else sample_indices
 
         # 3. Stage by stage (paper, Eq. 4)
-        for stage, noise in zip(stage_numbers, noises, strict=True):
+        for run, (stage, scheduler) in enumerate(zip(stage_numbers, schedulers, strict=True)):
             if stage > 1:
-                clean_latents = state["latents"].to(self.latent_embedder.dtype)
-                scale = {name: value for name, value in (attention_kwargs or {}).items() if name == "scale"}
-                prior_embeds = self.latent_embedder(clean_latents, attention_kwargs=scale).prior_embeds
-                state["prior_embeds"] = prior_embeds.to(self.transformer.dtype)
-            if noise is None:
-                noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-            state["latents"] = noise.to(device=device, dtype=torch.float32)
-            if stage > first_stage:
-                self._set_timesteps(num_inference_steps)
-            with self.progress_bar(total=steps_per_stage or NUM_TRAIN_TIMESTEPS) as progress_bar:
+                is_given = run == 0 and bool(given_priors)
+                prior_embeds = self._prior_embeds(
+                    state["latents"], prior_tokens if is_given else None, shape[1:], attention_kwargs
+                )
+                if is_given:
+                    is_shared = prior_embeds.shape[0] == 1
+                    prior_embeds = prior_embeds.repeat_interleave(batch_size if is_shared else num_images_per_label, 0)
+                if stage == 2:
+                    prior_embeds = prior_embeds.repeat_interleave(num_images_per_prior, 0)
+                    state["class_labels"] = state["class_labels"].repeat_interleave(num_images_per_prior)
+                state["prior_embeds"] = prior_embeds
+            num_replicas = 1 if stage == 1 else num_images_per_prior
+            source = _NoiseSource(stage, batch_size, num_replicas, generator, seed, sample_indices)
+            if scales[run] is not None:
+                if self._has_own_scale(stage):
+                    self._first_stage_guidance_scale = float(scales[run])
+                else:
+                    self._guidance_scale = float(scales[run])
+            self._set_timesteps(scheduler, steps[run], grid)
+            noise = source.draw(0, shape, device) if noises[run] is None else noises[run]
+            state["latents"] = noise.to(device=device, dtype=torch.float32) * getattr(
+                scheduler, "init_noise_sigma", 1.0
+            )
+            with self.progress_bar(total=numbers_of_steps[run] or NUM_TRAIN_TIMESTEPS) as progress_bar:
                 progress_bar.set_description(f"Stage {stage}/{num_stages}")
-                self._sample_stage(
-                    stage, state, generator, progress_bar, callback_on_step_end, callback_on_step_end_tensor_inputs
+                statistics.append(
+                    self._sample_stage(
+                        stage,
+                        scheduler,
+                        guidance,
+                        state,
+                        source,
+                        progress_bar,
+                        callback_on_step_end,
+                        callback_on_step_end_tensor_inputs,
+                    )
                 )
             results.append(state["latents"])
             if self.interrupt:
@@ -794,7 +1189,46 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images, stages) if return_stages else (images,)
-        return DoDPipelineOutput(images=images, stages=stages if return_stages else None)
+        return DoDPipelineOutput(
+            images=images,
+            stages=stages if return_stages else None,
+            stage_latents=results if return_stages else None,
+            statistics=statistics,
+        )
+
+    def _has_own_scale(self, stage: int) -> bool:
+        """Whether a stage is guided by `first_stage_guidance_scale`."""
+        return stage == 1 and self.latent_embedder is not None
+
+    def _check_guidance(self, guidance: Guidance, num_stages: int) -> None:
+        """Raises unless the guidance fits the models and the stages."""
+        config = self.transformer.config
+        if guidance.channels is not None and guidance.channels > config.in_channels:
+            raise ValueError(f"`guidance_channels` must be in [1, {config.in_channels}], got {guidance.channels}.")
+        for name, value, default in (
+            ("null_condition", guidance.null_condition, "class_and_prior"),
+            ("prior_guidance_scale", guidance.prior_scale, None),
+        ):
+            if value != default and num_stages == 1:
+                raise ValueError(f"`{name}` must be {default!r} with one stage, which has no prior, got {value!r}.")
+        weak = guidance.transformer
+        if weak is None:
+            return
+        if not _is_a(weak, "DoDTransformer2DModel"):
+            raise TypeError(
+                f"`guidance_transformer` must be of type DoDTransformer2DModel, got {type(weak).__name__}."
+            )
+        for name in ("in_channels", "num_classes", "patch_size"):
+            if weak.config[name] != config[name]:
+                raise ValueError(
+                    f"`guidance_transformer` must have the transformer's `{name}`, {config[name]}, "
+                    f"got {weak.config[name]}."
+                )
+        if weak.config.prior_embed_dim not in (None, config.prior_embed_dim):
+            raise ValueError(
+                "`guidance_transformer` must have the transformer's `prior_embed_dim`, "
+                f"{config.prior_embed_dim}, or None, got {weak.config.prior_embed_dim}."
+            )
 
     @staticmethod
     def _check_replacement(name: str, tensor: torch.Tensor | None, current: torch.Tensor | None) -> None:
@@ -806,38 +1240,35 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
     def _sample_stage(
         self,
         stage: int,
+        scheduler: SchedulerMixin,
+        guidance: Guidance,
         state: dict[str, torch.Tensor | None],
-        generator: torch.Generator | list[torch.Generator] | None,
+        source: "_NoiseSource",
         progress_bar,
         callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: Sequence[str],
-    ) -> None:
+    ) -> DoDStageStatistics:
         """Integrates `state["latents"]` from noise to data, in place of the entry, with callbacks in between."""
-        # The model's timestep is 1000 * sigma, whatever a scheduler calls its own.
-        time_scale = NUM_TRAIN_TIMESTEPS / self.scheduler.config.num_train_timesteps
-        has_own_scale = stage == 1 and self.latent_embedder is not None
-        # Stock schedulers may be stochastic.
-        accepts_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        step_arguments = {"generator": generator} if accepts_generator else {}
+        is_ours = _is_a(scheduler, "DoDFlowMatchScheduler")
+        # The model's timestep is 1000 * sigma, whatever a scheduler calls its own; some of Diffusers' round theirs.
+        num_train_timesteps = scheduler.config.num_train_timesteps
+        if stage == 1:  # where no prior is to be guided by
+            guidance = replace(guidance, null_condition="class_and_prior", prior_scale=None)
+        batch_size = state["latents"].shape[0]
+        guided_velocity = GuidedVelocity(
+            self.transformer, batch_size, guidance, self.attention_kwargs, cache_name=f"stage_{stage}"
+        )
 
-        def velocity(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            guidance_scale = self.first_stage_guidance_scale if has_own_scale else self.guidance_scale
-            self._current_timestep = timestep * time_scale
-            # What a cache holds of another stage, or of a batch of another layout, is of no use here.
-            context = f"stage_{stage}_{'unguided' if guidance_scale == 1 else 'guided'}"
-            if context != self._cache_context:
-                self.transformer._reset_stateful_cache()
-                self._cache_context = context
-            with self.transformer.cache_context(context):
-                return guided_velocity(
-                    self.transformer,
-                    latents,
-                    self._current_timestep,
-                    state["class_labels"],
-                    state["prior_embeds"],
-                    guidance_scale,
-                    self.attention_kwargs,
-                )
+        def model_time(timestep: torch.Tensor) -> torch.Tensor:
+            return timestep / num_train_timesteps * NUM_TRAIN_TIMESTEPS
+
+        def velocity(latents: torch.Tensor, time: torch.Tensor, indices: torch.Tensor | None = None) -> torch.Tensor:
+            self._current_timestep = time.max()  # that of the slowest sample, where each has its own
+            labels, priors = state["class_labels"], state["prior_embeds"]
+            if indices is not None and len(indices) < batch_size:
+                labels, priors = labels[indices], None if priors is None else priors[indices]
+            scale = self.first_stage_guidance_scale if self._has_own_scale(stage) else self.guidance_scale
+            return guided_velocity(latents, time, labels, priors, scale, indices)
 
         def end_step(timestep: torch.Tensor) -> None:
             if callback_on_step_end is not None:
@@ -850,32 +1281,49 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
                     state[name] = tensor
             self._step_index += 1
 
-        if getattr(self.scheduler, "is_adaptive", False):
+        statistics = DoDStageStatistics(guided_velocity.num_evaluations, guided_velocity.num_guided_evaluations)
+        if getattr(scheduler, "is_adaptive", False):
 
             def end_accepted_step(index: int, timestep: torch.Tensor, latents: torch.Tensor) -> bool:
                 state["latents"] = latents
-                end_step(timestep)
+                end_step(timestep.max())  # that of the slowest sample
                 if state["latents"] is not latents:
                     raise ValueError(
                         "`callback_on_step_end` must not replace `latents` under an adaptive solver, whose error "
                         f"control would not notice; got new ones in step {self._step_index - 1}."
                     )
-                progress_bar.update(round(NUM_TRAIN_TIMESTEPS - float(timestep * time_scale)) - progress_bar.n)
+                progress_bar.update(round(NUM_TRAIN_TIMESTEPS - float(model_time(timestep.max()))) - progress_bar.n)
                 return not self.interrupt
 
-            state["latents"] = self.scheduler.solve(velocity, state["latents"], callback=end_accepted_step).prev_sample
+            output = scheduler.solve(
+                lambda latents, timestep, indices: velocity(latents, model_time(timestep), indices),
+                state["latents"],
+                callback=end_accepted_step,
+            )
+            state["latents"] = output.prev_sample
+            statistics["num_accepted_steps"] = output.num_accepted
+            statistics["num_rejected_steps"] = output.num_rejected
             progress_bar.update(NUM_TRAIN_TIMESTEPS - progress_bar.n)
-            return
+            return statistics
 
-        for timestep in self.scheduler.timesteps:
-            model_output = velocity(state["latents"], timestep)
-            state["latents"] = self.scheduler.step(
+        accepts_generator = "generator" in inspect.signature(scheduler.step).parameters
+        for index, timestep in enumerate(scheduler.timesteps):
+            time = model_time(timestep) if is_ours else scheduler.sigmas[index] * NUM_TRAIN_TIMESTEPS
+            model_output = velocity(state["latents"], time)
+            step_arguments = {}
+            if is_ours and scheduler.is_stochastic:
+                noise = source.draw(index + 1, state["latents"].shape[1:], state["latents"].device)
+                step_arguments = {"variance_noise": noise}
+            elif accepts_generator and not is_ours:  # those of Diffusers may be stochastic
+                step_arguments = {"generator": source.generators(index + 1)}
+            state["latents"] = scheduler.step(
                 model_output, timestep, state["latents"], **step_arguments, return_dict=False
             )[0]
             end_step(timestep)
             progress_bar.update()
             if self.interrupt:
-                return
+                break
+        return statistics
 
 
 # `DiffusionPipeline.from_pretrained` takes the parameters without a default for components, and would load the saved

@@ -58,6 +58,23 @@ def sample_from_velocity(
     return noisy_sample - _expand_like(sigma, noisy_sample) * velocity
 
 
+def noise_from_velocity(
+    noisy_sample: torch.Tensor, velocity: torch.Tensor, sigma: float | torch.Tensor
+) -> torch.Tensor:
+    """
+    The noise behind a noisy sample by Eqs. 1 and 3: x_sigma + (1 - sigma) * velocity, which is -sigma times the score.
+
+    Args:
+        noisy_sample (`torch.Tensor` of shape `(B, ...)`): The sample x_sigma.
+        velocity (`torch.Tensor` of shape `(B, ...)`): Velocity (noise - data) there.
+        sigma (`float` or `torch.Tensor` of shape `()` or `(B,)`): Time in [0, 1], 0 = data.
+
+    Returns:
+        `torch.Tensor` of shape `(B, ...)`.
+    """
+    return noisy_sample + (1 - _expand_like(sigma, noisy_sample)) * velocity
+
+
 def euler_step(
     noisy_sample: torch.Tensor, velocity: torch.Tensor, sigma: float | torch.Tensor, next_sigma: float | torch.Tensor
 ) -> torch.Tensor:

@@ -29,6 +29,7 @@ from torch.amp import is_autocast_available
 
 from .checks import check_at_least, check_number, check_type
 from .modeling_utils import DoDModelMixin
+from .pos_interpolation import attention_factor, grid_scales, interpolate_frequencies
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
 
 
@@ -187,7 +188,15 @@ class DoDRotaryPosEmbed(nn.Module):
         self.dim = dim
         self.theta = theta
 
-    def forward(self, rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self,
+        rows: int,
+        columns: int,
+        device: torch.device,
+        trained_size: int | None = None,
+        pos_interpolation: str = "none",
+        pos_interpolation_decoupled: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The rotations of a grid of tokens.
 
@@ -195,15 +204,30 @@ class DoDRotaryPosEmbed(nn.Module):
             rows (`int`): Rows of the grid.
             columns (`int`): Columns of the grid.
             device (`torch.device`): Where they are computed.
+            trained_size (`int`, *optional*): Rows and columns of the trained grid, which only interpolation needs.
+            pos_interpolation (`str`, defaults to `"none"`): See [`interpolate_frequencies`].
+            pos_interpolation_decoupled (`bool`, defaults to `False`): See [`grid_scales`].
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Cosines and sines, each of shape `(rows * columns, dim)` in fp32, for
             tokens in row-major order.
         """
+        scales = (1.0, 1.0)
+        if pos_interpolation != "none":
+            scales = grid_scales(rows, columns, trained_size, pos_interpolation_decoupled)
         row = torch.arange(rows, device=device, dtype=torch.float32).repeat_interleave(columns)
         column = torch.arange(columns, device=device, dtype=torch.float32).repeat(rows)
-        row_cos, row_sin = get_1d_rotary_pos_embed(self.dim // 2, row, theta=self.theta, use_real=True)
-        column_cos, column_sin = get_1d_rotary_pos_embed(self.dim // 2, column, theta=self.theta, use_real=True)
+        parts = []
+        for position, scale in zip((row, column), scales, strict=True):
+            if scale == 1:
+                parts.append(get_1d_rotary_pos_embed(self.dim // 2, position, theta=self.theta, use_real=True))
+                continue
+            exponents = torch.arange(0, self.dim // 2, 2, device=device, dtype=torch.float32) / (self.dim // 2)
+            frequencies = interpolate_frequencies(self.theta**-exponents, scale, pos_interpolation, trained_size)
+            angles = torch.outer(position, frequencies).repeat_interleave(2, dim=1)
+            factor = attention_factor(scale, pos_interpolation)
+            parts.append((factor * angles.cos(), factor * angles.sin()))
+        (row_cos, row_sin), (column_cos, column_sin) = parts
         return torch.cat([row_cos, column_cos], dim=-1), torch.cat([row_sin, column_sin], dim=-1)
 
 
@@ -351,6 +375,10 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
         prior_embed_dim (`int`, *optional*):
             Width of the visual prior's tokens. `None` is a plain FiTv2 without S and projection, which refuses
             `prior_embeds`.
+        pos_interpolation (`str`, defaults to `"none"`):
+            How positions on grids larger than the trained one are treated: `"none"`, `"linear"`, `"ntk"` or `"yarn"`,
+            see `set_pos_interpolation`.
+        pos_interpolation_decoupled (`bool`, defaults to `False`): Whether rows and columns are so on their own.
 
     Raises:
         `ValueError`, `TypeError`: an argument is out of range or of the wrong type.
@@ -376,6 +404,8 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
         mlp_ratio: float = 4.0,
         adaln_lora_dim: int | None = None,
         prior_embed_dim: int | None = None,
+        pos_interpolation: str = "none",
+        pos_interpolation_decoupled: bool = False,
     ):
         super().__init__()
         for name, value in {
@@ -402,6 +432,7 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
         check_at_least("adaln_lora_dim", adaln_lora_dim, 1)
         if prior_embed_dim is not None:
             check_at_least("prior_embed_dim", prior_embed_dim, 1)
+        self._check_pos_interpolation(pos_interpolation, pos_interpolation_decoupled)
 
         self.inner_dim = dim
         self.out_channels = in_channels
@@ -593,7 +624,14 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
         patch_size = self.config.patch_size
         timestep = timestep.to(hidden_states.device).expand(batch_size)
 
-        image_rotary_emb = self.pos_embed(height // patch_size, width // patch_size, hidden_states.device)
+        image_rotary_emb = self.pos_embed(
+            height // patch_size,
+            width // patch_size,
+            hidden_states.device,
+            self.config.sample_size // patch_size,
+            self.config.pos_interpolation,
+            self.config.pos_interpolation_decoupled,
+        )
         hidden_states = hidden_states.to(self.x_embedder.weight.dtype)
         hidden_states = self.x_embedder(patchify(hidden_states, patch_size))  # (B, T, d)
         conditioning = self._conditioning(timestep, class_labels, prior_embeds, hidden_states.dtype)

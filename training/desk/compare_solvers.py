@@ -1,0 +1,151 @@
+"""
+FID of the desk-size checkpoint against evaluations of the model, for every solver, as a table and a plot.
+
+    python training/desk/compare_solvers.py --output_file docs/results/solvers.json --plot docs/images/solvers.png
+
+One guided stage at a scale of 3; all solvers start from the same noise. An evaluation is one of the guided velocity.
+About 90 minutes on one CPU core. Settings that the output file has already are not run again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from evaluate import judge, real_pixels
+from texture_classifier import HELD_OUT_SEED, TextureClassifier
+from tqdm.auto import tqdm
+
+from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline
+from diffusers_dod.evaluation.frechet import feature_statistics, frechet_distance
+from diffusers_dod.training.textures import TEXTURE_CLASSES
+
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+# Name -> the scheduler, and evaluations per step; None for adaptive steps, whose tolerances take the place of numbers.
+SOLVERS = {
+    "euler": (DoDFlowMatchScheduler(solver="euler"), 1),
+    "midpoint": (DoDFlowMatchScheduler(solver="midpoint"), 2),
+    "heun": (DoDFlowMatchScheduler(solver="heun"), 2),
+    "rk4": (DoDFlowMatchScheduler(solver="rk4"), 4),
+    "dopri5": (DoDFlowMatchScheduler(solver="dopri5"), None),
+    "euler_maruyama": (DoDFlowMatchScheduler(solver="euler_maruyama"), 1),
+    "stochastic_heun": (DoDFlowMatchScheduler(solver="stochastic_heun"), 2),
+    "FlowMatchEuler": (FlowMatchEulerDiscreteScheduler(), 1),
+    "FlowMatchHeun": (FlowMatchHeunDiscreteScheduler(), 2),
+    "UniPC": (UniPCMultistepScheduler(**FLOW), 1),
+    "DPM-Solver++": (DPMSolverMultistepScheduler(**FLOW), 1),
+}
+TOLERANCES = (0.3, 0.1, 0.03, 0.01)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", default="checkpoints/dod-desk")
+    parser.add_argument("--classifier", type=Path, default=Path("checkpoints/texture-classifier"))
+    parser.add_argument("--solvers", nargs="+", default=list(SOLVERS), choices=list(SOLVERS))
+    parser.add_argument("--num_evaluations", nargs="+", type=int, default=[4, 8, 16, 32])
+    parser.add_argument("--guidance_scale", type=float, default=3.0)
+    parser.add_argument("--num_samples", type=int, default=1200)
+    parser.add_argument("--num_reference", type=int, default=20_000)
+    parser.add_argument("--batch_size", type=int, default=120)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_file", type=Path, required=True)
+    parser.add_argument("--plot", type=Path, help="PNG; needs matplotlib.")
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def run(pipeline: DoDPipeline, steps: int | None, args: argparse.Namespace) -> tuple[torch.Tensor, float, float]:
+    """Pixels (n, 3, 32, 32) in [-1, 1], and the mean and the largest number of evaluations of a sample."""
+    images, evaluations = [], []
+    labels = np.arange(args.num_samples) % len(TEXTURE_CLASSES)
+    for indices in np.array_split(np.arange(args.num_samples), -(-args.num_samples // args.batch_size)):
+        output = pipeline(
+            labels[indices].tolist(),
+            num_stages=1,
+            num_inference_steps=steps,
+            first_stage_guidance_scale=args.guidance_scale,
+            seed=args.seed,
+            sample_indices=indices.tolist(),
+            output_type="pt",
+        )
+        images.append(output.images * 2 - 1)
+        evaluations.append(output.statistics[0].num_evaluations.double())
+    evaluations = torch.cat(evaluations)
+    return torch.cat(images), evaluations.mean().item(), evaluations.max().item()
+
+
+def plot(results: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name in SOLVERS:
+        points = sorted((row["num_evaluations"], row["fid"]) for row in results if row["solver"] == name)
+        if points:
+            style = {"marker": "o", "linestyle": "-" if name.islower() else "--"}
+            axes.plot(*zip(*points, strict=True), label=name, markersize=4, linewidth=1.2, **style)
+    axes.set(xscale="log", yscale="log", xlabel="evaluations of the guided velocity", ylabel="FID (texture features)")
+    ticks = [4, 8, 16, 32, 64]
+    axes.set_xticks(ticks, ticks)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, ncols=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    args = parse_args()
+    settings = {name: getattr(args, name) for name in ("guidance_scale", "num_samples", "num_reference", "seed")}
+    results = []
+    if args.output_file.exists():
+        report = json.loads(args.output_file.read_text())
+        if report["settings"] != settings:
+            raise ValueError(f"`output_file` must hold results of the settings {settings}, got {report['settings']}.")
+        results = report["results"]
+    classifier = TextureClassifier.load(args.classifier)
+    pipeline = DoDPipeline.from_pretrained(args.pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    reference = None
+    todo = []
+    for name in args.solvers:
+        scheduler, evaluations = SOLVERS[name]
+        numbers = [(rtol, None) for rtol in TOLERANCES]
+        if evaluations is not None:
+            numbers = [(None, n // evaluations) for n in args.num_evaluations if n >= 2 * evaluations or n == 4]
+        done = {(row["rtol"], row["steps"]) for row in results if row["solver"] == name}
+        todo += [(name, scheduler, *number) for number in numbers if number not in done]
+    for name, scheduler, rtol, steps in tqdm(todo):
+        if reference is None:
+            reference = feature_statistics(judge(classifier, real_pixels(args.num_reference, HELD_OUT_SEED))[0])
+        if rtol is not None:
+            scheduler = DoDFlowMatchScheduler.from_config(scheduler.config, rtol=rtol, atol=rtol / 100)
+        pipeline.scheduler = scheduler
+        pixels, mean_evaluations, max_evaluations = run(pipeline, steps, args)
+        fid = frechet_distance(*feature_statistics(judge(classifier, pixels)[0]), *reference)
+        row = {"solver": name, "steps": steps, "rtol": rtol, "num_evaluations": mean_evaluations}
+        results.append({**row, "max_num_evaluations": max_evaluations, "fid": fid})
+        args.output_file.parent.mkdir(parents=True, exist_ok=True)
+        args.output_file.write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
+
+    print("| solver | steps or rtol | evaluations | FID |\n|---|---:|---:|---:|")
+    for row in results:
+        setting = row["steps"] if row["rtol"] is None else f"rtol {row['rtol']}"
+        print(f"| {row['solver']} | {setting} | {row['num_evaluations']:.1f} | {row['fid']:.2f} |")
+    if args.plot is not None:
+        plot(results, args.plot)
+
+
+if __name__ == "__main__":
+    main()
