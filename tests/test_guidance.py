@@ -341,6 +341,13 @@ def test_the_power_scales_guidance_by_the_time(model, way):
     assert_near(guide(model, timestep=0.0, power=2.0), guide(model, timestep=0.0))
 
 
+def test_a_time_that_rounding_puts_above_pure_noise_is_pure_noise(model):
+    timestep = torch.nextafter(torch.tensor(1000.0), torch.tensor(math.inf))
+    for guidance in ({"power": 1.5}, {"power": 1.5, "interval": (0.5, 1.0)}):
+        assert_near(guide(model, timestep=timestep, **guidance), predict(model, priors=PRIORS, timestep=timestep))
+    assert_near(guide(model, timestep=timestep, interval=(0.5, 1.0)), guide(model, timestep=timestep))
+
+
 def test_the_power_holds_for_the_scale_of_the_prior(model):
     part = 0.5 * (1 - math.cos(math.pi * 0.4**0.5))
     expected = guide(model, 1 + 2 * part, prior_scale=1 + 4 * part)
@@ -730,6 +737,13 @@ def test_options_that_need_a_prior_pass_over_stage_1_and_no_others(pipe, name):
     else:
         assert_differ(output.stages[0], plain.stages[0])
     assert_differ(output.stages[1], plain.stages[1])
+
+
+def test_a_scale_of_the_prior_does_not_make_stage_1_a_guided_one(pipe):
+    calls = record_calls(pipe.transformer)
+    output = sample(pipe, prior_guidance_scale=3.0, guidance_scale=1.0, num_inference_steps=1)
+    assert rows(calls) == [(2, 0), (6, 2)]
+    assert [statistics.num_guided_evaluations.tolist() for statistics in output.statistics] == [[0, 0], [1, 1]]
 
 
 def test_without_a_latent_embedder_the_only_stage_is_guided_all_ways():

@@ -24,7 +24,7 @@ from helpers import ID2LABEL, says, tiny_latent_embedder, tiny_pipeline, tiny_tr
 from PIL import Image
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDPipelineOutput
-from diffusers_dod.pipeline_dod import denormalize_latents, normalize_latents
+from diffusers_dod.autoencoders import denormalize_latents, normalize_latents
 
 
 NULL_CLASS = len(ID2LABEL)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from diffusers.models.embeddings import get_1d_rotary_pos_embed, get_1d_sincos_pos_embed_from_grid
 from helpers import says, tiny_latent_embedder, tiny_pipeline, tiny_transformer
 from torch._dynamo.testing import CompileCounter
 
@@ -77,6 +78,17 @@ def assert_differ(actual: torch.Tensor, other: torch.Tensor) -> None:
 # --------------------------------------------------------------------------------- nothing changes up to trained size
 
 SMALL = [(4, 4), (2, 4), (4, 1), (3, 3)]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [*SMALL, (8, 12)])
+def test_the_trained_positions_are_those_of_diffusers(rows, columns):
+    """Bit by bit, as checkpoints were trained with them."""
+    row, column = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
+    turns = [get_1d_rotary_pos_embed(DIM // 2, axis.float(), use_real=True) for axis in (row, column)]
+    for actual, parts in zip(DoDRotaryPosEmbed(DIM)(rows, columns, CPU), zip(*turns, strict=True), strict=True):
+        assert torch.equal(actual, torch.cat(parts, dim=-1))
+    waves = [get_1d_sincos_pos_embed_from_grid(DIM // 2, axis, output_type="pt") for axis in (column, row)]
+    assert torch.equal(sincos_pos_embed(DIM, rows, columns, CPU, torch.float32), torch.cat(waves, dim=-1).float())
 
 
 @every_mode

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
@@ -19,6 +19,7 @@ from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 from huggingface_hub.errors import HFValidationError
 
+from .autoencoders import Autoencoder, check_image_size, decode_pixels, encode_moments, latent_channels, spatial_factor
 from .checks import check_at_least, check_choice, check_number, check_type
 from .guidance import Guidance, GuidedVelocity
 from .latent_embedding import LatentEmbeddingModule
@@ -32,6 +33,7 @@ from .transformer_dod import DoDTransformer2DModel
 
 logger = logging.get_logger(__name__)
 
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderRAE")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 EXAMPLE_DOC_STRING = """
@@ -85,49 +87,6 @@ class DoDPipelineOutput(BaseOutput):
     stages: list | None = None
     stage_latents: list[torch.Tensor] | None = None
     statistics: list[DoDStageStatistics] | None = None
-
-
-def latent_statistics(vae: AutoencoderKL, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Mean and standard deviation by which an autoencoder's latents are normalised.
-
-    They are `latents_mean` and `latents_std` of its config where it has both, else `shift_factor` and 1 /
-    `scaling_factor`.
-
-    Args:
-        vae (`AutoencoderKL`): The autoencoder.
-        latents (`torch.Tensor`): Any tensor of the device and dtype that the statistics should have.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Mean and standard deviation of shape `(1, C, 1, 1)`, or `(1, 1, 1, 1)`.
-    """
-    config = vae.config
-    if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
-        mean, std = config.latents_mean, config.latents_std
-    else:
-        mean, std = [getattr(config, "shift_factor", None) or 0.0], [1.0 / config.scaling_factor]
-    return tuple(latents.new_tensor(statistic).reshape(1, -1, 1, 1) for statistic in (mean, std))
-
-
-def normalize_latents(latents: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
-    """
-    Latents of the autoencoder -> latents of the transformer, by [`latent_statistics`].
-
-    Args:
-        latents (`torch.Tensor` of shape `(B, C, h, w)`): What the autoencoder's encoder returns.
-        vae (`AutoencoderKL`): The autoencoder.
-
-    Returns:
-        `torch.Tensor` of shape `(B, C, h, w)`.
-    """
-    mean, std = latent_statistics(vae, latents)
-    return (latents - mean) / std
-
-
-def denormalize_latents(latents: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
-    """The inverse of [`normalize_latents`]: `latents` (B, C, h, w) of the transformer -> what `vae` decodes."""
-    mean, std = latent_statistics(vae, latents)
-    return latents * std + mean
 
 
 def _is_a(component: Any, name: str) -> bool:
@@ -186,7 +145,8 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
         transformer ([`DoDTransformer2DModel`]): Predicts the velocity.
         scheduler ([`DoDFlowMatchScheduler`]):
             Integrates it. Diffusers' own flow-match schedulers can take its place.
-        vae ([`AutoencoderKL`], *optional*): Decodes latents to images; `None` for a pixel-space model.
+        vae (`AutoencoderKL`, `AutoencoderDC` or `AutoencoderRAE`, *optional*):
+            Decodes latents to images; `None` for a pixel-space model.
         latent_embedder ([`LatentEmbeddingModule`], *optional*):
             Extracts visual priors; without it there is one stage, guided by `guidance_scale`.
         id2label (`dict[int, str]`, *optional*): Class names, several for one class separated by commas.
@@ -207,7 +167,7 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
         self,
         transformer: DoDTransformer2DModel,
         scheduler: DoDFlowMatchScheduler | SchedulerMixin,
-        vae: AutoencoderKL | None = None,
+        vae: Autoencoder | None = None,
         latent_embedder: LatentEmbeddingModule | None = None,
         id2label: dict | None = None,
         default_guidance_scale: float = 5.5,
@@ -235,7 +195,7 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
             for name in {names: None, **dict.fromkeys(name.strip() for name in names.split(","))}:
                 self.label2ids.setdefault(name, []).append(key)
 
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+        self.vae_scale_factor = spatial_factor(vae) if vae is not None else 1
         # Sizes are checked here and never changed: no resizing, no rounding.
         self.image_processor = VaeImageProcessor(
             vae_scale_factor=self.vae_scale_factor, do_resize=False, do_convert_rgb=True
@@ -263,22 +223,22 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
     def _check_components(transformer, scheduler, vae, latent_embedder) -> None:
         """Raises a `TypeError` or `ValueError` unless the components are what they should be and fit together."""
         components = {
-            "transformer": (transformer, "DoDTransformer2DModel"),
-            "vae": (vae, "AutoencoderKL"),
-            "latent_embedder": (latent_embedder, "LatentEmbeddingModule"),
+            "transformer": (transformer, ("DoDTransformer2DModel",)),
+            "vae": (vae, AUTOENCODERS),
+            "latent_embedder": (latent_embedder, ("LatentEmbeddingModule",)),
         }
         for name, (component, expected) in components.items():
-            if component is not None and not _is_a(component, expected):
+            if component is not None and not any(_is_a(component, cls) for cls in expected):
                 received = type(component).__name__ if isinstance(component, torch.nn.Module) else repr(component)
-                raise TypeError(f"`{name}` must be of type {expected}, got {received}.")
+                raise TypeError(f"`{name}` must be of type {' or '.join(expected)}, got {received}.")
         check_type("scheduler", scheduler, SchedulerMixin)
         if transformer is None:
             return
         config = transformer.config
-        if vae is not None and vae.config.latent_channels != config.in_channels:
+        if vae is not None and latent_channels(vae) != config.in_channels:
             raise ValueError(
                 f"`vae` must have `latent_channels` = {config.in_channels}, the transformer's `in_channels`, "
-                f"got {vae.config.latent_channels}."
+                f"got {latent_channels(vae)}."
             )
         if latent_embedder is not None:
             embedder_config = latent_embedder.config
@@ -631,7 +591,9 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
             shapes = [tuple(picture.shape[1:]) for picture in pictures]
             raise ValueError(f"`image` must hold pictures of one size, got (channels, height, width) {shapes}.")
         pixels = self.image_processor.normalize(torch.cat(pictures))
-        channels = self.vae.config.in_channels if self.vae is not None else self.transformer.config.in_channels
+        channels = (
+            self.vae.config.get("in_channels", 3) if self.vae is not None else self.transformer.config.in_channels
+        )
         multiple = self.vae_scale_factor * self.transformer.config.patch_size
         size = tuple(pixels.shape[2:])
         if pixels.shape[1] != channels or any(side % multiple for side in size):
@@ -720,7 +682,7 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """
-        Encodes pictures by the mode of the autoencoder's posterior; a pixel-space model takes them as they are.
+        Encodes pictures by the mean of the autoencoder's posterior; a pixel-space model takes them as they are.
 
         Args:
             pixels (`torch.Tensor` of shape `(B, 3, H, W)`): Pixels in [-1, 1].
@@ -728,10 +690,7 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
         Returns:
             `torch.Tensor` of shape `(B, C, h, w)`: Normalised latents in fp32.
         """
-        if self.vae is None:
-            return pixels.float()
-        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        return normalize_latents(posterior.mode().float(), self.vae)
+        return encode_moments(pixels, self.vae)[0]
 
     @torch.no_grad()
     def get_prior_tokens(
@@ -789,10 +748,8 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
         """
         if output_type == "latent":
             return latents
-        pixels = latents
-        if self.vae is not None:
-            pixels = self.vae.decode(denormalize_latents(latents, self.vae).to(self.vae.dtype)).sample
-        return self.image_processor.postprocess(pixels.float(), output_type=output_type)
+        pixels = decode_pixels(latents, self.vae)
+        return self.image_processor.postprocess(pixels, output_type=output_type)
 
     def set_pos_interpolation(
         self, pos_interpolation: str = "none", pos_interpolation_decoupled: bool = False
@@ -1112,6 +1069,8 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
         trained_size = self.transformer.config.sample_size * factor
         height = trained_size if height is None else height
         width = trained_size if width is None else width
+        if self.vae is not None:
+            check_image_size(self.vae, height, width)
         shape = (self.transformer.config.in_channels, height // factor, width // factor)
         batch_sizes = [batch_size * (1 if stage == 1 else num_images_per_prior) for stage in stage_numbers]
         noises = self._check_noises(latents, [(number, *shape) for number in batch_sizes])

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
-from ..pipeline_dod import latent_statistics, normalize_latents
+from ..autoencoders import latent_statistics, normalize_latents
 from ..rectified_flow import logit_normal_sigma
 from ..seeding import stateless_generator
 from .textures import TEXTURE_CLASSES, TextureDataset

@@ -1,0 +1,139 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""Diffusers' autoencoders seen alike: pixels in [-1, 1] to normalised latents, and back."""
+
+from typing import TypeAlias
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderRAE
+
+
+Autoencoder: TypeAlias = AutoencoderKL | AutoencoderDC | AutoencoderRAE
+
+
+def _is_rae(vae: Autoencoder) -> bool:
+    # By its config, as compiled and remote classes are others.
+    return "encoder_input_size" in vae.config
+
+
+def latent_channels(vae: Autoencoder) -> int:
+    """Number of channels of the latents of `vae`."""
+    return vae.config.encoder_hidden_size if _is_rae(vae) else vae.config.latent_channels
+
+
+def spatial_factor(vae: Autoencoder) -> int:
+    """Pixels per latent pixel of `vae`, along each side."""
+    if _is_rae(vae):
+        return vae.config.patch_size
+    channels = vae.config.get("block_out_channels") or vae.config.encoder_block_out_channels
+    return 2 ** (len(channels) - 1)
+
+
+def check_image_size(vae: Autoencoder, height: int, width: int) -> None:
+    """
+    Raises unless an autoencoder takes images of a size.
+
+    Args:
+        vae ([`Autoencoder`]): The autoencoder.
+        height (`int`): Height of the images in pixels.
+        width (`int`): Width of the images in pixels.
+
+    Raises:
+        `ValueError`: an `AutoencoderRAE`, which has one size, has another one.
+    """
+    if not _is_rae(vae):
+        return
+    side = vae.config.encoder_input_size // vae.config.encoder_patch_size * vae.config.patch_size
+    if (height, width) != (side, side):
+        raise ValueError(
+            f"The height and width of images must be {side}, the size of this `vae`, got {height} x {width}."
+        )
+
+
+def latent_statistics(vae: Autoencoder, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Mean and standard deviation by which an autoencoder's latents are normalised.
+
+    They are `latents_mean` and `latents_std` of its config where it has both, else `shift_factor` and 1 /
+    `scaling_factor`. An `AutoencoderRAE` normalises its latents itself.
+
+    Args:
+        vae ([`Autoencoder`]): The autoencoder.
+        latents (`torch.Tensor`): Any tensor of the device and dtype that the statistics should have.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Mean and standard deviation of shape `(1, C, 1, 1)`, or `(1, 1, 1, 1)`.
+    """
+    config = vae.config
+    if _is_rae(vae):
+        mean, std = [0.0], [1.0]
+    elif config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        mean, std = config.latents_mean, config.latents_std
+    else:
+        mean, std = [config.get("shift_factor") or 0.0], [1.0 / config.scaling_factor]
+    return tuple(latents.new_tensor(statistic).reshape(1, -1, 1, 1) for statistic in (mean, std))
+
+
+def normalize_latents(latents: torch.Tensor, vae: Autoencoder) -> torch.Tensor:
+    """
+    Latents of the autoencoder -> latents of the transformer, by [`latent_statistics`].
+
+    Args:
+        latents (`torch.Tensor` of shape `(B, C, h, w)`): What the autoencoder's encoder returns.
+        vae ([`Autoencoder`]): The autoencoder.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C, h, w)`.
+    """
+    mean, std = latent_statistics(vae, latents)
+    return (latents - mean) / std
+
+
+def denormalize_latents(latents: torch.Tensor, vae: Autoencoder) -> torch.Tensor:
+    """The inverse of [`normalize_latents`]: `latents` (B, C, h, w) of the transformer -> what `vae` decodes."""
+    mean, std = latent_statistics(vae, latents)
+    return latents * std + mean
+
+
+def encode_moments(pixels: torch.Tensor, vae: Autoencoder | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    The posterior of pictures.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(B, 3, H, W)`): Pixels in [-1, 1].
+        vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor | None]`: Mean and standard deviation of the normalised latents, (B, C, h, w)
+        in fp32; the second is `None` for a deterministic autoencoder.
+
+    Raises:
+        `ValueError`: an `AutoencoderRAE` has another size.
+    """
+    if vae is None:
+        return pixels.float(), None
+    check_image_size(vae, *pixels.shape[2:])
+    pixels = pixels.to(vae.dtype)
+    encoded = vae.encode(pixels / 2 + 0.5 if _is_rae(vae) else pixels)
+    posterior = getattr(encoded, "latent_dist", None)
+    if posterior is None:
+        return normalize_latents(encoded.latent.float(), vae), None
+    return normalize_latents(posterior.mean.float(), vae), posterior.std.float() / latent_statistics(
+        vae, pixels.float()
+    )[1]
+
+
+def decode_pixels(latents: torch.Tensor, vae: Autoencoder | None) -> torch.Tensor:
+    """
+    Pictures of normalised latents.
+
+    Args:
+        latents (`torch.Tensor` of shape `(B, C, h, w)`): Normalised latents.
+        vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 3, H, W)`: Pixels in about [-1, 1], in fp32.
+    """
+    if vae is None:
+        return latents.float()
+    pixels = vae.decode(denormalize_latents(latents, vae).to(vae.dtype)).sample.float()
+    return pixels * 2 - 1 if _is_rae(vae) else pixels
