@@ -634,7 +634,7 @@ def test_caches_are_told_guided_and_unguided_batches_apart(model):
             for timestep in (900.0, mixed, 400.0):
                 guided_velocity(LATENTS, timestep, LABELS, PRIORS, 3.0)
     assert names[:3] == ["here_unguided", "here_partly_guided", "here_guided"]
-    assert names[3:] == ["here_unguided"] * 3 and weak_names == ["here_unguided"] * 2
+    assert names[3:] == ["here_unguided"] * 3 and weak_names == ["here_weak"] * 2
 
 
 def test_stages_have_cache_contexts_of_their_own(pipe):

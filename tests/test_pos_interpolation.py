@@ -56,6 +56,11 @@ def sincos(rows, columns, mode="none", decoupled=False, trained_size=4, dim=DIM)
     return torch.complex(parts[:, :, :, 1], parts[:, :, :, 0]).flip(2)
 
 
+def turns(rotations: torch.Tensor) -> torch.Tensor:
+    """Rotations of length 1, without YaRN's factor."""
+    return rotations / rotations.abs()
+
+
 both_positions = pytest.mark.parametrize("positions", [rope, sincos])
 
 
@@ -149,6 +154,16 @@ def test_grid_scales(rows, columns, decoupled, expected):
     assert grid_scales(rows, columns, 16, decoupled) == expected
 
 
+def yarn_keeps(index: int, num: int, trained_size: int) -> float:
+    """From 1 at the last index of at least 32 rotations to 0 at the first of at most one, in fp64."""
+    rotations = [trained_size * 10000.0 ** (-i / num) / (2 * math.pi) for i in range(num)]
+    low = max((i for i in range(num) if rotations[i] >= 32), default=0)
+    high = min((i for i in range(num) if rotations[i] <= 1), default=num - 1)
+    if high <= low:
+        return float(index <= low)
+    return min(max((high - index) / (high - low), 0.0), 1.0)
+
+
 def frequencies_of(mode: str, num: int, scale: float, trained_size: int) -> torch.Tensor:
     """An axis's frequencies, as the papers have them, in fp64."""
     dim, base = 2 * num, 10000.0
@@ -157,11 +172,9 @@ def frequencies_of(mode: str, num: int, scale: float, trained_size: int) -> torc
     found = []
     for index in range(num):
         frequency = base ** (-2 * index / dim)
-        wavelength = 2 * math.pi / frequency
         kept = {"none": 1.0, "linear": 0.0, "ntk": 1.0}.get(mode)
         if kept is None:
-            rotations = trained_size / wavelength
-            kept = min(max((rotations - 1) / (32 - 1), 0.0), 1.0)
+            kept = yarn_keeps(index, num, trained_size)
         found.append((1 - kept) * frequency / scale + kept * frequency)
     return torch.tensor(found, dtype=torch.float64)
 
@@ -201,10 +214,17 @@ def test_ntk_keeps_the_highest_frequency_and_divides_the_lowest_by_the_scale():
 
 
 def test_yarn_divides_what_turns_less_than_once_and_keeps_what_turns_32_times():
-    rotations = torch.tensor([40.0, 32.0, 16.5, 1.0, 0.1])
-    frequencies = 2 * math.pi * rotations / 100
-    ratio = interpolate_frequencies(frequencies, 2.0, "yarn", 100) / frequencies
-    torch.testing.assert_close(ratio, torch.tensor([1.0, 1.0, 0.75, 0.5, 0.5]))
+    frequencies = 10000 ** -(torch.arange(8) / 8)
+    rotations = 1000 * frequencies / (2 * math.pi)
+    assert [round(float(number)) for number in rotations] == [159, 50, 16, 5, 2, 1, 0, 0]
+    assert rotations[4] > 1 > rotations[5]
+    ratio = interpolate_frequencies(frequencies, 2.0, "yarn", 1000) / frequencies
+    torch.testing.assert_close(ratio, torch.tensor([1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.5, 0.5]))
+    # FiT's 16 tokens along an axis of 32 numbers.
+    kept = interpolate_frequencies(10000 ** -(torch.arange(16) / 16), 2.0, "yarn", 16) * 10000 ** (
+        torch.arange(16) / 16
+    )
+    torch.testing.assert_close(kept, torch.tensor([1.0, 0.75, *[0.5] * 14]))
 
 
 def test_only_yarn_sharpens_the_attention():
@@ -217,9 +237,8 @@ def test_only_yarn_sharpens_the_attention():
 @decoupled_or_not
 def test_the_length_of_rotations_is_the_attention_factor_of_the_axis(mode, decoupled):
     rotations = rope(8, 6, mode, decoupled)
-    scales = (2, 1.5) if decoupled else (2, 2)
-    for axis, scale in enumerate(scales):
-        factor = 1 + 0.1 * math.log(scale) if mode == "yarn" else 1.0
+    for axis in range(2):  # one for both axes, that of the longer side
+        factor = 1 + 0.1 * math.log(2) if mode == "yarn" else 1.0
         assert_near(rotations[:, :, axis].abs(), torch.full((8, 6, 8), factor))
     assert_near(sincos(8, 6, mode, decoupled).abs(), torch.ones(8, 6, 2, 8))  # that of the LEM is added, not turned by
 
@@ -232,8 +251,8 @@ def test_the_length_of_rotations_is_the_attention_factor_of_the_axis(mode, decou
 def test_decoupled_axes_are_those_of_square_grids_of_their_own(positions, mode):
     wide = positions(6, 8, mode, True)
     for other, rows, columns in ((wide, 6, 8), (positions(8, 6, mode, True), 8, 6)):
-        assert_near(other[:, :, 0], positions(rows, rows, mode)[:, :1, 0].expand(-1, columns, -1))
-        assert_near(other[:, :, 1], positions(columns, columns, mode)[:1, :, 1].expand(rows, -1, -1))
+        assert_near(turns(other[:, :, 0]), turns(positions(rows, rows, mode)[:, :1, 0].expand(-1, columns, -1)))
+        assert_near(turns(other[:, :, 1]), turns(positions(columns, columns, mode)[:1, :, 1].expand(rows, -1, -1)))
     coupled = positions(6, 8, mode)
     assert_near(coupled, positions(8, 8, mode)[:6])  # both as the longer side
     assert_near(positions(8, 6, mode), positions(8, 8, mode)[:, :6])
@@ -246,7 +265,9 @@ def test_decoupled_axes_are_those_of_square_grids_of_their_own(positions, mode):
 def test_a_decoupled_side_within_the_trained_size_is_the_trained_one(positions, mode):
     for rows, columns, axis in ((4, 8, 0), (8, 3, 1)):
         decoupled, plain = positions(rows, columns, mode, True), positions(rows, columns)
-        assert torch.equal(decoupled[:, :, axis], plain[:, :, axis])
+        assert_near(turns(decoupled[:, :, axis]), plain[:, :, axis])
+        if mode != "yarn":
+            assert torch.equal(decoupled[:, :, axis], plain[:, :, axis])
         assert_differ(decoupled[:, :, 1 - axis], plain[:, :, 1 - axis])
         assert_differ(positions(rows, columns, mode)[:, :, axis], plain[:, :, axis])
 
@@ -306,10 +327,11 @@ def test_an_axis_of_one_frequency(mode, decoupled):
     for each in (model, embedder):
         each.set_pos_interpolation(mode, decoupled)
         assert run(each, 8, 8).isfinite().all()
-    expected = torch.ones(8, 8, 2, 1) if mode == "ntk" else torch.full((8, 8, 2, 1), 0.5)  # 1 is the highest frequency
+    # 1 is the highest frequency, which only linear interpolation divides.
+    expected = torch.full((8, 8, 2, 1), 0.5 if mode == "linear" else 1.0)
     frequencies = rope(8, 8, mode, decoupled, dim=4)[1:2, 1:2].angle().expand(8, 8, 2, 1)
     assert_near(frequencies, expected)
-    assert torch.allclose(run(model, 8, 8), plain, atol=1e-5) == (mode == "ntk")
+    assert torch.allclose(run(model, 8, 8), plain, atol=1e-5) == (mode == "ntk")  # YaRN sharpens the attention
 
 
 @every_mode

@@ -240,13 +240,13 @@ class GuidedVelocity:
             weak_priors = None
             if some_priors is not None and weak.config.prior_embed_dim is not None:
                 weak_priors = some_priors.to(weak.dtype)
-            with weak.cache_context(f"{self.cache_name}_unguided"):
+            with weak.cache_context(f"{self.cache_name}_weak"):
                 unconditional = weak(
                     some_latents.to(weak.dtype), some_timesteps, class_labels[rows], weak_priors
                 ).sample.float()
         else:
             labels, priors, copies = [class_labels], prior_embeds, 1
-            if prior_embeds is not None and guidance.prior_scale is not None:
+            if prior_embeds is not None and guidance.prior_scale not in (None, guidance_scale):
                 labels += [class_labels[rows], null_labels]  # (class, S), (null class, S)
                 copies = 2
             elif prior_embeds is not None and guidance.null_condition == "prior":
@@ -279,10 +279,10 @@ class GuidedVelocity:
                 prior_scale = power_cosine_scale(prior_scale, sigma, guidance.power)
             guided = classifier_free_guidance(without_class, unconditional, scale)
             guided = guided + prior_scale * (conditional - without_class)
-        if guidance.rescale > 0:
-            guided = rescale_guidance(guided, conditional, guidance.rescale)
         if guidance.channels is not None:
             guided = torch.cat([guided[:, : guidance.channels], conditional[:, guidance.channels :]], dim=1)
+        if guidance.rescale > 0:
+            guided = rescale_guidance(guided, conditional, guidance.rescale)
         if guidance.cosine_threshold is not None:
             cosine = F.cosine_similarity(conditional.flatten(1), unconditional.flatten(1))
             self._is_stopped[samples[guided_rows]] = (cosine >= guidance.cosine_threshold).cpu()

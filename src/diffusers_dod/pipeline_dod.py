@@ -1183,7 +1183,7 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
                     f"`guidance_transformer` must have the transformer's `{name}`, {config[name]}, "
                     f"got {weak.config[name]}."
                 )
-        if weak.config.prior_embed_dim not in (None, config.prior_embed_dim):
+        if config.prior_embed_dim is not None and weak.config.prior_embed_dim not in (None, config.prior_embed_dim):
             raise ValueError(
                 "`guidance_transformer` must have the transformer's `prior_embed_dim`, "
                 f"{config.prior_embed_dim}, or None, got {weak.config.prior_embed_dim}."

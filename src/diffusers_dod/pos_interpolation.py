@@ -8,7 +8,7 @@ import torch
 
 POS_INTERPOLATIONS = ("none", "linear", "ntk", "yarn")
 
-# Rotations within the trained length below which YaRN interpolates a frequency, and above which it keeps it.
+# Rotations within the trained length below which YaRN interpolates frequencies, and above which it keeps them.
 YARN_MIN_ROTATIONS = 1
 YARN_MAX_ROTATIONS = 32
 
@@ -32,19 +32,21 @@ def grid_scales(rows: int, columns: int, trained_size: int, decoupled: bool) -> 
 
 
 def interpolate_frequencies(
-    frequencies: torch.Tensor, scale: float, pos_interpolation: str, trained_size: int
+    frequencies: torch.Tensor, scale: float, pos_interpolation: str, trained_size: int, theta: float = 10000.0
 ) -> torch.Tensor:
     """
     Frequencies of an axis for a grid that is larger than the trained one.
 
     Args:
-        frequencies (`torch.Tensor` of shape `(n,)`): The trained ones, a geometric sequence from 1 downwards.
+        frequencies (`torch.Tensor` of shape `(n,)`): The trained ones, theta^(-i / n).
         scale (`float`): How many times larger the grid is, see [`grid_scales`]; 1 changes nothing.
         pos_interpolation (`str`):
-            `"none"` keeps them, `"linear"` divides them by the scale, `"ntk"` divides the lowest by it and the higher
-            ones by less, and `"yarn"` divides those that the trained grid did not turn around once, and keeps those
-            that it turned around 32 times.
+            `"none"` keeps them, `"linear"` divides them by the scale, and `"ntk"` divides the lowest by it and the
+            higher ones by less, the highest by 1. `"yarn"` divides those that the trained grid did not turn around
+            once, keeps those that it turned around 32 times, and goes from one to the other over the whole indices
+            that lie around these two, linearly.
         trained_size (`int`): Length of the trained axis.
+        theta (`float`, defaults to 10000.0): Base of the frequencies.
 
     Returns:
         `torch.Tensor` of shape `(n,)`.
@@ -53,18 +55,31 @@ def interpolate_frequencies(
         return frequencies
     if pos_interpolation == "linear":
         return frequencies / scale
+    num = len(frequencies)
+    index = torch.arange(num, device=frequencies.device, dtype=frequencies.dtype)
     if pos_interpolation == "ntk":
-        position = torch.linspace(0, 1, len(frequencies), device=frequencies.device, dtype=frequencies.dtype)
-        return frequencies * scale**-position
-    rotations = trained_size * frequencies / (2 * math.pi)
-    kept = ((rotations - YARN_MIN_ROTATIONS) / (YARN_MAX_ROTATIONS - YARN_MIN_ROTATIONS)).clamp(0, 1)
+        return frequencies * scale ** -(index / max(num - 1, 1))
+
+    def index_of(rotations: int) -> float:
+        return num * math.log(trained_size / (2 * math.pi * rotations)) / math.log(theta)
+
+    low = max(math.floor(index_of(YARN_MAX_ROTATIONS)), 0)
+    high = max(min(math.ceil(index_of(YARN_MIN_ROTATIONS)), num - 1), low + 0.001)
+    kept = 1 - ((index - low) / (high - low)).clamp(0, 1)
     return kept * frequencies + (1 - kept) * frequencies / scale
 
 
-def attention_factor(scale: float, pos_interpolation: str) -> float | torch.Tensor:
+def attention_factor(scale: float, pos_interpolation: str, device: torch.device | None = None) -> torch.Tensor:
     """
-    The factor of queries and keys, which sharpens the attention: YaRN's 1 + ln(`scale`) / 10, 1 for every other
-    `pos_interpolation`.
+    The factor of queries and keys, which sharpens the attention.
+
+    Args:
+        scale (`float`): How many times larger than the trained one the longer side of the grid is.
+        pos_interpolation (`str`): `"yarn"`, or one of the other modes, whose factor is 1.
+        device (`torch.device`, *optional*): Where the factor is computed.
+
+    Returns:
+        `torch.Tensor` of shape `()`: YaRN's 1 + ln(scale) / 10, or 1.
     """
     # A tensor's logarithm, which a compiler does not tie to one scale.
-    return 0.1 * torch.full((), scale).log() + 1 if pos_interpolation == "yarn" else 1.0
+    return 1 + 0.1 * torch.full((), scale if pos_interpolation == "yarn" else 1.0, device=device).log()

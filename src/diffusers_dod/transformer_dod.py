@@ -217,16 +217,19 @@ class DoDRotaryPosEmbed(nn.Module):
             scales = grid_scales(rows, columns, trained_size, pos_interpolation_decoupled)
         row = torch.arange(rows, device=device, dtype=torch.float32).repeat_interleave(columns)
         column = torch.arange(columns, device=device, dtype=torch.float32).repeat(rows)
+        factor = attention_factor(max(scales), pos_interpolation, device)
         parts = []
         for position, scale in zip((row, column), scales, strict=True):
             if scale == 1:
-                parts.append(get_1d_rotary_pos_embed(self.dim // 2, position, theta=self.theta, use_real=True))
-                continue
-            exponents = torch.arange(0, self.dim // 2, 2, device=device, dtype=torch.float32) / (self.dim // 2)
-            frequencies = interpolate_frequencies(self.theta**-exponents, scale, pos_interpolation, trained_size)
-            angles = torch.outer(position, frequencies).repeat_interleave(2, dim=1)
-            factor = attention_factor(scale, pos_interpolation)
-            parts.append((factor * angles.cos(), factor * angles.sin()))
+                cos, sin = get_1d_rotary_pos_embed(self.dim // 2, position, theta=self.theta, use_real=True)
+            else:
+                exponents = torch.arange(0, self.dim // 2, 2, device=device, dtype=torch.float32) / (self.dim // 2)
+                frequencies = interpolate_frequencies(
+                    self.theta**-exponents, scale, pos_interpolation, trained_size, self.theta
+                )
+                angles = torch.outer(position, frequencies).repeat_interleave(2, dim=1)
+                cos, sin = angles.cos(), angles.sin()
+            parts.append((factor * cos, factor * sin))
         (row_cos, row_sin), (column_cos, column_sin) = parts
         return torch.cat([row_cos, column_cos], dim=-1), torch.cat([row_sin, column_sin], dim=-1)
 
