@@ -4,7 +4,7 @@ FID of the desk-size checkpoint against evaluations of the model, for every solv
     python training/desk/compare_solvers.py --output_file docs/results/solvers.json --plot docs/images/solvers.png
 
 One guided stage at a scale of 3; all solvers start from the same noise. An evaluation is one of the guided velocity.
-About 90 minutes on one CPU core. Settings that the output file has already are not run again.
+About an hour on one CPU core. Settings that the output file has already are not run again.
 """
 
 import argparse
@@ -90,14 +90,15 @@ def plot(results: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name in SOLVERS:
+    for index, name in enumerate(SOLVERS):
         points = sorted((row["num_evaluations"], row["fid"]) for row in results if row["solver"] == name)
         if points:
-            style = {"marker": "o", "linestyle": "-" if name.islower() else "--"}
+            style = {"marker": "o", "linestyle": "-" if name.islower() else "--", "color": f"C{index % 7}"}
             axes.plot(*zip(*points, strict=True), label=name, markersize=4, linewidth=1.2, **style)
     axes.set(xscale="log", yscale="log", xlabel="evaluations of the guided velocity", ylabel="FID (texture features)")
     ticks = [4, 8, 16, 32, 64]
     axes.set_xticks(ticks, ticks)
+    axes.set_yticks([5, 10, 20, 50, 100], [5, 10, 20, 50, 100])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2)
@@ -139,10 +140,11 @@ def main() -> None:
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
         args.output_file.write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
 
-    print("| solver | steps or rtol | evaluations | FID |\n|---|---:|---:|---:|")
-    for row in results:
-        setting = row["steps"] if row["rtol"] is None else f"rtol {row['rtol']}"
-        print(f"| {row['solver']} | {setting} | {row['num_evaluations']:.1f} | {row['fid']:.2f} |")
+    print("| solver | FID (evaluations of a sample, in the mean) | | | |\n|---|---:|---:|---:|---:|")
+    for name in SOLVERS:
+        rows = sorted((row["num_evaluations"], row["fid"]) for row in results if row["solver"] == name)
+        cells = [f"{fid:.2f} ({evaluations:.0f})" for evaluations, fid in rows]
+        print(f"| {name} | {' | '.join(cells)} |")
     if args.plot is not None:
         plot(results, args.plot)
 
