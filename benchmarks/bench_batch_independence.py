@@ -44,6 +44,7 @@ def main() -> None:
                 noises = [
                     torch.stack([stateless_noise(tuple(shape), 0, i, 0, stage, 0) for i in labels]) for stage in (1, 2)
                 ]
+                torch.manual_seed(0)
                 moved = [noise + 1e-7 * torch.randn(noise.shape) for noise in noises]
                 sensitivity = largest_error(pipe(labels, latents=moved, **settings).images, together)
         print(f"{solver:16s} {errors[0]:8.1e} {errors[1]:8.3f} {sensitivity:13.1e}")

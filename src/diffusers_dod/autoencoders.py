@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderRAE
 
 
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderRAE")
 Autoencoder: TypeAlias = AutoencoderKL | AutoencoderDC | AutoencoderRAE
 
 

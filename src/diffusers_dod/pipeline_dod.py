@@ -19,7 +19,15 @@ from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 from huggingface_hub.errors import HFValidationError
 
-from .autoencoders import Autoencoder, check_image_size, decode_pixels, encode_moments, latent_channels, spatial_factor
+from .autoencoders import (
+    AUTOENCODERS,
+    Autoencoder,
+    check_image_size,
+    decode_pixels,
+    encode_moments,
+    latent_channels,
+    spatial_factor,
+)
 from .checks import check_at_least, check_choice, check_number, check_type
 from .guidance import Guidance, GuidedVelocity
 from .latent_embedding import LatentEmbeddingModule
@@ -33,7 +41,6 @@ from .transformer_dod import DoDTransformer2DModel
 
 logger = logging.get_logger(__name__)
 
-AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderRAE")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 EXAMPLE_DOC_STRING = """
@@ -878,8 +885,8 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
                 (3, H, W), uint8 or in [0, 1]. Stage 1 is not run, though `num_stages` counts it.
             prior_latents (`torch.Tensor` of shape `(1, C, h, w)` or `(number of labels, C, h, w)`, *optional*):
                 Normalised latents in place of a picture, such as `stage_latents` of an earlier call.
-            prior_tokens (`torch.Tensor` of shape `(1 or number of labels, num_latent_tokens, latent_token_dim)`,
-                *optional*): Latent tokens in place of a picture, see `get_prior_tokens`.
+            prior_tokens (`torch.Tensor` of shape `(1, N, d_e)` or `(number of labels, N, d_e)`, *optional*):
+                Latent tokens in place of a picture, `num_latent_tokens` of `latent_token_dim`, see `get_prior_tokens`.
             num_images_per_prior (`int`, defaults to 1):
                 Number of stage-2 images of each sample of stage 1, or of each picture, >= 1. Later stages go on with
                 all of them.

@@ -174,6 +174,13 @@ def test_weights_are_those_of_one_process(folder, one, name):
         torch.testing.assert_close(ours[key], expected[key], rtol=0, atol=1e-5, msg=lambda m, k=key: k + m)
 
 
+def test_latents_are_those_of_one_process(folder, one):
+    ours, expected = (
+        {path.name: path.read_bytes() for path in (run / "latents").iterdir()} for run in (folder / "two", one)
+    )
+    assert ours == expected and "manifest.json" in ours
+
+
 def test_metrics_are_those_of_one_process(folder, one):
     """Losses are averaged over the samples of all processes, and each line is written once."""
     ours, expected = (

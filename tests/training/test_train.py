@@ -8,19 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import fresh_accelerator
+from helpers import fresh_accelerator, says
 from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_dod import DoDPipeline
 from diffusers_dod.presets import PRESETS
 from diffusers_dod.training.checkpoints import MANIFEST, STATE_FOLDER
-from diffusers_dod.training.data import LatentDataset, TrainingStream
+from diffusers_dod.training.data import TrainingStream
+from diffusers_dod.training.latents import LatentDataset
 from diffusers_dod.training.train import main, parse_args
 
 
 # A large epsilon makes Adam's update a smooth function of the gradient, so that rounding stays rounding.
 TINY = "--preset DoD-Desk --train_batch_size 4 --logging_steps 1 --learning_rate 1e-2 --adam_epsilon 1e-3".split()
+
+
+TIMINGS = ("images_per_second", "data_wait")
 
 
 def train(output_dir: Path, *arguments) -> Path:
@@ -84,7 +88,7 @@ def read_metrics(output_dir: Path) -> list[dict]:
 
 
 def without_speed(metrics: list[dict]) -> list[dict]:
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in metrics]
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in metrics]
 
 
 def copy_of(output_dir: Path, target: Path, last_step: int) -> Path:
@@ -123,15 +127,17 @@ def test_metrics(finished):
     for line in metrics:
         assert list(line) == [
             *("step", "loss", "loss_with_prior", "loss_without_prior"),
-            *("grad_norm", "learning_rate", "images_per_second"),
+            *("loss_sigma_0.00_0.25", "loss_sigma_0.25_0.50", "loss_sigma_0.50_0.75", "loss_sigma_0.75_1.00"),
+            *("grad_norm", "learning_rate", "images_per_second", "data_wait"),
         ]
         assert line["loss"] > 0 and line["grad_norm"] > 0 and line["images_per_second"] > 0
+        assert 0 <= line["data_wait"] <= 1
         assert line["learning_rate"] == 1e-2
 
 
 def test_loss_of_the_first_step(finished):
     """An untrained model answers zero, so its loss is the mean square of noise - latents over the first samples."""
-    stream = TrainingStream(LatentDataset(finished / "latents.safetensors"), num_classes=2, seed=0)
+    stream = TrainingStream(LatentDataset(finished / "latents"), num_classes=2, seed=0)
     samples = [stream[position] for position in range(4)]
     losses = [float((sample["noise"] - sample["latents"]).double().square().mean()) for sample in samples]
     kept = [loss for loss, sample in zip(losses, samples, strict=True) if sample["has_prior"]]
@@ -342,7 +348,8 @@ def test_latents_of_an_autoencoder(tmp_path, pictures):
     arguments += ["--gradient_checkpointing", "--pretrained_vae_name_or_path", tmp_path / "vae"]
     arguments += ["--max_train_steps", 2, "--checkpointing_steps", 1, "--checkpoints_total_limit", 1]
     run = train(tmp_path / "run", *arguments)
-    assert LatentDataset(run / "latents.safetensors").mean.shape == (10, 2, 4, 8, 8)
+    latents = LatentDataset(run / "latents")
+    assert (len(latents), latents.num_views, latents.latent_shape) == (10, 2, (4, 8, 8))
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
     assert {tensor.dtype for tensor in raw_weights(run, 2).values()} == {torch.float32}
     pipe = DoDPipeline.from_pretrained(run)
@@ -383,27 +390,33 @@ def test_a_folder_with_checkpoints_is_not_overwritten(data, finished):
 
 
 @pytest.mark.parametrize(
-    "other", [["--random_flip"], ["--resolution", 8], ["--dataset_name", "textures", "--num_train_samples", 4]]
+    ("other", "name"),
+    [
+        (["--random_flip"], "random_flip"),
+        (["--resolution", 8], "resolution"),
+        (["--latents_dtype", "bfloat16"], "latents_dtype"),
+        (["--dataset_name", "textures", "--num_train_samples", 4], "pictures"),
+    ],
 )
-def test_latents_of_other_pictures_are_refused(tmp_path, pictures, finished, other):
+def test_latents_of_other_pictures_are_refused(tmp_path, pictures, finished, other, name):
     run = tmp_path / "run"
-    run.mkdir()
-    shutil.copy(finished / "latents.safetensors", run)
+    shutil.copytree(finished / "latents", run / "latents")
     source = [] if "--dataset_name" in other else ["--train_data_dir", pictures]
-    with pytest.raises(ValueError, match="must hold the latents of these pictures.*another `output_dir`") as error:
+    with pytest.raises(ValueError, match=says("latents", f"`{name}`", "use another folder")):
         train(run, "--resolution", 16, *source, *other, "--max_train_steps", 1)
-    assert "latents.safetensors" in str(error.value)
-    assert [path.name for path in run.iterdir()] == ["latents.safetensors"]
+    assert [path.name for path in run.iterdir()] == ["latents"]
 
 
 ACCEPTED = ["--preset", "DoD-Desk", "--dataset_name", "textures", "--output_dir", "run"]
 OUT_OF_RANGE = [
     *((name, "0") for name in ("num_train_samples", "resolution", "encoding_batch_size", "train_batch_size")),
+    ("shard_size", "0"),
     *((name, "0") for name in ("gradient_accumulation_steps", "max_train_steps", "logging_steps")),
     *((name, "0") for name in ("validation_steps", "checkpointing_steps", "checkpoints_total_limit")),
     *((name, "0") for name in ("num_latent_tokens", "latent_token_dim")),
     *((name, "-4") for name in ("train_batch_size", "max_train_steps", "resolution", "num_latent_tokens")),
     *((name, "-1") for name in ("dataloader_num_workers", "lr_warmup_steps", "seed", "validation_seed")),
+    *((name, "-1") for name in ("max_nonfinite_steps", "ema_sigma_rel")),
     *((name, "0") for name in ("learning_rate", "latent_embedder_learning_rate", "max_grad_norm", "adam_epsilon")),
     *((name, "-1e-4") for name in ("learning_rate", "latent_embedder_learning_rate", "max_grad_norm")),
     *((name, "nan") for name in ("learning_rate", "max_grad_norm", "ema_decay", "prior_dropout_prob")),
@@ -429,7 +442,7 @@ def test_numbers_out_of_range(name, value, capsys):
 
 def test_the_table_above_names_every_number():
     defaults = vars(parse_args(ACCEPTED))
-    numbers = {name for name, value in defaults.items() if type(value) in (int, float)}
+    numbers = {name for name, value in defaults.items() if type(value) in (int, float, list)}
     unset = {"num_latent_tokens", "latent_token_dim", "latent_embedder_learning_rate"}
     unset |= {"checkpoints_total_limit", "validation_guidance_scale"}
     assert unset <= {name for name, value in defaults.items() if value is None}
@@ -463,3 +476,48 @@ def test_arguments_that_do_not_fit(arguments, fragments, capsys):
     message = capsys.readouterr().err
     for fragment in fragments:
         assert fragment in message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Watching
+
+
+def test_losses_by_time_are_those_of_the_samples(finished):
+    """The first step's loss is that of a model that answers zero, which each sample's time only sorts."""
+    stream = TrainingStream(LatentDataset(finished / "latents"), num_classes=2, seed=0)
+    by_time: dict[int, list[float]] = {}
+    for position in range(4):
+        sample = stream[position]
+        loss = float((sample["noise"] - sample["latents"]).double().square().mean())
+        by_time.setdefault(int(sample["sigma"] * 4), []).append(loss)
+    first = read_metrics(finished)[0]
+    for index in range(4):
+        found = first[f"loss_sigma_{index / 4:.2f}_{(index + 1) / 4:.2f}"]
+        assert found == (pytest.approx(np.mean(by_time[index]), rel=1e-4) if index in by_time else None)
+
+
+def test_trackers_get_the_metrics(tmp_path, data):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = train(tmp_path / "run", *data, "--max_train_steps", 2, "--report_to", "tensorboard", "--hub_token", "secret")
+    (folder,) = {path.parent for path in run.rglob("events.out.tfevents.*") if path.parent.name == "diffusers_dod"}
+    events = event_accumulator.EventAccumulator(str(folder)).Reload()
+    for name in ("loss", "grad_norm", "images_per_second"):
+        logged = [(event.step, event.value) for event in events.Scalars(name)]
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [step for step, _ in logged] == [1, 2]
+        assert [value for _, value in logged] == pytest.approx([line[name] for line in lines], rel=1e-5)
+    assert not any(b"secret" in path.read_bytes() for path in run.rglob("*") if path.is_file())
+
+
+def test_curves_are_drawn(tmp_path, finished, capsys):
+    pytest.importorskip("matplotlib")
+    from diffusers_dod.training.plot_metrics import main as plot
+    from diffusers_dod.training.plot_metrics import smooth
+
+    plot([str(finished), "--output", str(tmp_path / "one.png")])
+    plot([str(finished), str(finished), "--output", str(tmp_path / "smooth.png"), "--smoothing", "3"])
+    one, smoothed = (np.asarray(Image.open(tmp_path / name)) for name in ("one.png", "smooth.png"))
+    assert one.shape == smoothed.shape and one.std() > 5 and (one != smoothed).any()
+    np.testing.assert_allclose(smooth(np.array([1.0, 2.0, 3.0, 8.0]), 2), [1, 1.5, 2.5, 5.5])
+    with pytest.raises(ValueError, match=says("`run_dirs`", f"got {tmp_path}", "metrics.jsonl")):
+        plot([str(tmp_path), "--output", str(tmp_path / "none.png")])

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 
@@ -160,3 +161,44 @@ def load_training_state(checkpoint: Path, model: torch.nn.Module, optimizer: tor
     # The parameter groups (learning rates, betas) come from the run's own arguments.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return json.loads((folder / "state.json").read_text())
+
+
+def _average_file(checkpoint: Path, name: str) -> Path:
+    return checkpoint / STATE_FOLDER / f"ema-{name}.safetensors"
+
+
+def save_averages(folder: Path, model: torch.nn.Module, averages: dict[str, EMAModel]) -> None:
+    """
+    Writes averages of the weights beside that of the pipeline to `training_state/ema-<name>.safetensors`.
+
+    Args:
+        folder (`Path`): The checkpoint.
+        model (`torch.nn.Module`): The model, for the names of its weights.
+        averages (`dict[str, EMAModel]`): The averages by name.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for key, average in averages.items():
+        tensors = {name: value.contiguous() for name, value in zip(names, average.shadow_params, strict=True)}
+        save_file(tensors, _average_file(folder, key))
+
+
+def load_averages(checkpoint: Path, model: torch.nn.Module, averages: dict[str, EMAModel]) -> None:
+    """
+    Loads what [`save_averages`] wrote.
+
+    Args:
+        checkpoint (`Path`): The folder of the checkpoint.
+        model (`torch.nn.Module`): The model, for the names and devices of its weights.
+        averages (`dict[str, EMAModel]`): The averages by name, which take the weights.
+
+    Raises:
+        `ValueError`: the checkpoint lacks an average.
+    """
+    for key, average in averages.items():
+        if not _average_file(checkpoint, key).is_file():
+            raise ValueError(
+                f"`resume_from_checkpoint` must hold the average {key!r}, got {checkpoint}, which does not: an "
+                "average cannot start in the middle of a run."
+            )
+        tensors = load_file(_average_file(checkpoint, key))
+        average.shadow_params = [tensors[name].to(parameter.device) for name, parameter in model.named_parameters()]

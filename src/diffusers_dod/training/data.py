@@ -2,28 +2,54 @@
 """Training data: pictures, their latents, and the stream of samples that is a function of (seed, position)."""
 
 import hashlib
-import json
+import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
-from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm.auto import tqdm
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset, Sampler
 
-from ..autoencoders import latent_statistics, normalize_latents
 from ..rectified_flow import logit_normal_sigma
 from ..seeding import stateless_generator
 from .textures import TEXTURE_CLASSES, TextureDataset
 
 
+if TYPE_CHECKING:
+    import datasets
+
+    from .latents import LatentDataset
+
 TEXTURES = "textures"
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """
+    A picture as 8-bit RGB: turned as its EXIF orientation says, what is transparent on white, grey in 16 bits scaled.
+
+    Args:
+        image (`PIL.Image.Image`): A picture of any mode.
+
+    Returns:
+        `PIL.Image.Image` of mode RGB.
+
+    Raises:
+        `ValueError`: it is a picture of floats.
+    """
+    if image.mode == "F":
+        raise ValueError("a picture of floats has no range that is known")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode == "I":
+        values = np.asarray(image).astype(np.float64)  # Pillow would clip them at 255
+        image = Image.fromarray(np.clip(values / 257, 0, 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
@@ -38,7 +64,7 @@ def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
     Returns:
         `np.ndarray` of shape `(resolution, resolution, 3)`, uint8 RGB.
     """
-    image = image.convert("RGB")
+    image = to_rgb(image)
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = resolution / min(image.size)
@@ -53,23 +79,39 @@ class PictureDataset(Dataset):
 
     Args:
         dataset (`datasets.Dataset`): The data set.
-        image_column (`str`): Its column of PIL images.
+        image_column (`str`): Its column of pictures.
         label_column (`str`): Its column of class ids.
         resolution (`int`): Side of the pictures in pixels.
+        class_ids (`dict`, *optional*): The id of each label, where it is not the label itself.
     """
 
-    def __init__(self, dataset, image_column: str, label_column: str, resolution: int):
-        self.dataset = dataset
+    def __init__(self, dataset, image_column: str, label_column: str, resolution: int, class_ids: dict | None = None):
+        import datasets
+
+        # Read here, so that what cannot be read has a path and a reason.
+        self.dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
         self.image_column = image_column
         self.label_column = label_column
         self.resolution = resolution
+        self.class_ids = class_ids
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict:
         row = self.dataset[index]
-        return {"image": center_crop(row[self.image_column], self.resolution), "label": row[self.label_column]}
+        source, label = row[self.image_column], row[self.label_column]
+        if source is None or label is None:
+            raise ValueError(f"row {index} lacks its {'picture' if source is None else 'label'}")
+        data = source["path"] if source["bytes"] is None else io.BytesIO(source["bytes"])
+        with Image.open(data) as image:
+            pixels = center_crop(image, self.resolution)
+        return {"image": pixels, "label": label if self.class_ids is None else self.class_ids[label]}
+
+    def path_of(self, index: int) -> str:
+        """The path of the picture at `index`, or its place in the data set if it has none."""
+        source = self.dataset[index][self.image_column]
+        return (source or {}).get("path") or f"row {index}"
 
 
 @dataclass(frozen=True)
@@ -81,11 +123,17 @@ class Pictures:
         dataset (`torch.utils.data.Dataset`): Yields dicts with the `image`, uint8 (H, W, 3), and the `label`, an id.
         class_names (`tuple[str, ...]`): Names of the classes in the order of their ids.
         fingerprint (`str`): Another one for other pictures.
+        resolution (`int`): Side of the pictures in pixels.
     """
 
     dataset: Dataset
     class_names: tuple[str, ...]
     fingerprint: str
+    resolution: int
+
+    def path_of(self, index: int) -> str:
+        """The path of the picture at `index`, or its place in the data set if it has none."""
+        return self.dataset.path_of(index) if hasattr(self.dataset, "path_of") else f"row {index}"
 
 
 def load_pictures(
@@ -98,22 +146,24 @@ def load_pictures(
     label_column: str = "label",
 ) -> Pictures:
     """
-    Opens the procedural `textures`, a data set of the Hub or a folder with one sub-folder of pictures per class.
+    Opens the procedural `textures`, a data set of the Hub, or a folder: with one sub-folder of pictures per class,
+    or, without sub-folders, with Parquet files or tar files in the form of WebDataset.
 
     Args:
         dataset_name (`str` or `None`): `"textures"` or what `datasets.load_dataset` takes.
-        train_data_dir (`str` or `None`): An image folder; exactly one of the two must be given.
+        train_data_dir (`str` or `None`): A folder; exactly one of the two must be given.
         resolution (`int`): Side of the pictures in pixels.
         num_train_samples (`int`): Number of procedural pictures.
         seed (`int`): Seed of the procedural pictures.
         image_column (`str`, defaults to `"image"`): Column of the pictures.
-        label_column (`str`, defaults to `"label"`): Column of the classes, of type `ClassLabel`.
+        label_column (`str`, defaults to `"label"`):
+            Column of the classes: of type `ClassLabel`, or names, whose ids are in alphabetical order, or ids from 0.
 
     Returns:
         [`Pictures`].
 
     Raises:
-        `ValueError`: both or neither source is given, or the data set has no such columns or no class names.
+        `ValueError`: both or neither source is given, it cannot be opened, or it has no such columns or no classes.
     """
     if (dataset_name is None) == (train_data_dir is None):
         raise ValueError(
@@ -122,98 +172,96 @@ def load_pictures(
         )
     if dataset_name == TEXTURES:
         dataset = TextureDataset(num_train_samples, size=resolution, seed=seed)
-        return Pictures(dataset, TEXTURE_CLASSES, f"{TEXTURES}-{resolution}-{num_train_samples}-{seed}")
+        return Pictures(dataset, TEXTURE_CLASSES, f"{TEXTURES}-{resolution}-{num_train_samples}-{seed}", resolution)
 
-    import datasets  # slow to import, and not needed for the procedural set
-
-    if train_data_dir is not None:
-        if not os.path.isdir(train_data_dir):
-            raise ValueError(f"`train_data_dir` must be an existing folder, got {train_data_dir!r}.")
-        source = datasets.load_dataset("imagefolder", data_dir=train_data_dir, split="train")
-    else:
-        source = datasets.load_dataset(dataset_name, split="train")
+    source = _open_folder(train_data_dir) if dataset_name is None else _open_dataset(dataset_name)
     for name, column in {"image_column": image_column, "label_column": label_column}.items():
         if column not in source.features:
             raise ValueError(
                 f"`{name}` must be one of the columns {sorted(source.features)}, got {column!r}. "
                 "An image folder needs one sub-folder per class."
             )
-    names = getattr(source.features[label_column], "names", None)
-    if names is None:
+    class_names, class_ids = _classes(source, label_column)
+    if train_data_dir is not None and label_column == "label":
+        # Folders without a picture are classes too, so that the ids stay when pictures come and go.
+        folders = _class_folders(train_data_dir)
+        if set(class_names) <= set(folders):
+            class_ids = {label: folders.index(name) for label, name in enumerate(class_names)}
+            class_names = folders
+    pictures = PictureDataset(source, image_column, label_column, resolution, class_ids)
+    identity = source._fingerprint if train_data_dir is None else _folder_fingerprint(train_data_dir)
+    fingerprint = f"{identity}-{image_column}-{label_column}"
+    return Pictures(pictures, tuple(class_names), fingerprint, resolution)
+
+
+def _open_folder(folder: str) -> "datasets.Dataset":
+    import datasets  # slow to import, and not needed for the procedural set
+
+    if not os.path.isdir(folder):
+        raise ValueError(f"`train_data_dir` must be an existing folder, got {folder!r}.")
+    has_folders = bool(_class_folders(folder))
+    if not has_folders:
+        for builder, pattern in (("parquet", "*.parquet"), ("webdataset", "*.tar")):
+            files = sorted(str(path) for path in Path(folder).glob(pattern))
+            if files:
+                return datasets.load_dataset(builder, data_files=files, split="train")
+    return datasets.load_dataset(
+        "imagefolder", data_dir=folder, split="train", drop_labels=False if has_folders else None
+    )
+
+
+def _class_folders(folder: str) -> list[str]:
+    """Names of the sub-folders, but for those that `datasets` passes over."""
+    names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    return sorted(name for name in names if not name.startswith((".", "__")))
+
+
+def _folder_fingerprint(folder: str) -> str:
+    """A hash of names, sizes and times of all files, wherever the folder lies."""
+    digest = hashlib.sha256()
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            path = os.path.join(parent, name)
+            status = os.stat(path)
+            digest.update(f"{os.path.relpath(path, folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _open_dataset(name: str) -> "datasets.Dataset":
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, split="train")
+    except datasets.exceptions.DatasetNotFoundError as error:
+        hint = ""
+        if "gated" in str(error):
+            hint = f" Accept its licence at https://huggingface.co/datasets/{name}, then log in with `hf auth login`."
         raise ValueError(
-            f"`label_column` must be a ClassLabel column, got {column!r} of type {source.features[label_column]}."
-        )
-    pictures = PictureDataset(source, image_column, label_column, resolution)
-    return Pictures(pictures, tuple(names), f"{source._fingerprint}-{resolution}")
+            f"`dataset_name` must be a data set that can be opened, got {name!r}: {error}{hint}"
+        ) from error
+
+
+def _classes(source: "datasets.Dataset", label_column: str) -> tuple[list[str], dict | None]:
+    """Names of the classes of a data set by id, and the id of each label where it is not the label itself."""
+    feature = source.features[label_column]
+    if getattr(feature, "names", None) is not None:
+        return list(feature.names), None
+    labels = {label for label in source.unique(label_column) if label is not None}
+    if labels and all(isinstance(label, str) for label in labels):
+        names = sorted(labels)
+        return names, {name: index for index, name in enumerate(names)}
+    if labels and all(isinstance(label, int) and label >= 0 for label in labels):
+        return [str(index) for index in range(max(labels) + 1)], None
+    raise ValueError(
+        "`label_column` must be a column of class labels, names or ids from 0, "
+        f"got {label_column!r} of type {feature}."
+    )
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:
     """Pictures `images` (B, H, W, 3) in uint8 -> pixels (B, 3, H, W) in [-1, 1], fp32."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def latents_fingerprint(pictures: Pictures, vae: AutoencoderKL | None, random_flip: bool) -> str:
-    """A hash of what encoded latents depend on: `pictures`, config and weights of `vae` and `random_flip`."""
-    digest = hashlib.sha256(f"{pictures.fingerprint}-{random_flip}".encode())
-    if vae is not None:
-        config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, tensor in sorted(vae.state_dict().items()):
-            digest.update(name.encode() + tensor.cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-@torch.no_grad()
-def encode_pictures(
-    pictures: Pictures, vae: AutoencoderKL | None, path: Path, random_flip: bool, batch_size: int, num_workers: int
-) -> None:
-    """
-    Writes the normalised posterior mean and standard deviation of every picture to `path` (safetensors), once for the
-    picture and, with `random_flip`, once for its mirror image. Without an autoencoder the "latents" are the pixels.
-
-    Args:
-        pictures ([`Pictures`]): The pictures.
-        vae (`AutoencoderKL` or `None`): The autoencoder.
-        path (`Path`): The file, which [`LatentDataset`] opens. It is never half written.
-        random_flip (`bool`): Whether to encode the mirror images too.
-        batch_size (`int`): Pictures per pass of the autoencoder.
-        num_workers (`int`): Processes that read pictures; 0 reads them in this one.
-    """
-    device = next(vae.parameters()).device if vae is not None else torch.device("cpu")
-    chunks: dict[str, list[torch.Tensor]] = {"mean": [], "std": [], "labels": []}
-    loader = DataLoader(pictures.dataset, batch_size=batch_size, num_workers=num_workers)
-    for batch in tqdm(loader, desc="Encoding pictures"):
-        pixels = to_pixels(batch["image"]).to(device)
-        views = [pixels, pixels.flip(-1)] if random_flip else [pixels]
-        if vae is None:
-            means, stds = views, [torch.zeros_like(view) for view in views]
-        else:
-            posteriors = [vae.encode(view).latent_dist for view in views]
-            means = [normalize_latents(posterior.mean, vae) for posterior in posteriors]
-            stds = [posterior.std / latent_statistics(vae, posterior.std)[1] for posterior in posteriors]
-        chunks["mean"].append(torch.stack(means, dim=1).cpu())  # (B, views, C, H, W)
-        chunks["std"].append(torch.stack(stds, dim=1).cpu())
-        chunks["labels"].append(batch["label"])
-    tensors = {name: torch.cat(parts) for name, parts in chunks.items()}
-    fingerprint = latents_fingerprint(pictures, vae, random_flip)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    save_file(tensors, unfinished, metadata={"fingerprint": fingerprint})
-    os.replace(unfinished, path)
-
-
-class LatentDataset:
-    """The latents that [`encode_pictures`] wrote to `path`: `mean` and `std` (n, views, C, H, W), `labels` (n,)."""
-
-    def __init__(self, path: Path):
-        with safe_open(path, framework="pt") as file:
-            self.fingerprint = file.metadata()["fingerprint"]
-            self.mean = file.get_tensor("mean")
-            self.std = file.get_tensor("std")
-            self.labels = file.get_tensor("labels")
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 class TrainingStream(Dataset):
@@ -235,7 +283,7 @@ class TrainingStream(Dataset):
 
     def __init__(
         self,
-        latents: LatentDataset,
+        latents: "LatentDataset",
         num_classes: int,
         seed: int,
         label_dropout_prob: float = 0.1,
@@ -258,14 +306,15 @@ class TrainingStream(Dataset):
     def __getitem__(self, position: int) -> dict[str, torch.Tensor | bool | int]:
         index = self._index(position)
         generator = stateless_generator(self.seed, 1, position)
-        mean, std = self.latents.mean[index], self.latents.std[index]  # (views, C, H, W)
+        shape = self.latents.latent_shape
         view, drop_label, drop_prior = torch.rand(3, generator=generator).tolist()
-        view = int(view * mean.shape[0])
+        mean, std = self.latents.read(index, int(view * self.latents.num_views))
         sigma = logit_normal_sigma(torch.randn((), generator=generator))
-        noise = torch.randn(mean.shape[1:], generator=generator)
-        latents = mean[view] + std[view] * torch.randn(mean.shape[1:], generator=generator)
+        noise = torch.randn(shape, generator=generator)
+        if std is not None:
+            mean = mean + std * torch.randn(shape, generator=generator)
         return {
-            "latents": latents,
+            "latents": mean,
             "noise": noise,
             "sigma": sigma,
             "class_label": self.num_classes

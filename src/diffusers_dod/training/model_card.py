@@ -28,7 +28,7 @@ def write_model_card(
         tags=["diffusion-on-diffusion", "diffusers_dod", "rectified-flow", "class-conditional"],
     )
     recipe = {name: str(value) if isinstance(value, Path) else value for name, value in sorted(vars(args).items())}
-    for private in ("hub_token", "output_dir", "resume_from_checkpoint", "train_data_dir"):
+    for private in ("hub_token", "output_dir", "resume_from_checkpoint", "train_data_dir", "latents_dir"):
         recipe.pop(private, None)
     # A Hub id is public, a folder of this machine is not.
     for source in ("pretrained_model_name_or_path", "pretrained_vae_name_or_path", "dataset_name"):

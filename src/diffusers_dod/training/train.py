@@ -6,7 +6,7 @@ Trains a DoD (backbone and latent embedding module together, paper, Section 3.3)
         --pretrained_vae_name_or_path stabilityai/sd-vae-ft-ema --train_batch_size 256 --max_train_steps 400000 \
         --mixed_precision bf16 --output_dir dod-b
 
-The images are encoded once, into `output_dir/latents.safetensors`. The run writes `metrics.jsonl`, `samples/`,
+The images are encoded once, into `output_dir/latents`. The run writes `metrics.jsonl`, `samples/`,
 `checkpoint-<step>/` (each a `DoDPipeline` with EMA weights and all that a resumed run needs) and, at its end, the
 pipeline itself into `output_dir`.
 """
@@ -24,14 +24,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import InitProcessGroupKwargs
-from diffusers import AutoencoderKL
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo, upload_folder
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..checks import check_at_least, check_choice, check_number
+from ..autoencoders import Autoencoder
 from ..conversion import add_prior_projection
 from ..latent_embedding import LatentEmbeddingModule
 from ..losses import DoDJointModel
@@ -39,188 +38,59 @@ from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS, Preset
 from ..scheduling_dod import DoDFlowMatchScheduler
 from ..transformer_dod import DoDAttention, DoDTransformer2DModel
+from .arguments import parse_args
 from .checkpoints import (
     find_damage,
     find_latest_checkpoint,
     list_checkpoints,
+    load_averages,
     load_training_state,
+    save_averages,
     save_checkpoint,
     save_training_state,
 )
 from .data import (
-    LatentDataset,
-    Pictures,
     StreamSampler,
     TrainingStream,
     collate_priors_first,
-    encode_pictures,
-    latents_fingerprint,
-    load_pictures,
 )
-from .finetuning import TRAINABLE_PARAMETERS, difffit_parameters, freeze_all_but
+from .ema import PowerFunctionEMA
+from .encode_latents import encode_data, load_autoencoder
+from .finetuning import difffit_parameters, freeze_all_but
 from .image_grid import stage_grid
+from .latents import LatentDataset, check_settings, describe_autoencoder
 from .model_card import write_model_card
 
 
 logger = get_logger(__name__, log_level="INFO")
 
-# Diffusers' piecewise constant one needs rules of its own.
-LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
+NUM_TIME_BINS = 4  # parts of [0, 1] whose losses are logged apart
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses and checks the arguments `argv` of the command, those of the process by default."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    model = parser.add_argument_group("model")
-    model.add_argument("--preset", default="DoD-B", choices=list(PRESETS), help="Size of backbone and LEM.")
-    model.add_argument(
-        "--pretrained_model_name_or_path",
-        help="Start from the weights of this pipeline: one trained before, or a converted FiTv2, which becomes the "
-        "backbone of a DoD with the preset's LEM. With other classes than its own each starts as its null class.",
-    )
-    model.add_argument(
-        "--trainable_parameters",
-        default="all",
-        choices=TRAINABLE_PARAMETERS,
-        help="What training changes: everything, or biases, norms and embeddings only (DiffFit).",
-    )
-    model.add_argument("--num_latent_tokens", type=int, help="Overrides the preset's number of latent tokens N.")
-    model.add_argument("--latent_token_dim", type=int, help="Overrides the preset's width d_e of a latent token.")
-    model.add_argument(
-        "--pretrained_vae_name_or_path", help="Autoencoder (folder or Hub id); without one, a pixel-space model."
-    )
-
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset_name", help="`textures` (procedural) or a data set that `datasets` can load.")
-    data.add_argument("--train_data_dir", help="Folder with one sub-folder of images per class.")
-    data.add_argument("--image_column", default="image", help="Column of the images.")
-    data.add_argument("--label_column", default="label", help="Column of the class ids.")
-    data.add_argument("--num_train_samples", type=int, default=100_000, help="Number of procedural pictures.")
-    data.add_argument("--resolution", type=int, default=256, help="Side of the centre crop in pixels.")
-    data.add_argument("--random_flip", action="store_true", help="Mirror half of the images.")
-    data.add_argument("--dataloader_num_workers", type=int, default=0)
-    data.add_argument("--encoding_batch_size", type=int, default=64, help="Images that are encoded at a time.")
-
-    optimization = parser.add_argument_group("optimization")
-    optimization.add_argument("--train_batch_size", type=int, default=256, help="Samples per process and micro-batch.")
-    optimization.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    optimization.add_argument("--max_train_steps", type=int, default=400_000, help="Number of optimizer steps.")
-    optimization.add_argument("--learning_rate", type=float, default=1e-4)
-    optimization.add_argument(
-        "--latent_embedder_learning_rate", type=float, help="Learning rate of the LEM, `--learning_rate` by default."
-    )
-    optimization.add_argument("--lr_scheduler", default="constant_with_warmup", choices=LR_SCHEDULERS)
-    optimization.add_argument("--lr_warmup_steps", type=int, default=0, help="In optimizer steps.")
-    optimization.add_argument("--adam_beta1", type=float, default=0.9)
-    optimization.add_argument("--adam_beta2", type=float, default=0.999)
-    optimization.add_argument("--adam_epsilon", type=float, default=1e-8)
-    optimization.add_argument("--adam_weight_decay", type=float, default=0.0)
-    optimization.add_argument("--max_grad_norm", type=float, default=1.0)
-    optimization.add_argument("--ema_decay", type=float, default=0.999)
-    optimization.add_argument("--label_dropout_prob", type=float, default=0.1, help="Share of null-class samples.")
-    optimization.add_argument("--prior_dropout_prob", type=float, default=0.5, help="p_s, share without a prior.")
-    optimization.add_argument(
-        "--mixed_precision", choices=["no", "bf16"], help="What `accelerate launch` is configured for, by default."
-    )
-    optimization.add_argument("--gradient_checkpointing", action="store_true")
-    optimization.add_argument("--seed", type=int, default=0, help="Of the data stream and of the initial weights.")
-
-    output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", type=Path, required=True)
-    output.add_argument("--logging_steps", type=int, default=50, help="Steps that a line of metrics averages over.")
-    output.add_argument("--validation_steps", type=int, default=1000, help="Sample a grid every so many steps.")
-    output.add_argument("--validation_guidance_scale", type=float, help="From stage 2 on, the preset's by default.")
-    output.add_argument("--validation_seed", type=int, default=0)
-    output.add_argument("--checkpointing_steps", type=int, default=1000)
-    output.add_argument("--checkpoints_total_limit", type=int, help="Keep only the newest so many checkpoints.")
-    output.add_argument("--resume_from_checkpoint", help="A checkpoint folder, or `latest` for the newest valid one.")
-    output.add_argument("--push_to_hub", action="store_true", help="Upload the finished pipeline.")
-    output.add_argument("--hub_model_id", help="Repository, by default the name of `--output_dir`.")
-    output.add_argument("--hub_token", help="Token, by default the one of the Hub's own login.")
-
-    args = parser.parse_args(argv)
-    try:
-        check_args(args)
-    except (TypeError, ValueError) as error:
-        parser.error(str(error))
-    return args
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Raises a `ValueError` or `TypeError` that names the first of `args` that is out of range or of another type."""
-    for name in (
-        "num_train_samples",
-        "resolution",
-        "encoding_batch_size",
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "max_train_steps",
-        "logging_steps",
-        "validation_steps",
-        "checkpointing_steps",
-    ):
-        check_at_least(name, getattr(args, name), 1)
-    for name in ("dataloader_num_workers", "lr_warmup_steps", "seed", "validation_seed"):
-        check_at_least(name, getattr(args, name), 0)
-    for name in ("num_latent_tokens", "latent_token_dim", "checkpoints_total_limit"):
-        if getattr(args, name) is not None:
-            check_at_least(name, getattr(args, name), 1)
-    for name in ("learning_rate", "latent_embedder_learning_rate", "max_grad_norm", "adam_epsilon"):
-        if getattr(args, name) is not None:
-            check_number(name, getattr(args, name), 0, open_minimum=True)
-    for name in ("adam_beta1", "adam_beta2"):
-        check_number(name, getattr(args, name), 0, 1, open_maximum=True)
-    for name in ("ema_decay", "label_dropout_prob", "prior_dropout_prob"):
-        check_number(name, getattr(args, name), 0, 1)
-    check_number("adam_weight_decay", args.adam_weight_decay, 0)
-    if args.validation_guidance_scale is not None:
-        check_number("validation_guidance_scale", args.validation_guidance_scale, 0)
-    check_choice("preset", args.preset, tuple(PRESETS))
-    check_choice("trainable_parameters", args.trainable_parameters, TRAINABLE_PARAMETERS)
-    if (args.dataset_name is None) == (args.train_data_dir is None):
-        raise ValueError(
-            "Exactly one of `dataset_name` and `train_data_dir` must be given, "
-            f"got {args.dataset_name!r} and {args.train_data_dir!r}."
-        )
-    overrides = args.num_latent_tokens or args.latent_token_dim or args.latent_embedder_learning_rate
-    if overrides and PRESETS[args.preset].latent_embedder_config is None:
-        raise ValueError(
-            "`num_latent_tokens`, `latent_token_dim` and `latent_embedder_learning_rate` must not be given for "
-            f"`preset` {args.preset!r}, which has no latent embedder."
-        )
-
-
-def prepare_latents(args: argparse.Namespace, accelerator: Accelerator, pictures: Pictures, vae) -> LatentDataset:
+def prepare_latents(args: argparse.Namespace, accelerator: Accelerator, vae: Autoencoder | None) -> LatentDataset:
     """
-    The encoded pictures; the main process encodes them unless the run's folder has them already.
+    The latents to train on: those of `--latents_dir`, or of the pictures, which all processes encode unless this has
+    been done.
 
     Args:
         args (`argparse.Namespace`): The run's arguments.
-        accelerator (`Accelerator`): Lets the other processes wait for the main one.
-        pictures ([`Pictures`]): What to encode.
-        vae (`AutoencoderKL` or `None`): The autoencoder; without one the latents are the pixels.
+        accelerator (`Accelerator`): The processes, which share the shards.
+        vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
 
     Returns:
         [`LatentDataset`].
 
     Raises:
-        `ValueError`: the folder has the latents of other pictures or of another autoencoder.
+        `ValueError`: the folder has the latents of other pictures or of another autoencoder, or a picture cannot be
+            read.
     """
-    path = args.output_dir / "latents.safetensors"
-    with accelerator.main_process_first():
-        if accelerator.is_main_process and not path.exists():
-            encode_pictures(
-                pictures, vae, path, args.random_flip, args.encoding_batch_size, args.dataloader_num_workers
-            )
-    latents = LatentDataset(path)
-    fingerprint = latents_fingerprint(pictures, vae, args.random_flip)
-    if latents.fingerprint != fingerprint:
-        raise ValueError(
-            f"{path} must hold the latents of these pictures and this autoencoder (fingerprint {fingerprint}), "
-            f"got {latents.fingerprint}: remove it, or use another `output_dir`."
-        )
-    return latents
+    if args.dataset_name is None and args.train_data_dir is None:
+        latents = LatentDataset(args.latents_dir)
+        expected = {"autoencoder": describe_autoencoder(vae)} | ({"random_flip": True} if args.random_flip else {})
+        check_settings(args.latents_dir, latents.manifest, expected)
+        return latents
+    folder = args.output_dir / "latents" if args.latents_dir is None else args.latents_dir
+    return encode_data(args, accelerator, vae, folder)
 
 
 def build_models(args: argparse.Namespace, latent_shape: tuple[int, ...], num_classes: int) -> DoDJointModel:
@@ -351,6 +221,52 @@ def build_optimizer(args: argparse.Namespace, model: DoDJointModel) -> torch.opt
     )
 
 
+def time_losses(totals: list[float]) -> dict[str, float]:
+    """The mean loss by time from `totals`, the sums of each part of [0, 1] and then the counts; NaN where none is."""
+    sums, counts = totals[:NUM_TIME_BINS], totals[NUM_TIME_BINS:]
+    return {
+        f"loss_sigma_{index / NUM_TIME_BINS:.2f}_{(index + 1) / NUM_TIME_BINS:.2f}": total / count
+        if count
+        else math.nan
+        for index, (total, count) in enumerate(zip(sums, counts, strict=True))
+    }
+
+
+def build_emas(args: argparse.Namespace, model: DoDJointModel) -> dict[str, EMAModel]:
+    """The averages of the weights of `model` that `args` ask for, by name; the first is that of the pipeline."""
+    emas: dict[str, EMAModel] = {
+        f"decay-{decay}": EMAModel(model.parameters(), decay=decay, foreach=True) for decay in args.ema_decay
+    }
+    for width in args.ema_sigma_rel:
+        emas[f"sigma-rel-{width}"] = PowerFunctionEMA(model.parameters(), width, foreach=True)
+    return emas
+
+
+def write_nonfinite_report(
+    path: Path, step: int, images_per_step: int, sums: torch.Tensor, model: DoDJointModel
+) -> None:
+    """
+    Writes what is known of a step whose gradients are not finite.
+
+    Args:
+        path (`Path`): The JSON file.
+        step (`int`): The step, counted from 1.
+        images_per_step (`int`): Samples per step.
+        sums (`torch.Tensor` of shape `(5,)`): Loss and count of samples with and without a prior, and gradient norm.
+        model ([`DoDJointModel`]): The model with its gradients.
+    """
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    report = {
+        "step": step,
+        "stream_positions": [(step - 1) * images_per_step, step * images_per_step],
+        "loss_with_prior_sum_and_count": [str(value) for value in sums[:2].tolist()],
+        "loss_without_prior_sum_and_count": [str(value) for value in sums[2:4].tolist()],
+        "nonfinite_weights": [name for name, value in model.named_parameters() if not value.isfinite().all()],
+        "nonfinite_gradients": [name for name, gradient in gradients.items() if not gradient.isfinite().all()],
+    }
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
 def drop_metrics_after(path: Path, step: int) -> None:
     """
     Removes from the metrics in `path`, if it exists, the lines after `step`, which a resumed run will write again, and
@@ -370,13 +286,24 @@ def drop_metrics_after(path: Path, step: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
-    args = parse_args(argv)
+    """
+    The command.
+
+    Args:
+        argv (`list[str]`, *optional*): Its arguments, the process's by default.
+
+    Raises:
+        `ValueError`: they do not fit the data, the models or what is in the folders.
+        `FloatingPointError`: the gradients of too many steps in a row are not finite.
+    """
+    args = parse_args(argv, __doc__)
 
     # 1. Processes, data, autoencoder
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.report_to,
+        project_dir=args.output_dir,
         # The other processes wait while the main one encodes the pictures.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
     )
@@ -389,30 +316,22 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"`mixed_precision` must be 'no' or 'bf16', got {accelerator.mixed_precision!r}.")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("diffusers_dod").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    if args.allow_tf32:
+        torch.set_float32_matmul_precision("high")
     if accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     repo_id = None
     if args.push_to_hub and accelerator.is_main_process:  # before training, so that a refusal costs nothing
         repo_id = create_repo(args.hub_model_id or args.output_dir.name, exist_ok=True, token=args.hub_token).repo_id
 
-    pictures = load_pictures(
-        args.dataset_name,
-        args.train_data_dir,
-        args.resolution,
-        args.num_train_samples,
-        args.seed,
-        args.image_column,
-        args.label_column,
-    )
-    vae = None
-    if args.pretrained_vae_name_or_path is not None:
-        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_name_or_path).requires_grad_(False).eval()
-        vae.to(accelerator.device)
-    latents = prepare_latents(args, accelerator, pictures, vae)
-    num_classes = len(pictures.class_names)
+    vae = load_autoencoder(args.pretrained_vae_name_or_path, accelerator.device)
+    latents = prepare_latents(args, accelerator, vae)
+    args.resolution, args.random_flip = latents.manifest["resolution"], latents.manifest["random_flip"]
+    class_names = tuple(latents.manifest["class_names"])
+    num_classes = len(class_names)
 
     # 2. Models, optimizer, EMA
-    model = build_models(args, latents.mean.shape[2:], num_classes)
+    model = build_models(args, latents.latent_shape, num_classes)
     optimizer = build_optimizer(args, model)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
@@ -420,13 +339,17 @@ def main(argv: list[str] | None = None) -> None:
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
     )  # not prepared by accelerate, which would step it once per process
+    if args.compile:
+        for module in model.children():
+            module.compile_repeated_blocks()
     model, optimizer = accelerator.prepare(model, optimizer)
     joint_model: DoDJointModel = accelerator.unwrap_model(model)
     use_fast_attention(joint_model, accelerator.device)
-    ema = EMAModel(joint_model.parameters(), decay=args.ema_decay, foreach=True)
+    emas = build_emas(args, joint_model)
+    ema = next(iter(emas.values()))  # of pipelines and samples
 
     # 3. Resume
-    start_step = 0
+    start_step = num_nonfinite_steps = 0
     if args.resume_from_checkpoint is not None:
         if args.resume_from_checkpoint == "latest":
             checkpoint = find_latest_checkpoint(args.output_dir)
@@ -452,7 +375,10 @@ def main(argv: list[str] | None = None) -> None:
                 parameter.detach().to(accelerator.device)
                 for parameter in DoDJointModel(averaged, averaged_embedder).parameters()
             ]
-            ema.optimization_step = start_step = state["step"]
+            load_averages(checkpoint, joint_model, dict(list(emas.items())[1:]))
+            start_step, num_nonfinite_steps = state["step"], state.get("num_nonfinite_steps", 0)
+            for average in emas.values():
+                average.optimization_step = start_step
             # The learning rate is a function of the step and of this run's own arguments.
             lr_scheduler.last_epoch = start_step
             rates = [
@@ -502,7 +428,7 @@ def main(argv: list[str] | None = None) -> None:
         latent_embedder=joint_model.latent_embedder,
         scheduler=DoDFlowMatchScheduler(),
         vae=vae,
-        id2label=dict(enumerate(pictures.class_names)),
+        id2label=dict(enumerate(class_names)),
         **preset.pipeline_config,
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -520,7 +446,9 @@ def main(argv: list[str] | None = None) -> None:
     def save(step: int) -> None:
         def write(folder: Path) -> None:
             with_ema_weights(lambda: pipeline.save_pretrained(folder))
-            save_training_state(folder, joint_model, optimizer, {"step": step})
+            state = {"step": step, "num_nonfinite_steps": num_nonfinite_steps}
+            save_training_state(folder, joint_model, optimizer, state)
+            save_averages(folder, joint_model, dict(list(emas.items())[1:]))
 
         save_checkpoint(args.output_dir, step, write, args.checkpoints_total_limit)
 
@@ -544,35 +472,67 @@ def main(argv: list[str] | None = None) -> None:
         f"{accelerator.num_processes} process(es) on {accelerator.device}, {images_per_step} images per step."
     )
 
+    if args.report_to:
+        settings = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
+        accelerator.init_trackers("diffusers_dod", config=settings)
+
     # 6. Train
     progress = tqdm(
         total=args.max_train_steps, initial=start_step, desc="Training", disable=not accelerator.is_main_process
     )
-    # Sums since the last line of metrics: loss and count of samples with and without a prior, then the gradient norm.
-    sums = torch.zeros(5, device=accelerator.device)
-    interval_start, interval_step = time.perf_counter(), start_step
+    # Sums since the last line of metrics: loss and count of samples with and without a prior, the gradient norm, then
+    # losses and counts by time.
+    sums = torch.zeros(5 + 2 * NUM_TIME_BINS, device=accelerator.device)
+    interval_start, interval_step, data_seconds = time.perf_counter(), start_step, 0.0
+    nonfinite_in_a_row = 0
     for step in range(start_step + 1, args.max_train_steps + 1):
+        step_sums = torch.zeros_like(sums)
         for _ in range(args.gradient_accumulation_steps):
+            wait_start = time.perf_counter()
             batch = next(batches)
+            data_seconds += time.perf_counter() - wait_start
             num_priors = batch.pop("num_priors")
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
             with accelerator.accumulate(model):
                 losses = model(**batch, num_priors=num_priors)  # (B,)
                 accelerator.backward(losses.mean())
+                is_finite = True
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                    is_finite = bool(torch.isfinite(grad_norm))  # the same on all processes, which share gradients
+                if is_finite:
+                    optimizer.step()
+                if is_finite or nonfinite_in_a_row < args.max_nonfinite_steps:  # else they are reported
+                    optimizer.zero_grad(set_to_none=True)
             losses = losses.detach()
-            sums[0] += losses[:num_priors].sum()
-            sums[1] += num_priors
-            sums[2] += losses[num_priors:].sum()
-            sums[3] += len(losses) - num_priors
+            step_sums[0] += losses[:num_priors].sum()
+            step_sums[1] += num_priors
+            step_sums[2] += losses[num_priors:].sum()
+            step_sums[3] += len(losses) - num_priors
+            bins = (batch["sigmas"] * NUM_TIME_BINS).long().clamp(max=NUM_TIME_BINS - 1)
+            step_sums.index_add_(0, 5 + bins, losses)
+            step_sums.index_add_(0, 5 + NUM_TIME_BINS + bins, torch.ones_like(losses))
+        step_sums[4] += grad_norm
         learning_rate = optimizer.param_groups[0]["lr"]  # of this step
         lr_scheduler.step()
-        ema.step(joint_model.parameters())
-        sums[4] += grad_norm
+        for average in emas.values():
+            average.step(joint_model.parameters())
         progress.update()
+        if is_finite:
+            sums += step_sums
+            nonfinite_in_a_row = 0
+        else:
+            num_nonfinite_steps += 1
+            nonfinite_in_a_row += 1
+            logger.warning(f"Step {step} is left out: the norm of its gradients is {float(grad_norm)}.")
+            if nonfinite_in_a_row > args.max_nonfinite_steps:
+                report = args.output_dir / f"nonfinite-step-{step}.json"
+                if accelerator.is_main_process:
+                    write_nonfinite_report(report, step, images_per_step, step_sums, joint_model)
+                raise FloatingPointError(
+                    f"The gradients of {nonfinite_in_a_row} steps in a row are not finite, up to step {step}: more "
+                    f"than `max_nonfinite_steps` = {args.max_nonfinite_steps}. See {report}."
+                )
 
         is_last = step == args.max_train_steps
         is_checkpoint = step % args.checkpointing_steps == 0 or is_last
@@ -586,12 +546,14 @@ def main(argv: list[str] | None = None) -> None:
             )
             metrics = {
                 "step": step,
-                "loss": (totals[0] + totals[2]) / (totals[1] + totals[3]),
+                "loss": (totals[0] + totals[2]) / max(totals[1] + totals[3], 1),
                 "loss_with_prior": with_prior,
                 "loss_without_prior": without_prior,
+                **time_losses(totals[5:]),
                 "grad_norm": totals[4] / num_steps / accelerator.num_processes,
                 "learning_rate": learning_rate,
                 "images_per_second": round(num_steps * images_per_step / seconds, 1),
+                "data_wait": round(data_seconds / seconds, 4),
             }
             progress.set_postfix(loss=f"{metrics['loss']:.4f}", images_per_s=metrics["images_per_second"])
             if accelerator.is_main_process:
@@ -599,8 +561,9 @@ def main(argv: list[str] | None = None) -> None:
                 line = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
                 with open(metrics_path, "a") as file:
                     file.write(json.dumps(line) + "\n")
+                accelerator.log({name: value for name, value in line.items() if value is not None}, step=step)
             sums.zero_()
-            interval_start, interval_step = time.perf_counter(), step
+            interval_start, interval_step, data_seconds = time.perf_counter(), step, 0.0
 
         pause = time.perf_counter()
         if accelerator.is_main_process:
@@ -615,14 +578,14 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with_ema_weights(lambda: pipeline.save_pretrained(args.output_dir))
-        write_model_card(args.output_dir, args, pictures.class_names, images_per_step)
+        write_model_card(args.output_dir, args, class_names, images_per_step)
         if repo_id is not None:
             upload_folder(
                 repo_id=repo_id,
                 folder_path=args.output_dir,
                 token=args.hub_token,
                 commit_message="End of training",
-                ignore_patterns=["checkpoint-*", ".unfinished-*", "latents.*"],
+                ignore_patterns=["checkpoint-*", ".unfinished-*", "latents/*", "latents.*"],
             )
     accelerator.end_training()
 

@@ -1,0 +1,434 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""
+Latents of a picture data set, on disk: safetensors shards and a manifest that says what they are.
+
+    folder/manifest.json          what the latents depend on, the classes, the shards and their hashes
+    folder/shard-00000.safetensors   `mean` and, unless the autoencoder is deterministic, `std` (n, views, C, h, w) of
+                                     the normalised posterior, and `labels` (n,)
+    folder/shard-00000.json       written after its shard: what a run that was stopped need not do again
+
+A shard holds the pictures of a fixed range of indices, so that any number of processes write the same files. View 0 is
+the picture, view 1 its mirror image. Shards are mapped into memory: a sample is read when it is asked for.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from ..autoencoders import Autoencoder, encode_moments
+from ..checks import check_choice
+from .data import Pictures, to_pixels
+
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+LATENT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ON_BAD_IMAGE = ("error", "skip")
+SHARD_SIZE = 4096
+
+
+class BadImagesError(ValueError):
+    """
+    Pictures that could not be read.
+
+    Args:
+        bad (`list[dict]`): The `index`, the `path` and the `reason` of each.
+    """
+
+    def __init__(self, bad: list[dict[str, Any]]):
+        shown = "; ".join(f"{entry['path']}: {entry['reason']}" for entry in bad[:20])
+        more = f"; and {len(bad) - 20} more" if len(bad) > 20 else ""
+        super().__init__(
+            f"{len(bad)} pictures cannot be read: {shown}{more}. Repair or remove them, or leave them out with "
+            "`on_bad_image` = 'skip'."
+        )
+        self.bad = bad
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of the file at `path`."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_autoencoder(vae: Autoencoder | None) -> dict[str, str] | None:
+    """What identifies an autoencoder: the class of `vae` and hashes of its config and its weights."""
+    if vae is None:
+        return None
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    weights = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        weights.update(name.encode() + tensor.cpu().float().contiguous().numpy().tobytes())
+    return {
+        "class_name": type(vae).__name__,
+        "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+        "weights_sha256": weights.hexdigest(),
+    }
+
+
+def latent_settings(
+    pictures: Pictures, vae: Autoencoder | None, random_flip: bool, latents_dtype: str = "float32"
+) -> dict[str, Any]:
+    """
+    What latents depend on, as their manifest states it.
+
+    Args:
+        pictures ([`Pictures`]): The pictures.
+        vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
+        random_flip (`bool`): Whether the mirror images are encoded too.
+        latents_dtype (`str`, defaults to `"float32"`): `"float32"`, `"float16"` or `"bfloat16"`, on disk.
+
+    Returns:
+        `dict`: The settings, which JSON can hold.
+    """
+    check_choice("latents_dtype", latents_dtype, tuple(LATENT_DTYPES))
+    return {
+        "pictures": pictures.fingerprint,
+        "num_pictures": len(pictures.dataset),
+        "class_names": list(pictures.class_names),
+        "transform": "ADM centre crop",
+        "resolution": pictures.resolution,
+        "random_flip": random_flip,
+        "autoencoder": describe_autoencoder(vae),
+        "latents_dtype": latents_dtype,
+    }
+
+
+class _Readable(Dataset):
+    """A picture data set that gives the reason of what cannot be read in place of it."""
+
+    def __init__(self, pictures: Pictures):
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            sample = self.pictures.dataset[index]
+        except MemoryError:
+            raise
+        except Exception as error:  # of whatever reads the file
+            return {"index": index, "reason": f"{type(error).__name__}: {error}"}
+        num_classes = len(self.pictures.class_names)
+        if not 0 <= int(sample["label"]) < num_classes:
+            return {"index": index, "reason": f"its label is {sample['label']}, not in [0, {num_classes - 1}]"}
+        return {"index": index, **sample}
+
+
+def _shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+def _publish(path: Path, write: Callable[[Path], None]) -> None:
+    """Writes a file that is there as a whole or not at all, readable for whom the process's other files are."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    write(unfinished)
+    umask = os.umask(0)
+    os.umask(umask)
+    unfinished.chmod(0o666 & ~umask)
+    os.replace(unfinished, path)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    _publish(path, lambda unfinished: unfinished.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def _read_note(folder: Path, shard: int) -> dict[str, Any] | None:
+    """What was noted of a shard, `None` unless both are there."""
+    path = _shard_path(folder, shard)
+    note = path.with_suffix(".json")
+    return json.loads(note.read_text()) if note.exists() and path.exists() else None
+
+
+def _is_done(folder: Path, shard: int, settings: dict[str, Any], on_bad_image: str) -> bool:
+    """
+    Whether a shard was written under the same settings; raises a `ValueError` if under others. Where bad pictures are
+    an error, they are tried again.
+    """
+    note = _read_note(folder, shard)
+    if note is None:
+        return False
+    check_settings(folder, note["settings"], settings)
+    return on_bad_image == "skip" or not note["bad_images"]
+
+
+def _describe_difference(found: Any, expected: Any) -> tuple[str, str]:
+    if isinstance(found, list) and isinstance(expected, list):
+        index = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), None)
+        index = min(len(found), len(expected)) if index is None else index
+        return tuple(f"{len(values)} with {values[index : index + 1]} at {index}" for values in (found, expected))
+    return repr(found), repr(expected)
+
+
+def check_settings(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """
+    Raises unless latents were made as they should have been.
+
+    Args:
+        folder (`Path`): Where they are.
+        found (`dict`): Their settings.
+        expected (`dict`): What [`latent_settings`] gives.
+
+    Raises:
+        `ValueError`: a field differs; the message names it.
+    """
+    for name, value in expected.items():
+        if found.get(name) != value:
+            received, wanted = _describe_difference(found.get(name), value)
+            raise ValueError(
+                f"{folder} must hold latents with `{name}` = {wanted}, got {received}: remove it, or use another "
+                "folder."
+            )
+
+
+@torch.no_grad()
+def encode_latents(
+    pictures: Pictures,
+    vae: Autoencoder | None,
+    folder: Path,
+    random_flip: bool,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    latents_dtype: str = "float32",
+    shard_size: int = SHARD_SIZE,
+    on_bad_image: str = "error",
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> None:
+    """
+    Writes the shards that fall to one process, but for those that are there already.
+
+    Args:
+        pictures ([`Pictures`]): The pictures.
+        vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
+        folder (`Path`): Where the shards go.
+        random_flip (`bool`): Whether to encode the mirror images too.
+        batch_size (`int`, defaults to 64): Pictures per pass of the autoencoder.
+        num_workers (`int`, defaults to 0): Processes that read pictures; 0 reads them in this one.
+        latents_dtype (`str`, defaults to `"float32"`): See [`latent_settings`].
+        shard_size (`int`, defaults to 4096): Pictures per shard.
+        on_bad_image (`str`, defaults to `"error"`):
+            Pictures that cannot be read are left out and noted; with `"error"` the next call tries them again.
+        process_index (`int`, defaults to 0): Which process this is; it writes every `num_processes`-th shard.
+        num_processes (`int`, defaults to 1): Number of processes.
+
+    Raises:
+        `ValueError`: the folder has shards with other settings, or latents are too large for `latents_dtype`.
+    """
+    check_choice("on_bad_image", on_bad_image, ON_BAD_IMAGE)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {**latent_settings(pictures, vae, random_flip, latents_dtype), "shard_size": shard_size}
+    device = next(vae.parameters()).device if vae is not None else torch.device("cpu")
+    dtype = LATENT_DTYPES[latents_dtype]
+    num_pictures = len(pictures.dataset)
+    shards = range(process_index, -(-num_pictures // shard_size), num_processes)
+    todo = [shard for shard in shards if not _is_done(folder, shard, settings, on_bad_image)]
+    batches = [
+        list(range(start, min(start + batch_size, (shard + 1) * shard_size, num_pictures)))
+        for shard in todo
+        for start in range(shard * shard_size, min((shard + 1) * shard_size, num_pictures), batch_size)
+    ]
+    loader = iter(DataLoader(_Readable(pictures), batch_sampler=batches, num_workers=num_workers, collate_fn=list))
+    progress = tqdm(total=sum(map(len, batches)), desc="Encoding pictures", disable=process_index > 0)
+    for shard in todo:
+        parts: dict[str, list[torch.Tensor]] = {"mean": [], "std": [], "labels": []}
+        bad = []
+        for _ in range(-(-min(shard_size, num_pictures - shard * shard_size) // batch_size)):
+            rows = next(loader)
+            progress.update(len(rows))
+            bad += [{"index": row["index"], "reason": row["reason"]} for row in rows if "reason" in row]
+            rows = [row for row in rows if "reason" not in row]
+            if not rows:
+                continue
+            pixels = to_pixels(torch.from_numpy(np.stack([row["image"] for row in rows]))).to(device)
+            views = [pixels, pixels.flip(-1)] if random_flip else [pixels]
+            means, stds = zip(*(encode_moments(view, vae) for view in views), strict=True)
+            parts["mean"].append(torch.stack(means, dim=1).to(dtype).cpu())  # (B, views, C, h, w)
+            if stds[0] is not None:
+                parts["std"].append(torch.stack(stds, dim=1).to(dtype).cpu())
+            parts["labels"].append(torch.tensor([int(row["label"]) for row in rows]))
+        tensors = {name: torch.cat(chunks) for name, chunks in parts.items() if chunks}
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+            raise ValueError(
+                f"`latents_dtype` must hold the latents, got {latents_dtype!r}, in which some are not finite."
+            )
+        path = _shard_path(folder, shard)
+        path.with_suffix(".json").unlink(missing_ok=True)
+        _publish(path, lambda unfinished, tensors=tensors: save_file(tensors, unfinished))
+        for entry in bad:
+            entry["path"] = pictures.path_of(entry["index"])
+        note = {
+            "settings": settings,
+            "num_samples": len(tensors["labels"]) if tensors else 0,
+            "latent_shape": list(tensors["mean"].shape[2:]) if tensors else None,
+            "sha256": sha256_of(path),
+            "bad_images": bad,
+        }
+        _write_json(path.with_suffix(".json"), note)
+    progress.close()
+
+
+def finish_latents(folder: Path, settings: dict[str, Any], on_bad_image: str = "error") -> dict[str, Any]:
+    """
+    Writes the manifest once all shards are there.
+
+    Args:
+        folder (`Path`): Where the shards are.
+        settings (`dict`): What [`latent_settings`] gives.
+        on_bad_image (`str`, defaults to `"error"`):
+            `"error"` refuses data with pictures that could not be read, `"skip"` leaves them out and counts them.
+
+    Returns:
+        `dict`: The manifest.
+
+    Raises:
+        `ValueError`: a shard is missing or has other settings, no picture could be read, or, as a [`BadImagesError`],
+            some could not.
+    """
+    check_choice("on_bad_image", on_bad_image, ON_BAD_IMAGE)
+    first = _read_note(folder, 0)
+    shard_size = SHARD_SIZE if first is None else first["settings"]["shard_size"]
+    num_shards = -(-settings["num_pictures"] // shard_size)
+    notes = [_read_note(folder, shard) for shard in range(num_shards)]
+    if None in notes:
+        missing = [_shard_path(folder, shard).name for shard, note in enumerate(notes) if note is None]
+        raise ValueError(
+            f"{folder} must hold {num_shards} shards, got {num_shards - len(missing)}, without "
+            f"{', '.join(missing[:5])}: encode the rest first."
+        )
+    for note in notes:
+        check_settings(folder, note["settings"], {**settings, "shard_size": shard_size})
+    bad = [entry for note in notes for entry in note["bad_images"]]
+    check_bad_images(bad, on_bad_image)
+    num_samples = sum(note["num_samples"] for note in notes)
+    if num_samples == 0:
+        raise ValueError(f"{folder} must hold at least one picture, got none of {settings['num_pictures']}.")
+    manifest = {
+        "format": FORMAT,
+        **settings,
+        "num_samples": num_samples,
+        "num_views": 2 if settings["random_flip"] else 1,
+        "latent_shape": next(note["latent_shape"] for note in notes if note["latent_shape"] is not None),
+        "bad_images": bad,
+        "shards": [
+            {"file": _shard_path(folder, shard).name, "num_samples": note["num_samples"], "sha256": note["sha256"]}
+            for shard, note in enumerate(notes)
+        ],
+    }
+    _write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def check_bad_images(bad: list[dict[str, Any]], on_bad_image: str) -> None:
+    """Raises a `BadImagesError` if there are `bad` pictures and `on_bad_image` is `"error"`."""
+    if bad and on_bad_image == "error":
+        raise BadImagesError(bad)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether `folder` has a manifest and all of its shards."""
+    if not (folder / MANIFEST).exists():
+        return False
+    shards = json.loads((folder / MANIFEST).read_text())["shards"]
+    return all((folder / shard["file"]).is_file() for shard in shards)
+
+
+def find_damaged_shards(folder: Path) -> list[str]:
+    """Names of the shards in `folder` that are missing or do not have the hash of the manifest."""
+    shards = json.loads((folder / MANIFEST).read_text())["shards"]
+    return [
+        shard["file"]
+        for shard in shards
+        if not (folder / shard["file"]).is_file() or sha256_of(folder / shard["file"]) != shard["sha256"]
+    ]
+
+
+class LatentDataset:
+    """
+    The latents that [`encode_latents`] and [`finish_latents`] wrote.
+
+    Args:
+        folder (`Path`): Where they are.
+
+    Raises:
+        `ValueError`: there is no manifest, it is of another format, or a shard is missing.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        try:
+            #: What the manifest says.
+            self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.folder} must hold latents, with a {MANIFEST}, got none: {error}") from error
+        if self.manifest.get("format") != FORMAT:
+            raise ValueError(f"{self.folder} must hold latents of format {FORMAT}, got {self.manifest.get('format')}.")
+        missing = [shard["file"] for shard in self.manifest["shards"] if not (self.folder / shard["file"]).is_file()]
+        if missing:
+            raise ValueError(f"{self.folder} must hold all shards of its {MANIFEST}, got it without {missing}.")
+        sizes = [shard["num_samples"] for shard in self.manifest["shards"]]
+        self._starts = np.cumsum([0, *sizes])
+        self._slices: dict[int, dict[str, Any]] = {}  # opened in each process when they are needed
+        #: Class ids, (n,).
+        self.labels = torch.cat([self._open(shard)["labels"] for shard, size in enumerate(sizes) if size > 0])
+        self._slices.clear()
+
+    def _open(self, shard: int) -> dict[str, Any]:
+        if shard not in self._slices:
+            path = self.folder / self.manifest["shards"][shard]["file"]
+            try:
+                file = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{path} must be an undamaged shard, got {error}: remove it and encode again."
+                ) from error
+            slices = {name: file.get_slice(name) for name in file.keys() if name != "labels"}  # noqa: SIM118
+            self._slices[shard] = {"labels": file.get_tensor("labels"), **slices}
+        return self._slices[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_slices": {}}  # open files stay with their process
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_views(self) -> int:
+        """1, or 2 with the mirror images."""
+        return self.manifest["num_views"]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape (C, h, w) of the latents."""
+        return tuple(self.manifest["latent_shape"])
+
+    def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        The normalised posterior of a picture.
+
+        Args:
+            index (`int`): Which picture, in [0, n - 1].
+            view (`int`, defaults to 0): 1 is its mirror image.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor | None]`: Mean and standard deviation (C, h, w) in fp32; the second is
+            `None` for a deterministic autoencoder.
+        """
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        slices, row = self._open(shard), index - int(self._starts[shard])
+        mean = slices["mean"][row, view].float()
+        return mean, (slices["std"][row, view].float() if "std" in slices else None)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        return (self.read(index) for index in range(len(self)))

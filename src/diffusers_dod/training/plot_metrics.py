@@ -1,0 +1,105 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""
+Draws the curves of a run, or of several, from their metrics; needs matplotlib:
+
+    python -m diffusers_dod.training.plot_metrics outputs/dod-b outputs/fitv2-b --output outputs/curves.png
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+
+PANELS = {
+    "loss": ("loss",),
+    "loss with and without a prior": ("loss_with_prior", "loss_without_prior"),
+    "loss by time (sigma)": (
+        "loss_sigma_0.00_0.25",
+        "loss_sigma_0.25_0.50",
+        "loss_sigma_0.50_0.75",
+        "loss_sigma_0.75_1.00",
+    ),
+    "norm of the gradients": ("grad_norm",),
+    "learning rate": ("learning_rate",),
+    "images per second": ("images_per_second",),
+}
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float | None]]:
+    """
+    The metrics of a run.
+
+    Args:
+        run_dir (`Path`): Its folder.
+
+    Returns:
+        `list[dict]`: A dict for each line.
+
+    Raises:
+        `ValueError`: it has no metrics.
+    """
+    path = run_dir / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    if not lines:
+        raise ValueError(f"`run_dirs` must hold runs with metrics, got {run_dir} without a line in {path.name}.")
+    return lines
+
+
+def smooth(values: np.ndarray, width: int) -> np.ndarray:
+    """The running mean of `values` over the last `width` of them."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    starts = np.maximum(np.arange(1, len(sums)) - width, 0)
+    return (sums[1:] - sums[starts]) / (np.arange(1, len(sums)) - starts)
+
+
+def plot_metrics(run_dirs: list[Path], output: Path, smoothing: int = 1) -> None:
+    """
+    Draws the curves of runs into one picture.
+
+    Args:
+        run_dirs (`list[Path]`): Folders of the runs.
+        output (`Path`): The picture.
+        smoothing (`int`, defaults to 1): Lines that a point averages over.
+
+    Raises:
+        `ValueError`: a run has no metrics.
+    """
+    runs = {run_dir.name: read_metrics(run_dir) for run_dir in run_dirs}
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    for panel, (title, names) in zip(axes.flat, PANELS.items(), strict=True):
+        for run, lines in runs.items():
+            for name in names:
+                points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+                if points:
+                    steps, values = np.array(points).T
+                    label = ", ".join([run] * (len(runs) > 1) + [name] * (len(names) > 1))
+                    panel.plot(steps, smooth(values, smoothing), label=label or None, linewidth=1.2)
+        panel.set(title=title, xlabel="step")
+        panel.grid(alpha=0.3)
+        if panel.get_legend_handles_labels()[1]:
+            panel.legend(fontsize=8)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dirs", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--smoothing", type=int, default=1, help="Lines that a point averages over.")
+    args = parser.parse_args(argv)
+    plot_metrics(args.run_dirs, args.output, args.smoothing)
+    print(f"Wrote {args.output}.")
+
+
+if __name__ == "__main__":
+    main()

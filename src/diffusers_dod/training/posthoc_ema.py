@@ -1,0 +1,81 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""
+Puts together an average of the weights of any length after the training (Karras et al. 2024, arXiv:2312.02696), from
+the checkpoints of a run with `--ema_sigma_rel 0.05 0.1`:
+
+    python -m diffusers_dod.training.posthoc_ema --run_dir outputs/dod-b --sigma_rel 0.08 --output_dir outputs/longer
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from ..checks import check_at_least, check_number
+from ..losses import DoDJointModel
+from ..pipeline_dod import DoDPipeline
+from .checkpoints import STATE_FOLDER, checkpoint_step, list_checkpoints
+from .ema import reconstruction_weights
+
+
+def find_snapshots(run_dir: Path) -> dict[tuple[int, float], Path]:
+    """The files of all power-function averages in the checkpoints of `run_dir`, by step and width."""
+    found = {}
+    for checkpoint in list_checkpoints(run_dir):
+        for path in sorted((checkpoint / STATE_FOLDER).glob("ema-sigma-rel-*.safetensors")):
+            width = float(re.fullmatch(r"ema-sigma-rel-(.+)\.safetensors", path.name)[1])
+            found[checkpoint_step(checkpoint), width] = path
+    return found
+
+
+def reconstruct(run_dir: Path, sigma_rel: float, step: int | None = None) -> tuple[DoDPipeline, float]:
+    """
+    A pipeline with an average of the weights of any length.
+
+    Args:
+        run_dir (`Path`): Folder of the run, with its checkpoints.
+        sigma_rel (`float`): Width of the average over the length of the training, in (0, 1 / sqrt(12)).
+        step (`int`, *optional*): Where the average ends; the last checkpoint if not given.
+
+    Returns:
+        `tuple[DoDPipeline, float]`: The pipeline, and how far its profile is from the wanted one, relative to it.
+
+    Raises:
+        `ValueError`: there are no snapshots, or none as late as `step`, or an argument is out of range.
+    """
+    check_number("sigma_rel", sigma_rel, 0, 12**-0.5, open_minimum=True, open_maximum=True)
+    snapshots = find_snapshots(run_dir)
+    if not snapshots:
+        raise ValueError(f"`run_dir` must hold checkpoints of a run with `--ema_sigma_rel`, got {run_dir}.")
+    if step is None:
+        step = max(snapshot[0] for snapshot in snapshots)
+    check_at_least("step", step, 1)
+    weights, rest = reconstruction_weights(list(snapshots), step, sigma_rel)
+    total: dict[str, torch.Tensor] = {}
+    for weight, path in zip(weights.tolist(), snapshots.values(), strict=True):
+        for name, tensor in load_file(path).items():
+            part = weight * tensor.double()
+            total[name] = total[name] + part if name in total else part
+    pipeline = DoDPipeline.from_pretrained(list_checkpoints(run_dir)[-1])
+    model = DoDJointModel(pipeline.transformer, pipeline.latent_embedder)
+    model.load_state_dict({name: tensor.float() for name, tensor in total.items()})
+    return pipeline, rest
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run_dir", type=Path, required=True)
+    parser.add_argument("--sigma_rel", type=float, required=True, help="Width over the length of the training.")
+    parser.add_argument("--step", type=int, help="Where the average ends, the last checkpoint by default.")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    args = parser.parse_args(argv)
+    pipeline, rest = reconstruct(args.run_dir, args.sigma_rel, args.step)
+    pipeline.save_pretrained(args.output_dir)
+    print(f"Wrote {args.output_dir}. What is left of the profile: {rest:.2%} of its norm.")
+
+
+if __name__ == "__main__":
+    main()

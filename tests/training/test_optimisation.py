@@ -1,0 +1,188 @@
+"""Averages of the weights beside the first one, steps that are not finite, compiled blocks."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import fresh_accelerator, says
+from safetensors.torch import load_file
+
+from diffusers_dod import DoDPipeline, DoDTransformer2DModel, LatentEmbeddingModule
+from diffusers_dod.losses import DoDJointModel
+from diffusers_dod.training import posthoc_ema
+from diffusers_dod.training.checkpoints import STATE_FOLDER
+from diffusers_dod.training.train import main, parse_args
+
+
+TINY = "--preset DoD-Desk --train_batch_size 4 --logging_steps 1 --learning_rate 1e-2 --adam_epsilon 1e-3 "
+TINY = (TINY + "--dataset_name textures --num_train_samples 16 --resolution 8 --checkpointing_steps 1").split()
+AVERAGES = "--ema_decay 0.5 0.9 --ema_sigma_rel 0.1 0.2".split()
+NAMES = ("decay-0.9", "sigma-rel-0.1", "sigma-rel-0.2")
+
+
+def train(output_dir: Path, *arguments) -> Path:
+    with fresh_accelerator():
+        main([*TINY, "--output_dir", str(output_dir), *map(str, arguments)])
+    return output_dir
+
+
+def state(run: Path, step: int, name: str) -> dict[str, torch.Tensor]:
+    return load_file(run / f"checkpoint-{step}" / STATE_FOLDER / f"{name}.safetensors")
+
+
+def assert_equal(tensors: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
+    assert list(tensors) == list(others)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """Four uninterrupted steps; read only."""
+    return train(tmp_path_factory.mktemp("finished") / "run", *AVERAGES, "--max_train_steps", 4)
+
+
+# ---------------------------------------------------------------------------------------------------------- averages
+
+
+def test_averages_follow_the_raw_weights(finished):
+    raw = [state(finished, step, "model") for step in range(1, 5)]
+    for name, decay in (("decay-0.9", lambda step: min(0.9, step / (9 + step)) if step > 1 else 0.0),):
+        expected = raw[0]
+        for step in range(2, 5):
+            rate = decay(step)
+            expected = {key: rate * expected[key] + (1 - rate) * raw[step - 1][key] for key in expected}
+        for key, value in state(finished, 4, f"ema-{name}").items():
+            torch.testing.assert_close(value, expected[key])
+    differing = {name: state(finished, 4, f"ema-{name}") for name in NAMES}
+    key = "transformer.proj_out.weight"
+    assert len({tensors[key].sum().item() for tensors in differing.values()}) == 3
+
+
+def test_a_resumed_run_has_the_same_averages(finished, tmp_path):
+    run = train(tmp_path / "run", *AVERAGES, "--max_train_steps", 2)
+    train(run, *AVERAGES, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    for name in ("model", "optimizer", *(f"ema-{name}" for name in NAMES)):
+        assert_equal(state(run, 4, name), state(finished, 4, name))
+
+
+def test_an_average_cannot_start_in_the_middle(finished, tmp_path):
+    run = train(tmp_path / "run", "--max_train_steps", 1)
+    with pytest.raises(ValueError, match=says("`resume_from_checkpoint`", "'sigma-rel-0.1'", "middle of a run")):
+        train(run, "--ema_sigma_rel", 0.1, "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["--ema_decay", 1.5], ["`ema_decay`", "[0, 1]", "got 1.5"]),
+        (["--ema_decay", 0.9, 0.9], ["`ema_decay`", "different", "got [0.9, 0.9]"]),
+        (["--ema_sigma_rel", 0.3], ["`ema_sigma_rel`", "(0, 0.288", "got 0.3"]),
+        (["--ema_sigma_rel", 0], ["`ema_sigma_rel`", "(0, 0.288", "got 0"]),
+        (["--ema_sigma_rel", 0.1, 0.1], ["`ema_sigma_rel`", "different", "got [0.1, 0.1]"]),
+        (["--max_nonfinite_steps", -1], ["`max_nonfinite_steps`", ">= 0", "got -1"]),
+    ],
+)
+def test_bad_options(tmp_path, capsys, arguments, fragments):
+    with pytest.raises(SystemExit):
+        parse_args([*TINY, "--output_dir", str(tmp_path), *map(str, arguments)])
+    message = capsys.readouterr().err
+    assert all(fragment in message for fragment in fragments), message
+
+
+def test_a_recorded_average_is_reconstructed(finished):
+    pipeline, rest = posthoc_ema.reconstruct(finished, 0.2, step=3)
+    model = DoDJointModel(pipeline.transformer, pipeline.latent_embedder)
+    assert rest < 1e-3
+    for name, value in state(finished, 3, "ema-sigma-rel-0.2").items():
+        torch.testing.assert_close(model.state_dict()[name], value, atol=1e-4, rtol=1e-3)
+
+
+def test_the_command_writes_a_pipeline(finished, tmp_path, capsys):
+    posthoc_ema.main(["--run_dir", str(finished), "--sigma_rel", "0.15", "--output_dir", str(tmp_path / "out")])
+    assert "What is left of the profile" in capsys.readouterr().out
+    pipeline = DoDPipeline.from_pretrained(tmp_path / "out")
+    weight = pipeline.transformer.proj_out.weight
+    recorded = [state(finished, 4, f"ema-sigma-rel-{width}")["transformer.proj_out.weight"] for width in (0.1, 0.2)]
+    assert all((weight - other).abs().max() > 1e-6 for other in recorded)
+    # Between the two.
+    assert (weight - recorded[0]).norm() < (recorded[1] - recorded[0]).norm()
+
+
+def test_a_run_without_snapshots_is_refused(tmp_path):
+    run = train(tmp_path / "run", "--max_train_steps", 1)
+    with pytest.raises(ValueError, match=says("`run_dir`", "--ema_sigma_rel", f"got {run}")):
+        posthoc_ema.reconstruct(run, 0.1)
+
+
+# ---------------------------------------------------------------------------------------------- steps without numbers
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Makes the losses of chosen steps NaN."""
+
+    def choose(steps):
+        forward, calls = DoDJointModel.forward, []
+
+        def spoiled(self, *args, **kwargs):
+            calls.append(None)
+            losses = forward(self, *args, **kwargs)
+            return losses * math.nan if len(calls) in steps else losses
+
+        monkeypatch.setattr(DoDJointModel, "forward", spoiled)
+
+    return choose
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, spoil, caplog):
+    spoil({2})
+    run = train(tmp_path / "run", "--max_train_steps", 3)
+    first, second, third = (state(run, step, "model") for step in (1, 2, 3))
+    assert_equal(first, second)
+    assert all(tensor.isfinite().all() for tensor in third.values())
+    assert any(not torch.equal(third[name], second[name]) for name in third)
+    folder = run / "checkpoint-3" / STATE_FOLDER
+    assert json.loads((folder / "state.json").read_text())["num_nonfinite_steps"] == 1
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line)["loss"] >= 0
+
+
+def test_too_many_of_them_end_the_run_with_a_report(tmp_path, spoil):
+    spoil({2, 3, 4})
+    with pytest.raises(FloatingPointError, match=says("3 steps in a row", "step 4", "`max_nonfinite_steps` = 2")):
+        train(tmp_path / "run", "--max_train_steps", 9, "--max_nonfinite_steps", 2)
+    report = json.loads((tmp_path / "run" / "nonfinite-step-4.json").read_text())
+    assert report["step"] == 4 and report["stream_positions"] == [12, 16]
+    assert report["nonfinite_weights"] == [] and "transformer.proj_out.weight" in report["nonfinite_gradients"]
+
+
+def test_good_steps_in_between_start_the_count_anew(tmp_path, spoil):
+    spoil({1, 3, 5})
+    run = train(tmp_path / "run", "--max_train_steps", 6, "--max_nonfinite_steps", 1)
+    folder = run / "checkpoint-6" / STATE_FOLDER
+    assert json.loads((folder / "state.json").read_text())["num_nonfinite_steps"] == 3
+
+
+# -------------------------------------------------------------------------------------------------------------- speed
+
+
+def test_blocks_are_compiled_when_asked_for(tmp_path, monkeypatch):
+    compiled = []
+    for cls in (DoDTransformer2DModel, LatentEmbeddingModule):
+        monkeypatch.setattr(cls, "compile_repeated_blocks", lambda self, cls=cls: compiled.append(cls))
+    train(tmp_path / "plain", "--max_train_steps", 1)
+    assert compiled == []
+    train(tmp_path / "run", "--max_train_steps", 1, "--compile")
+    assert compiled == [DoDTransformer2DModel, LatentEmbeddingModule]
+
+
+def test_tf32_when_asked_for(tmp_path):
+    before = torch.get_float32_matmul_precision()
+    try:
+        train(tmp_path / "run", "--max_train_steps", 1, "--allow_tf32")
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,7 @@
+"""accelerate launch training/encode_latents.py --help  (the command itself: diffusers_dod.training.encode_latents)"""
+
+from diffusers_dod.training.encode_latents import main
+
+
+if __name__ == "__main__":
+    main()
