@@ -30,7 +30,7 @@ from huggingface_hub import create_repo, upload_folder
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..autoencoders import Autoencoder
+from ..autoencoders import Autoencoder, spatial_factor
 from ..conversion import add_prior_projection
 from ..latent_embedding import LatentEmbeddingModule
 from ..losses import DoDJointModel
@@ -57,6 +57,7 @@ from .data import (
 from .ema import PowerFunctionEMA
 from .encode_latents import encode_data, load_autoencoder
 from .finetuning import difffit_parameters, freeze_all_but
+from .foreign_latents import open_latents
 from .image_grid import stage_grid
 from .latents import LatentDataset, check_settings, describe_autoencoder
 from .model_card import write_model_card
@@ -85,7 +86,12 @@ def prepare_latents(args: argparse.Namespace, accelerator: Accelerator, vae: Aut
             read.
     """
     if args.dataset_name is None and args.train_data_dir is None:
-        latents = LatentDataset(args.latents_dir)
+        latents = open_latents(args.latents_dir, vae)
+        if not isinstance(latents, LatentDataset):
+            logger.warning(
+                f"{args.latents_dir} does not say which autoencoder it comes from: it is taken for the given."
+            )
+            return latents
         expected = {"autoencoder": describe_autoencoder(vae)} | ({"random_flip": True} if args.random_flip else {})
         check_settings(args.latents_dir, latents.manifest, expected)
         return latents
@@ -326,7 +332,8 @@ def main(argv: list[str] | None = None) -> None:
 
     vae = load_autoencoder(args.pretrained_vae_name_or_path, accelerator.device)
     latents = prepare_latents(args, accelerator, vae)
-    args.resolution, args.random_flip = latents.manifest["resolution"], latents.manifest["random_flip"]
+    args.resolution = latents.manifest["resolution"] or latents.latent_shape[1] * (spatial_factor(vae) if vae else 1)
+    args.random_flip = latents.manifest["random_flip"]
     class_names = tuple(latents.manifest["class_names"])
     num_classes = len(class_names)
 

@@ -1,0 +1,186 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""
+Latents that other projects have encoded, read as [`LatentDataset`] reads this package's.
+
+Neither form says which autoencoder it comes from: it must be the one that the trainer is given, whose statistics
+normalise the latents.
+
+- LightningDiT: `latents_rank00_shard000.safetensors`, ... with `latents`, `latents_flip` (n, C, h, w) and `labels`
+  (n,): samples, without a deviation.
+- EDM2 and REPA: `dataset.json` with `labels`, pairs of a file and a class, and NumPy files (2C, h, w) with mean and
+  deviation.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..autoencoders import Autoencoder, latent_statistics
+from .latents import MANIFEST, LatentDataset
+
+
+LIGHTNING_DIT_SHARDS = "latents_rank*_shard*.safetensors"
+EDM2_INDEX = "dataset.json"
+
+
+class _ForeignLatents:
+    """What both forms have in common."""
+
+    def __init__(self, folder: Path, labels: torch.Tensor, num_views: int, shape: tuple[int, ...], vae: Autoencoder):
+        if len(labels) == 0 or bool((labels < 0).any()):
+            raise ValueError(f"{folder} must hold latents with class ids from 0, got {labels[:5].tolist()}.")
+        self.folder = folder
+        self.labels = labels
+        self.num_views = num_views
+        self.latent_shape = tuple(shape)
+        mean, std = latent_statistics(vae, torch.zeros(1))
+        self._mean, self._std = mean[0], std[0]
+        if self._mean.shape[0] not in (1, shape[0]):
+            raise ValueError(
+                f"{folder} must hold latents of the autoencoder's {self._mean.shape[0]} channels, got {shape[0]}."
+            )
+        self.manifest: dict[str, Any] = {
+            "class_names": [str(index) for index in range(int(labels.max()) + 1)],
+            "resolution": None,
+            "random_flip": num_views == 2,
+            "bad_images": [],
+        }
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class LightningDiTLatents(_ForeignLatents):
+    """
+    Shards of LightningDiT.
+
+    Args:
+        folder (`Path`): Where they are.
+        vae ([`Autoencoder`]): The autoencoder that they come from.
+
+    Raises:
+        `ValueError`: a file is damaged, or does not hold such latents.
+    """
+
+    def __init__(self, folder: Path, vae: Autoencoder):
+        self._files = sorted(folder.glob(LIGHTNING_DIT_SHARDS))
+        self._slices: dict[int, dict[str, Any]] = {}
+        labels, shapes, keys = [], set(), set()
+        for index, path in enumerate(self._files):
+            slices = self._open(index)
+            if "latents" not in slices or "labels" not in slices:
+                raise ValueError(f"{path} must hold `latents` and `labels`, got {sorted(slices)}.")
+            labels.append(slices["labels"].long())
+            shapes.add(tuple(slices["latents"].get_shape()[1:]))
+            keys.add("latents_flip" in slices)
+        if len(shapes) != 1 or len(keys) != 1:
+            raise ValueError(f"{folder} must hold shards of one form, got latents of {sorted(shapes)}.")
+        self._starts = np.cumsum([0, *map(len, labels)])
+        self._slices = {}
+        super().__init__(folder, torch.cat(labels), 2 if keys.pop() else 1, shapes.pop(), vae)
+
+    def _open(self, index: int) -> dict[str, Any]:
+        if index not in self._slices:
+            try:
+                file = safe_open(self._files[index], framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{self._files[index]} must be an undamaged shard, got {error}.") from error
+            self._slices[index] = {
+                name: file.get_tensor(name) if name == "labels" else file.get_slice(name) for name in file.keys()
+            }
+        return self._slices[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_slices": {}}  # open files stay with their process
+
+    def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, None]:
+        """
+        The normalised latents of a picture.
+
+        Args:
+            index (`int`): Which picture, in [0, n - 1].
+            view (`int`, defaults to 0): 1 is its mirror image.
+
+        Returns:
+            `tuple[torch.Tensor, None]`: The latents (C, h, w) in fp32, and no deviation.
+        """
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        latents = self._open(shard)["latents_flip" if view else "latents"][index - int(self._starts[shard])]
+        return (latents.float() - self._mean) / self._std, None
+
+
+class Edm2Latents(_ForeignLatents):
+    """
+    Arrays of EDM2 and REPA.
+
+    Args:
+        folder (`Path`): Where `dataset.json` and the arrays are.
+        vae ([`Autoencoder`]): The autoencoder that they come from.
+
+    Raises:
+        `ValueError`: the index has no labels, or the arrays are of another form.
+    """
+
+    def __init__(self, folder: Path, vae: Autoencoder):
+        try:
+            entries = json.loads((folder / EDM2_INDEX).read_text())["labels"] or []
+            self._files = [str(name) for name, _ in entries]
+            labels = torch.tensor([int(label) for _, label in entries], dtype=torch.int64)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{folder / EDM2_INDEX} must hold `labels`, pairs of a file and a class: {error}"
+            ) from error
+        if not self._files:
+            raise ValueError(f"{folder / EDM2_INDEX} must hold at least one label, got none.")
+        shape = np.load(folder / self._files[0], mmap_mode="r").shape
+        if len(shape) != 3 or shape[0] % 2:
+            raise ValueError(f"{folder} must hold arrays (2C, h, w) of mean and deviation, got {shape}.")
+        super().__init__(folder, labels, 1, (shape[0] // 2, *shape[1:]), vae)
+
+    def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The normalised posterior of a picture.
+
+        Args:
+            index (`int`): Which picture, in [0, n - 1].
+            view (`int`, defaults to 0): There is one only.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Mean and standard deviation (C, h, w) in fp32.
+        """
+        mean, std = torch.from_numpy(np.load(self.folder / self._files[index])).float().chunk(2)
+        return (mean - self._mean) / self._std, std / self._std
+
+
+def open_latents(folder: Path, vae: Autoencoder | None) -> LatentDataset | LightningDiTLatents | Edm2Latents:
+    """
+    Opens latents of any form.
+
+    Args:
+        folder (`Path`): Where they are.
+        vae ([`Autoencoder`] or `None`): The autoencoder that they come from.
+
+    Returns:
+        [`LatentDataset`], [`LightningDiTLatents`] or [`Edm2Latents`].
+
+    Raises:
+        `ValueError`: they are of no known form, or of another project and there is no autoencoder.
+    """
+    if (folder / MANIFEST).exists():
+        return LatentDataset(folder)
+    forms = {LightningDiTLatents: any(folder.glob(LIGHTNING_DIT_SHARDS)), Edm2Latents: (folder / EDM2_INDEX).exists()}
+    form = next((form for form, is_there in forms.items() if is_there), None)
+    if form is None:
+        raise ValueError(
+            f"`latents_dir` must hold a {MANIFEST}, LightningDiT's {LIGHTNING_DIT_SHARDS} or EDM2's {EDM2_INDEX}, "
+            f"got {folder}."
+        )
+    if vae is None:
+        raise ValueError(
+            f"`pretrained_vae_name_or_path` must be the autoencoder that the latents in {folder} come from, got None."
+        )
+    return form(folder, vae)
