@@ -561,3 +561,34 @@ def test_a_resumed_sampler_goes_on_where_it_stopped(start_step):
     assert list(rest) == whole[start_step * 6 :]
     assert len(rest) == (5 - start_step) * 6
     assert list(rest) == list(rest)  # a sampler may be read twice
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exact shares
+
+
+@pytest.mark.parametrize(("size", "dropped_labels", "dropped_priors"), [(10, 1, 5), (8, 1, 4), (7, 1, 4)])
+def test_exact_shares_of_each_group_are_dropped(size, dropped_labels, dropped_priors):
+    stream = TrainingStream(NumberedLatents(), NUM_CLASSES, seed=3, exact_dropout_size=size)
+    patterns = set()
+    for group in range(6):
+        samples = [stream[position] for position in range(group * size, (group + 1) * size)]
+        labels = [sample["class_label"] == NUM_CLASSES for sample in samples]
+        priors = [not sample["has_prior"] for sample in samples]
+        assert (sum(labels), sum(priors)) == (dropped_labels, dropped_priors)
+        patterns.add((tuple(labels), tuple(priors)))
+    assert len(patterns) > 3  # others in each group
+
+
+def test_exact_shares_change_nothing_else():
+    exact = TrainingStream(NumberedLatents(std=1.0), NUM_CLASSES, seed=3, exact_dropout_size=4)
+    independent = TrainingStream(NumberedLatents(std=1.0), NUM_CLASSES, seed=3)
+    for position in (0, 5, 13):
+        for name in ("latents", "noise", "sigma"):
+            assert torch.equal(exact[position][name], independent[position][name])
+
+
+def test_nothing_or_everything_is_dropped_exactly():
+    for probability in (0.0, 1.0):
+        stream = TrainingStream(NumberedLatents(), NUM_CLASSES, 3, probability, probability, exact_dropout_size=6)
+        assert {stream[position]["has_prior"] for position in range(12)} == {probability == 0}

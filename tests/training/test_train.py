@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_dod import DoDPipeline
+from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.presets import PRESETS
 from diffusers_dod.training.checkpoints import MANIFEST, STATE_FOLDER
 from diffusers_dod.training.data import TrainingStream
@@ -521,3 +522,18 @@ def test_curves_are_drawn(tmp_path, finished, capsys):
     np.testing.assert_allclose(smooth(np.array([1.0, 2.0, 3.0, 8.0]), 2), [1, 1.5, 2.5, 5.5])
     with pytest.raises(ValueError, match=says("`run_dirs`", f"got {tmp_path}", "metrics.jsonl")):
         plot([str(tmp_path), "--output", str(tmp_path / "none.png")])
+
+
+def test_exact_shares_of_a_step(tmp_path, data, monkeypatch):
+    sizes = []
+    forward = DoDJointModel.forward
+
+    def record(self, latents, noise, sigmas, class_labels, num_priors=0):
+        sizes.append((len(latents), num_priors))
+        return forward(self, latents, noise, sigmas, class_labels, num_priors)
+
+    monkeypatch.setattr(DoDJointModel, "forward", record)
+    options = ["--gradient_accumulation_steps", 2, "--max_train_steps", 3, "--exact_dropout"]
+    train(tmp_path / "run", *data, *options)
+    for step in range(3):
+        assert sum(priors for _, priors in sizes[2 * step : 2 * step + 2]) == 4  # of 8 samples

@@ -130,6 +130,11 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     optimization.add_argument("--label_dropout_prob", type=float, default=0.1, help="Share of null-class samples.")
     optimization.add_argument("--prior_dropout_prob", type=float, default=0.5, help="p_s, share without a prior.")
     optimization.add_argument(
+        "--exact_dropout",
+        action="store_true",
+        help="Drop exactly these shares of the samples of each optimizer step, not each sample on its own.",
+    )
+    optimization.add_argument(
         "--mixed_precision", choices=["no", "bf16"], help="What `accelerate launch` is configured for, by default."
     )
     optimization.add_argument("--gradient_checkpointing", action="store_true")

@@ -279,6 +279,9 @@ class TrainingStream(Dataset):
         label_dropout_prob (`float`, defaults to 0.1): Probability that the class is replaced by the null class.
         prior_dropout_prob (`float`, defaults to 0.5):
             The paper's p_s, the probability that a sample is trained without its prior.
+        exact_dropout_size (`int`, *optional*):
+            Drops exactly these shares, to the nearest sample, of every so many samples in a row, chosen at random for
+            class and prior apart; each sample on its own if not given, as in the paper.
     """
 
     def __init__(
@@ -288,12 +291,14 @@ class TrainingStream(Dataset):
         seed: int,
         label_dropout_prob: float = 0.1,
         prior_dropout_prob: float = 0.5,
+        exact_dropout_size: int | None = None,
     ):
         self.latents = latents
         self.num_classes = num_classes
         self.seed = seed
         self.label_dropout_prob = label_dropout_prob
         self.prior_dropout_prob = prior_dropout_prob
+        self.exact_dropout_size = exact_dropout_size
         self._order: tuple[int, torch.Tensor] | None = None  # (epoch, permutation) of the latest access
 
     def _index(self, position: int) -> int:
@@ -302,6 +307,15 @@ class TrainingStream(Dataset):
             order = torch.randperm(len(self.latents), generator=stateless_generator(self.seed, 0, epoch))
             self._order = (epoch, order)
         return int(self._order[1][offset])
+
+    def _is_dropped(self, position: int, uniform: float, probability: float, kind: int) -> bool:
+        """Whether a sample lacks its class (`kind` 2) or its prior (3)."""
+        size = self.exact_dropout_size
+        if size is None:
+            return uniform < probability
+        group, offset = divmod(position, size)
+        rank = torch.randperm(size, generator=stateless_generator(self.seed, kind, group))[offset]
+        return int(rank) < round(probability * size)
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor | bool | int]:
         index = self._index(position)
@@ -318,9 +332,9 @@ class TrainingStream(Dataset):
             "noise": noise,
             "sigma": sigma,
             "class_label": self.num_classes
-            if drop_label < self.label_dropout_prob
+            if self._is_dropped(position, drop_label, self.label_dropout_prob, kind=2)
             else int(self.latents.labels[index]),
-            "has_prior": drop_prior >= self.prior_dropout_prob,
+            "has_prior": not self._is_dropped(position, drop_prior, self.prior_dropout_prob, kind=3),
         }
 
 

@@ -407,6 +407,7 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     # 4. Data stream
+    images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     sampler = StreamSampler(
         start_step,
         args.max_train_steps,
@@ -415,7 +416,14 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.process_index,
         accelerator.num_processes,
     )
-    stream = TrainingStream(latents, num_classes, args.seed, args.label_dropout_prob, args.prior_dropout_prob)
+    stream = TrainingStream(
+        latents,
+        num_classes,
+        args.seed,
+        args.label_dropout_prob,
+        args.prior_dropout_prob,
+        images_per_step if args.exact_dropout else None,
+    )
     if joint_model.latent_embedder is None:
         stream.prior_dropout_prob = 1.0
     loader = DataLoader(
@@ -472,7 +480,6 @@ def main(argv: list[str] | None = None) -> None:
     metrics_path = args.output_dir / "metrics.jsonl"
     if accelerator.is_main_process:
         drop_metrics_after(metrics_path, start_step)
-    images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     parameters = sum(parameter.numel() for parameter in joint_model.parameters())
     logger.info(
         f"{args.preset}: {parameters:,} parameters, {len(latents):,} pictures of {num_classes} classes, "
