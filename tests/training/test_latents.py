@@ -789,7 +789,7 @@ def test_latents_of_another_autoencoder_are_refused(tmp_path, data, wrong):
 
 
 def test_training_from_a_folder_without_latents_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=says(str(tmp_path / "latents"), "manifest.json", "got none")):
+    with pytest.raises(ValueError, match=says(str(tmp_path / "latents"), "manifest.json", "`latents_dir` must hold")):
         trained(tmp_path / "run", "--latents_dir", tmp_path / "latents")
     assert not (tmp_path / "latents").exists()
 
