@@ -24,10 +24,10 @@ def test_the_velocity_is_the_derivative_of_the_path():
     assert torch.equal(rf.velocity_target(torch.zeros(1), torch.ones(1)), torch.ones(1))  # towards noise
 
 
-def test_the_data_is_recovered_from_the_velocity():
+def test_the_noise_is_recovered_from_the_velocity():
     sample, noise, sigma = torch.randn(3, 2), torch.randn(3, 2), torch.tensor([0.0, 0.4, 1.0])
     noisy = rf.interpolate(sample, noise, sigma)
-    torch.testing.assert_close(rf.sample_from_velocity(noisy, rf.velocity_target(sample, noise), sigma), sample)
+    torch.testing.assert_close(rf.noise_from_velocity(noisy, rf.velocity_target(sample, noise), sigma), noise)
 
 
 def test_an_euler_step_along_a_straight_path_is_exact_in_both_directions():

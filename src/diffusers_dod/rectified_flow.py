@@ -41,23 +41,6 @@ def velocity_target(sample: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return noise - sample
 
 
-def sample_from_velocity(
-    noisy_sample: torch.Tensor, velocity: torch.Tensor, sigma: float | torch.Tensor
-) -> torch.Tensor:
-    """
-    The data behind a noisy sample by Eqs. 1 and 3: x_sigma - sigma * velocity.
-
-    Args:
-        noisy_sample (`torch.Tensor` of shape `(B, ...)`): The sample x_sigma.
-        velocity (`torch.Tensor` of shape `(B, ...)`): Velocity (noise - data) there.
-        sigma (`float` or `torch.Tensor` of shape `()` or `(B,)`): Time in [0, 1], 0 = data.
-
-    Returns:
-        `torch.Tensor` of shape `(B, ...)`.
-    """
-    return noisy_sample - _expand_like(sigma, noisy_sample) * velocity
-
-
 def noise_from_velocity(
     noisy_sample: torch.Tensor, velocity: torch.Tensor, sigma: float | torch.Tensor
 ) -> torch.Tensor:

@@ -248,8 +248,14 @@ def build_emas(args: argparse.Namespace, model: DoDJointModel) -> dict[str, EMAM
     return emas
 
 
+def find_nonfinite_gradients(model: DoDJointModel) -> list[str]:
+    """Names of the weights of `model` whose gradients are not finite."""
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+
+
 def write_nonfinite_report(
-    path: Path, step: int, images_per_step: int, sums: torch.Tensor, model: DoDJointModel
+    path: Path, step: int, images_per_step: int, sums: torch.Tensor, model: DoDJointModel, suspects: list[str]
 ) -> None:
     """
     Writes what is known of a step whose gradients are not finite.
@@ -259,16 +265,16 @@ def write_nonfinite_report(
         step (`int`): The step, counted from 1.
         images_per_step (`int`): Samples per step.
         sums (`torch.Tensor` of shape `(5,)`): Loss and count of samples with and without a prior, and gradient norm.
-        model ([`DoDJointModel`]): The model with its gradients.
+        model ([`DoDJointModel`]): The model.
+        suspects (`list[str]`): What [`find_nonfinite_gradients`] found.
     """
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     report = {
         "step": step,
         "stream_positions": [(step - 1) * images_per_step, step * images_per_step],
         "loss_with_prior_sum_and_count": [str(value) for value in sums[:2].tolist()],
         "loss_without_prior_sum_and_count": [str(value) for value in sums[2:4].tolist()],
         "nonfinite_weights": [name for name, value in model.named_parameters() if not value.isfinite().all()],
-        "nonfinite_gradients": [name for name, gradient in gradients.items() if not gradient.isfinite().all()],
+        "nonfinite_gradients": suspects,
     }
     path.write_text(json.dumps(report, indent=2) + "\n")
 
@@ -498,7 +504,7 @@ def main(argv: list[str] | None = None) -> None:
     # losses and counts by time.
     sums = torch.zeros(5 + 2 * NUM_TIME_BINS, device=accelerator.device)
     interval_start, interval_step, data_seconds = time.perf_counter(), start_step, 0.0
-    nonfinite_in_a_row = 0
+    nonfinite_in_a_row = num_finite_steps = 0  # the latter since the last line of metrics
     for step in range(start_step + 1, args.max_train_steps + 1):
         step_sums = torch.zeros_like(sums)
         for _ in range(args.gradient_accumulation_steps):
@@ -512,12 +518,13 @@ def main(argv: list[str] | None = None) -> None:
                 accelerator.backward(losses.mean())
                 is_finite = True
                 if accelerator.sync_gradients:
+                    if nonfinite_in_a_row == args.max_nonfinite_steps:  # clipping would spread what is not finite
+                        suspects = find_nonfinite_gradients(joint_model)
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                     is_finite = bool(torch.isfinite(grad_norm))  # the same on all processes, which share gradients
                 if is_finite:
                     optimizer.step()
-                if is_finite or nonfinite_in_a_row < args.max_nonfinite_steps:  # else they are reported
-                    optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=True)
             losses = losses.detach()
             step_sums[0] += losses[:num_priors].sum()
             step_sums[1] += num_priors
@@ -534,6 +541,7 @@ def main(argv: list[str] | None = None) -> None:
         progress.update()
         if is_finite:
             sums += step_sums
+            num_finite_steps += 1
             nonfinite_in_a_row = 0
         else:
             num_nonfinite_steps += 1
@@ -542,7 +550,7 @@ def main(argv: list[str] | None = None) -> None:
             if nonfinite_in_a_row > args.max_nonfinite_steps:
                 report = args.output_dir / f"nonfinite-step-{step}.json"
                 if accelerator.is_main_process:
-                    write_nonfinite_report(report, step, images_per_step, step_sums, joint_model)
+                    write_nonfinite_report(report, step, images_per_step, step_sums, joint_model, suspects)
                 raise FloatingPointError(
                     f"The gradients of {nonfinite_in_a_row} steps in a row are not finite, up to step {step}: more "
                     f"than `max_nonfinite_steps` = {args.max_nonfinite_steps}. See {report}."
@@ -560,11 +568,11 @@ def main(argv: list[str] | None = None) -> None:
             )
             metrics = {
                 "step": step,
-                "loss": (totals[0] + totals[2]) / max(totals[1] + totals[3], 1),
+                "loss": (totals[0] + totals[2]) / count if (count := totals[1] + totals[3]) else math.nan,
                 "loss_with_prior": with_prior,
                 "loss_without_prior": without_prior,
                 **time_losses(totals[5:]),
-                "grad_norm": totals[4] / num_steps / accelerator.num_processes,
+                "grad_norm": totals[4] / (num_finite_steps * accelerator.num_processes or math.nan),
                 "learning_rate": learning_rate,
                 "images_per_second": round(num_steps * images_per_step / seconds, 1),
                 "data_wait": round(data_seconds / seconds, 4),
@@ -577,6 +585,7 @@ def main(argv: list[str] | None = None) -> None:
                     file.write(json.dumps(line) + "\n")
                 accelerator.log({name: value for name, value in line.items() if value is not None}, step=step)
             sums.zero_()
+            num_finite_steps = 0
             interval_start, interval_step, data_seconds = time.perf_counter(), step, 0.0
 
         pause = time.perf_counter()
