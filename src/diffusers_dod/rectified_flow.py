@@ -76,16 +76,34 @@ def euler_step(
     return noisy_sample + _expand_like(next_sigma - sigma, noisy_sample) * velocity
 
 
-def logit_normal_sigma(normal: torch.Tensor) -> torch.Tensor:
+def logit_normal_sigma(normal: torch.Tensor, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
     """
-    Logit-normal training times (paper, Eq. 11, which prints the inverse function): sigma = 1 / (1 + exp(-normal)).
+    Logit-normal training times (paper, Eq. 11, which prints the inverse function): sigma = 1 / (1 + exp(-logit)) with
+    logit = mean + std * normal.
 
-    The density is symmetric about 1/2, so it is the same whichever end of the path is called 0.
+    The paper's density, that of mean 0, is symmetric about 1/2: the same whichever end of the path is called 0.
 
     Args:
         normal (`torch.Tensor`): Standard normal draws of any shape.
+        mean (`float`, defaults to 0.0): Mean of the logit; a larger one means more noise.
+        std (`float`, defaults to 1.0): Standard deviation of the logit, positive.
 
     Returns:
         `torch.Tensor`: Times in (0, 1), of the same shape.
     """
-    return torch.sigmoid(normal)
+    return torch.sigmoid(mean + std * normal)
+
+
+def shift_sigma(sigma: torch.Tensor, shift: float) -> torch.Tensor:
+    """
+    Moves times towards noise, for latents of more dimensions than those that a schedule was made for (Esser et al.
+    2024, arXiv:2403.03206, Eq. 23): shift * sigma / (1 + (shift - 1) * sigma).
+
+    Args:
+        sigma (`torch.Tensor`): Times in [0, 1] of any shape.
+        shift (`float`): The shift, positive; 1 changes nothing, and larger ones move towards noise.
+
+    Returns:
+        `torch.Tensor`: Times in [0, 1], of the same shape.
+    """
+    return sigma if shift == 1 else shift * sigma / (1 + (shift - 1) * sigma)

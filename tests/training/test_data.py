@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from diffusers_dod.training.data import (
     Pictures,
+    SampleDraws,
     StreamSampler,
     TrainingStream,
     center_crop,
@@ -369,15 +370,15 @@ def assert_same_sample(first: dict, second: dict) -> None:
 
 def test_a_sample_does_not_depend_on_the_order_of_access():
     latents = NumberedLatents(views=2, std=1.0)
-    forwards = [TrainingStream(latents, NUM_CLASSES, seed=5)[position] for position in range(30)]
-    stream = TrainingStream(latents, NUM_CLASSES, seed=5)
+    forwards = [TrainingStream(latents, SampleDraws(NUM_CLASSES, seed=5))[position] for position in range(30)]
+    stream = TrainingStream(latents, SampleDraws(NUM_CLASSES, seed=5))
     torch.manual_seed(123)
     for position in [29, 3, 3, 17, 0, 28, 8, 6, 7]:  # back and forth between five passes over the data
         assert_same_sample(stream[position], forwards[position])
 
 
 def test_workers_see_the_same_stream():
-    stream = TrainingStream(NumberedLatents(std=1.0), NUM_CLASSES, seed=5)
+    stream = TrainingStream(NumberedLatents(std=1.0), SampleDraws(NUM_CLASSES, seed=5))
     batches = [
         list(DataLoader(stream, 4, sampler=range(12), collate_fn=collate_priors_first, num_workers=workers))
         for workers in (0, 2)
@@ -387,7 +388,7 @@ def test_workers_see_the_same_stream():
 
 
 def test_every_picture_once_per_pass_and_every_pass_in_its_own_order():
-    stream = TrainingStream(NumberedLatents(count=20), NUM_CLASSES, seed=0)
+    stream = TrainingStream(NumberedLatents(count=20), SampleDraws(NUM_CLASSES, seed=0))
     passes = [[picture_and_view(stream[20 * epoch + i])[0] for i in range(20)] for epoch in range(4)]
     for order in passes:
         assert sorted(order) == list(range(20)) and order != list(range(20))
@@ -405,7 +406,7 @@ COUNT = 4000
 def drawn() -> list[dict]:
     """4,000 samples of two views with posterior noise of standard deviation 0.01, which leaves the mean readable."""
     latents = NumberedLatents(views=2, std=0.01)
-    stream = TrainingStream(latents, NUM_CLASSES, seed=1, label_dropout_prob=0.1, prior_dropout_prob=0.3)
+    stream = TrainingStream(latents, SampleDraws(NUM_CLASSES, seed=1, label_dropout_prob=0.1, prior_dropout_prob=0.3))
     return [stream[position] for position in range(COUNT)]
 
 
@@ -450,7 +451,7 @@ def test_a_dropped_class_is_the_null_class_and_others_keep_their_own(drawn):
 def test_certain_events(probability):
     latents = NumberedLatents()
     stream = TrainingStream(
-        latents, NUM_CLASSES, seed=0, label_dropout_prob=probability, prior_dropout_prob=probability
+        latents, SampleDraws(NUM_CLASSES, seed=0, label_dropout_prob=probability, prior_dropout_prob=probability)
     )
     for sample in (stream[position] for position in range(100)):
         assert (sample["class_label"] == NUM_CLASSES) == (probability == 1)
@@ -467,7 +468,7 @@ def assert_standard_normal(values: torch.Tensor) -> None:
 
 def test_noises_and_time_are_normal_and_their_own_at_every_position():
     std = 3.0
-    stream = TrainingStream(NumberedLatents(count=1, std=std), NUM_CLASSES, seed=2)  # mean 0
+    stream = TrainingStream(NumberedLatents(count=1, std=std), SampleDraws(NUM_CLASSES, seed=2))  # mean 0
     samples = [stream[position] for position in range(2000)]
     posterior = torch.stack([sample["latents"] for sample in samples]) / std
     noise = torch.stack([sample["noise"] for sample in samples])
@@ -486,7 +487,7 @@ def test_noises_and_time_are_normal_and_their_own_at_every_position():
 
 
 def test_the_same_picture_has_new_noise_in_every_pass():
-    stream = TrainingStream(NumberedLatents(count=1, std=1.0), NUM_CLASSES, seed=2)
+    stream = TrainingStream(NumberedLatents(count=1, std=1.0), SampleDraws(NUM_CLASSES, seed=2))
     first, second = stream[0], stream[1]
     for name in ("latents", "noise", "sigma"):
         assert not torch.equal(first[name], second[name]), name
@@ -494,7 +495,7 @@ def test_the_same_picture_has_new_noise_in_every_pass():
 
 def test_the_seed_decides():
     latents = NumberedLatents(count=20, views=2)
-    one, same, other = (TrainingStream(latents, NUM_CLASSES, seed=seed) for seed in (0, 0, 1))
+    one, same, other = (TrainingStream(latents, SampleDraws(NUM_CLASSES, seed=seed)) for seed in (0, 0, 1))
     for position in range(25):
         assert_same_sample(one[position], same[position])
         assert not torch.equal(one[position]["noise"], other[position]["noise"])
@@ -527,7 +528,9 @@ def test_samples_with_a_prior_come_first_in_their_own_order():
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_all_or_none_with_a_prior(kept):
-    stream = TrainingStream(NumberedLatents(), NUM_CLASSES, seed=0, prior_dropout_prob=0.0 if kept else 1.0)
+    stream = TrainingStream(
+        NumberedLatents(), SampleDraws(NUM_CLASSES, seed=0, prior_dropout_prob=0.0 if kept else 1.0)
+    )
     batch = collate_priors_first([stream[position] for position in range(4)])
     assert batch["num_priors"] == (4 if kept else 0)
     expected = torch.stack([stream[position]["noise"] for position in range(4)])
@@ -569,7 +572,7 @@ def test_a_resumed_sampler_goes_on_where_it_stopped(start_step):
 
 @pytest.mark.parametrize(("size", "dropped_labels", "dropped_priors"), [(10, 1, 5), (8, 1, 4), (7, 1, 4)])
 def test_exact_shares_of_each_group_are_dropped(size, dropped_labels, dropped_priors):
-    stream = TrainingStream(NumberedLatents(), NUM_CLASSES, seed=3, exact_dropout_size=size)
+    stream = TrainingStream(NumberedLatents(), SampleDraws(NUM_CLASSES, seed=3, exact_dropout_size=size))
     patterns = set()
     for group in range(6):
         samples = [stream[position] for position in range(group * size, (group + 1) * size)]
@@ -581,8 +584,8 @@ def test_exact_shares_of_each_group_are_dropped(size, dropped_labels, dropped_pr
 
 
 def test_exact_shares_change_nothing_else():
-    exact = TrainingStream(NumberedLatents(std=1.0), NUM_CLASSES, seed=3, exact_dropout_size=4)
-    independent = TrainingStream(NumberedLatents(std=1.0), NUM_CLASSES, seed=3)
+    exact = TrainingStream(NumberedLatents(std=1.0), SampleDraws(NUM_CLASSES, seed=3, exact_dropout_size=4))
+    independent = TrainingStream(NumberedLatents(std=1.0), SampleDraws(NUM_CLASSES, seed=3))
     for position in (0, 5, 13):
         for name in ("latents", "noise", "sigma"):
             assert torch.equal(exact[position][name], independent[position][name])
@@ -590,5 +593,17 @@ def test_exact_shares_change_nothing_else():
 
 def test_nothing_or_everything_is_dropped_exactly():
     for probability in (0.0, 1.0):
-        stream = TrainingStream(NumberedLatents(), NUM_CLASSES, 3, probability, probability, exact_dropout_size=6)
+        stream = TrainingStream(
+            NumberedLatents(), SampleDraws(NUM_CLASSES, 3, probability, probability, exact_dropout_size=6)
+        )
         assert {stream[position]["has_prior"] for position in range(12)} == {probability == 0}
+
+
+def test_time_of_another_distribution():
+    """logit(sigma) ~ N(mean, std^2), and then shifted: the logit gains log(shift)."""
+    plain = SampleDraws(NUM_CLASSES, 3)
+    moved = SampleDraws(NUM_CLASSES, 3, logit_mean=-0.4, logit_std=1.5, time_shift=3.0)
+    for position in range(20):
+        normal = torch.logit(plain(position).sigma.double())
+        logit = torch.logit(moved(position).sigma.double())
+        torch.testing.assert_close(logit, -0.4 + 1.5 * normal + np.log(3.0), atol=1e-4, rtol=1e-4)

@@ -16,7 +16,7 @@ from diffusers_dod import DoDPipeline
 from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.presets import PRESETS
 from diffusers_dod.training.checkpoints import MANIFEST, STATE_FOLDER
-from diffusers_dod.training.data import TrainingStream
+from diffusers_dod.training.data import SampleDraws, TrainingStream
 from diffusers_dod.training.latents import LatentDataset
 from diffusers_dod.training.train import main, parse_args
 
@@ -138,7 +138,7 @@ def test_metrics(finished):
 
 def test_loss_of_the_first_step(finished):
     """An untrained model answers zero, so its loss is the mean square of noise - latents over the first samples."""
-    stream = TrainingStream(LatentDataset(finished / "latents"), num_classes=2, seed=0)
+    stream = TrainingStream(LatentDataset(finished / "latents"), SampleDraws(num_classes=2, seed=0))
     samples = [stream[position] for position in range(4)]
     losses = [float((sample["noise"] - sample["latents"]).double().square().mean()) for sample in samples]
     kept = [loss for loss, sample in zip(losses, samples, strict=True) if sample["has_prior"]]
@@ -485,7 +485,7 @@ def test_arguments_that_do_not_fit(arguments, fragments, capsys):
 
 def test_losses_by_time_are_those_of_the_samples(finished):
     """The first step's loss is that of a model that answers zero, which each sample's time only sorts."""
-    stream = TrainingStream(LatentDataset(finished / "latents"), num_classes=2, seed=0)
+    stream = TrainingStream(LatentDataset(finished / "latents"), SampleDraws(num_classes=2, seed=0))
     by_time: dict[int, list[float]] = {}
     for position in range(4):
         sample = stream[position]

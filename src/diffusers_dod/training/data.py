@@ -4,7 +4,7 @@
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Sampler
 
-from ..rectified_flow import logit_normal_sigma
+from ..rectified_flow import logit_normal_sigma, shift_sigma
 from ..seeding import stateless_generator
 from .textures import TEXTURE_CLASSES, TextureDataset
 
@@ -264,49 +264,66 @@ def to_pixels(images: torch.Tensor) -> torch.Tensor:
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-class TrainingStream(Dataset):
+@dataclass
+class SampleDraw:
     """
-    The endless stream of training samples: what stands at a position, and every random draw that goes with it, is a
-    function of (seed, position) alone. So a resumed run continues it exactly, and any number of processes share it.
-
-    Each pass over the data set has its own order. Draws per sample: posterior noise, flow noise, logit-normal time
-    (paper, Eq. 11), mirror image, dropped class, dropped prior (each independent).
+    The random draws of one training sample, but for those whose shape is that of its latents.
 
     Args:
-        latents ([`LatentDataset`]): The encoded pictures.
+        view (`float`): In [0, 1): which view of the picture, its first half the picture itself.
+        sigma (`torch.Tensor` of shape `()`): Time in [0, 1].
+        drops_label (`bool`): Whether the null class takes the place of its class.
+        drops_prior (`bool`): Whether it is trained without its prior.
+        generator (`torch.Generator`): Of its noise, and then of its posterior noise.
+    """
+
+    view: float
+    sigma: torch.Tensor
+    drops_label: bool
+    drops_prior: bool
+    generator: torch.Generator
+
+
+class SampleDraws:
+    """
+    Every random draw of the training sample at a position of the stream, as a function of (seed, position) alone.
+
+    Draws per sample: mirror image, dropped class, dropped prior (each independent), logit-normal time (paper, Eq. 11),
+    flow noise, posterior noise.
+
+    Args:
         num_classes (`int`): Id of the null class.
-        seed (`int`): Seed of order and draws.
+        seed (`int`): Seed of the draws.
         label_dropout_prob (`float`, defaults to 0.1): Probability that the class is replaced by the null class.
         prior_dropout_prob (`float`, defaults to 0.5):
             The paper's p_s, the probability that a sample is trained without its prior.
         exact_dropout_size (`int`, *optional*):
             Drops exactly these shares, to the nearest sample, of every so many samples in a row, chosen at random for
             class and prior apart; each sample on its own if not given, as in the paper.
+        logit_mean (`float`, defaults to 0.0): Mean of the logit of the time, see [`logit_normal_sigma`].
+        logit_std (`float`, defaults to 1.0): Its standard deviation.
+        time_shift (`float`, defaults to 1.0): Shift of the time towards noise, see [`shift_sigma`].
     """
 
     def __init__(
         self,
-        latents: "LatentDataset",
         num_classes: int,
         seed: int,
         label_dropout_prob: float = 0.1,
         prior_dropout_prob: float = 0.5,
         exact_dropout_size: int | None = None,
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+        time_shift: float = 1.0,
     ):
-        self.latents = latents
         self.num_classes = num_classes
         self.seed = seed
         self.label_dropout_prob = label_dropout_prob
         self.prior_dropout_prob = prior_dropout_prob
         self.exact_dropout_size = exact_dropout_size
-        self._order: tuple[int, torch.Tensor] | None = None  # (epoch, permutation) of the latest access
-
-    def _index(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self.latents))
-        if self._order is None or self._order[0] != epoch:
-            order = torch.randperm(len(self.latents), generator=stateless_generator(self.seed, 0, epoch))
-            self._order = (epoch, order)
-        return int(self._order[1][offset])
+        self.logit_mean = logit_mean
+        self.logit_std = logit_std
+        self.time_shift = time_shift
 
     def _is_dropped(self, position: int, uniform: float, probability: float, kind: int) -> bool:
         """Whether a sample lacks its class (`kind` 2) or its prior (3)."""
@@ -317,24 +334,73 @@ class TrainingStream(Dataset):
         rank = torch.randperm(size, generator=stateless_generator(self.seed, kind, group))[offset]
         return int(rank) < round(probability * size)
 
-    def __getitem__(self, position: int) -> dict[str, torch.Tensor | bool | int]:
-        index = self._index(position)
+    def __call__(self, position: int) -> SampleDraw:
+        """The [`SampleDraw`] of the sample at `position`."""
         generator = stateless_generator(self.seed, 1, position)
-        shape = self.latents.latent_shape
         view, drop_label, drop_prior = torch.rand(3, generator=generator).tolist()
-        mean, std = self.latents.read(index, int(view * self.latents.num_views))
-        sigma = logit_normal_sigma(torch.randn((), generator=generator))
-        noise = torch.randn(shape, generator=generator)
+        normal = torch.randn((), generator=generator)
+        return SampleDraw(
+            view=view,
+            sigma=shift_sigma(logit_normal_sigma(normal, self.logit_mean, self.logit_std), self.time_shift),
+            drops_label=self._is_dropped(position, drop_label, self.label_dropout_prob, kind=2),
+            drops_prior=self._is_dropped(position, drop_prior, self.prior_dropout_prob, kind=3),
+            generator=generator,
+        )
+
+
+class EpochOrder:
+    """
+    Endless passes over a data set, each in an order of its own, which is a function of (seed, pass).
+
+    Args:
+        num_samples (`int`): Size of the data set.
+        seed (`int`): Seed of the orders.
+    """
+
+    def __init__(self, num_samples: int, seed: int):
+        self.num_samples = num_samples
+        self.seed = seed
+        self._latest: tuple[int, torch.Tensor] | None = None  # (pass, permutation)
+
+    def __call__(self, position: int) -> int:
+        """The index of the sample that stands at `position` of the stream."""
+        epoch, offset = divmod(position, self.num_samples)
+        if self._latest is None or self._latest[0] != epoch:
+            order = torch.randperm(self.num_samples, generator=stateless_generator(self.seed, 0, epoch))
+            self._latest = (epoch, order)
+        return int(self._latest[1][offset])
+
+
+class TrainingStream(Dataset):
+    """
+    The endless stream of training samples: what stands at a position, and every random draw that goes with it, is a
+    function of (seed, position) alone. So a resumed run continues it exactly, and any number of processes share it.
+
+    Args:
+        latents ([`LatentDataset`]): The encoded pictures.
+        draws ([`SampleDraws`]): The random draws.
+        order (`Callable[[int], int]`, *optional*):
+            The index of the picture at a position, [`EpochOrder`] with the seed of `draws` if not given.
+    """
+
+    def __init__(self, latents: "LatentDataset", draws: SampleDraws, order: Callable[[int], int] | None = None):
+        self.latents = latents
+        self.draws = draws
+        self.order = EpochOrder(len(latents), draws.seed) if order is None else order
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor | bool | int]:
+        index = self.order(position)
+        draw = self.draws(position)
+        mean, std = self.latents.read(index, int(draw.view * self.latents.num_views))
+        noise = torch.randn(mean.shape, generator=draw.generator)
         if std is not None:
-            mean = mean + std * torch.randn(shape, generator=generator)
+            mean = mean + std * torch.randn(mean.shape, generator=draw.generator)
         return {
             "latents": mean,
             "noise": noise,
-            "sigma": sigma,
-            "class_label": self.num_classes
-            if self._is_dropped(position, drop_label, self.label_dropout_prob, kind=2)
-            else int(self.latents.labels[index]),
-            "has_prior": not self._is_dropped(position, drop_prior, self.prior_dropout_prob, kind=3),
+            "sigma": draw.sigma,
+            "class_label": self.draws.num_classes if draw.drops_label else int(self.latents.labels[index]),
+            "has_prior": not draw.drops_prior,
         }
 
 

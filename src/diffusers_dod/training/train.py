@@ -50,6 +50,7 @@ from .checkpoints import (
     save_training_state,
 )
 from .data import (
+    SampleDraws,
     StreamSampler,
     TrainingStream,
     collate_priors_first,
@@ -422,16 +423,14 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.process_index,
         accelerator.num_processes,
     )
-    stream = TrainingStream(
-        latents,
+    draws = SampleDraws(
         num_classes,
         args.seed,
         args.label_dropout_prob,
-        args.prior_dropout_prob,
+        1.0 if joint_model.latent_embedder is None else args.prior_dropout_prob,
         images_per_step if args.exact_dropout else None,
     )
-    if joint_model.latent_embedder is None:
-        stream.prior_dropout_prob = 1.0
+    stream = TrainingStream(latents, draws)
     loader = DataLoader(
         stream,
         batch_size=args.train_batch_size,
