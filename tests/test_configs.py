@@ -190,8 +190,8 @@ def test_bad_inputs_of_decode(latent_embedder, argument, kwargs, exception, frag
     ids=["transformer", "latent embedder", "forward", "decode"],
 )
 def test_every_argument_has_a_bad_value(function, rows):
-    # `return_dict` is taken by its truth, as everywhere in Diffusers; `attention_kwargs` goes to the processors.
-    exempt = {"self", "return_dict", "attention_kwargs"}
+    # Two are taken by their truth, as everywhere in Diffusers; `attention_kwargs` goes to the processors.
+    exempt = {"self", "return_dict", "output_hidden_states", "attention_kwargs"}
     assert {row[0] for row in rows} == set(inspect.signature(function).parameters) - exempt
 
 

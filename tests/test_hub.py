@@ -126,10 +126,10 @@ def test_up_to_the_hub_and_down_again(tmp_path):
         assert str(tmp_path).encode() not in content and b"_name_or_path" not in content, path
     assert json_files(tmp_path / "exported") == json_files(local)
 
-    # A training run leaves its pipeline, card, metrics and samples there, and neither its checkpoints nor its secrets.
+    # A training run leaves its pipeline, card, recipe, metrics and samples there, and neither checkpoints nor secrets.
     trained = hub.repos["user/trained"].files
     assert {path.split("/")[0] for path in trained} == {
-        *("README.md", "metrics.jsonl", "model_index.json", "samples"),
+        *("README.md", "recipe.yaml", "curves.png", "metrics.jsonl", "model_index.json", "samples"),
         *("latent_embedder", "scheduler", "transformer"),
     }
     for path, file in trained.items():

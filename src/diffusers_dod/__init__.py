@@ -8,7 +8,7 @@ from diffusers.pipelines import pipeline_loading_utils
 from .latent_embedding import LatentEmbeddingModule, LatentEmbeddingOutput
 from .pipeline_dod import DoDPipeline, DoDPipelineOutput
 from .scheduling_dod import DoDFlowMatchScheduler, DoDFlowMatchSchedulerOutput
-from .transformer_dod import DoDTransformer2DModel
+from .transformer_dod import DoDTransformer2DModel, DoDTransformerOutput
 
 
 __version__ = "0.1.0.dev0"
@@ -19,6 +19,7 @@ __all__ = [
     "DoDPipeline",
     "DoDPipelineOutput",
     "DoDTransformer2DModel",
+    "DoDTransformerOutput",
     "LatentEmbeddingModule",
     "LatentEmbeddingOutput",
     "ModelMixin",

@@ -1,13 +1,79 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""The joint training objective of backbone and LEM (paper, Sections 3.1 and 3.3)."""
+"""
+The joint training objective of backbone and LEM (paper, Sections 3.1 and 3.3), and representation alignment (REPA,
+Yu et al. 2024, arXiv:2410.06940) beside it.
+"""
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .checks import check_at_least
 from .latent_embedding import LatentEmbeddingModule
 from .rectified_flow import NUM_TRAIN_TIMESTEPS, interpolate, velocity_target
 from .transformer_dod import DoDTransformer2DModel
+
+
+class RepresentationProjector(nn.Module):
+    """
+    REPA's trainable map from tokens to the features of a vision model: three Linears with SiLU in between.
+
+    Args:
+        dim (`int`): Width d of the tokens.
+        feature_dim (`int`): Width D of the features.
+        hidden_dim (`int`, defaults to 2048): Width of the hidden layers, REPA's by default.
+
+    Raises:
+        `ValueError`, `TypeError`: a width is no integer of at least 1.
+    """
+
+    def __init__(self, dim: int, feature_dim: int, hidden_dim: int = 2048):
+        super().__init__()
+        for name, value in {"dim": dim, "feature_dim": feature_dim, "hidden_dim": hidden_dim}.items():
+            check_at_least(name, value, 1)
+        self.feature_dim = feature_dim
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden_dim),
+            nn.SiLU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.SiLU(),
+            nn.Linear(hidden_dim, feature_dim),
+        )
+        for layer in self.mlp[::2]:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Maps `tokens` (..., dim) to (..., feature_dim)."""
+        return self.mlp(tokens)
+
+
+def alignment_loss(projected: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """
+    REPA's loss of each sample: minus the cosine similarity of tokens and features, averaged over the tokens.
+
+    Args:
+        projected (`torch.Tensor` of shape `(B, rows, columns, D)`): The projected tokens on their grid.
+        features (`torch.Tensor` of shape `(B, rows', columns', D)`):
+            Features of the clean pictures. Those of another grid are resized to that of the tokens: bilinearly, with
+            the wider filter of antialiasing where it has fewer places.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: In [-1, 1], in fp32.
+
+    Raises:
+        `ValueError`: the number of samples or the width differs.
+    """
+    batch_size, *grid, feature_dim = projected.shape
+    if features.ndim != 4 or (features.shape[0], features.shape[3]) != (batch_size, feature_dim):
+        raise ValueError(
+            f"`features` must have shape ({batch_size}, rows, columns, {feature_dim}), got {tuple(features.shape)}."
+        )
+    features = features.float()
+    if list(features.shape[1:3]) != grid:
+        channels_first = features.permute(0, 3, 1, 2)
+        features = F.interpolate(channels_first, grid, mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+    return -F.cosine_similarity(projected.float(), features, dim=-1).mean(dim=(1, 2))
 
 
 class DoDJointModel(nn.Module):
@@ -20,12 +86,38 @@ class DoDJointModel(nn.Module):
     Args:
         transformer ([`DoDTransformer2DModel`]): The backbone.
         latent_embedder ([`LatentEmbeddingModule`], *optional*): The LEM; `None` trains a plain FiTv2.
+        projector ([`RepresentationProjector`], *optional*):
+            Of the backbone's tokens, for representation alignment. It serves training only.
+        prior_projector ([`RepresentationProjector`], *optional*): Of the LEM's visual priors, for the same.
+        alignment_layer (`int`, defaults to 8):
+            Number of the backbone's blocks after which its tokens are aligned. REPA has 8 of 28, 8 of 24 and 4 of 12.
+
+    Raises:
+        `ValueError`, `TypeError`: the backbone has no such block, or a projector lacks what it is for.
     """
 
-    def __init__(self, transformer: DoDTransformer2DModel, latent_embedder: LatentEmbeddingModule | None = None):
+    def __init__(
+        self,
+        transformer: DoDTransformer2DModel,
+        latent_embedder: LatentEmbeddingModule | None = None,
+        projector: RepresentationProjector | None = None,
+        prior_projector: RepresentationProjector | None = None,
+        alignment_layer: int = 8,
+    ):
         super().__init__()
         self.transformer = transformer
         self.latent_embedder = latent_embedder
+        self.projector = projector
+        self.prior_projector = prior_projector
+        self.alignment_layer = alignment_layer
+        if projector is not None:
+            check_at_least("alignment_layer", alignment_layer, 1)
+            num_layers = transformer.config.num_layers
+            if alignment_layer > num_layers:
+                raise ValueError(f"`alignment_layer` must be an integer in [1, {num_layers}], got {alignment_layer}.")
+        if prior_projector is not None and (projector is None or latent_embedder is None):
+            missing = "projector" if projector is None else "latent_embedder"
+            raise ValueError(f"`{missing}` must be given where there is a `prior_projector`, got None.")
 
     def forward(
         self,
@@ -34,7 +126,8 @@ class DoDJointModel(nn.Module):
         sigmas: torch.Tensor,
         class_labels: torch.Tensor,
         num_priors: int = 0,
-    ) -> torch.Tensor:
+        features: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         The rectified-flow loss of each sample (paper, Eq. 3): mean over its elements of (noise - latents - v)^2.
 
@@ -44,26 +137,58 @@ class DoDJointModel(nn.Module):
             sigmas (`torch.Tensor` of shape `(B,)`): Time in [0, 1], 0 = data.
             class_labels (`torch.Tensor` of shape `(B,)`): Class ids, `num_classes` where the class is dropped.
             num_priors (`int`, defaults to 0): Number K of leading samples that are given their own visual prior.
+            features (`torch.Tensor` of shape `(B, rows, columns, D)`, *optional*):
+                A vision model's features of the clean pictures, in the order of the latents, to align tokens with.
 
         Returns:
-            `torch.Tensor` of shape `(B,)`, in fp32.
+            `torch.Tensor` of shape `(B,)`, in fp32. With `features` the tuple `(loss, alignment, prior_alignment)`:
+            the other two are what [`alignment_loss`] gives for the backbone's tokens, (B,), and for the visual
+            priors, (K,), which is empty without a `prior_projector`.
+
+        Raises:
+            `ValueError`: a shape does not fit, or there are features and no projector.
         """
+        if features is not None and self.projector is None:
+            raise ValueError(
+                "`features` must be None: this model has no `projector`, "
+                f"got a tensor of shape {tuple(features.shape)}."
+            )
         prior_embeds = self.latent_embedder(latents[:num_priors]).prior_embeds if num_priors > 0 else None
         noisy_latents = interpolate(latents, noise, sigmas)
-        velocity = self.transformer(
-            noisy_latents, sigmas * NUM_TRAIN_TIMESTEPS, class_labels, prior_embeds=prior_embeds
-        ).sample
-        loss = F.mse_loss(velocity.float(), velocity_target(latents, noise).float(), reduction="none")
-        return loss.mean(dim=(1, 2, 3)) + self._touch_unused(num_priors, latents.shape[0])
+        output = self.transformer(
+            noisy_latents,
+            sigmas * NUM_TRAIN_TIMESTEPS,
+            class_labels,
+            prior_embeds=prior_embeds,
+            output_hidden_states=features is not None,
+        )
+        loss = F.mse_loss(output.sample.float(), velocity_target(latents, noise).float(), reduction="none")
+        loss = loss.mean(dim=(1, 2, 3)) + self._touch_unused(num_priors, latents.shape[0], features is not None)
+        if features is None:
+            return loss
 
-    def _touch_unused(self, num_priors: int, batch_size: int) -> torch.Tensor | float:
+        patch_size = self.transformer.config.patch_size
+        grid = (latents.shape[2] // patch_size, latents.shape[3] // patch_size)
+        tokens = output.hidden_states[self.alignment_layer].unflatten(1, grid)
+        alignment = alignment_loss(self.projector(tokens), features)
+        prior_alignment = loss.new_empty(0)
+        if self.prior_projector is not None and num_priors > 0:
+            prior_tokens = prior_embeds.unflatten(1, grid)
+            prior_alignment = alignment_loss(self.prior_projector(prior_tokens), features[:num_priors])
+        return loss, alignment, prior_alignment
+
+    def _touch_unused(self, num_priors: int, batch_size: int, is_aligned: bool) -> torch.Tensor | float:
         """
-        Zero, but with every parameter in the graph: a batch without priors does not use the LEM and one with all its
-        priors does not use S, and data parallelism waits for the gradients of both.
+        Zero, but with every parameter in the graph: a batch without priors does not use the LEM, one with all its
+        priors does not use S, and one without features no projector. Data parallelism waits for the gradients of all.
         """
         unused: list[nn.Parameter] = []
         if self.latent_embedder is not None and num_priors == 0:
             unused += [*self.latent_embedder.parameters(), *self.transformer.prior_proj.parameters()]
         if self.latent_embedder is not None and num_priors == batch_size:
             unused += [self.transformer.sample_token]
+        if self.projector is not None and not is_aligned:
+            unused += self.projector.parameters()
+        if self.prior_projector is not None and not (is_aligned and num_priors > 0):
+            unused += self.prior_projector.parameters()
         return sum((0.0 * parameter.sum() for parameter in unused), 0.0)

@@ -4,6 +4,7 @@
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,20 @@ from .checks import check_at_least, check_number, check_type
 from .modeling_utils import DoDModelMixin
 from .pos_interpolation import attention_factor, grid_scales, interpolate_frequencies
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
+
+
+@dataclass
+class DoDTransformerOutput(Transformer2DModelOutput):
+    """
+    Output of [`DoDTransformer2DModel`].
+
+    Args:
+        sample (`torch.Tensor` of shape `(B, C, H, W)`): The predicted velocity.
+        hidden_states (`tuple[torch.Tensor, ...]`, *optional*):
+            With `output_hidden_states`, the tokens (B, T, d) after the embedding and after each block.
+    """
+
+    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 def patchify(hidden_states: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -598,7 +613,8 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
         prior_embeds: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        output_hidden_states: bool = False,
+    ) -> DoDTransformerOutput | tuple[torch.Tensor, ...]:
         """
         Predicts the velocity (noise - data) of noisy latents.
 
@@ -612,10 +628,12 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
                 token S.
             attention_kwargs (`dict`, *optional*):
                 `scale` is that of LoRA adapters; anything else goes to the attention processors.
-            return_dict (`bool`, defaults to `True`): Whether to return a `Transformer2DModelOutput`.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`DoDTransformerOutput`].
+            output_hidden_states (`bool`, defaults to `False`):
+                Whether to return the tokens after the embedding and after each block too.
 
         Returns:
-            `Transformer2DModelOutput` with `sample` of shape `(B, C, H, W)`, or a tuple with it.
+            [`DoDTransformerOutput`], or the tuple `(sample,)`, with the hidden states `(sample, hidden_states)`.
 
         Raises:
             `ValueError`, `TypeError`: a shape or a type does not fit.
@@ -640,6 +658,7 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
         conditioning = self._conditioning(timestep, class_labels, prior_embeds, hidden_states.dtype)
         global_modulation = tuple(self.adaln_global(c) for c in conditioning)
 
+        all_hidden_states = (hidden_states,) if output_hidden_states else None
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(
@@ -649,14 +668,16 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
                 hidden_states = block(
                     hidden_states, conditioning, global_modulation, image_rotary_emb, attention_kwargs
                 )
+            if output_hidden_states:
+                all_hidden_states += (hidden_states,)
 
         shift, scale = zip(*(self.adaln_out(c).chunk(2, dim=-1) for c in conditioning), strict=True)
         hidden_states = self.proj_out(_modulate(self.norm_out(hidden_states), shift, scale))
         sample = unpatchify(hidden_states, patch_size, height, width)
 
         if not return_dict:
-            return (sample,)
-        return Transformer2DModelOutput(sample=sample)
+            return (sample, all_hidden_states) if output_hidden_states else (sample,)
+        return DoDTransformerOutput(sample=sample, hidden_states=all_hidden_states)
 
 
 # What Diffusers' block caches (FirstBlockCache, MagCache) must know of a block: it returns the hidden states alone.

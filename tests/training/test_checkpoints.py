@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import says
 
 from diffusers_dod.training.checkpoints import (
     MANIFEST,
@@ -12,6 +13,7 @@ from diffusers_dod.training.checkpoints import (
     checkpoint_step,
     find_damage,
     find_latest_checkpoint,
+    gather_training_state,
     list_checkpoints,
     load_training_state,
     save_checkpoint,
@@ -53,7 +55,7 @@ def test_round_trip_is_bit_identical(tmp_path):
     model, optimizer = model_and_optimizer(seed=0)
     train(model, optimizer, steps=3)
     state = {"step": 3, "lr_scheduler": {"last_epoch": 3, "_last_lr": [0.1, 1 / 3]}}
-    save_training_state(tmp_path, model, optimizer, state)
+    save_training_state(tmp_path, gather_training_state(model, optimizer), state)
 
     other_model, other_optimizer = model_and_optimizer(seed=1)
     assert load_training_state(tmp_path, other_model, other_optimizer) == state
@@ -71,7 +73,7 @@ def test_the_groups_are_those_of_the_run(tmp_path):
     """A run may be resumed with another learning rate."""
     model, optimizer = model_and_optimizer(seed=0)
     train(model, optimizer, steps=1)
-    save_training_state(tmp_path, model, optimizer, {})
+    save_training_state(tmp_path, gather_training_state(model, optimizer), {})
     other_model, other_optimizer = model_and_optimizer(seed=0)
     other_optimizer.param_groups[0]["lr"] = 0.5
     load_training_state(tmp_path, other_model, other_optimizer)
@@ -81,17 +83,42 @@ def test_the_groups_are_those_of_the_run(tmp_path):
 
 def test_a_state_before_the_first_step(tmp_path):
     model, optimizer = model_and_optimizer(seed=0)
-    save_training_state(tmp_path, model, optimizer, {"step": 0})
+    save_training_state(tmp_path, gather_training_state(model, optimizer), {"step": 0})
     other_model, other_optimizer = model_and_optimizer(seed=1)
     assert load_training_state(tmp_path, other_model, other_optimizer) == {"step": 0}
     assert_identical(dict(other_model.state_dict()), dict(model.state_dict()))
     assert other_optimizer.state_dict()["state"] == {}
 
 
+def test_moments_of_another_optimizer_are_refused(tmp_path):
+    model, optimizer = model_and_optimizer(seed=0)
+    train(model, optimizer, steps=1)
+    save_training_state(tmp_path, gather_training_state(model, optimizer), {})
+    plain = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(ValueError, match=says("`resume_from_checkpoint`", str(tmp_path), "0.exp_avg is left over")):
+        load_training_state(tmp_path, model, plain)
+    (tmp_path / STATE_FOLDER / "optimizer.safetensors").unlink()
+    with pytest.raises(ValueError, match=says("`resume_from_checkpoint`", str(tmp_path), "without")):
+        load_training_state(tmp_path, model, optimizer)
+
+
+def test_loading_leaves_the_weights_as_saved_under_weight_decay(tmp_path):
+    """Loading makes an optimizer step to create the moments; it must change nothing."""
+    model, optimizer = model_and_optimizer(seed=0)
+    train(model, optimizer, steps=1)
+    save_training_state(tmp_path, gather_training_state(model, optimizer), {})
+    other, _ = model_and_optimizer(seed=1)
+    other_optimizer = torch.optim.AdamW(other.parameters(), lr=0.3, weight_decay=0.5, fused=True)
+    load_training_state(tmp_path, other, other_optimizer)
+    assert_identical(dict(other.state_dict()), dict(model.state_dict()))
+    assert other_optimizer.param_groups[0]["lr"] == 0.3
+    assert all(parameter.grad is None for parameter in other.parameters())
+
+
 def test_no_pickles(tmp_path):
     model, optimizer = model_and_optimizer(seed=0)
     train(model, optimizer, steps=1)
-    save_training_state(tmp_path, model, optimizer, {"step": 1})
+    save_training_state(tmp_path, gather_training_state(model, optimizer), {"step": 1})
     names = sorted(path.name for path in (tmp_path / STATE_FOLDER).iterdir())
     assert names == ["model.safetensors", "optimizer.safetensors", "state.json"]
 

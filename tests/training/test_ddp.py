@@ -1,6 +1,7 @@
 """
-Two processes against one. pytest starts this very file once under torchrun: `work` is what each process does, and the
-tests compare what the processes have written with one process that sees the joint batch.
+Two processes against one, with copies of the weights (DDP) and with shards of them (FSDP2). pytest starts this very
+file once under torchrun: `work` is what each process does, and the tests compare what the processes have written with
+one process that sees the joint batch.
 """
 
 import json
@@ -16,9 +17,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from diffusers_dod import DoDTransformer2DModel, LatentEmbeddingModule
 from diffusers_dod.losses import DoDJointModel
+from diffusers_dod.training import train as training
 from diffusers_dod.training.train import main
 
 
@@ -26,7 +31,7 @@ from diffusers_dod.training.train import main
 # parameter of the step before raises in the next one, so the kinds of steps follow each other both ways.
 KEPT = [(0, 0), (1, 1), (1, 0), (0, 1), (0, 0), (1, 0), (1, 1)]
 
-TRAIN = "--preset DoD-Desk --resolution 8 --max_train_steps 2 --logging_steps 1".split()
+TRAIN = "--preset DoD-Desk --resolution 8 --logging_steps 1".split()
 # With this epsilon Adam's update is a smooth function of the gradient, so that rounding stays rounding.
 TRAIN += "--learning_rate 1e-2 --adam_epsilon 1e-3".split()
 
@@ -86,9 +91,48 @@ def work(folder: Path) -> None:
         model.zero_grad()
         accelerator.backward(model(**own, num_priors=kept[rank]).mean())
         save_file(gradients(model), folder / f"gradients-{step}-{rank}.safetensors")
-    arguments = ["--train_data_dir", str(folder / "pictures"), "--output_dir", str(folder / "two")]
-    main([*TRAIN, *arguments, "--train_batch_size", "2"])
+        shard(sharded := tiny_model())
+        sharded(**own, num_priors=kept[rank]).mean().backward()
+        whole_gradients = {name: gradient.full_tensor() for name, gradient in gradients(sharded).items()}
+        save_file(whole_gradients, folder / f"sharded-gradients-{step}-{rank}.safetensors")
+
+    Accelerator.end_training = lambda self: None  # or the processes could not train again
+
+    def train(name: str, *arguments: str) -> None:
+        where = ["--train_data_dir", str(folder / "pictures"), "--output_dir", str(folder / name)]
+        main([*TRAIN, *where, "--train_batch_size", "2", "--max_train_steps", "2", *arguments])
+
+    train("two")
+    micro = ["--train_batch_size", "1", "--gradient_accumulation_steps", "2"]  # with no or all priors
+    for resumed, whole in (("two-resumed", "two"), ("sharded-resumed", "sharded")):
+        if whole == "sharded":
+            training.Accelerator = ShardedAccelerator
+            train(whole, "--ema_decay", "0.999", "0.9", "--checkpointing_steps", "1")
+        averages = ["--ema_decay", "0.999", "0.9"] if whole == "sharded" else []
+        train(resumed, *averages, "--max_train_steps", "1")
+        train(resumed, *averages, "--resume_from_checkpoint", "latest")
+        train(f"{whole}-micro", *micro)
     (folder / f"finished-{rank}").touch()
+
+
+def shard(model: DoDJointModel) -> None:
+    """As training/accelerate/fsdp2.yaml has it done on GPUs; on CPUs accelerate would fall back to copies."""
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.transformer.transformer_blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+class ShardedAccelerator(Accelerator):
+    def prepare(self, model, optimizer):
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+        shard(model)
+        shards = dict(model.named_parameters())
+        assert all(isinstance(parameter, DTensor) for parameter in shards.values())
+        for group, own in zip(optimizer.param_groups, groups, strict=True):
+            group["params"] = [shards[name] for name in own]
+        return model, super().prepare(optimizer)
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +167,10 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("kind", ["", "sharded-"], ids=["DDP", "FSDP2"])
 @pytest.mark.parametrize("step", range(len(KEPT)), ids=[f"{i}: {kept}" for i, kept in enumerate(KEPT)])
-def test_gradients_are_those_of_the_joint_batch(folder, step):
-    first, second = (load_file(folder / f"gradients-{step}-{rank}.safetensors") for rank in range(2))
+def test_gradients_are_those_of_the_joint_batch(folder, step, kind):
+    first, second = (load_file(folder / f"{kind}gradients-{step}-{rank}.safetensors") for rank in range(2))
     kept = KEPT[step]
     order = [0, 1] if kept[0] >= kept[1] else [1, 0]  # priors first
     model = tiny_model()
@@ -142,6 +187,55 @@ def test_gradients_are_those_of_the_joint_batch(folder, step):
     assert (sample_token > 1e-4) == (sum(kept) < 2) and (embedder > 1e-4) == (sum(kept) > 0)
 
 
+def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoint-2" / name)
+
+
+STATES = [
+    "training_state/model.safetensors",
+    "training_state/optimizer.safetensors",
+    "transformer/diffusion_pytorch_model.safetensors",
+    "latent_embedder/diffusion_pytorch_model.safetensors",
+]
+
+
+@pytest.mark.parametrize("kind", ["two", "sharded"])
+def test_a_resumed_run_is_the_same_run(folder, kind):
+    """One step, then the other in a run of its own: the files of the last checkpoint, metrics included, are equal."""
+    ours, expected = (
+        json.loads((folder / name / "checkpoint-2" / "manifest.json").read_text())["sha256"]
+        for name in (f"{kind}-resumed", kind)
+    )
+    assert ours == expected and {*STATES, "training_state/state.json"} <= ours.keys()
+    lines = [
+        [
+            {name: value for name, value in json.loads(line).items() if name not in ("images_per_second", "data_wait")}
+            for line in (folder / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in (f"{kind}-resumed", kind)
+    ]
+    assert lines[0] == lines[1] and len(lines[0]) == 2
+
+
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("kind", ["two-micro", "sharded", "sharded-micro"])
+def test_shards_and_micro_batches_of_one_sample_change_nothing(folder, kind, name):
+    ours, expected = weights(folder / kind, name), weights(folder / "two", name)
+    assert ours.keys() == expected.keys()
+    for key in expected:
+        torch.testing.assert_close(ours[key], expected[key], rtol=1e-4, atol=1e-5, msg=lambda m, k=key: k + m)
+
+
+def test_an_average_of_shards_is_written_as_a_whole(folder):
+    average = weights(folder / "sharded", "training_state/ema-decay-0.9.safetensors")
+    first, last = (
+        load_file(folder / "sharded" / f"checkpoint-{step}" / "training_state" / "model.safetensors")
+        for step in (1, 2)
+    )
+    for name, value in average.items():  # the ramp's decay in step 2 is 2 / 11
+        torch.testing.assert_close(value, 2 / 11 * first[name] + 9 / 11 * last[name], rtol=1e-4, atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def one(folder) -> Path:
     """The same training by one process with twice the batch."""
@@ -153,22 +247,15 @@ def one(folder) -> Path:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         arguments = ["--train_data_dir", str(folder / "pictures"), "--output_dir", str(folder / "one")]
-        main([*TRAIN, *arguments, "--train_batch_size", "4"])
+        main([*TRAIN, *arguments, "--train_batch_size", "4", "--max_train_steps", "2"])
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
     return folder / "one"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "training_state/model.safetensors",
-        "transformer/diffusion_pytorch_model.safetensors",
-        "latent_embedder/diffusion_pytorch_model.safetensors",
-    ],
-)
+@pytest.mark.parametrize("name", STATES)
 def test_weights_are_those_of_one_process(folder, one, name):
-    ours, expected = (load_file(run / "checkpoint-2" / name) for run in (folder / "two", one))
+    ours, expected = weights(folder / "two", name), weights(one, name)
     assert ours.keys() == expected.keys()
     for key in expected:
         torch.testing.assert_close(ours[key], expected[key], rtol=0, atol=1e-5, msg=lambda m, k=key: k + m)

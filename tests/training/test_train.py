@@ -25,6 +25,7 @@ from diffusers_dod.training.train import main, parse_args
 TINY = "--preset DoD-Desk --train_batch_size 4 --logging_steps 1 --learning_rate 1e-2 --adam_epsilon 1e-3".split()
 
 
+EMA = ["--ema_decay", 0.2]
 TIMINGS = ("images_per_second", "data_wait")
 
 
@@ -208,7 +209,7 @@ def test_no_paths_of_this_machine_are_written(finished, pictures):
 
 def test_model_card(finished):
     card = (finished / "README.md").read_text()
-    assert "2 classes: ant, newt" in card and '"max_train_steps": 4' in card and "DoD-Desk" in card
+    assert "2 classes: ant, newt" in card and "max_train_steps: 4" in card and "DoD-Desk" in card
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,21 +258,21 @@ def test_resuming_with_a_schedule_of_the_learning_rate(tmp_path, pictures):
 def test_resuming_with_another_learning_rate(tmp_path, data, finished):
     """The rate is that of the run that goes on, not that of the one which wrote the checkpoint."""
     run = copy_of(finished, tmp_path / "run", last_step=2)
-    train(run, *data, "--max_train_steps", 3, "--learning_rate", 0.5, "--resume_from_checkpoint", "latest")
+    train(run, *data, *EMA, "--max_train_steps", 3, "--learning_rate", 0.5, "--resume_from_checkpoint", "latest")
     assert [line["learning_rate"] for line in read_metrics(run)] == pytest.approx([1e-2, 1e-2, 0.5])
 
 
 def test_resuming_past_the_end_is_refused(tmp_path, data, finished):
     run = copy_of(finished, tmp_path / "run", last_step=4)
     with pytest.raises(ValueError, match=r"`max_train_steps` must be at least the step 4 of .*checkpoint-4, got 3"):
-        train(run, *data, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
+        train(run, *data, *EMA, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
 
 
 def test_damaged_checkpoints_alone_are_not_started_over(tmp_path, data, finished):
     run = copy_of(finished, tmp_path / "run", last_step=1)
     (run / "checkpoint-1" / "model_index.json").write_text("{")
     with pytest.raises(ValueError, match=r"`output_dir` .* must hold an undamaged checkpoint"):
-        train(run, *data, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+        train(run, *data, *EMA, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
 
 
 def test_metrics_of_a_resumed_run_between_two_lines(tmp_path, pictures):
@@ -288,7 +289,7 @@ def test_resuming_with_a_torn_line_of_metrics(tmp_path, data, finished):
     run = copy_of(finished, tmp_path / "run", last_step=4)
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
-    train(run, *data, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    train(run, *data, *EMA, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
     assert read_metrics(run) == read_metrics(finished)
 
 
@@ -296,7 +297,7 @@ def test_a_named_checkpoint_is_taken_only_undamaged(tmp_path, data, finished):
     run = copy_of(finished, tmp_path / "run", last_step=4)
     (run / "checkpoint-3" / "transformer" / "config.json").unlink()
     with pytest.raises(ValueError, match="`resume_from_checkpoint` must be an undamaged checkpoint") as error:
-        train(run, *data, "--max_train_steps", 4, "--resume_from_checkpoint", run / "checkpoint-3")
+        train(run, *data, *EMA, "--max_train_steps", 4, "--resume_from_checkpoint", run / "checkpoint-3")
     assert "checkpoint-3" in str(error.value) and "transformer/config.json" in str(error.value)
 
 
@@ -425,6 +426,9 @@ OUT_OF_RANGE = [
     *((name, "-0.1") for name in ("adam_beta1", "adam_beta2", "ema_decay", "label_dropout_prob")),
     *((name, "-0.1") for name in ("prior_dropout_prob", "adam_weight_decay", "validation_guidance_scale")),
     *((name, "1.1") for name in ("adam_beta1", "adam_beta2", "ema_decay", "label_dropout_prob", "prior_dropout_prob")),
+    *((name, "0") for name in ("logit_std", "time_shift", "num_processes", "repa_layer", "repa_stop_step")),
+    *((name, "-1") for name in ("repa_weight", "repa_prior_weight")),
+    *(("logit_mean", "inf"), ("fid_num_samples", "1"), ("max_aspect_ratio", "0.5")),
     # AdamW divides by 1 - beta^step.
     *((name, "1.0") for name in ("adam_beta1", "adam_beta2")),
 ]
@@ -446,6 +450,7 @@ def test_the_table_above_names_every_number():
     numbers = {name for name, value in defaults.items() if type(value) in (int, float, list)}
     unset = {"num_latent_tokens", "latent_token_dim", "latent_embedder_learning_rate"}
     unset |= {"checkpoints_total_limit", "validation_guidance_scale"}
+    unset |= {"num_processes", "repa_stop_step", "max_aspect_ratio"}
     assert unset <= {name for name, value in defaults.items() if value is None}
     assert numbers | unset == {name for name, _ in OUT_OF_RANGE}
 

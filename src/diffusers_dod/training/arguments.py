@@ -2,6 +2,7 @@
 """The options of the trainer: from the command, from a recipe, and what they must be."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,15 @@ from ..checks import check_at_least, check_number
 from ..presets import PRESETS
 from .encode_latents import add_data_arguments, find_data_errors
 from .finetuning import TRAINABLE_PARAMETERS
+from .models import OPTIMIZERS
+from .processes import DISTRIBUTED_TYPES
 
 
-# Diffusers' piecewise constant one needs rules of its own.
+# What a recipe that is published does not name.
+LOCAL_OPTIONS = ("config", "train_data_dir", "latents_dir", "output_dir", "resume_from_checkpoint", "class_names_file")
+LOCAL_OPTIONS += ("fid_reference", "push_to_hub", "push_every", "push_training_state", "hub_model_id", "hub_token")
 TRACKERS = ("tensorboard", "wandb", "trackio")
+# Diffusers' piecewise constant one needs rules of its own.
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
 
 
@@ -52,17 +58,8 @@ def read_config(path: Path) -> list[str]:
     return argv
 
 
-def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
-    """
-    Parses and checks the arguments of the command.
-
-    Args:
-        argv (`list[str]`, *optional*): The arguments; those of the process if not given.
-        description (`str`, *optional*): What `--help` says first.
-
-    Returns:
-        `argparse.Namespace`. All errors are reported at once, in the way of `argparse`.
-    """
+def build_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """The options of the trainer, without what they must be; `description` is what `--help` says first."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -90,6 +87,34 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
 
     add_data_arguments(parser)
 
+    parser.add_argument(
+        "--streaming",
+        action="store_true",
+        help="Read the pictures of a data set of the Hub, or of a folder of Parquet or tar files, while training, in "
+        "place of encoding them first. Exact on the same number of processes and workers.",
+    )
+    parser.add_argument(
+        "--class_names_file",
+        type=Path,
+        help="Text file with the name of a class in each line, for a stream whose labels are not of type ClassLabel.",
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="Say what the run would be and what it would cost, and end."
+    )
+
+    repa = parser.add_argument_group("representation alignment (REPA)")
+    repa.add_argument(
+        "--repa_model_name_or_path",
+        help="Vision model of transformers (folder or Hub id) whose features of the pictures tokens are aligned with: "
+        "those stored with the latents if there are any, else computed in each step.",
+    )
+    repa.add_argument("--repa_weight", type=float, default=0.5, help="Weight of the loss of the backbone's tokens.")
+    repa.add_argument(
+        "--repa_layer", type=int, default=8, help="Blocks after which these are taken; REPA has 4 of 12."
+    )
+    repa.add_argument("--repa_prior_weight", type=float, default=0.0, help="Weight of the loss of the LEM's tokens.")
+    repa.add_argument("--repa_stop_step", type=int, help="Align for so many steps only; to the end by default.")
+
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--train_batch_size", type=int, default=256, help="Samples per process and micro-batch.")
     optimization.add_argument("--gradient_accumulation_steps", type=int, default=1)
@@ -97,6 +122,12 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     optimization.add_argument("--learning_rate", type=float, default=1e-4)
     optimization.add_argument(
         "--latent_embedder_learning_rate", type=float, help="Learning rate of the LEM, `--learning_rate` by default."
+    )
+    optimization.add_argument(
+        "--optimizer",
+        default="adamw",
+        choices=OPTIMIZERS,
+        help="AdamW, or torchao's with moments of 8 bits (needs `pip install diffusers-dod[quantization]`).",
     )
     optimization.add_argument("--lr_scheduler", default="constant_with_warmup", choices=LR_SCHEDULERS)
     optimization.add_argument("--lr_warmup_steps", type=int, default=0, help="In optimizer steps.")
@@ -134,10 +165,24 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         action="store_true",
         help="Drop exactly these shares of the samples of each optimizer step, not each sample on its own.",
     )
+    optimization.add_argument("--logit_mean", type=float, default=0.0, help="Mean of the logit of training times.")
+    optimization.add_argument("--logit_std", type=float, default=1.0, help="Standard deviation of that logit.")
     optimization.add_argument(
-        "--mixed_precision", choices=["no", "bf16"], help="What `accelerate launch` is configured for, by default."
+        "--time_shift",
+        type=float,
+        default=1.0,
+        help="Shift of training times towards noise, for latents of many dimensions; 1 is none.",
+    )
+    optimization.add_argument(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        help="What `accelerate launch` is configured for, by default. fp16 needs a GPU, and bf16 is better.",
     )
     optimization.add_argument("--gradient_checkpointing", action="store_true")
+
+    processes = parser.add_argument_group("processes", "Refused where the launcher has made others.")
+    processes.add_argument("--num_processes", type=int, help="How many there must be.")
+    processes.add_argument("--distributed_type", choices=DISTRIBUTED_TYPES, help="Of what kind.")
 
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", type=Path, required=True)
@@ -151,13 +196,40 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     output.add_argument("--validation_steps", type=int, default=1000, help="Sample a grid every so many steps.")
     output.add_argument("--validation_guidance_scale", type=float, help="From stage 2 on, the preset's by default.")
     output.add_argument("--validation_seed", type=int, default=0)
+    output.add_argument(
+        "--fid_extractor",
+        help="`package.module:attribute` of what turns pictures (B, 3, H, W) in uint8 into features (B, d): with it "
+        "the Fréchet distance of each stage is computed with every grid.",
+    )
+    output.add_argument("--fid_reference", type=Path, help="npz file with the `mu` and `sigma` of those features.")
+    output.add_argument("--fid_num_samples", type=int, default=1000)
     output.add_argument("--checkpointing_steps", type=int, default=1000)
     output.add_argument("--checkpoints_total_limit", type=int, help="Keep only the newest so many checkpoints.")
     output.add_argument("--resume_from_checkpoint", help="A checkpoint folder, or `latest` for the newest valid one.")
     output.add_argument("--push_to_hub", action="store_true", help="Upload the finished pipeline.")
+    output.add_argument(
+        "--push_every", type=int, help="Upload every so many checkpoints too, in the background, while training."
+    )
+    output.add_argument(
+        "--push_training_state", action="store_true", help="Upload with them what a resumed run needs."
+    )
     output.add_argument("--hub_model_id", help="Repository, by default the name of `--output_dir`.")
     output.add_argument("--hub_token", help="Token, by default the one of the Hub's own login.")
+    return parser
 
+
+def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    """
+    Parses and checks the arguments of the command.
+
+    Args:
+        argv (`list[str]`, *optional*): The arguments; those of the process if not given.
+        description (`str`, *optional*): What `--help` says first.
+
+    Returns:
+        `argparse.Namespace`. All errors are reported at once, in the way of `argparse`.
+    """
+    parser = build_parser(description)
     argv = sys.argv[1:] if argv is None else argv
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config.add_argument("--config", type=Path)
@@ -170,6 +242,26 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     if errors := find_errors(args):
         parser.error("\n".join(errors))
     return args
+
+
+def to_recipe(args: argparse.Namespace) -> dict[str, Any]:
+    """
+    Options as a recipe that anybody may see: what differs from the defaults, but for what belongs to one machine.
+
+    Args:
+        args (`argparse.Namespace`): The options.
+
+    Returns:
+        `dict`: What YAML can hold and `--config` takes. Folders of this machine and everything private are left out.
+    """
+    parser = build_parser()
+    recipe = {}
+    for name, value in vars(args).items():
+        is_local = isinstance(value, str) and Path(value).exists()
+        if name in LOCAL_OPTIONS or is_local or value == parser.get_default(name):
+            continue
+        recipe[name] = str(value) if isinstance(value, Path) else value
+    return recipe
 
 
 def find_errors(args: argparse.Namespace) -> list[str]:
@@ -201,7 +293,7 @@ def find_errors(args: argparse.Namespace) -> list[str]:
         attempt(check_at_least, name, getattr(args, name), 1)
     for name in ("lr_warmup_steps", "validation_seed", "max_nonfinite_steps"):
         attempt(check_at_least, name, getattr(args, name), 0)
-    for name in ("num_latent_tokens", "latent_token_dim", "checkpoints_total_limit"):
+    for name in ("num_latent_tokens", "latent_token_dim", "checkpoints_total_limit", "num_processes", "push_every"):
         if getattr(args, name) is not None:
             attempt(check_at_least, name, getattr(args, name), 1)
     for name in ("learning_rate", "latent_embedder_learning_rate", "max_grad_norm", "adam_epsilon"):
@@ -219,6 +311,37 @@ def find_errors(args: argparse.Namespace) -> list[str]:
         if len(set(getattr(args, name))) < len(getattr(args, name)):
             errors.append(f"`{name}` must hold different numbers, got {getattr(args, name)}.")
     attempt(check_number, "adam_weight_decay", args.adam_weight_decay, 0)
+    attempt(check_number, "logit_mean", args.logit_mean, -math.inf)
+    for name in ("logit_std", "time_shift"):
+        attempt(check_number, name, getattr(args, name), 0, open_minimum=True)
+    attempt(check_at_least, "repa_layer", args.repa_layer, 1)
+    if args.repa_stop_step is not None:
+        attempt(check_at_least, "repa_stop_step", args.repa_stop_step, 1)
+    for name in ("repa_weight", "repa_prior_weight"):
+        attempt(check_number, name, getattr(args, name), 0)
+    if args.repa_prior_weight > 0 and PRESETS[args.preset].latent_embedder_config is None:
+        errors.append(
+            f"`repa_prior_weight` must be 0 for `preset` {args.preset!r}, which has no latent embedder, "
+            f"got {args.repa_prior_weight}."
+        )
+    num_layers = PRESETS[args.preset].transformer_config["num_layers"]
+    if args.repa_model_name_or_path is not None and args.repa_layer > num_layers:
+        errors.append(f"`repa_layer` must be at most the {num_layers} blocks of the preset, got {args.repa_layer}.")
+    if args.streaming and (args.latents_dir is not None or args.max_aspect_ratio is not None):
+        errors.append(
+            "`latents_dir` and `max_aspect_ratio` must not be given with `streaming`, "
+            f"got {args.latents_dir} and {args.max_aspect_ratio}."
+        )
+    if args.class_names_file is not None and not args.streaming:
+        errors.append(f"`class_names_file` must be given with `streaming` only, got {args.class_names_file}.")
+    if (args.push_every is not None or args.push_training_state) and not args.push_to_hub:
+        errors.append("`push_every` and `push_training_state` must be given with `push_to_hub` only.")
+    attempt(check_at_least, "fid_num_samples", args.fid_num_samples, 2)
+    if (args.fid_extractor is None) != (args.fid_reference is None):
+        errors.append(
+            "`fid_extractor` and `fid_reference` must be given together, "
+            f"got {args.fid_extractor!r} and {args.fid_reference}."
+        )
     if args.validation_guidance_scale is not None:
         attempt(check_number, "validation_guidance_scale", args.validation_guidance_scale, 0)
     errors += find_data_errors(args, source_is_needed=args.latents_dir is None)

@@ -12,12 +12,18 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .ema import averaged_parameters
+from .models import set_learning_rates
+from .processes import sharded_like, whole
 
 
 logger = logging.getLogger(__name__)
@@ -118,87 +124,132 @@ def save_checkpoint(
     return checkpoint
 
 
-def save_training_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of an optimizer's moments under `<parameter>.<name>`; those of 8 bits consist of several."""
+    for index, entry in optimizer.state_dict()["state"].items():
+        for name, tensor in entry.items():
+            if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor):
+                for part in tensor.__tensor_flatten__()[0]:
+                    yield f"{index}.{name}.{part}", getattr(tensor, part)
+            else:
+                yield f"{index}.{name}", tensor
+
+
+def gather_training_state(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    averages: dict[str, EMAModel] | None = None,
+    keep: bool = True,
+) -> dict[str, dict[str, torch.Tensor]]:
+    """
+    The tensors that a resumed run needs beyond the pipeline; where they are sharded, all processes must ask.
+
+    Args:
+        model (`torch.nn.Module`): The raw weights, not the average.
+        optimizer (`torch.optim.Optimizer`, *optional*): The moments, not the settings.
+        averages (`dict[str, EMAModel]`, *optional*): The averages beside that of the pipeline, by name.
+        keep (`bool`, defaults to `True`): Whether this process wants them, or only helps the others to them.
+
+    Returns:
+        `dict[str, dict[str, torch.Tensor]]`: Tensors by name for each file of [`save_training_state`]; empty without
+        `keep`.
+    """
+    names = list(averaged_parameters(model))
+    sources = {"model": model.state_dict()}
+    if optimizer is not None:
+        sources["optimizer"] = dict(_optimizer_tensors(optimizer))
+    for key, average in (averages or {}).items():
+        sources[f"ema-{key}"] = dict(zip(names, average.shadow_params, strict=True))
+    gathered: dict[str, dict[str, torch.Tensor]] = {file: {} for file in sources if keep}
+    for file, tensors in sources.items():
+        for name, tensor in tensors.items():
+            full = whole(tensor)
+            if keep:  # on the CPU if it was put together, as all of them may be too large for the device
+                full = full.cpu() if full is not tensor else full
+                gathered[file][name] = full.contiguous()
+    return gathered
+
+
+def save_training_state(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict) -> None:
     """
     Writes what a resumed run needs beyond the pipeline to `training_state/`.
 
     Args:
         folder (`Path`): The checkpoint, which has no such sub-folder yet.
-        model (`torch.nn.Module`): Its raw weights are written, not the EMA.
-        optimizer (`torch.optim.Optimizer`): Its moments are written, not its settings.
+        tensors (`dict[str, dict[str, torch.Tensor]]`): What [`gather_training_state`] returns.
         state (`dict`): Anything else that JSON can hold.
     """
     folder = folder / STATE_FOLDER
     folder.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
-    tensors = {
-        f"{index}.{name}": tensor.contiguous()
-        for index, entry in optimizer.state_dict()["state"].items()
-        for name, tensor in entry.items()
-    }
-    save_file(tensors, folder / "optimizer.safetensors")
+    for file, entries in tensors.items():
+        save_file(entries, folder / f"{file}.safetensors")
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
 
-def load_training_state(checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+def load_training_state(
+    checkpoint: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    averages: dict[str, EMAModel] | None = None,
+) -> dict:
     """
-    Loads what [`save_training_state`] wrote.
+    Loads what [`save_training_state`] wrote; shards of it where the models are sharded.
 
     Args:
         checkpoint (`Path`): The folder of the checkpoint.
         model (`torch.nn.Module`): Takes the raw weights.
         optimizer (`torch.optim.Optimizer`): Takes the moments; it keeps its own learning rates and other settings.
+        averages (`dict[str, EMAModel]`, *optional*):
+            The averages beside that of the pipeline, by name, which take the weights.
 
     Returns:
         `dict`: The JSON state.
-    """
-    folder = checkpoint / STATE_FOLDER
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in load_file(folder / "optimizer.safetensors").items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
-    # The parameter groups (learning rates, betas) come from the run's own arguments.
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads((folder / "state.json").read_text())
-
-
-def _average_file(checkpoint: Path, name: str) -> Path:
-    return checkpoint / STATE_FOLDER / f"ema-{name}.safetensors"
-
-
-def save_averages(folder: Path, model: torch.nn.Module, averages: dict[str, EMAModel]) -> None:
-    """
-    Writes averages of the weights beside that of the pipeline to `training_state/ema-<name>.safetensors`.
-
-    Args:
-        folder (`Path`): The checkpoint.
-        model (`torch.nn.Module`): The model, for the names of its weights.
-        averages (`dict[str, EMAModel]`): The averages by name.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    for key, average in averages.items():
-        tensors = {name: value.contiguous() for name, value in zip(names, average.shadow_params, strict=True)}
-        save_file(tensors, _average_file(folder, key))
-
-
-def load_averages(checkpoint: Path, model: torch.nn.Module, averages: dict[str, EMAModel]) -> None:
-    """
-    Loads what [`save_averages`] wrote.
-
-    Args:
-        checkpoint (`Path`): The folder of the checkpoint.
-        model (`torch.nn.Module`): The model, for the names and devices of its weights.
-        averages (`dict[str, EMAModel]`): The averages by name, which take the weights.
 
     Raises:
-        `ValueError`: the checkpoint lacks an average.
+        `ValueError`: the checkpoint lacks an average, or has the moments of another optimizer.
     """
-    for key, average in averages.items():
-        if not _average_file(checkpoint, key).is_file():
+    folder = checkpoint / STATE_FOLDER
+    for key, average in (averages or {}).items():
+        path = folder / f"ema-{key}.safetensors"
+        if not path.is_file():
             raise ValueError(
                 f"`resume_from_checkpoint` must hold the average {key!r}, got {checkpoint}, which does not: an "
                 "average cannot start in the middle of a run."
             )
-        tensors = load_file(_average_file(checkpoint, key))
-        average.shadow_params = [tensors[name].to(parameter.device) for name, parameter in model.named_parameters()]
+        tensors = load_file(path)
+        average.shadow_params = [
+            sharded_like(tensors[name], parameter) for name, parameter in averaged_parameters(model).items()
+        ]
+    weights = load_file(folder / "model.safetensors")
+    model.load_state_dict(
+        {name: sharded_like(weights[name], like) for name, like in model.state_dict().items() if name in weights}
+    )
+    path = folder / "optimizer.safetensors"
+    if not path.is_file():
+        raise ValueError(f"`resume_from_checkpoint` must hold the moments of the optimizer, got {checkpoint} without.")
+    saved = load_file(path)
+    if saved:  # or no step has been made so far, as none was finite
+        _create_moments(optimizer)
+    moments = dict(_optimizer_tensors(optimizer))
+    if saved.keys() != moments.keys():
+        name = min(saved.keys() ^ moments.keys())
+        raise ValueError(
+            f"`resume_from_checkpoint` must hold the moments of the optimizer of this run, got {checkpoint}, where "
+            f"{name} is {'missing' if name in moments else 'left over'}."
+        )
+    for name, tensor in moments.items():
+        tensor.copy_(sharded_like(saved[name], tensor))
+    return json.loads((folder / "state.json").read_text())
+
+
+def _create_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Has an optimizer make its moments, which only its first step does: one that changes nothing."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's would ask a gradient scaler
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    set_learning_rates(optimizer, [0.0] * len(rates))
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    set_learning_rates(optimizer, rates)

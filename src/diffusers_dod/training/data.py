@@ -7,12 +7,12 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from ..rectified_flow import logit_normal_sigma, shift_sigma
 from ..seeding import stateless_generator
@@ -52,10 +52,31 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def cover_and_crop(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """
+    Scales a picture to the smallest size that covers a rectangle and crops its centre: halved with a box filter while
+    at least twice as large, then bicubic.
+
+    Args:
+        image (`PIL.Image.Image`): A picture of any mode and size.
+        height (`int`): Height of the rectangle in pixels.
+        width (`int`): Width of the rectangle in pixels.
+
+    Returns:
+        `np.ndarray` of shape `(height, width, 3)`, uint8 RGB.
+    """
+    image = to_rgb(image)
+    while image.height >= 2 * height and image.width >= 2 * width:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = max(height / image.height, width / image.width)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return np.array(image.crop((left, top, left + width, top + height)))
+
+
 def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
     """
-    Scales the short side to `resolution` and crops the centre square, as in ADM: halved with a box filter while at
-    least twice as large, then bicubic.
+    ADM's centre crop: [`cover_and_crop`] for a square.
 
     Args:
         image (`PIL.Image.Image`): A picture of any mode and size.
@@ -64,13 +85,7 @@ def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
     Returns:
         `np.ndarray` of shape `(resolution, resolution, 3)`, uint8 RGB.
     """
-    image = to_rgb(image)
-    while min(image.size) >= 2 * resolution:
-        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    scale = resolution / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
-    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
-    return np.array(image.crop((left, top, left + resolution, top + resolution)))
+    return cover_and_crop(image, resolution, resolution)
 
 
 class PictureDataset(Dataset):
@@ -174,7 +189,7 @@ def load_pictures(
         dataset = TextureDataset(num_train_samples, size=resolution, seed=seed)
         return Pictures(dataset, TEXTURE_CLASSES, f"{TEXTURES}-{resolution}-{num_train_samples}-{seed}", resolution)
 
-    source = _open_folder(train_data_dir) if dataset_name is None else _open_dataset(dataset_name)
+    source = _open_folder(train_data_dir) if dataset_name is None else open_dataset(dataset_name)
     for name, column in {"image_column": image_column, "label_column": label_column}.items():
         if column not in source.features:
             raise ValueError(
@@ -228,11 +243,24 @@ def _folder_fingerprint(folder: str) -> str:
     return digest.hexdigest()
 
 
-def _open_dataset(name: str) -> "datasets.Dataset":
+def open_dataset(name: str, **options: Any) -> "datasets.Dataset | datasets.IterableDataset":
+    """
+    Opens the training split of a data set of the Hub.
+
+    Args:
+        name (`str`): What `datasets.load_dataset` takes.
+        options (`Any`): Further arguments of that.
+
+    Returns:
+        `datasets.Dataset`, or with `streaming=True` a `datasets.IterableDataset`.
+
+    Raises:
+        `ValueError`: there is none, or its licence has not been accepted.
+    """
     import datasets
 
     try:
-        return datasets.load_dataset(name, split="train")
+        return datasets.load_dataset(name, split="train", **options)
     except datasets.exceptions.DatasetNotFoundError as error:
         hint = ""
         if "gated" in str(error):
@@ -381,41 +409,57 @@ class TrainingStream(Dataset):
         draws ([`SampleDraws`]): The random draws.
         order (`Callable[[int], int]`, *optional*):
             The index of the picture at a position, [`EpochOrder`] with the seed of `draws` if not given.
+        num_aligned (`int`, defaults to 0):
+            How many samples have, beside the rest, what their tokens are aligned with: the `features` that are stored
+            with the latents, or `pixels` (3, H, W) in [-1, 1] where there are `pictures`.
+        pictures (`torch.utils.data.Dataset`, *optional*): Dicts with the `image` (H, W, 3), uint8, of each latent.
     """
 
-    def __init__(self, latents: "LatentDataset", draws: SampleDraws, order: Callable[[int], int] | None = None):
+    def __init__(
+        self,
+        latents: "LatentDataset",
+        draws: SampleDraws,
+        order: Callable[[int], int] | None = None,
+        num_aligned: int = 0,
+        pictures: Dataset | None = None,
+    ):
         self.latents = latents
         self.draws = draws
         self.order = EpochOrder(len(latents), draws.seed) if order is None else order
+        self.num_aligned = num_aligned
+        self.pictures = pictures
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor | bool | int]:
         index = self.order(position)
         draw = self.draws(position)
-        mean, std = self.latents.read(index, int(draw.view * self.latents.num_views))
+        view = int(draw.view * self.latents.num_views)
+        mean, std = self.latents.read(index, view)
         noise = torch.randn(mean.shape, generator=draw.generator)
         if std is not None:
             mean = mean + std * torch.randn(mean.shape, generator=draw.generator)
-        return {
+        sample = {
             "latents": mean,
             "noise": noise,
             "sigma": draw.sigma,
             "class_label": self.draws.num_classes if draw.drops_label else int(self.latents.labels[index]),
             "has_prior": not draw.drops_prior,
         }
+        if position < self.num_aligned and self.pictures is None:
+            sample["features"] = self.latents.read_features(index, view)
+        elif position < self.num_aligned:
+            pixels = to_pixels(torch.from_numpy(self.pictures[index]["image"])[None])[0]
+            sample["pixels"] = pixels.flip(-1) if view else pixels
+        return sample
 
 
 def collate_priors_first(samples: list[dict]) -> dict[str, torch.Tensor | int]:
-    """Stacks `samples` of a [`TrainingStream`], those with a prior first, into the arguments of `DoDJointModel`."""
-    samples = sorted(
-        samples, key=lambda sample: not sample["has_prior"]
-    )  # stable, so the order stays a function of it
-    return {
-        "latents": torch.stack([sample["latents"] for sample in samples]),
-        "noise": torch.stack([sample["noise"] for sample in samples]),
-        "sigmas": torch.stack([sample["sigma"] for sample in samples]),
-        "class_labels": torch.tensor([sample["class_label"] for sample in samples]),
-        "num_priors": sum(sample["has_prior"] for sample in samples),
-    }
+    """Stacks `samples` of a stream, those with a prior first, under the names that `DoDJointModel` uses."""
+    # Stable, so that the order stays a function of it.
+    batch = default_collate(sorted(samples, key=lambda sample: not sample["has_prior"]))
+    batch["sigmas"] = batch.pop("sigma")
+    batch["class_labels"] = batch.pop("class_label")
+    batch["num_priors"] = int(batch.pop("has_prior").sum())
+    return batch
 
 
 class StreamSampler(Sampler[int]):

@@ -12,6 +12,12 @@ import torch
 from diffusers.training_utils import EMAModel
 
 
+def averaged_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The weights of a [`DoDJointModel`], `model`, by name, that are averaged: those of its pipeline."""
+    parts = ("transformer.", "latent_embedder.")
+    return {name: parameter for name, parameter in model.named_parameters() if name.startswith(parts)}
+
+
 def power_of(sigma_rel: float) -> float:
     """
     The exponent gamma of a power-function profile.

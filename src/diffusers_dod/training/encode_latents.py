@@ -14,20 +14,20 @@ All processes share the work. A run that was stopped goes on where it was, on an
 
 import argparse
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import InitProcessGroupKwargs
 from diffusers import AutoModel
 
-from ..autoencoders import AUTOENCODERS, Autoencoder
-from ..checks import check_at_least
-from .data import load_pictures
+from ..autoencoders import AUTOENCODERS, Autoencoder, spatial_factor
+from ..checks import check_at_least, check_number
+from .alignment import VisionFeatures
+from .buckets import BucketedLatents, bucket_sizes, encode_buckets
+from .data import Pictures, load_pictures
 from .latents import (
     LATENT_DTYPES,
     ON_BAD_IMAGE,
@@ -41,9 +41,12 @@ from .latents import (
     is_complete,
     latent_settings,
 )
+from .processes import together
 
 
 logger = get_logger(__name__, log_level="INFO")
+
+PATCH_SIZE = 2  # of all presets
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +59,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--num_train_samples", type=int, default=100_000, help="Number of procedural pictures.")
     data.add_argument("--resolution", type=int, default=256, help="Side of the centre crop in pixels.")
     data.add_argument("--random_flip", action="store_true", help="Mirror half of the images.")
+    data.add_argument(
+        "--max_aspect_ratio",
+        type=float,
+        help="Buckets of shapes up to this ratio of sides, about as large as the square, in place of squares.",
+    )
     data.add_argument(
         "--pretrained_vae_name_or_path", help="Autoencoder (folder or Hub id); without one, a pixel-space model."
     )
@@ -93,6 +101,11 @@ def find_data_errors(args: argparse.Namespace, source_is_needed: bool) -> list[s
             check_at_least(name, getattr(args, name), minimum)
         except (TypeError, ValueError) as error:
             errors.append(str(error))
+    if args.max_aspect_ratio is not None:
+        try:
+            check_number("max_aspect_ratio", args.max_aspect_ratio, 1)
+        except ValueError as error:
+            errors.append(str(error))
     sources = [args.dataset_name, args.train_data_dir]
     if all(source is not None for source in sources) or (source_is_needed and not any(sources)):
         errors.append(
@@ -127,27 +140,22 @@ def load_autoencoder(path: str | None, device: torch.device) -> Autoencoder | No
     return vae.requires_grad_(False).eval().to(device)
 
 
-def encode_data(
-    args: argparse.Namespace, accelerator: Accelerator, vae: Autoencoder | None, folder: Path
-) -> LatentDataset:
+def open_pictures(args: argparse.Namespace, accelerator: Accelerator) -> Pictures:
     """
-    The latents of the pictures that the options name, encoded by all processes unless this has been done.
+    The pictures that the options name.
 
     Args:
         args (`argparse.Namespace`): The options of [`add_data_arguments`].
-        accelerator (`Accelerator`): The processes, which share the shards.
-        vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
-        folder (`Path`): Where the latents are or go.
+        accelerator (`Accelerator`): The processes.
 
     Returns:
-        [`LatentDataset`].
+        [`Pictures`].
 
     Raises:
-        `ValueError`: the folder has the latents of other pictures or of another autoencoder, or a picture cannot be
-            read.
+        `ValueError`: see [`load_pictures`].
     """
     with accelerator.local_main_process_first():  # which prepares what `datasets` caches
-        pictures = load_pictures(
+        return load_pictures(
             args.dataset_name,
             args.train_data_dir,
             args.resolution,
@@ -156,11 +164,58 @@ def encode_data(
             args.image_column,
             args.label_column,
         )
-    settings = latent_settings(pictures, vae, args.random_flip, args.latents_dtype)
+
+
+def encode_data(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    vae: Autoencoder | None,
+    folder: Path,
+    vision: VisionFeatures | None = None,
+) -> LatentDataset | BucketedLatents:
+    """
+    The latents of the pictures that the options name, encoded by all processes unless this has been done.
+
+    Args:
+        args (`argparse.Namespace`): The options of [`add_data_arguments`].
+        accelerator (`Accelerator`): The processes, which share the shards.
+        vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
+        folder (`Path`): Where the latents are or go.
+        vision ([`VisionFeatures`], *optional*): A vision model whose features of the pictures are stored too.
+
+    Returns:
+        [`LatentDataset`], or with `--max_aspect_ratio` [`BucketedLatents`].
+
+    Raises:
+        `ValueError`: the folder has the latents of other pictures, of another autoencoder or without the features, or
+            a picture cannot be read.
+    """
+    pictures = open_pictures(args, accelerator)
+    if args.max_aspect_ratio is not None:
+        multiple = PATCH_SIZE * (1 if vae is None else spatial_factor(vae))
+        latents = encode_buckets(
+            pictures,
+            bucket_sizes(args.resolution, multiple, args.max_aspect_ratio),
+            vae,
+            folder,
+            args.random_flip,
+            args.encoding_batch_size,
+            args.dataloader_num_workers,
+            args.latents_dtype,
+            args.shard_size,
+            args.on_bad_image,
+            accelerator.process_index,
+            accelerator.num_processes,
+            vision=vision,
+            together=together,
+        )
+        _warn_of_bad_images(latents)
+        return latents
+    settings = latent_settings(pictures, vae, args.random_flip, args.latents_dtype, vision)
     is_done = is_complete(folder)
     accelerator.wait_for_everyone()  # all have looked before anyone writes
     if not is_done:
-        with _together():
+        with together():
             encode_latents(
                 pictures,
                 vae,
@@ -173,37 +228,31 @@ def encode_data(
                 args.on_bad_image,
                 process_index=accelerator.process_index,
                 num_processes=accelerator.num_processes,
+                vision=vision,
             )
-        with _together():
+        with together():
             if accelerator.is_main_process:
                 finish_latents(folder, settings, args.on_bad_image)
     latents = LatentDataset(folder)
     check_settings(folder, latents.manifest, settings)
     check_bad_images(latents.manifest["bad_images"], args.on_bad_image)
-    if latents.manifest["bad_images"]:
-        logger.warning(f"{len(latents.manifest['bad_images'])} pictures that cannot be read are left out.")
+    _warn_of_bad_images(latents)
     return latents
 
 
-@contextmanager
-def _together() -> Iterator[None]:
-    """Waits for all processes at its end, and raises in each of them if one has failed."""
-    error = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    failures = [message for message in gather_object([None if error is None else str(error)]) if message is not None]
-    if error is not None:
-        raise error
-    if failures:
-        raise RuntimeError(f"Another process failed: {failures[0]}")
+def _warn_of_bad_images(latents: LatentDataset | BucketedLatents) -> None:
+    if latents.manifest["bad_images"]:
+        logger.warning(f"{len(latents.manifest['bad_images'])} pictures that cannot be read are left out.")
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
+    parser.add_argument(
+        "--repa_model_name_or_path",
+        help="Vision model (folder or Hub id) whose features of the pictures are stored too, in float16.",
+    )
     args = parser.parse_args(argv)
     errors = find_data_errors(args, source_is_needed=True)
     if args.latents_dir is None:
@@ -213,10 +262,15 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))])
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     vae = load_autoencoder(args.pretrained_vae_name_or_path, accelerator.device)
-    latents = encode_data(args, accelerator, vae, args.latents_dir)
-    if accelerator.is_main_process and (damaged := find_damaged_shards(args.latents_dir)):
+    vision = None
+    if args.repa_model_name_or_path is not None:
+        vision = VisionFeatures(args.repa_model_name_or_path, accelerator.device)
+    latents = encode_data(args, accelerator, vae, args.latents_dir, vision)
+    folders = [bucket.folder for bucket in getattr(latents, "buckets", [latents])]
+    damaged = [folder / name for folder in folders for name in find_damaged_shards(folder)]
+    if accelerator.is_main_process and damaged:
         raise ValueError(f"{args.latents_dir} must hold undamaged shards: remove {damaged} and encode again.")
-    size = sum(path.stat().st_size for path in args.latents_dir.glob("shard-*.safetensors"))
+    size = sum(path.stat().st_size for path in args.latents_dir.rglob("shard-*.safetensors"))
     logger.info(
         f"{args.latents_dir}: {len(latents):,} pictures of {len(latents.manifest['class_names'])} classes, "
         f"{latents.num_views} view(s) of {latents.latent_shape}, {size / len(latents) / 1024:.1f} KiB a picture."

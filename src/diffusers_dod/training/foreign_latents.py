@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..autoencoders import Autoencoder, latent_statistics
+from .buckets import BUCKETS, BucketedLatents
 from .latents import MANIFEST, LatentDataset
 
 
@@ -156,7 +157,9 @@ class Edm2Latents(_ForeignLatents):
         return (mean - self._mean) / self._std, std / self._std
 
 
-def open_latents(folder: Path, vae: Autoencoder | None) -> LatentDataset | LightningDiTLatents | Edm2Latents:
+def open_latents(
+    folder: Path, vae: Autoencoder | None
+) -> LatentDataset | BucketedLatents | LightningDiTLatents | Edm2Latents:
     """
     Opens latents of any form.
 
@@ -165,11 +168,13 @@ def open_latents(folder: Path, vae: Autoencoder | None) -> LatentDataset | Light
         vae ([`Autoencoder`] or `None`): The autoencoder that they come from.
 
     Returns:
-        [`LatentDataset`], [`LightningDiTLatents`] or [`Edm2Latents`].
+        [`LatentDataset`], [`BucketedLatents`], [`LightningDiTLatents`] or [`Edm2Latents`].
 
     Raises:
         `ValueError`: they are of no known form, or of another project and there is no autoencoder.
     """
+    if (folder / BUCKETS).exists():
+        return BucketedLatents(folder)
     if (folder / MANIFEST).exists():
         return LatentDataset(folder)
     forms = {LightningDiTLatents: any(folder.glob(LIGHTNING_DIT_SHARDS)), Edm2Latents: (folder / EDM2_INDEX).exists()}

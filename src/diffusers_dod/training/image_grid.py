@@ -1,10 +1,7 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""Pictures of samples: one column per class, one row per stage."""
+"""Pictures side by side."""
 
-import torch
 from PIL import Image
-
-from ..pipeline_dod import DoDPipeline
 
 
 def make_grid(rows: list[list[Image.Image]], scale: int = 1, gap: int = 2) -> Image.Image:
@@ -27,28 +24,3 @@ def make_grid(rows: list[list[Image.Image]], scale: int = 1, gap: int = 2) -> Im
             enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
             grid.paste(enlarged, (j * (width + gap), i * (height + gap)))
     return grid
-
-
-def stage_grid(
-    pipeline: DoDPipeline, seed: int, num_columns: int = 12, samples_per_class: int = 2, **call_arguments
-) -> Image.Image:
-    """
-    Samples of the first `num_columns` classes: for each of `samples_per_class`, a row per stage, stage 1 on top.
-
-    Args:
-        pipeline ([`DoDPipeline`]): The model.
-        seed (`int`): Seed of the noise.
-        num_columns (`int`, defaults to 12): How many classes to show.
-        samples_per_class (`int`, defaults to 2): How many samples of each.
-        call_arguments: Further arguments of the pipeline's call.
-
-    Returns:
-        `PIL.Image.Image`: The grid, its pictures enlarged by the largest whole factor that keeps them within 64
-        pixels.
-    """
-    labels = list(range(min(num_columns, pipeline.transformer.config.num_classes)))
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for _ in range(samples_per_class):
-        rows += pipeline(labels, generator=generator, return_stages=True, **call_arguments).stages
-    return make_grid(rows, scale=max(1, 64 // rows[0][0].width))

@@ -4,7 +4,8 @@ Latents of a picture data set, on disk: safetensors shards and a manifest that s
 
     folder/manifest.json          what the latents depend on, the classes, the shards and their hashes
     folder/shard-00000.safetensors   `mean` and, unless the autoencoder is deterministic, `std` (n, views, C, h, w) of
-                                     the normalised posterior, and `labels` (n,)
+                                     the normalised posterior, and `labels` (n,); if wanted `features` (n, views,
+                                     rows, columns, D) of a vision model, in float16
     folder/shard-00000.json       written after its shard: what a run that was stopped need not do again
 
 A shard holds the pictures of a fixed range of indices, so that any number of processes write the same files. View 0 is
@@ -16,7 +17,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,11 +31,15 @@ from ..checks import check_choice
 from .data import Pictures, to_pixels
 
 
+if TYPE_CHECKING:
+    from .alignment import VisionFeatures
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 LATENT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ON_BAD_IMAGE = ("error", "skip")
 SHARD_SIZE = 4096
+TRANSFORM = "ADM centre crop"
 
 
 class BadImagesError(ValueError):
@@ -61,23 +66,32 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of_weights(weights: dict[str, torch.Tensor]) -> str:
+    """The SHA-256 of names and fp32 values of `weights`, the state of a model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode() + tensor.cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def describe_autoencoder(vae: Autoencoder | None) -> dict[str, str] | None:
     """What identifies an autoencoder: the class of `vae` and hashes of its config and its weights."""
     if vae is None:
         return None
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    weights = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        weights.update(name.encode() + tensor.cpu().float().contiguous().numpy().tobytes())
     return {
         "class_name": type(vae).__name__,
         "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
-        "weights_sha256": weights.hexdigest(),
+        "weights_sha256": sha256_of_weights(vae.state_dict()),
     }
 
 
 def latent_settings(
-    pictures: Pictures, vae: Autoencoder | None, random_flip: bool, latents_dtype: str = "float32"
+    pictures: Pictures,
+    vae: Autoencoder | None,
+    random_flip: bool,
+    latents_dtype: str = "float32",
+    vision: "VisionFeatures | None" = None,
 ) -> dict[str, Any]:
     """
     What latents depend on, as their manifest states it.
@@ -87,21 +101,23 @@ def latent_settings(
         vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
         random_flip (`bool`): Whether the mirror images are encoded too.
         latents_dtype (`str`, defaults to `"float32"`): `"float32"`, `"float16"` or `"bfloat16"`, on disk.
+        vision ([`VisionFeatures`], *optional*): The vision model whose features are stored too.
 
     Returns:
         `dict`: The settings, which JSON can hold.
     """
     check_choice("latents_dtype", latents_dtype, tuple(LATENT_DTYPES))
-    return {
+    settings = {
         "pictures": pictures.fingerprint,
         "num_pictures": len(pictures.dataset),
         "class_names": list(pictures.class_names),
-        "transform": "ADM centre crop",
+        "transform": TRANSFORM,
         "resolution": pictures.resolution,
         "random_flip": random_flip,
         "autoencoder": describe_autoencoder(vae),
         "latents_dtype": latents_dtype,
     }
+    return settings if vision is None else {**settings, "vision_model": vision.describe()}
 
 
 class _Readable(Dataset):
@@ -205,6 +221,7 @@ def encode_latents(
     on_bad_image: str = "error",
     process_index: int = 0,
     num_processes: int = 1,
+    vision: "VisionFeatures | None" = None,
 ) -> None:
     """
     Writes the shards that fall to one process, but for those that are there already.
@@ -222,13 +239,15 @@ def encode_latents(
             Pictures that cannot be read are left out and noted; with `"error"` the next call tries them again.
         process_index (`int`, defaults to 0): Which process this is; it writes every `num_processes`-th shard.
         num_processes (`int`, defaults to 1): Number of processes.
+        vision ([`VisionFeatures`], *optional*): A vision model whose features of the pictures are stored too.
 
     Raises:
-        `ValueError`: the folder has shards with other settings, or latents are too large for `latents_dtype`.
+        `ValueError`: the folder has shards with other settings, latents are too large for `latents_dtype`, or features
+            for float16.
     """
     check_choice("on_bad_image", on_bad_image, ON_BAD_IMAGE)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {**latent_settings(pictures, vae, random_flip, latents_dtype), "shard_size": shard_size}
+    settings = {**latent_settings(pictures, vae, random_flip, latents_dtype, vision), "shard_size": shard_size}
     device = next(vae.parameters()).device if vae is not None else torch.device("cpu")
     dtype = LATENT_DTYPES[latents_dtype]
     num_pictures = len(pictures.dataset)
@@ -242,7 +261,7 @@ def encode_latents(
     loader = iter(DataLoader(_Readable(pictures), batch_sampler=batches, num_workers=num_workers, collate_fn=list))
     progress = tqdm(total=sum(map(len, batches)), desc="Encoding pictures", disable=process_index > 0)
     for shard in todo:
-        parts: dict[str, list[torch.Tensor]] = {"mean": [], "std": [], "labels": []}
+        parts: dict[str, list[torch.Tensor]] = {"mean": [], "std": [], "labels": [], "features": []}
         bad = []
         for _ in range(-(-min(shard_size, num_pictures - shard * shard_size) // batch_size)):
             rows = next(loader)
@@ -258,8 +277,13 @@ def encode_latents(
             if stds[0] is not None:
                 parts["std"].append(torch.stack(stds, dim=1).to(dtype).cpu())
             parts["labels"].append(torch.tensor([int(row["label"]) for row in rows]))
+            if vision is not None:  # (B, views, rows, columns, D)
+                parts["features"].append(torch.stack([vision(view).half() for view in views], dim=1).cpu())
         tensors = {name: torch.cat(chunks) for name, chunks in parts.items() if chunks}
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        nonfinite = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+        if nonfinite == ["features"]:
+            raise ValueError("`vision` must give features that float16 can hold, got some that are not finite in it.")
+        if nonfinite:
             raise ValueError(
                 f"`latents_dtype` must hold the latents, got {latents_dtype!r}, in which some are not finite."
             )
@@ -397,6 +421,11 @@ class LatentDataset:
             self._slices[shard] = {"labels": file.get_tensor("labels"), **slices}
         return self._slices[shard]
 
+    def _locate(self, index: int) -> tuple[dict[str, Any], int]:
+        """The shard of a picture, and its row there."""
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._open(shard), index - int(self._starts[shard])
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_slices": {}}  # open files stay with their process
 
@@ -425,10 +454,50 @@ class LatentDataset:
             `tuple[torch.Tensor, torch.Tensor | None]`: Mean and standard deviation (C, h, w) in fp32; the second is
             `None` for a deterministic autoencoder.
         """
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        slices, row = self._open(shard), index - int(self._starts[shard])
+        slices, row = self._locate(index)
         mean = slices["mean"][row, view].float()
         return mean, (slices["std"][row, view].float() if "std" in slices else None)
 
+    def read_features(self, index: int, view: int = 0) -> torch.Tensor | None:
+        """
+        The features of a picture.
+
+        Args:
+            index (`int`): Which picture, in [0, n - 1].
+            view (`int`, defaults to 0): 1 is its mirror image.
+
+        Returns:
+            `torch.Tensor` of shape `(rows, columns, D)` in fp32, or `None` where no vision model was given.
+        """
+        if "vision_model" not in self.manifest:
+            return None
+        slices, row = self._locate(index)
+        return slices["features"][row, view].float()
+
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         return (self.read(index) for index in range(len(self)))
+
+
+def pictures_of(latents: LatentDataset, pictures: Pictures) -> np.ndarray:
+    """
+    Which picture each of the latents is of: pictures that could not be read are left out of them.
+
+    Args:
+        latents ([`LatentDataset`]): The latents.
+        pictures ([`Pictures`]): The pictures that they were made of.
+
+    Returns:
+        `np.ndarray` of shape `(n,)`: Indices into `pictures.dataset`, in ascending order.
+
+    Raises:
+        `ValueError`: the latents were made of other pictures.
+    """
+    expected = {
+        "pictures": pictures.fingerprint,
+        "num_pictures": len(pictures.dataset),
+        "transform": TRANSFORM,
+        "resolution": pictures.resolution,
+    }
+    check_settings(latents.folder, latents.manifest, expected)
+    bad = [entry["index"] for entry in latents.manifest["bad_images"]]
+    return np.delete(np.arange(len(pictures.dataset)), bad)

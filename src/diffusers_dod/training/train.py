@@ -16,57 +16,117 @@ import json
 import logging
 import math
 import os
+import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from huggingface_hub import create_repo, upload_folder
-from torch.utils.data import DataLoader
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from ..autoencoders import Autoencoder, spatial_factor
-from ..conversion import add_prior_projection
+from ..autoencoders import Autoencoder, encode_moments, latent_channels, spatial_factor
+from ..evaluation.extractors import load_extractor, load_statistics
 from ..latent_embedding import LatentEmbeddingModule
 from ..losses import DoDJointModel
 from ..pipeline_dod import DoDPipeline
-from ..presets import PRESETS, Preset
+from ..presets import PRESETS
 from ..scheduling_dod import DoDFlowMatchScheduler
-from ..transformer_dod import DoDAttention, DoDTransformer2DModel
+from ..transformer_dod import DoDTransformer2DModel
+from .alignment import VisionFeatures
 from .arguments import parse_args
+from .buckets import BucketedLatents, BucketOrder
 from .checkpoints import (
     find_damage,
     find_latest_checkpoint,
+    gather_training_state,
     list_checkpoints,
-    load_averages,
     load_training_state,
-    save_averages,
     save_checkpoint,
     save_training_state,
 )
-from .data import (
-    SampleDraws,
-    StreamSampler,
-    TrainingStream,
-    collate_priors_first,
-)
-from .ema import PowerFunctionEMA
-from .encode_latents import encode_data, load_autoencoder
-from .finetuning import difffit_parameters, freeze_all_but
+from .cost import describe_run
+from .data import SampleDraws, StreamSampler, TrainingStream, collate_priors_first
+from .ema import PowerFunctionEMA, averaged_parameters
+from .encode_latents import encode_data, load_autoencoder, open_pictures
 from .foreign_latents import open_latents
-from .image_grid import stage_grid
-from .latents import LatentDataset, check_settings, describe_autoencoder
-from .model_card import write_model_card
+from .latents import LatentDataset, check_settings, describe_autoencoder, pictures_of
+from .metrics import EVALUATIONS, TrainingMetrics, append_line, drop_metrics_after
+from .model_card import CARD_FILES, write_model_card
+from .models import build_models, build_optimizer, set_learning_rates, use_fast_attention
+from .processes import (
+    STOPPED_EXIT_CODE,
+    StopSignal,
+    check_processes,
+    end_with_launcher,
+    sharded_like,
+    together,
+    whole,
+)
+from .push import HubPusher
+from .streaming import PictureStream, build_stream_loader, open_stream
+from .validation import stage_distances, stage_grid
 
 
 logger = get_logger(__name__, log_level="INFO")
 
-NUM_TIME_BINS = 4  # parts of [0, 1] whose losses are logged apart
+PUSH_TIMEOUT_S = 3600.0  # how long the end of a run waits for its upload
+
+
+def build_accelerator(args: argparse.Namespace) -> Accelerator:
+    """
+    The processes of a run, as its launcher and its options ask for them.
+
+    Args:
+        args (`argparse.Namespace`): The run's arguments.
+
+    Returns:
+        `Accelerator`.
+
+    Raises:
+        `ValueError`: they are not those that were asked for, or the options do not fit them.
+    """
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.report_to,
+        project_dir=args.output_dir,
+        # The other processes wait while one encodes pictures or saves.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
+    )
+    check_processes(accelerator, args.num_processes, args.distributed_type)
+    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
+        raise ValueError(
+            "`gradient_accumulation_steps` must be what the launcher is configured for, "
+            f"{accelerator.gradient_accumulation_steps}, got {args.gradient_accumulation_steps}."
+        )
+    if accelerator.mixed_precision not in ("no", "fp16", "bf16"):
+        raise ValueError(f"`mixed_precision` must be 'no', 'fp16' or 'bf16', got {accelerator.mixed_precision!r}.")
+    is_deepspeed = accelerator.distributed_type.value == "DEEPSPEED"
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None and not is_deepspeed:
+        raise ValueError("`mixed_precision` must be 'no' or 'bf16' where gradients cannot be scaled, got 'fp16'.")
+    if is_deepspeed and args.resume_from_checkpoint is not None:
+        raise ValueError(
+            "`resume_from_checkpoint` must not be given under DeepSpeed, whose optimizer is not saved, got "
+            f"{args.resume_from_checkpoint!r}: start from a checkpoint's weights with `pretrained_model_name_or_path`."
+        )
+    if args.optimizer != "adamw" and accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
+        raise ValueError(f"`optimizer` must be 'adamw' under FSDP and DeepSpeed, got {args.optimizer!r}.")
+    if is_deepspeed:
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(
+            {"train_micro_batch_size_per_gpu": args.train_batch_size, "gradient_clipping": args.max_grad_norm}
+        )
+    elif accelerator.is_fsdp2:
+        # Autocast does the rest. FSDP's own casts would round the times of the samples to bf16.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    return accelerator
 
 
 def prepare_latents(args: argparse.Namespace, accelerator: Accelerator, vae: Autoencoder | None) -> LatentDataset:
@@ -88,7 +148,7 @@ def prepare_latents(args: argparse.Namespace, accelerator: Accelerator, vae: Aut
     """
     if args.dataset_name is None and args.train_data_dir is None:
         latents = open_latents(args.latents_dir, vae)
-        if not isinstance(latents, LatentDataset):
+        if not isinstance(latents, (LatentDataset, BucketedLatents)):
             logger.warning(
                 f"{args.latents_dir} does not say which autoencoder it comes from: it is taken for the given."
             )
@@ -100,516 +160,540 @@ def prepare_latents(args: argparse.Namespace, accelerator: Accelerator, vae: Aut
     return encode_data(args, accelerator, vae, folder)
 
 
-def build_models(args: argparse.Namespace, latent_shape: tuple[int, ...], num_classes: int) -> DoDJointModel:
+class Trainer:
     """
-    Backbone and LEM: those of `--pretrained_model_name_or_path` if given, those of the preset, seeded by `--seed`, for
-    the rest.
+    A training run: what it consists of, its steps, and what it writes.
 
     Args:
         args (`argparse.Namespace`): The run's arguments.
-        latent_shape (`tuple[int, ...]`): Shape (C, h, w) of the latents.
-        num_classes (`int`): Number of classes.
-
-    Returns:
-        [`DoDJointModel`], all of it trainable unless `--trainable_parameters` says otherwise.
+        accelerator (`Accelerator`): Its processes.
 
     Raises:
-        `ValueError`: a saved pipeline does not fit the latents or the arguments.
+        `ValueError`: the arguments do not fit the data, the models or what is in the folders.
     """
-    torch.manual_seed(args.seed)
-    preset: Preset = PRESETS[args.preset]
-    channels, sample_size = latent_shape[0], latent_shape[1]
-    shape = {"in_channels": channels, "sample_size": sample_size}
-    transformer = latent_embedder = None
-    if args.pretrained_model_name_or_path is not None:
-        transformer, latent_embedder = load_pretrained(args.pretrained_model_name_or_path, shape, num_classes)
-    if transformer is None:
-        transformer = DoDTransformer2DModel(**(preset.transformer_config | shape | {"num_classes": num_classes}))
-    given = {"num_latent_tokens": args.num_latent_tokens, "latent_token_dim": args.latent_token_dim}
-    overrides = {name: value for name, value in given.items() if value is not None}
-    if latent_embedder is not None and overrides:
-        name, value = next(iter(overrides.items()))
-        raise ValueError(
-            f"`{name}` must not be given where `pretrained_model_name_or_path` has a latent embedder, "
-            f"whose own is {latent_embedder.config[name]}, got {value}."
+
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator):
+        self.args = args
+        self.accelerator = accelerator
+        self.pusher = None
+        if accelerator.is_main_process:
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+        if args.push_to_hub:  # before anything else, so that a refusal costs nothing
+            with together():
+                if accelerator.is_main_process:
+                    name = args.hub_model_id or args.output_dir.name
+                    self.pusher = HubPusher(name, args.output_dir, args.hub_token)
+                    self.pusher.check(write_model_card(args))
+        self.fid = None
+        if args.fid_extractor is not None:
+            self.fid = (load_extractor(args.fid_extractor), load_statistics(args.fid_reference))
+
+        self.vae = load_autoencoder(args.pretrained_vae_name_or_path, accelerator.device)
+        self.vision = None
+        if args.repa_model_name_or_path is not None:
+            self.vision = VisionFeatures(args.repa_model_name_or_path, accelerator.device)
+        self._open_data()
+        model = build_models(
+            args, self.latent_shape, len(self.class_names), self.vision.feature_dim if self.vision else None
         )
-    if latent_embedder is None and preset.latent_embedder_config is not None:
-        overrides["patch_size"] = transformer.config.patch_size
-        latent_embedder = LatentEmbeddingModule(**(preset.latent_embedder_config | shape | overrides))
-        if transformer.config.prior_embed_dim is None:  # a FiTv2 becomes the backbone of a DoD
-            transformer = with_priors(transformer, latent_embedder.inner_dim)
-    model = DoDJointModel(transformer, latent_embedder)
-    if args.gradient_checkpointing:
-        for module in model.children():
-            module.enable_gradient_checkpointing()
-    if args.trainable_parameters == "difffit":
-        freeze_all_but(model, difffit_parameters(model))
-    return model
-
-
-def load_pretrained(
-    path: str, shape: dict[str, int], num_classes: int
-) -> tuple[DoDTransformer2DModel, LatentEmbeddingModule | None]:
-    """
-    Backbone and, where it has one, LEM of a saved pipeline, in training mode.
-
-    Args:
-        path (`str`): A folder or a repository on the Hub.
-        shape (`dict[str, int]`): The `in_channels` and the `sample_size` of the latents.
-        num_classes (`int`): Number of classes; if it has another, each class starts as its null class.
-
-    Returns:
-        `tuple[DoDTransformer2DModel, LatentEmbeddingModule | None]`: The models.
-
-    Raises:
-        `ValueError`: a model has another number of channels, or a patch size that does not divide `sample_size`.
-    """
-    pipeline = DoDPipeline.from_pretrained(path, vae=None)
-    models = [model for model in (pipeline.transformer, pipeline.latent_embedder) if model is not None]
-    for model in models:
-        if model.config.in_channels != shape["in_channels"] or shape["sample_size"] % model.config.patch_size:
-            raise ValueError(
-                "`pretrained_model_name_or_path` must hold a model for latents of the data's shape, "
-                f"{shape['in_channels']} channels with sides that are multiples of its patch size, got {path!r} "
-                f"for {model.config.in_channels} channels and patches of {model.config.patch_size}."
-            )
-        model.register_to_config(sample_size=shape["sample_size"])
-        model.train()
-    if pipeline.transformer.config.num_classes != num_classes:
-        pipeline.transformer.resize_class_embed(num_classes)
-    return pipeline.transformer, pipeline.latent_embedder
-
-
-def with_priors(transformer: DoDTransformer2DModel, prior_embed_dim: int) -> DoDTransformer2DModel:
-    """
-    A plain FiTv2 as a backbone that takes priors, and that still predicts exactly the same at the start.
-
-    Args:
-        transformer ([`DoDTransformer2DModel`]): The FiTv2, with `prior_embed_dim=None`.
-        prior_embed_dim (`int`): Width of the visual priors.
-
-    Returns:
-        [`DoDTransformer2DModel`], a new one.
-    """
-    model = DoDTransformer2DModel.from_config({**transformer.config, "prior_embed_dim": prior_embed_dim})
-    model.load_state_dict(add_prior_projection(transformer.state_dict(), prior_embed_dim))
-    return model
-
-
-def use_fast_attention(model: DoDJointModel, device: torch.device) -> None:
-    """
-    Gives `model` unfused attention if `device` is a CPU.
-
-    There the backward pass of the fused one takes longer than the rest of a short sequence's step together.
-    """
-    if device.type == "cpu":
-        for module in model.modules():
-            if isinstance(module, DoDAttention):  # the models' own method would change the default of all others too
-                module.set_attention_backend("_native_math")
-
-
-def build_optimizer(args: argparse.Namespace, model: DoDJointModel) -> torch.optim.AdamW:
-    """AdamW with the settings in `args` for what is trainable in `model`; the LEM may have its own learning rate."""
-
-    def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
-        return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-    groups = [{"params": trainable(model.transformer)}]
-    if model.latent_embedder is not None:
-        rate = args.latent_embedder_learning_rate or args.learning_rate
-        groups.append({"params": trainable(model.latent_embedder), "lr": rate})
-    return torch.optim.AdamW(
-        groups,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        weight_decay=args.adam_weight_decay,
-        fused=True,
-    )
-
-
-def time_losses(totals: list[float]) -> dict[str, float]:
-    """The mean loss by time from `totals`, the sums of each part of [0, 1] and then the counts; NaN where none is."""
-    sums, counts = totals[:NUM_TIME_BINS], totals[NUM_TIME_BINS:]
-    return {
-        f"loss_sigma_{index / NUM_TIME_BINS:.2f}_{(index + 1) / NUM_TIME_BINS:.2f}": total / count
-        if count
-        else math.nan
-        for index, (total, count) in enumerate(zip(sums, counts, strict=True))
-    }
-
-
-def build_emas(args: argparse.Namespace, model: DoDJointModel) -> dict[str, EMAModel]:
-    """The averages of the weights of `model` that `args` ask for, by name; the first is that of the pipeline."""
-    emas: dict[str, EMAModel] = {
-        f"decay-{decay}": EMAModel(model.parameters(), decay=decay, foreach=True) for decay in args.ema_decay
-    }
-    for width in args.ema_sigma_rel:
-        emas[f"sigma-rel-{width}"] = PowerFunctionEMA(model.parameters(), width, foreach=True)
-    return emas
-
-
-def find_nonfinite_gradients(model: DoDJointModel) -> list[str]:
-    """Names of the weights of `model` whose gradients are not finite."""
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-
-
-def write_nonfinite_report(
-    path: Path, step: int, images_per_step: int, sums: torch.Tensor, model: DoDJointModel, suspects: list[str]
-) -> None:
-    """
-    Writes what is known of a step whose gradients are not finite.
-
-    Args:
-        path (`Path`): The JSON file.
-        step (`int`): The step, counted from 1.
-        images_per_step (`int`): Samples per step.
-        sums (`torch.Tensor` of shape `(5,)`): Loss and count of samples with and without a prior, and gradient norm.
-        model ([`DoDJointModel`]): The model.
-        suspects (`list[str]`): What [`find_nonfinite_gradients`] found.
-    """
-    report = {
-        "step": step,
-        "stream_positions": [(step - 1) * images_per_step, step * images_per_step],
-        "loss_with_prior_sum_and_count": [str(value) for value in sums[:2].tolist()],
-        "loss_without_prior_sum_and_count": [str(value) for value in sums[2:4].tolist()],
-        "nonfinite_weights": [name for name, value in model.named_parameters() if not value.isfinite().all()],
-        "nonfinite_gradients": suspects,
-    }
-    path.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def drop_metrics_after(path: Path, step: int) -> None:
-    """
-    Removes from the metrics in `path`, if it exists, the lines after `step`, which a resumed run will write again, and
-    the half of a line that a crash may have left.
-    """
-
-    def is_kept(line: str) -> bool:
-        try:
-            return json.loads(line)["step"] <= step
-        except ValueError:
-            return False
-
-    if path.exists():
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text("".join(line + "\n" for line in path.read_text().splitlines() if is_kept(line)))
-        os.replace(unfinished, path)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """
-    The command.
-
-    Args:
-        argv (`list[str]`, *optional*): Its arguments, the process's by default.
-
-    Raises:
-        `ValueError`: they do not fit the data, the models or what is in the folders.
-        `FloatingPointError`: the gradients of too many steps in a row are not finite.
-    """
-    args = parse_args(argv, __doc__)
-
-    # 1. Processes, data, autoencoder
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=args.report_to,
-        project_dir=args.output_dir,
-        # The other processes wait while the main one encodes the pictures.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
-    )
-    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
-        raise ValueError(
-            "`gradient_accumulation_steps` must be what the launcher is configured for, "
-            f"{accelerator.gradient_accumulation_steps}, got {args.gradient_accumulation_steps}."
+        for bucket in self.latents.buckets if isinstance(self.latents, BucketedLatents) else []:
+            patch_size = model.transformer.config.patch_size
+            if any(side % patch_size for side in bucket.latent_shape[1:]):
+                raise ValueError(
+                    f"The latents must have sides that are multiples of the model's patch size {patch_size}, "
+                    f"got {bucket.latent_shape} in {bucket.folder}."
+                )
+        optimizer = build_optimizer(args, model)
+        self.lr_scheduler = get_scheduler(
+            args.lr_scheduler,
+            optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
+        )  # not prepared by accelerate, which would step it once per process
+        if args.compile:
+            model.transformer.compile_repeated_blocks()
+            if model.latent_embedder is not None:
+                model.latent_embedder.compile_repeated_blocks()
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.joint_model: DoDJointModel = accelerator.unwrap_model(self.model)
+        use_fast_attention(self.joint_model, accelerator.device)
+        self.emas = self._build_emas()
+        self.images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        self.step = self.num_nonfinite_steps = self.nonfinite_in_a_row = 0
+        self.checkpoint: Path | None = None  # the latest
+        state = self._resume()
+        self.metrics = TrainingMetrics(
+            args.output_dir / "metrics.jsonl", accelerator, self.images_per_step, self.step, state.get("metric_sums")
         )
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise ValueError(f"`mixed_precision` must be 'no' or 'bf16', got {accelerator.mixed_precision!r}.")
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("diffusers_dod").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    if args.allow_tf32:
-        torch.set_float32_matmul_precision("high")
-    if accelerator.is_main_process:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    repo_id = None
-    if args.push_to_hub and accelerator.is_main_process:  # before training, so that a refusal costs nothing
-        repo_id = create_repo(args.hub_model_id or args.output_dir.name, exist_ok=True, token=args.hub_token).repo_id
+        self.batches = self._build_batches(state.get("stream"))
 
-    vae = load_autoencoder(args.pretrained_vae_name_or_path, accelerator.device)
-    latents = prepare_latents(args, accelerator, vae)
-    args.resolution = latents.manifest["resolution"] or latents.latent_shape[1] * (spatial_factor(vae) if vae else 1)
-    args.random_flip = latents.manifest["random_flip"]
-    class_names = tuple(latents.manifest["class_names"])
-    num_classes = len(class_names)
+    def _build_emas(self) -> dict[str, EMAModel]:
+        """The averages of the weights by name; the first is that of pipelines and samples."""
+        parameters = list(averaged_parameters(self.joint_model).values())
+        emas: dict[str, EMAModel] = {
+            f"decay-{decay}": EMAModel(parameters, decay=decay, foreach=True) for decay in self.args.ema_decay
+        }
+        for width in self.args.ema_sigma_rel:
+            emas[f"sigma-rel-{width}"] = PowerFunctionEMA(parameters, width, foreach=True)
+        for ema in emas.values():
+            ema.to(dtype=torch.float32)  # of bf16 weights too, which DeepSpeed trains: small changes would be lost
+        return emas
 
-    # 2. Models, optimizer, EMA
-    model = build_models(args, latents.latent_shape, num_classes)
-    optimizer = build_optimizer(args, model)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )  # not prepared by accelerate, which would step it once per process
-    if args.compile:
-        for module in model.children():
-            module.compile_repeated_blocks()
-    model, optimizer = accelerator.prepare(model, optimizer)
-    joint_model: DoDJointModel = accelerator.unwrap_model(model)
-    use_fast_attention(joint_model, accelerator.device)
-    emas = build_emas(args, joint_model)
-    ema = next(iter(emas.values()))  # of pipelines and samples
+    @property
+    def ema(self) -> EMAModel:
+        """The average of pipelines and samples."""
+        return next(iter(self.emas.values()))
 
-    # 3. Resume
-    start_step = num_nonfinite_steps = 0
-    if args.resume_from_checkpoint is not None:
-        if args.resume_from_checkpoint == "latest":
-            checkpoint = find_latest_checkpoint(args.output_dir)
+    @property
+    def other_emas(self) -> dict[str, EMAModel]:
+        """The averages beside it by name."""
+        return dict(list(self.emas.items())[1:])
+
+    def _open_data(self) -> None:
+        """Opens latents or a stream; what the data decide takes the place of what the options say."""
+        args = self.args
+        factor = 1 if self.vae is None else spatial_factor(self.vae)
+        self.latents = self.stream = self.pictures = None
+        if args.streaming:
+            names = None if args.class_names_file is None else args.class_names_file.read_text().splitlines()
+            columns = (args.image_column, args.label_column)
+            self.stream, self.class_names = open_stream(args.dataset_name, args.train_data_dir, *columns, names)
+            if args.resolution % factor:
+                raise ValueError(f"`resolution` must be a multiple of {factor} for this `vae`, got {args.resolution}.")
+            channels = 3 if self.vae is None else latent_channels(self.vae)
+            self.latent_shape = (channels, args.resolution // factor, args.resolution // factor)
+            return
+        self.latents = prepare_latents(args, self.accelerator, self.vae)
+        self.latent_shape = self.latents.latent_shape
+        manifest = self.latents.manifest
+        args.resolution = manifest["resolution"] or self.latent_shape[1] * factor
+        args.random_flip = manifest["random_flip"]
+        self.class_names = tuple(manifest["class_names"])
+        if self.vision is None:
+            return
+        if "vision_model" in manifest:
+            check_settings(self.latents.folder, manifest, {"vision_model": self.vision.describe()})
+        elif isinstance(self.latents, LatentDataset) and (args.dataset_name or args.train_data_dir):
+            pictures = open_pictures(args, self.accelerator)
+            self.pictures = Subset(pictures.dataset, pictures_of(self.latents, pictures).tolist())
         else:
+            raise ValueError(
+                "`repa_model_name_or_path` must be given with square pictures, or with latents that "
+                "`encode_latents.py` has stored features beside, got neither."
+            )
+
+    def _build_batches(self, state: dict | None) -> Iterator[dict]:
+        """The micro-batches of this process from the current step on; `state` is that of a stream."""
+        args, accelerator = self.args, self.accelerator
+        draws = SampleDraws(
+            len(self.class_names),
+            args.seed,
+            args.label_dropout_prob,
+            1.0 if self.joint_model.latent_embedder is None else args.prior_dropout_prob,
+            self.images_per_step if args.exact_dropout else None,
+            args.logit_mean,
+            args.logit_std,
+            args.time_shift,
+        )
+        is_pinned = accelerator.device.type == "cuda"
+        if self.stream is not None:
+            self.stream_samples = PictureStream(
+                self.stream,
+                self.class_names,
+                draws,
+                args.resolution,
+                self.latent_shape,
+                args.train_batch_size,
+                args.dataloader_num_workers,
+                accelerator.process_index,
+                accelerator.num_processes,
+                args.random_flip,
+                args.on_bad_image,
+                args.image_column,
+                args.label_column,
+                # With other processes than before, what does not fit is said by its name.
+                None if state is None else state[accelerator.process_index % len(state)],
+            )
+            return iter(build_stream_loader(self.stream_samples, is_pinned))
+        order = None
+        if isinstance(self.latents, BucketedLatents):
+            order = BucketOrder(self.latents.bucket_lengths, self.images_per_step, args.seed)
+        sampler = StreamSampler(
+            self.step,
+            args.max_train_steps,
+            args.train_batch_size,
+            args.gradient_accumulation_steps,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        num_aligned = self.images_per_step * self.last_aligned_step
+        return iter(
+            DataLoader(
+                TrainingStream(self.latents, draws, order, num_aligned, self.pictures),
+                batch_size=args.train_batch_size,
+                sampler=sampler,
+                collate_fn=collate_priors_first,
+                num_workers=args.dataloader_num_workers,
+                pin_memory=is_pinned,
+            )
+        )
+
+    @property
+    def last_aligned_step(self) -> int:
+        """The last step in which tokens are aligned with features, 0 if in none."""
+        if self.vision is None:
+            return 0
+        return self.args.max_train_steps if self.args.repa_stop_step is None else self.args.repa_stop_step
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def _find_checkpoint(self) -> Path | None:
+        """The checkpoint to resume from; a `ValueError` where there is one and it cannot be taken."""
+        args = self.args
+        if args.resume_from_checkpoint is None:
+            if list_checkpoints(args.output_dir):
+                raise ValueError(
+                    f"`output_dir` {args.output_dir} holds checkpoints: continue with `--resume_from_checkpoint "
+                    "latest`, or use another folder."
+                )
+            return None
+        if args.resume_from_checkpoint != "latest":
             checkpoint = Path(args.resume_from_checkpoint)
             if (damage := find_damage(checkpoint)) is not None:
                 raise ValueError(
                     f"`resume_from_checkpoint` must be an undamaged checkpoint, got {checkpoint}: {damage}."
                 )
+            return checkpoint
+        checkpoint = find_latest_checkpoint(args.output_dir)
         if checkpoint is None and list_checkpoints(args.output_dir):
             raise ValueError(
                 f"`output_dir` {args.output_dir} must hold an undamaged checkpoint, got damaged ones only."
             )
         if checkpoint is None:
             logger.info(f"No checkpoint in {args.output_dir}, starting from scratch.")
-        else:
-            state = load_training_state(checkpoint, joint_model, optimizer)
-            averaged = DoDTransformer2DModel.from_pretrained(checkpoint, subfolder="transformer")
-            averaged_embedder = None
-            if joint_model.latent_embedder is not None:
-                averaged_embedder = LatentEmbeddingModule.from_pretrained(checkpoint, subfolder="latent_embedder")
-            ema.shadow_params = [
-                parameter.detach().to(accelerator.device)
-                for parameter in DoDJointModel(averaged, averaged_embedder).parameters()
-            ]
-            load_averages(checkpoint, joint_model, dict(list(emas.items())[1:]))
-            start_step, num_nonfinite_steps = state["step"], state.get("num_nonfinite_steps", 0)
-            for average in emas.values():
-                average.optimization_step = start_step
-            # The learning rate is a function of the step and of this run's own arguments.
-            lr_scheduler.last_epoch = start_step
-            rates = [
-                base_rate * factor(start_step)
-                for base_rate, factor in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
-            ]
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-            if start_step > args.max_train_steps:
-                raise ValueError(
-                    f"`max_train_steps` must be at least the step {start_step} of {checkpoint}, "
-                    f"got {args.max_train_steps}."
-                )
-            logger.info(f"Resuming from {checkpoint} at step {start_step}.")
-    elif list_checkpoints(args.output_dir):
-        raise ValueError(
-            f"`output_dir` {args.output_dir} holds checkpoints: continue with `--resume_from_checkpoint latest`, or "
-            "use another folder."
+        return checkpoint
+
+    def _resume(self) -> dict:
+        """Takes up a checkpoint if there is one to be taken up; returns its JSON state."""
+        checkpoint = self._find_checkpoint()
+        if checkpoint is None:
+            return {}
+        state = load_training_state(checkpoint, self.joint_model, self.optimizer, self.other_emas)
+        first = next(iter(self.emas))
+        if state["average"] != first:
+            raise ValueError(
+                f"The first `ema_decay` must be that of the pipeline in {checkpoint}, {state['average']}, got {first}."
+            )
+        if state["step"] > self.args.max_train_steps:
+            raise ValueError(
+                f"`max_train_steps` must be at least the step {state['step']} of {checkpoint}, "
+                f"got {self.args.max_train_steps}."
+            )
+        averaged = DoDTransformer2DModel.from_pretrained(checkpoint, subfolder="transformer")
+        averaged_embedder = None
+        if self.joint_model.latent_embedder is not None:
+            averaged_embedder = LatentEmbeddingModule.from_pretrained(checkpoint, subfolder="latent_embedder")
+        weights = averaged_parameters(DoDJointModel(averaged, averaged_embedder))
+        self.ema.shadow_params = [
+            sharded_like(weights[name].detach(), parameter)
+            for name, parameter in averaged_parameters(self.joint_model).items()
+        ]
+        self.step, self.num_nonfinite_steps = state["step"], state["num_nonfinite_steps"]
+        for average in self.emas.values():
+            average.optimization_step = self.step
+        if self.accelerator.scaler is not None and state["gradient_scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["gradient_scaler"])
+        # The learning rate is a function of the step and of this run's own arguments.
+        self.lr_scheduler.last_epoch = self.step
+        rates = [
+            float(base_rate * factor(self.step))
+            for base_rate, factor in zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True)
+        ]
+        set_learning_rates(self.optimizer, rates)
+        self.checkpoint = checkpoint
+        logger.info(f"Resuming from {checkpoint} at step {self.step}.")
+        return state
+
+    def averaged_pipeline(self) -> DoDPipeline:
+        """The pipeline of the averaged weights, which it shares with the average; all processes must ask for it."""
+        names = averaged_parameters(self.joint_model)
+        weights = {name: whole(tensor) for name, tensor in zip(names, self.ema.shadow_params, strict=True)}
+        models = {}
+        for part in ("transformer", "latent_embedder"):
+            model = getattr(self.joint_model, part)
+            if model is None:
+                models[part] = None
+                continue
+            with torch.device("meta"):
+                models[part] = type(model).from_config(model.config)
+            own = {name.removeprefix(f"{part}."): w for name, w in weights.items() if name.startswith(f"{part}.")}
+            models[part].load_state_dict(own, assign=True)
+            models[part].requires_grad_(False).eval()
+        pipeline = DoDPipeline(
+            **models,
+            scheduler=DoDFlowMatchScheduler(),
+            vae=self.vae,
+            id2label=dict(enumerate(self.class_names)),
+            **PRESETS[self.args.preset].pipeline_config,
         )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
-    # 4. Data stream
-    images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    sampler = StreamSampler(
-        start_step,
-        args.max_train_steps,
-        args.train_batch_size,
-        args.gradient_accumulation_steps,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    draws = SampleDraws(
-        num_classes,
-        args.seed,
-        args.label_dropout_prob,
-        1.0 if joint_model.latent_embedder is None else args.prior_dropout_prob,
-        images_per_step if args.exact_dropout else None,
-    )
-    stream = TrainingStream(latents, draws)
-    loader = DataLoader(
-        stream,
-        batch_size=args.train_batch_size,
-        sampler=sampler,
-        collate_fn=collate_priors_first,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    batches = iter(loader)
+    def save(self) -> None:
+        """Writes a checkpoint of the current step; all processes must call it."""
+        is_main = self.accelerator.is_main_process
+        pipeline = self.averaged_pipeline()
+        is_deepspeed = self.accelerator.distributed_type.value == "DEEPSPEED"
+        optimizer = None if is_deepspeed else self.optimizer  # its shards are in no form that could be taken up
+        tensors = gather_training_state(self.joint_model, optimizer, self.other_emas, keep=is_main)
+        scaler = self.accelerator.scaler
+        state = {
+            "step": self.step,
+            "num_nonfinite_steps": self.num_nonfinite_steps,
+            "average": next(iter(self.emas)),
+            "gradient_scaler": None if scaler is None else scaler.state_dict(),
+            "metric_sums": self.metrics.state(),
+        }
+        if self.stream is not None:
+            state["stream"] = gather_object([self.stream_samples.state.state_dict()])
 
-    # 5. What is written on the way
-    preset = PRESETS[args.preset]
-    pipeline = DoDPipeline(
-        transformer=joint_model.transformer,
-        latent_embedder=joint_model.latent_embedder,
-        scheduler=DoDFlowMatchScheduler(),
-        vae=vae,
-        id2label=dict(enumerate(class_names)),
-        **preset.pipeline_config,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-
-    def with_ema_weights(action) -> None:
-        ema.store(joint_model.parameters())
-        ema.copy_to(joint_model.parameters())
-        joint_model.eval()
-        try:
-            action()
-        finally:
-            ema.restore(joint_model.parameters())
-            joint_model.train()
-
-    def save(step: int) -> None:
         def write(folder: Path) -> None:
-            with_ema_weights(lambda: pipeline.save_pretrained(folder))
-            state = {"step": step, "num_nonfinite_steps": num_nonfinite_steps}
-            save_training_state(folder, joint_model, optimizer, state)
-            save_averages(folder, joint_model, dict(list(emas.items())[1:]))
+            pipeline.save_pretrained(folder)
+            save_training_state(folder, tensors, state)
 
-        save_checkpoint(args.output_dir, step, write, args.checkpoints_total_limit)
+        if is_main:
+            self.checkpoint = save_checkpoint(
+                self.args.output_dir, self.step, write, self.args.checkpoints_total_limit
+            )
 
-    def validate(step: int) -> None:
-        def sample() -> None:
-            with accelerator.autocast():
-                grid = stage_grid(pipeline, args.validation_seed, guidance_scale=args.validation_guidance_scale)
-            folder = args.output_dir / "samples"
-            folder.mkdir(exist_ok=True)
-            grid.save(folder / f"step-{step:07d}.png")
+    # ------------------------------------------------------------------------------------------------------- steps
 
-        with_ema_weights(sample)
+    def _next_batch(self) -> dict[str, torch.Tensor | int]:
+        """The arguments of the next pass of the model, on its device."""
+        wait_start = time.perf_counter()
+        batch = next(self.batches)
+        self.metrics.data_seconds += time.perf_counter() - wait_start
+        if self.stream is not None:
+            self.stream_samples.state.update(batch)
+        num_priors = batch.pop("num_priors")
+        batch = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        pixels = batch.pop("pixels", None)
+        if self.stream is not None:
+            with torch.no_grad():
+                mean, std = encode_moments(pixels, self.vae)
+            posterior_noise = batch.pop("posterior_noise")
+            batch["latents"] = mean if std is None else mean + std * posterior_noise
+        if pixels is not None and self.step < self.last_aligned_step:
+            batch["features"] = self.vision(pixels)
+        return {**batch, "num_priors": num_priors}
 
-    metrics_path = args.output_dir / "metrics.jsonl"
-    if accelerator.is_main_process:
-        drop_metrics_after(metrics_path, start_step)
-    parameters = sum(parameter.numel() for parameter in joint_model.parameters())
-    logger.info(
-        f"{args.preset}: {parameters:,} parameters, {len(latents):,} pictures of {num_classes} classes, "
-        f"{accelerator.num_processes} process(es) on {accelerator.device}, {images_per_step} images per step."
-    )
+    def _forward(self, batch: dict[str, torch.Tensor | int]) -> torch.Tensor:
+        """What a micro-batch adds to what is minimised; its losses go to the metrics."""
+        output = self.model(**batch)
+        losses = output[0] if "features" in batch else output  # (B,)
+        loss = losses.mean()
+        if "features" in batch:
+            _, alignment, prior_alignment = output
+            loss = loss + self.args.repa_weight * alignment.mean()
+            # Over the whole batch, so that micro-batches with few priors weigh no more than others.
+            loss = loss + self.args.repa_prior_weight * prior_alignment.sum() / len(losses)
+            self.metrics.add_alignment(alignment.detach(), prior_alignment.detach())
+        self.metrics.add_losses(losses.detach(), batch["sigmas"], batch["num_priors"])
+        return loss
 
-    if args.report_to:
-        settings = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
-        accelerator.init_trackers("diffusers_dod", config=settings)
-
-    # 6. Train
-    progress = tqdm(
-        total=args.max_train_steps, initial=start_step, desc="Training", disable=not accelerator.is_main_process
-    )
-    # Sums since the last line of metrics: loss and count of samples with and without a prior, the gradient norm, then
-    # losses and counts by time.
-    sums = torch.zeros(5 + 2 * NUM_TIME_BINS, device=accelerator.device)
-    interval_start, interval_step, data_seconds = time.perf_counter(), start_step, 0.0
-    nonfinite_in_a_row = num_finite_steps = 0  # the latter since the last line of metrics
-    for step in range(start_step + 1, args.max_train_steps + 1):
-        step_sums = torch.zeros_like(sums)
+    def train_step(self) -> None:
+        """One optimizer step, which changes no weight if its gradients are not finite."""
+        args, accelerator = self.args, self.accelerator
         for _ in range(args.gradient_accumulation_steps):
-            wait_start = time.perf_counter()
-            batch = next(batches)
-            data_seconds += time.perf_counter() - wait_start
-            num_priors = batch.pop("num_priors")
-            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-            with accelerator.accumulate(model):
-                losses = model(**batch, num_priors=num_priors)  # (B,)
-                accelerator.backward(losses.mean())
+            batch = self._next_batch()
+            with accelerator.accumulate(self.model):
+                accelerator.backward(self._forward(batch))
                 is_finite = True
                 if accelerator.sync_gradients:
-                    if nonfinite_in_a_row == args.max_nonfinite_steps:  # clipping would spread what is not finite
-                        suspects = find_nonfinite_gradients(joint_model)
-                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    # Clipping would spread what is not finite.
+                    is_last_chance = self.nonfinite_in_a_row == args.max_nonfinite_steps
+                    suspects = self._find_nonfinite_gradients() if is_last_chance else []
+                    grad_norm = self._clip_gradients()
                     is_finite = bool(torch.isfinite(grad_norm))  # the same on all processes, which share gradients
-                if is_finite:
-                    optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            losses = losses.detach()
-            step_sums[0] += losses[:num_priors].sum()
-            step_sums[1] += num_priors
-            step_sums[2] += losses[num_priors:].sum()
-            step_sums[3] += len(losses) - num_priors
-            bins = (batch["sigmas"] * NUM_TIME_BINS).long().clamp(max=NUM_TIME_BINS - 1)
-            step_sums.index_add_(0, 5 + bins, losses)
-            step_sums.index_add_(0, 5 + NUM_TIME_BINS + bins, torch.ones_like(losses))
-        step_sums[4] += grad_norm
-        learning_rate = optimizer.param_groups[0]["lr"]  # of this step
-        lr_scheduler.step()
-        for average in emas.values():
-            average.step(joint_model.parameters())
-        progress.update()
+                if is_finite or accelerator.scaler is not None:  # which leaves such a step out itself, and learns
+                    self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+        self.learning_rate = float(self.optimizer.param_groups[0]["lr"])  # of this step
+        self.lr_scheduler.step()
+        self.step += 1
+        parameters = list(averaged_parameters(self.joint_model).values())
+        for average in self.emas.values():
+            average.step(parameters)
         if is_finite:
-            sums += step_sums
-            num_finite_steps += 1
-            nonfinite_in_a_row = 0
+            self.nonfinite_in_a_row = 0
         else:
-            num_nonfinite_steps += 1
-            nonfinite_in_a_row += 1
-            logger.warning(f"Step {step} is left out: the norm of its gradients is {float(grad_norm)}.")
-            if nonfinite_in_a_row > args.max_nonfinite_steps:
-                report = args.output_dir / f"nonfinite-step-{step}.json"
-                if accelerator.is_main_process:
-                    write_nonfinite_report(report, step, images_per_step, step_sums, joint_model, suspects)
-                raise FloatingPointError(
-                    f"The gradients of {nonfinite_in_a_row} steps in a row are not finite, up to step {step}: more "
-                    f"than `max_nonfinite_steps` = {args.max_nonfinite_steps}. See {report}."
-                )
+            self._note_nonfinite_step(float(grad_norm), suspects)
+        self.metrics.end_step(grad_norm, is_finite)
 
-        is_last = step == args.max_train_steps
-        is_checkpoint = step % args.checkpointing_steps == 0 or is_last
-        # A line of metrics ends with each checkpoint, so that a resumed run goes on with the same lines.
-        if step % args.logging_steps == 0 or is_checkpoint:
-            totals = accelerator.reduce(sums).tolist()
-            num_steps = step - interval_step
-            seconds = time.perf_counter() - interval_start
-            with_prior, without_prior = (
-                total / count if count else math.nan for total, count in (totals[0:2], totals[2:4])
-            )
-            metrics = {
-                "step": step,
-                "loss": (totals[0] + totals[2]) / count if (count := totals[1] + totals[3]) else math.nan,
-                "loss_with_prior": with_prior,
-                "loss_without_prior": without_prior,
-                **time_losses(totals[5:]),
-                "grad_norm": totals[4] / (num_finite_steps * accelerator.num_processes or math.nan),
-                "learning_rate": learning_rate,
-                "images_per_second": round(num_steps * images_per_step / seconds, 1),
-                "data_wait": round(data_seconds / seconds, 4),
-            }
-            progress.set_postfix(loss=f"{metrics['loss']:.4f}", images_per_s=metrics["images_per_second"])
-            if accelerator.is_main_process:
-                # JSON has no NaN: the loss of no samples is null.
-                line = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-                with open(metrics_path, "a") as file:
-                    file.write(json.dumps(line) + "\n")
-                accelerator.log({name: value for name, value in line.items() if value is not None}, step=step)
-            sums.zero_()
-            num_finite_steps = 0
-            interval_start, interval_step, data_seconds = time.perf_counter(), step, 0.0
+    def _clip_gradients(self) -> torch.Tensor:
+        """Clips the gradients to `--max_grad_norm`; returns their norm before."""
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        if not isinstance(norm, torch.Tensor):  # DeepSpeed clips on its own, and does not know the norm at first
+            return torch.tensor(norm or 0.0, device=self.accelerator.device)
+        return whole(norm)
 
-        pause = time.perf_counter()
+    def _find_nonfinite_gradients(self) -> list[str]:
+        """Names of the weights whose gradients are not finite."""
+        gradients = {name: p.grad for name, p in self.joint_model.named_parameters() if p.grad is not None}
+        return [name for name, gradient in gradients.items() if not whole(gradient).isfinite().all()]
+
+    def _note_nonfinite_step(self, grad_norm: float, suspects: list[str]) -> None:
+        """Counts a step that was left out, and ends the run with a report if there are too many."""
+        self.num_nonfinite_steps += 1
+        self.nonfinite_in_a_row += 1
+        logger.warning(f"Step {self.step} is left out: the norm of its gradients is {grad_norm}.")
+        if self.nonfinite_in_a_row <= self.args.max_nonfinite_steps:
+            return
+        loss_sums = [str(value) for value in self.metrics.step_sums[:4].tolist()]
+        report = {
+            "step": self.step,
+            "stream_positions": [(self.step - 1) * self.images_per_step, self.step * self.images_per_step],
+            "loss_with_prior_sum_and_count": loss_sums[:2],
+            "loss_without_prior_sum_and_count": loss_sums[2:],
+            "nonfinite_weights": [
+                name for name, value in self.joint_model.named_parameters() if not whole(value).isfinite().all()
+            ],
+            "nonfinite_gradients": suspects,
+        }
+        path = self.args.output_dir / f"nonfinite-step-{self.step}.json"
+        if self.accelerator.is_main_process:
+            path.write_text(json.dumps(report, indent=2) + "\n")
+        raise FloatingPointError(
+            f"The gradients of {self.nonfinite_in_a_row} steps in a row are not finite, up to step {self.step}: more "
+            f"than `max_nonfinite_steps` = {self.args.max_nonfinite_steps}. See {path}."
+        )
+
+    def validate(self) -> None:
+        """Draws a grid of samples, and computes Fréchet distances where that is wanted; all processes share it."""
+        args, accelerator = self.args, self.accelerator
+        pipeline = self.averaged_pipeline()
+        use_fast_attention(pipeline, accelerator.device)
+        call = {"guidance_scale": args.validation_guidance_scale}
+        grid = stage_grid(pipeline, args.validation_seed, accelerator, **call)
         if accelerator.is_main_process:
-            if is_checkpoint:
-                save(step)
-            if step % args.validation_steps == 0 or is_last:
-                validate(step)
-        interval_start += time.perf_counter() - pause  # neither saving nor sampling counts as training time
-    progress.close()
-
-    # 7. The finished pipeline
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        with_ema_weights(lambda: pipeline.save_pretrained(args.output_dir))
-        write_model_card(args.output_dir, args, class_names, images_per_step)
-        if repo_id is not None:
-            upload_folder(
-                repo_id=repo_id,
-                folder_path=args.output_dir,
-                token=args.hub_token,
-                commit_message="End of training",
-                ignore_patterns=["checkpoint-*", ".unfinished-*", "latents/*", "latents.*"],
+            folder = args.output_dir / "samples"
+            folder.mkdir(exist_ok=True)
+            grid.save(folder / f"step-{self.step:07d}.png")
+        if self.fid is not None:
+            distances = stage_distances(
+                pipeline, *self.fid, args.fid_num_samples, args.validation_seed, accelerator, **call
             )
+            line = {"step": self.step, "num_samples": args.fid_num_samples, **distances}
+            append_line(args.output_dir / EVALUATIONS, line, accelerator)
+
+    def train(self) -> bool:
+        """
+        Trains to the last step, with checkpoints and samples on the way.
+
+        Returns:
+            `bool`: Whether it came to the end; if not, SIGTERM has stopped it, with a checkpoint.
+        """
+        args, accelerator = self.args, self.accelerator
+        if accelerator.is_main_process:
+            for name in ("metrics.jsonl", EVALUATIONS):
+                drop_metrics_after(args.output_dir / name, self.step)
+        if args.report_to:
+            settings = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
+            accelerator.init_trackers("diffusers_dod", config=settings)
+        parameters = sum(parameter.numel() for parameter in self.joint_model.parameters())
+        logger.info(
+            f"{args.preset}: {parameters:,} parameters, "
+            f"{'streamed' if self.latents is None else f'{len(self.latents):,}'} pictures of {len(self.class_names)} "
+            f"classes, {accelerator.num_processes} process(es) on {accelerator.device}, {self.images_per_step} images "
+            "per step."
+        )
+        progress = tqdm(
+            total=args.max_train_steps,
+            initial=self.step,
+            desc="Training",
+            disable=not accelerator.is_main_process,
+        )
+        with progress, StopSignal(accelerator) as stop:
+            while self.step < args.max_train_steps:
+                self.train_step()
+                progress.update()
+                is_last = self.step == args.max_train_steps
+                is_stopped = stop.is_received()
+                if self.step % args.logging_steps == 0 or is_last:
+                    line = self.metrics.write(self.step, self.learning_rate)
+                    loss = math.nan if line["loss"] is None else line["loss"]
+                    progress.set_postfix(loss=f"{loss:.4f}", images_per_s=line["images_per_second"])
+                pause = time.perf_counter()
+                if self.step % args.checkpointing_steps == 0 or is_last or is_stopped:
+                    self.save()
+                    if not is_last and not is_stopped:
+                        self._push_checkpoint()
+                if self.step % args.validation_steps == 0 or is_last:
+                    self.validate()
+                self.metrics.pause(time.perf_counter() - pause)
+                if is_stopped and not is_last:
+                    logger.warning(f"Stopped by SIGTERM after step {self.step}, with a checkpoint.")
+                    return False
+        return True
+
+    def _push_checkpoint(self) -> None:
+        """Starts to upload the latest checkpoint if it is its turn."""
+        every = self.args.push_every
+        if self.pusher is not None and every is not None and self.step // self.args.checkpointing_steps % every == 0:
+            self._push(f"Step {self.step}")
+
+    def _push(self, message: str) -> None:
+        folder = self.args.output_dir
+        write_model_card(self.args, self.class_names, self.images_per_step, self.step)
+        names = ("README.md", "metrics.jsonl", EVALUATIONS, "samples", *CARD_FILES)
+        self.pusher.push(self.checkpoint, [folder / name for name in names], message, self.args.push_training_state)
+
+    def finish(self) -> None:
+        """Writes the finished pipeline with its model card, and uploads them where that is wanted."""
+        args = self.args
+        pipeline = self.averaged_pipeline()
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            pipeline.save_pretrained(args.output_dir)
+            write_model_card(args, self.class_names, self.images_per_step, self.step)
+            if self.pusher is not None:
+                self._push("End of training")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """
+    The command. It ends with the exit code 143 where SIGTERM has stopped it, after a checkpoint.
+
+    Args:
+        argv (`list[str]`, *optional*): Its arguments, the process's by default.
+
+    Raises:
+        `ValueError`: they do not fit the processes, the data, the models or what is in the folders.
+        `FloatingPointError`: the gradients of too many steps in a row are not finite.
+    """
+    args = parse_args(argv, __doc__)
+    if args.dry_run:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(describe_run(args))
+        return
+    end_with_launcher()
+    accelerator = build_accelerator(args)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("diffusers_dod").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    if args.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+    trainer = Trainer(args, accelerator)
+    is_finished = False
+    try:
+        if trainer.train():
+            trainer.finish()
+            is_finished = True
+    finally:
+        if trainer.pusher is not None:  # a run that fails or is stopped gives up what is under way
+            trainer.pusher.finish(PUSH_TIMEOUT_S if is_finished else 0.0)
     accelerator.end_training()
+    if not is_finished:
+        sys.exit(STOPPED_EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,159 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""
+One exchange with the Hugging Face Hub in a process of its own: the request on its standard input, the reply on its
+standard output, both in JSON.
+
+A process that waits for the Hub can be ended at any time, whatever it waits in (sockets, the threads of an upload, the
+Xet library); a thread cannot. It imports `huggingface_hub` only, so it starts in less than a second.
+"""
+
+import json
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    get_session,
+    get_token,
+    set_client_factory,
+)
+from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import parse_ratelimit_headers
+
+
+CARD = "README.md"
+MARKER = ".push-check"
+
+CONNECT_TIMEOUT_S = 10.0
+
+# What a repetition cannot help; of the Hub's answers that is every 4xx but these.
+PERMANENT_ERRORS = (LocalTokenNotFoundError, OfflineModeIsEnabled, FileNotFoundError, PermissionError, ValueError)
+TRANSIENT_CLIENT_ERRORS = (408, 409, 425, 429)
+
+
+def limit_requests(timeout_s: float) -> None:
+    """Makes every request of this process fail when the Hub stays silent for `timeout_s` seconds."""
+    client = get_session()  # of httpx or httpx2, whichever the installed version uses
+    hooks, redirects = client.event_hooks, client.follow_redirects
+    limits = (min(timeout_s, CONNECT_TIMEOUT_S), timeout_s, timeout_s, timeout_s)  # connect, read, write, pool
+    set_client_factory(lambda: type(client)(event_hooks=hooks, follow_redirects=redirects, timeout=limits))
+
+
+def check(api: HfApi, repo_id: str, private: bool | None, card: str) -> str:
+    """
+    Creates the repository unless it exists, and commits to it, which alone proves that the token may write.
+
+    Args:
+        api (`HfApi`): The client.
+        repo_id (`str`): The repository, with or without the name of its owner.
+        private (`bool` or `None`): Whether a new repository is private; `None` is the owner's default.
+        card (`str`): The model card of a repository that has none. One that has a card keeps it and gets a small file
+            `.push-check` instead, which the next upload removes.
+
+    Returns:
+        `str`: The repository with the name of its owner.
+    """
+    api.whoami()
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    has_card = api.file_exists(repo_id, CARD)
+    name, content = (MARKER, f"{uuid.uuid4()}\n") if has_card else (CARD, card)  # never the same: that is no commit
+    operation = CommitOperationAdd(name, content.encode())
+    api.create_commit(repo_id, [operation], commit_message="Start of training")
+    return repo_id
+
+
+def upload(api: HfApi, repo_id: str, folder: str, message: str, removed: list[str]) -> str:
+    """
+    Commits a folder to the root of a repository, in one commit.
+
+    Args:
+        api (`HfApi`): The client.
+        repo_id (`str`): The repository with the name of its owner.
+        folder (`str`): The folder.
+        message (`str`): The commit's message.
+        removed (`list[str]`): Files and folders at the root whose content goes, as far as `folder` has none of it.
+
+    Returns:
+        `str`: The repository.
+    """
+    files = {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*") if path.is_file()}
+    stale = [name for name in api.list_repo_files(repo_id) if name.split("/")[0] in removed and name not in files]
+    operations = [CommitOperationDelete(name, is_folder=False) for name in stale]
+    operations += [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
+    api.create_commit(repo_id, operations, commit_message=message)  # `upload_folder` would make several commits
+    return repo_id
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields `error` and what it comes from, outermost first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def describe(error: Exception, secrets: list[str]) -> dict:
+    """
+    An error as a reply.
+
+    Args:
+        error (`Exception`): What was raised.
+        secrets (`list[str]`): Texts that the reply must not hold.
+
+    Returns:
+        `dict` with `error`, `status` (of HTTP, or `None`), `is_transient` and `retry_after` (seconds, 0 if not given).
+    """
+    response = next((cause.response for cause in chain(error) if getattr(cause, "response", None) is not None), None)
+    if response is None:
+        if type(error) is RuntimeError and error.__cause__ is not None:  # says no more than which file it was
+            error = error.__cause__
+        status = 401 if isinstance(error, LocalTokenNotFoundError) else None
+        # A body that is no JSON, such as a proxy's page, is the server's fault.
+        is_transient = isinstance(error, json.JSONDecodeError) or not isinstance(error, PERMANENT_ERRORS)
+        text, retry_after = f"{type(error).__name__}: {error}", 0
+    else:
+        status, request = response.status_code, response.request
+        is_storage = not str(request.url).startswith(constants.ENDPOINT)  # refuses addresses that are too old
+        is_transient = is_storage or status >= 500 or status in TRANSIENT_CLIENT_ERRORS
+        said = next((cause.server_message for cause in chain(error) if getattr(cause, "server_message", None)), None)
+        # The query of an address may hold a signature: only the path is told.
+        text = f"{status} {response.reason_phrase} to {request.method} {request.url.path}"
+        text += f" ({said})" if said else ""
+        after = response.headers.get("Retry-After", "")
+        limit = parse_ratelimit_headers(response.headers)
+        retry_after = int(after) if after.isdigit() else limit.reset_in_seconds if limit and status == 429 else 0
+    for secret in secrets:
+        text = text.replace(secret, "<token>")
+    return {"error": text, "status": status, "is_transient": is_transient, "retry_after": retry_after}
+
+
+def reply(action: str, token: str | None, timeout_s: float, **arguments) -> dict:
+    """
+    Does what a request asks for.
+
+    Args:
+        action (`str`): `check` or `upload`.
+        token (`str` or `None`): The token, `None` for that of the Hub's own login.
+        timeout_s (`float`): How long the Hub may stay silent, in seconds.
+        arguments: Those of the action.
+
+    Returns:
+        `dict`: `repo_id`, or what [`describe`] says of an error.
+    """
+    limit_requests(timeout_s)
+    try:
+        api = HfApi(token=token, library_name="diffusers_dod")
+        return {"repo_id": {"check": check, "upload": upload}[action](api, **arguments)}
+    except Exception as error:
+        return describe(error, [secret for secret in (token, get_token()) if secret])
+
+
+if __name__ == "__main__":
+    with redirect_stdout(sys.stderr):  # nothing but the reply goes to the output
+        answer = reply(**json.load(sys.stdin))
+    print(json.dumps(answer))

@@ -1,0 +1,186 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""The models of a training run and their optimizer."""
+
+import argparse
+
+import torch
+
+from ..conversion import add_prior_projection
+from ..latent_embedding import LatentEmbeddingModule
+from ..losses import DoDJointModel, RepresentationProjector
+from ..pipeline_dod import DoDPipeline
+from ..presets import PRESETS, Preset
+from ..transformer_dod import DoDAttention, DoDTransformer2DModel
+from .finetuning import difffit_parameters, freeze_all_but
+
+
+OPTIMIZERS = ("adamw", "adamw_8bit")
+
+
+def build_models(
+    args: argparse.Namespace, latent_shape: tuple[int, ...], num_classes: int, feature_dim: int | None = None
+) -> DoDJointModel:
+    """
+    Backbone and LEM: those of `--pretrained_model_name_or_path` if given, those of the preset, seeded by `--seed`, for
+    the rest.
+
+    Args:
+        args (`argparse.Namespace`): The run's arguments.
+        latent_shape (`tuple[int, ...]`): Shape (C, h, w) of the latents.
+        num_classes (`int`): Number of classes.
+        feature_dim (`int`, *optional*): Width of the features that tokens are aligned with, if they are.
+
+    Returns:
+        [`DoDJointModel`], all of it trainable unless `--trainable_parameters` says otherwise.
+
+    Raises:
+        `ValueError`: a saved pipeline does not fit the latents or the arguments.
+    """
+    torch.manual_seed(args.seed)
+    preset: Preset = PRESETS[args.preset]
+    channels, sample_size = latent_shape[0], latent_shape[1]
+    shape = {"in_channels": channels, "sample_size": sample_size}
+    transformer = latent_embedder = None
+    if args.pretrained_model_name_or_path is not None:
+        transformer, latent_embedder = load_pretrained(args.pretrained_model_name_or_path, shape, num_classes)
+    if transformer is None:
+        transformer = DoDTransformer2DModel(**(preset.transformer_config | shape | {"num_classes": num_classes}))
+    given = {"num_latent_tokens": args.num_latent_tokens, "latent_token_dim": args.latent_token_dim}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    if latent_embedder is not None and overrides:
+        name, value = next(iter(overrides.items()))
+        raise ValueError(
+            f"`{name}` must not be given where `pretrained_model_name_or_path` has a latent embedder, "
+            f"whose own is {latent_embedder.config[name]}, got {value}."
+        )
+    if latent_embedder is None and preset.latent_embedder_config is not None:
+        overrides["patch_size"] = transformer.config.patch_size
+        latent_embedder = LatentEmbeddingModule(**(preset.latent_embedder_config | shape | overrides))
+        if transformer.config.prior_embed_dim is None:  # a FiTv2 becomes the backbone of a DoD
+            transformer = with_priors(transformer, latent_embedder.inner_dim)
+    projector = prior_projector = None
+    if feature_dim is not None:
+        projector = RepresentationProjector(transformer.inner_dim, feature_dim)
+        if latent_embedder is not None and args.repa_prior_weight > 0:
+            prior_projector = RepresentationProjector(latent_embedder.inner_dim, feature_dim)
+    model = DoDJointModel(transformer, latent_embedder, projector, prior_projector, args.repa_layer)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+        if latent_embedder is not None:
+            latent_embedder.enable_gradient_checkpointing()
+    if args.trainable_parameters == "difffit":
+        projectors = [name for name, _ in model.named_parameters() if name.split(".")[0].endswith("projector")]
+        freeze_all_but(model, sorted({*difffit_parameters(model), *projectors}))
+    return model
+
+
+def load_pretrained(
+    path: str, shape: dict[str, int], num_classes: int
+) -> tuple[DoDTransformer2DModel, LatentEmbeddingModule | None]:
+    """
+    Backbone and, where it has one, LEM of a saved pipeline, in training mode.
+
+    Args:
+        path (`str`): A folder or a repository on the Hub.
+        shape (`dict[str, int]`): The `in_channels` and the `sample_size` of the latents.
+        num_classes (`int`): Number of classes; if it has another, each class starts as its null class.
+
+    Returns:
+        `tuple[DoDTransformer2DModel, LatentEmbeddingModule | None]`: The models.
+
+    Raises:
+        `ValueError`: a model has another number of channels, or a patch size that does not divide `sample_size`.
+    """
+    pipeline = DoDPipeline.from_pretrained(path, vae=None)
+    models = [model for model in (pipeline.transformer, pipeline.latent_embedder) if model is not None]
+    for model in models:
+        if model.config.in_channels != shape["in_channels"] or shape["sample_size"] % model.config.patch_size:
+            raise ValueError(
+                "`pretrained_model_name_or_path` must hold a model for latents of the data's shape, "
+                f"{shape['in_channels']} channels with sides that are multiples of its patch size, got {path!r} "
+                f"for {model.config.in_channels} channels and patches of {model.config.patch_size}."
+            )
+        model.register_to_config(sample_size=shape["sample_size"])
+        model.train()
+    if pipeline.transformer.config.num_classes != num_classes:
+        pipeline.transformer.resize_class_embed(num_classes)
+    return pipeline.transformer, pipeline.latent_embedder
+
+
+def with_priors(transformer: DoDTransformer2DModel, prior_embed_dim: int) -> DoDTransformer2DModel:
+    """
+    A plain FiTv2 as a backbone that takes priors, and that still predicts exactly the same at the start.
+
+    Args:
+        transformer ([`DoDTransformer2DModel`]): The FiTv2, with `prior_embed_dim=None`.
+        prior_embed_dim (`int`): Width of the visual priors.
+
+    Returns:
+        [`DoDTransformer2DModel`], a new one.
+    """
+    model = DoDTransformer2DModel.from_config({**transformer.config, "prior_embed_dim": prior_embed_dim})
+    model.load_state_dict(add_prior_projection(transformer.state_dict(), prior_embed_dim))
+    return model
+
+
+def use_fast_attention(model: DoDJointModel | DoDPipeline, device: torch.device) -> None:
+    """
+    Gives the backbone of `model` unfused attention if `device` is a CPU.
+
+    There the backward pass of the fused one takes longer than the rest of a short sequence's step together.
+    """
+    if device.type == "cpu":
+        for module in model.transformer.modules():
+            if isinstance(module, DoDAttention):  # the models' own method would change the default of all others too
+                module.set_attention_backend("_native_math")
+
+
+def build_optimizer(args: argparse.Namespace, model: DoDJointModel) -> torch.optim.Optimizer:
+    """
+    AdamW for what is trainable; the LEM may have its own learning rate.
+
+    Args:
+        args (`argparse.Namespace`): The run's arguments.
+        model ([`DoDJointModel`]): The model.
+
+    Returns:
+        `torch.optim.Optimizer`: PyTorch's fused AdamW, or torchao's with moments of 8 bits.
+
+    Raises:
+        `ImportError`: torchao is not installed.
+    """
+
+    def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+    rates = {"latent_embedder": args.latent_embedder_learning_rate or args.learning_rate}
+    groups = [
+        {"params": trainable(module), "lr": rates.get(name, args.learning_rate)}
+        for name, module in model.named_children()
+    ]
+    settings = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.adam_weight_decay,
+    }
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **settings, fused=True)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ImportError(
+            "`optimizer` 'adamw_8bit' needs torchao: `pip install diffusers-dod[quantization]`."
+        ) from error
+    for group in groups:
+        group["lr"] = torch.tensor(group["lr"])  # a number would be compiled into the step
+    return AdamW8bit(groups, **settings)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
+    """Gives each group of parameters of `optimizer` its own of `rates`."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

@@ -1,0 +1,121 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""The processes of a run: whether they are those that were asked for, their end by a signal, tensors they share."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+# 128 + 15: what shells report of a process that SIGTERM has ended.
+STOPPED_EXIT_CODE = 143
+DISTRIBUTED_TYPES = ("no", "multi_cpu", "multi_gpu", "fsdp", "deepspeed")
+
+
+def check_processes(
+    accelerator: Accelerator, num_processes: int | None = None, distributed_type: str | None = None
+) -> None:
+    """
+    Raises unless the processes are those that the launcher, or the options, asked for.
+
+    Launchers may fall back without a word: to one process where the configuration is not that of several, or from FSDP
+    to plain data parallelism on a CPU.
+
+    Args:
+        accelerator (`Accelerator`): What has been obtained.
+        num_processes (`int`, *optional*): How many processes there must be.
+        distributed_type (`str`, *optional*): One of `"no"`, `"multi_cpu"`, `"multi_gpu"`, `"fsdp"`, `"deepspeed"`.
+
+    Raises:
+        `ValueError`: there are others.
+    """
+    obtained = accelerator.distributed_type.value.lower()
+    in_environment = os.environ.get("WORLD_SIZE")
+    for source, expected in {"`num_processes`": num_processes, "the launcher's WORLD_SIZE": in_environment}.items():
+        if expected is not None and int(expected) != accelerator.num_processes:
+            raise ValueError(
+                f"The run must have the number of processes of {source}, {expected}, got {accelerator.num_processes}: "
+                "give `accelerate launch` a configuration for several processes, e.g. with `--multi_gpu`."
+            )
+    for name in ("fsdp", "deepspeed"):
+        is_asked_for = os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() in ("true", "1")
+        if is_asked_for and obtained != name:
+            raise ValueError(f"The run must be of the launcher's distributed type, {name!r}, got {obtained!r}.")
+    if distributed_type is not None and obtained != distributed_type:
+        raise ValueError(f"The run must be of `distributed_type` {distributed_type!r}, got {obtained!r}.")
+    if obtained == "fsdp" and not accelerator.is_fsdp2:
+        raise ValueError("The run must have `fsdp_version` 2 in the launcher's configuration, got 1.")
+
+
+def end_with_launcher() -> None:
+    """Has the kernel send this process SIGTERM when its launcher ends, so that none is left behind; Linux only."""
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if is_launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+class StopSignal:
+    """
+    Notes a SIGTERM in place of ending by it, between `with` and its end.
+
+    Args:
+        accelerator (`Accelerator`): The processes, which stop together.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self._flag = torch.zeros((), device=accelerator.device)
+        self._is_received = False
+        self._previous = None
+
+    def __enter__(self) -> "StopSignal":
+        self._previous = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._is_received = True
+
+    def is_received(self) -> bool:
+        """Whether any process has received it; all must ask, and all get the same answer."""
+        if self.accelerator.num_processes == 1:
+            return self._is_received
+        return bool(self.accelerator.reduce(self._flag.fill_(self._is_received)) > 0)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Waits for all processes at its end; a `RuntimeError` in each of them if another one has failed."""
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    failures = [message for message in gather_object([None if error is None else str(error)]) if message is not None]
+    if error is not None:
+        raise error
+    if failures:
+        raise RuntimeError(f"Another process failed: {failures[0]}")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of `tensor`, of which this process may hold a shard; then every process must ask. Of any shape."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The part of `tensor`, which each process has as a whole, that it holds of `like`, which has the same shape."""
+    tensor = tensor.to(like.device)
+    if isinstance(like, DTensor):
+        return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    return tensor

@@ -1,0 +1,117 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""Samples of a run on its way: pictures of each stage, and the Fréchet distance of each stage."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+
+from ..evaluation.extractors import Extractor
+from ..evaluation.frechet import feature_statistics, frechet_distance
+from ..pipeline_dod import DoDPipeline
+from .image_grid import make_grid
+
+
+def _sample_own(
+    pipeline: DoDPipeline, labels: list[int], seed: int, accelerator: Accelerator, batch_size: int, **call: Any
+) -> list[tuple[int, list[np.ndarray]]]:
+    """This process's share of samples, each with its place: (stages, H, W, 3) in uint8, which depends on it alone."""
+    samples = []
+    own = list(range(accelerator.process_index, len(labels), accelerator.num_processes))
+    for start in range(0, len(own), batch_size):
+        places = own[start : start + batch_size]
+        with accelerator.autocast():
+            output = pipeline(
+                [labels[place] for place in places],
+                seed=seed,
+                sample_indices=places,
+                return_stages=True,
+                output_type="np",
+                **call,
+            )
+        stages = [(np.asarray(stage) * 255).round().astype(np.uint8) for stage in output.stages]
+        samples += [(place, [stage[i] for stage in stages]) for i, place in enumerate(places)]
+    return samples
+
+
+def stage_grid(
+    pipeline: DoDPipeline,
+    seed: int,
+    accelerator: Accelerator,
+    num_columns: int = 12,
+    samples_per_class: int = 2,
+    **call: Any,
+) -> Image.Image:
+    """
+    Samples of the first `num_columns` classes: for each of `samples_per_class`, a row per stage, stage 1 on top.
+
+    Args:
+        pipeline ([`DoDPipeline`]): The model.
+        seed (`int`): Seed of the noise.
+        accelerator (`Accelerator`): The processes, which share the samples.
+        num_columns (`int`, defaults to 12): How many classes to show.
+        samples_per_class (`int`, defaults to 2): How many samples of each.
+        call (`Any`): Further arguments of the pipeline's call.
+
+    Returns:
+        `PIL.Image.Image`: The grid, its pictures enlarged by the largest whole factor that keeps them within 64
+        pixels.
+    """
+    classes = list(range(min(num_columns, pipeline.transformer.config.num_classes)))
+    labels = classes * samples_per_class
+    samples = dict(gather_object(_sample_own(pipeline, labels, seed, accelerator, len(classes), **call)))
+    rows = []
+    for start in range(0, len(labels), len(classes)):
+        columns = [samples[start + i] for i in range(len(classes))]
+        rows += [[Image.fromarray(column[stage]) for column in columns] for stage in range(len(columns[0]))]
+    return make_grid(rows, scale=max(1, 64 // rows[0][0].width))
+
+
+def stage_distances(
+    pipeline: DoDPipeline,
+    extractor: Extractor,
+    reference: tuple[np.ndarray, np.ndarray],
+    num_samples: int,
+    seed: int,
+    accelerator: Accelerator,
+    batch_size: int = 64,
+    **call: Any,
+) -> dict[str, float]:
+    """
+    The Fréchet distance of each stage's samples to reference pictures; with few samples too large, by more the fewer.
+
+    Args:
+        pipeline ([`DoDPipeline`]): The model.
+        extractor (`Callable`): Pictures (B, 3, H, W) in uint8 -> features (B, d).
+        reference (`tuple[np.ndarray, np.ndarray]`): Mean and covariance of the reference features.
+        num_samples (`int`): Number of samples, of all classes in turn.
+        seed (`int`): Seed of the noise.
+        accelerator (`Accelerator`): The processes, which share the samples.
+        batch_size (`int`, defaults to 64): Samples per call of the pipeline.
+        call (`Any`): Further arguments of the pipeline's call.
+
+    Returns:
+        `dict[str, float]`: `fid_stage_<n>` for each stage.
+    """
+    num_classes = pipeline.transformer.config.num_classes
+    labels = [place % num_classes for place in range(num_samples)]
+    own = _sample_own(pipeline, labels, seed, accelerator, batch_size, **call)
+    features: list[tuple[int, list[np.ndarray]]] = []
+    for start in range(0, len(own), batch_size):
+        chunk = own[start : start + batch_size]
+        of_stages = []
+        for stage in range(len(chunk[0][1])):
+            pictures = torch.from_numpy(np.stack([pictures[stage] for _, pictures in chunk])).permute(0, 3, 1, 2)
+            with torch.no_grad():
+                of_stages.append(extractor(pictures.to(accelerator.device)).float().cpu().numpy())
+        features += [(place, [rows[i] for rows in of_stages]) for i, (place, _) in enumerate(chunk)]
+    all_features = dict(gather_object(features))
+    return {
+        f"fid_stage_{stage + 1}": frechet_distance(
+            *feature_statistics(np.stack([all_features[place][stage] for place in range(num_samples)])), *reference
+        )
+        for stage in range(len(all_features[0]))
+    }

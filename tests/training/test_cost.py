@@ -1,0 +1,393 @@
+"""What training costs, against closed formulas, real models, real optimizers and real passes."""
+
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+from helpers import says, tiny_pipeline, tiny_vae
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from diffusers_dod import DoDTransformer2DModel, LatentEmbeddingModule
+from diffusers_dod.losses import DoDJointModel
+from diffusers_dod.presets import PRESETS, Preset
+from diffusers_dod.training import cost
+from diffusers_dod.training.arguments import parse_args
+from diffusers_dod.training.cost import (
+    GPUS,
+    TrainingCost,
+    count_flops,
+    count_kept_bytes,
+    describe_run,
+    estimate_run,
+    training_cost,
+)
+from diffusers_dod.training.ema import averaged_parameters
+from diffusers_dod.training.models import OPTIMIZERS, build_models, build_optimizer
+
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = (ROOT / "docs" / "training_cost.md").read_text()
+SHAPE, CLASSES = (4, 8, 8), 12
+SIZES = dict(num_attention_heads=2, attention_head_dim=64)
+BACKBONE = dict(num_layers=1, sample_size=8, num_classes=CLASSES, **SIZES)
+LEM = dict(num_encoder_layers=1, num_decoder_layers=1, num_latent_tokens=4, latent_token_dim=8, sample_size=8, **SIZES)
+TINY = {"Tiny": Preset(BACKBONE | {"prior_embed_dim": 128}, LEM), "Tiny-FiTv2": Preset(BACKBONE)}
+
+
+@pytest.fixture(autouse=True)
+def tiny_presets(monkeypatch):
+    for name, preset in TINY.items():
+        monkeypatch.setitem(PRESETS, name, preset)
+
+
+@lru_cache
+def tiny_cost(preset="Tiny", **kwargs) -> TrainingCost:
+    return training_cost(TINY[preset], SHAPE, CLASSES, **{"batch_size": 4, **kwargs})
+
+
+def options(tmp_path, *argv):
+    source = () if "--latents_dir" in argv else ("--train_data_dir", str(tmp_path / "pictures"))
+    return parse_args([*source, "--output_dir", str(tmp_path / "run"), *map(str, argv)])
+
+
+def tiny_model(tmp_path, *argv):
+    args = options(tmp_path, "--preset", "Tiny", *argv)
+    return args, build_models(args, SHAPE, CLASSES)
+
+
+# -------------------------------------------------------------------------------------------------------- operations
+
+
+def forward_flops(name: str, has_prior: bool) -> int:
+    """2 FLOPs per multiply-add of every matrix, 4 T^2 d for the two products of an attention layer."""
+    config = PRESETS[name].transformer_config
+    dim, layers = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
+    hidden, rank, patch = 4 * dim * 2 // 3, dim // 4, 16
+    tokens = (config.get("sample_size", 32) // 2) ** 2
+    rows = tokens if has_prior else 1  # of the conditioning
+    total = 2 * (256 * dim + dim * dim)  # time
+    total += 2 * tokens * (2 * patch * dim + layers * (4 * dim**2 + 3 * dim * hidden))
+    total += 2 * rows * (6 * dim**2 + layers * (dim * rank + 6 * rank * dim) + 2 * dim**2)
+    total += layers * 4 * tokens**2 * dim
+    if has_prior:
+        lem = PRESETS[name].latent_embedder_config
+        width = lem["num_attention_heads"] * lem["attention_head_dim"]
+        number, narrow = lem["num_latent_tokens"], lem["latent_token_dim"]
+        total += 2 * tokens * (width * dim + dim**2)  # projection of the prior
+        total += 2 * tokens * (patch * width + width**2)
+        total += 2 * number * width * narrow + 2 * (tokens + number) * narrow * width
+        blocks = lem["num_encoder_layers"] + lem["num_decoder_layers"]
+        total += blocks * (2 * (tokens + number) * 12 * width**2 + 4 * (tokens + number) ** 2 * width)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("name", "has_prior"),
+    [("Tiny", True), ("Tiny", False), ("Tiny-FiTv2", False)],
+)
+def test_flops_are_those_of_the_formulas(name, has_prior):
+    found = tiny_cost(name, prior_dropout_prob=0.0 if has_prior else 1.0)
+    forward = forward_flops(name, has_prior)
+    assert found.forward_flops == forward
+    # The backward pass is twice the forward pass, but for gradients of what enters: patches and features of the time.
+    config = PRESETS[name].transformer_config
+    dim, tokens = config["num_attention_heads"] * config["attention_head_dim"], SHAPE[1] * SHAPE[2] // 4
+    inputs = 2 * tokens * 16 * dim + 2 * 256 * dim
+    if has_prior:
+        inputs += 2 * tokens * 16 * config["prior_embed_dim"]
+    assert found.training_flops == 3 * forward - inputs
+
+
+def test_flops_of_the_paper():
+    """Its GFLOPs are multiply-adds of the Linears: 26.431 of the backbone and 24.619 of the LEM, of DoD-B."""
+    with torch.device("meta"):
+        backbone = DoDTransformer2DModel(**PRESETS["DoD-B"].transformer_config)
+        model = DoDJointModel(backbone, LatentEmbeddingModule(**PRESETS["DoD-B"].latent_embedder_config))
+    forward = count_flops(model, (4, 32, 32), num_priors=1)[0]
+    assert forward == forward_flops("DoD-B", has_prior=True)
+    attention = 4 * 768 * (12 * 256**2 + 12 * 288**2)
+    assert (forward - attention) / 2e9 == pytest.approx(26.431 + 24.619, abs=1e-3)
+
+
+def test_images_with_and_without_a_prior_are_mixed():
+    """The LEM works for a share of 1 - p_s, and so does all that has a row per token."""
+    costs = {share: tiny_cost(prior_dropout_prob=share) for share in (0.0, 0.25, 1.0)}
+    for name in ("forward_flops", "training_flops"):
+        with_prior, mixed, without = (getattr(found, name) for found in costs.values())
+        assert without < mixed < with_prior
+        assert mixed == pytest.approx(0.75 * with_prior + 0.25 * without)
+    bytes_kept = [found.activation_bytes for found in costs.values()]
+    assert bytes_kept == sorted(bytes_kept, reverse=True) and len(set(bytes_kept)) == 3
+
+
+def test_a_fitv2_has_no_priors_to_drop():
+    assert tiny_cost("Tiny-FiTv2", prior_dropout_prob=0.0) == tiny_cost("Tiny-FiTv2", prior_dropout_prob=1.0)
+
+
+def test_gradient_checkpointing_trades_operations_for_memory():
+    deeper = Preset(TINY["Tiny"].transformer_config | {"num_layers": 4}, LEM)
+    plain, checkpointed = (training_cost(deeper, SHAPE, gradient_checkpointing=value) for value in (False, True))
+    assert checkpointed.forward_flops == plain.forward_flops
+    repeated = (checkpointed.training_flops - plain.training_flops) / plain.forward_flops
+    assert 0.6 < repeated < 1
+    assert checkpointed.activation_bytes < 0.6 * plain.activation_bytes
+
+
+def test_a_few_trainable_parameters_cost_less():
+    everything, few = (tiny_cost(batch_size=32, trainable_parameters=value) for value in ("all", "difffit"))
+    assert few.trainable_parameters < 0.1 * everything.trainable_parameters
+    assert few.weight_bytes == everything.weight_bytes and few.average_bytes == everything.average_bytes
+    assert 1.9 < few.training_flops / few.forward_flops < 2.1  # no products for gradients of matrices
+    assert few.activation_bytes < everything.activation_bytes
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.parametrize(("trainable", "optimizer"), [("all", "adamw"), ("difffit", "adamw"), ("all", "adamw_8bit")])
+def test_states_are_those_of_a_real_step(tmp_path, trainable, optimizer):
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("torchao")
+    args, model = tiny_model(tmp_path, "--trainable_parameters", trainable, "--optimizer", optimizer)
+    adam, ema = build_optimizer(args, model), EMAModel(list(averaged_parameters(model).values()))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    with torch.compiler.set_stance("force_eager"):  # of torchao's step
+        adam.step()
+
+    def size(tensors) -> int:
+        total = 0
+        for tensor in tensors:
+            parts = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else []
+            total += sum(getattr(tensor, part).nbytes for part in parts) if parts else tensor.nbytes
+        return total
+
+    found = tiny_cost(num_averages=3, trainable_parameters=trainable, optimizer=optimizer)
+    assert found.backbone_parameters == sum(parameter.numel() for parameter in model.transformer.parameters())
+    assert found.latent_embedder_parameters == sum(weight.numel() for weight in model.latent_embedder.parameters())
+    assert found.weight_bytes == size(model.parameters())
+    assert found.gradient_bytes == size(weight.grad for weight in model.parameters() if weight.grad is not None)
+    states = adam.state.values()
+    assert found.moment_bytes == size(state[name] for state in states for name in ("exp_avg", "exp_avg_sq"))
+    assert found.average_bytes == 3 * size(ema.shadow_params)
+
+
+@pytest.mark.parametrize(
+    ("mixed_precision", "checkpointing"), [("no", False), ("bf16", False), ("fp16", False), ("bf16", True)]
+)
+def test_kept_bytes_are_those_of_a_real_pass(tmp_path, mixed_precision, checkpointing):
+    argv = ["--gradient_checkpointing"] if checkpointing else []
+    _, model = tiny_model(tmp_path, *argv)
+    latents, labels = torch.randn(4, *SHAPE), torch.zeros(4, dtype=torch.int64)
+    batch = {"latents": latents, "noise": latents.clone(), "sigmas": torch.rand(4), "class_labels": labels}
+    kept, weights = [], {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    dtype = torch.float16 if mixed_precision == "fp16" else torch.bfloat16
+    autocast = torch.autocast("cpu", dtype, enabled=mixed_precision != "no")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        loss = model(**batch, num_priors=2).mean()
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    real = sum(size for address, size in storages.items() if address not in weights)
+    assert loss.requires_grad and real > 0
+
+    found = tiny_cost(mixed_precision=mixed_precision, gradient_checkpointing=checkpointing)
+    block = count_kept_bytes(tiny_model(tmp_path)[1], batch, 2, mixed_precision)[1] if checkpointing else 0
+    assert found.activation_bytes == real + block
+
+
+def test_a_block_keeps_what_it_keeps():
+    """Of the same batch more blocks of a kind keep more by what a single one does."""
+    sizes = []
+    for layers in (2, 4):
+        with FakeTensorMode():
+            model = DoDJointModel(DoDTransformer2DModel(**BACKBONE | {"num_layers": layers}))
+            latents, labels = torch.empty(8, *SHAPE), torch.zeros(8, dtype=torch.int64)
+            batch = {"latents": latents, "noise": latents.clone(), "sigmas": torch.empty(8), "class_labels": labels}
+            sizes.append(count_kept_bytes(model, batch, 0, "no"))
+    (two, block), (four, same_block) = sizes
+    assert block == same_block and 0.99 * 2 * block < four - two <= 2 * block  # the first keeps the conditioning
+
+
+def test_memory_of_several_processes():
+    found = TrainingCost(90, 10, 60, 0.0, 0.0, moment_bytes=480, num_averages=2, activation_bytes=1000)
+    weights, gradients, averages = 400, 240, 800
+    assert (found.weight_bytes, found.gradient_bytes, found.average_bytes) == (weights, gradients, averages)
+    states = weights + gradients + 480 + averages
+    assert found.memory() == found.memory(1, "fsdp2") == found.memory(1, "zero2") == states + 1000
+    assert found.memory(8) == states + gradients + 1000
+    assert found.memory(8, "fsdp2") == states / 8 + 1000
+    assert found.memory(8, "zero2") == states / 8 + weights + 1000
+    with pytest.raises(ValueError, match=says("`num_processes`", ">= 1", "got 0")):
+        found.memory(0)
+    with pytest.raises(ValueError, match=says("`sharding`", "'none', 'zero2', 'fsdp2'", "got 'zero9'")):
+        found.memory(8, "zero9")
+
+
+# -------------------------------------------------------------------------------------------------------------- time
+
+
+def test_time_and_price():
+    run = estimate_run(2e12, 3600e3, num_gpus=4, peak_flops=1e15, utilisation=0.5, price_per_gpu_hour=3)
+    assert run.images_per_second == 1000
+    assert (run.days * 24, run.gpu_hours, run.price) == (1, 4, 12)
+    assert GPUS["H100"].peak_flops["bf16"] == 989e12
+    assert estimate_run(1e12, 1, num_gpus=8).price == pytest.approx(estimate_run(1e12, 1).price)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"),
+    [
+        ("num_gpus", 0, ">= 1"),
+        ("training_flops", 0, "(0, inf)"),
+        ("num_images", -1, "(0, inf)"),
+        ("peak_flops", float("nan"), "(0, inf)"),
+        ("utilisation", 1.5, "(0, 1]"),
+        ("price_per_gpu_hour", -1, "[0, inf)"),
+    ],
+)
+def test_bad_estimates_are_refused(name, value, accepted):
+    with pytest.raises(ValueError, match=says(f"`{name}`", accepted, f"got {value}")):
+        estimate_run(**{"training_flops": 1e9, "num_images": 1, name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"),
+    [
+        ("batch_size", 0, ">= 1"),
+        ("num_averages", -1, ">= 0"),
+        ("prior_dropout_prob", 2, "[0, 1]"),
+        ("mixed_precision", "fp8", "'no', 'fp16', 'bf16'"),
+        ("optimizer", "sgd", ", ".join(map(repr, OPTIMIZERS))),
+        ("trainable_parameters", "some", "'all', 'difffit'"),
+        ("latent_shape", (4, 8), "(C, h, w)"),
+    ],
+)
+def test_bad_settings_are_refused(name, value, accepted):
+    with pytest.raises(ValueError, match=says(f"`{name}`", accepted, f"got {value!r}")):
+        training_cost(TINY["Tiny"], **{"latent_shape": SHAPE, name: value})
+
+
+# ----------------------------------------------------------------------------------------------------------- reports
+
+
+RUN = "--preset Tiny --train_batch_size 4 --max_train_steps 100 --mixed_precision bf16".split()
+
+
+def test_a_run_is_described_without_data(tmp_path):
+    argv = "--resolution 8 --gradient_accumulation_steps 2 --hub_token secret-token --ema_decay 0.9 0.99".split()
+    report = describe_run(options(tmp_path, *RUN, *argv), num_processes=3)
+    found = training_cost(TINY["Tiny"], (3, 8, 8), CLASSES, 4, num_averages=2)
+    assert "secret-token" not in report and "hub_token" not in report
+    assert "\n  max_train_steps: 100\n" in report and "\n  ema_decay: [0.9, 0.99]\n" in report
+    assert f"{found.backbone_parameters:,} of the backbone, {found.latent_embedder_parameters:,} of the LEM" in report
+    assert "latents: 3x8x8, 24 images per step, 2,400 in all" in report
+    assert f"{24 * found.training_flops / 1e12:.1f} T per step" in report
+    assert f"activations {found.activation_bytes / 1e9:.2f}" in report and "2 averages" in report
+    assert "3 x H100:" in report and "3 x H200:" in report and "of 141 GB" in report
+    assert "40% of 989 TFLOP/s (bf16, dense), $2.50 per GPU-hour" in report
+    assert "12 classes: the data are not looked at" in report and "Computed, not measured" in report
+
+
+def test_precision_and_processes_are_the_launchers(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    argv = "--preset Tiny-FiTv2 --resolution 8 --train_batch_size 4".split()
+    report = describe_run(options(tmp_path, *argv))
+    assert "2 x H100" in report and "latents: 3x8x8, 8 images per step" in report
+    assert "40% of 67 TFLOP/s (fp32, dense)" in report
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    report = describe_run(options(tmp_path, *argv, "--num_processes", 5))
+    assert "989 TFLOP/s (bf16, dense)" in report and "5 x H100" in report
+    assert cost._precision(options(tmp_path, *argv, "--mixed_precision", "fp16")) == "fp16"
+    assert cost._precision(options(tmp_path, *argv, "--mixed_precision", "no", "--allow_tf32")) == "tf32"
+
+
+def test_latents_are_those_of_the_autoencoder(tmp_path):
+    tiny_vae(latent_channels=6, latents_mean=None, latents_std=None).save_config(tmp_path / "vae")
+    argv = [*RUN, "--resolution", 16, "--pretrained_vae_name_or_path"]
+    args = options(tmp_path, *argv, tmp_path / "vae")
+    assert cost._find_latents(args) == ((6, 8, 8), CLASSES, ["12 classes: the data are not looked at"])
+    shape, _, assumptions = cost._find_latents(options(tmp_path, *argv, tmp_path / "no-vae"))
+    assert shape == (4, 2, 2) and "latents of 4 channels and 8 pixels a side" in assumptions[1]
+    tiny_pipeline().transformer.save_config(tmp_path / "transformer")
+    with pytest.raises(ValueError, match=says("`pretrained_vae_name_or_path`", "AutoencoderKL", "DoDTransformer")):
+        describe_run(options(tmp_path, *argv, tmp_path / "transformer"))
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+def test_latents_that_are_there_say_what_they_are(tmp_path, is_given):
+    folder = tmp_path / "latents" if is_given else tmp_path / "run" / "latents"
+    folder.mkdir(parents=True)
+    manifest = {"latent_shape": [5, 16, 16], "class_names": ["a", "b", "c"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    args = options(tmp_path, *RUN, *(["--latents_dir", folder] if is_given else []))
+    assert cost._find_latents(args) == ((5, 16, 16), 3, [])
+
+
+def parameters_of(report: str) -> list[int]:
+    line = next(line for line in report.splitlines() if line.startswith("  parameters:"))
+    return [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", line)]
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_a_saved_model_is_described_by_its_configs(tmp_path, is_plain):
+    """A plain FiTv2 becomes the backbone of a DoD; the count is that of what the trainer builds."""
+    pipe = tiny_pipeline(vae=None, in_channels=4, **({"latent_embedder": None} if is_plain else {}))
+    pipe.save_pretrained(tmp_path / "model")
+    argv = [*RUN, "--resolution", 16, "--pretrained_model_name_or_path", tmp_path / "model"]
+    tiny_vae().save_config(tmp_path / "vae")
+    args = options(tmp_path, *argv, "--pretrained_vae_name_or_path", tmp_path / "vae")
+    model = build_models(args, (4, 8, 8), CLASSES)
+    sizes = [sum(weight.numel() for weight in part.parameters()) for part in model.children()]
+    assert parameters_of(describe_run(args)) == [*sizes, sum(sizes)]
+
+
+def test_a_saved_model_out_of_reach_is_assumed(tmp_path):
+    args = options(tmp_path, *RUN, "--pretrained_model_name_or_path", tmp_path / "no-model")
+    preset, assumptions = cost._find_preset(args)
+    assert preset == TINY["Tiny"] and "a model of the preset's size" in assumptions[0]
+
+
+def test_other_latent_tokens(tmp_path):
+    args = options(tmp_path, *RUN, "--num_latent_tokens", 6)
+    assert cost._find_preset(args)[0].latent_embedder_config == LEM | {"num_latent_tokens": 6}
+
+
+def rows(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_command(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    cost.main(["training/recipes/fitv2-b-imagenet256.yaml"])
+    printed = rows(capsys.readouterr().out)
+    assert len(printed) == 9 and sum("fitv2-b-imagenet256" in row for row in printed) == 3
+    assert [row for row in printed if row not in DOCUMENT.splitlines()] == []
+
+
+@pytest.mark.slow
+def test_the_documentation_has_all_that_the_command_prints(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    cost.main([])
+    assert capsys.readouterr().out.strip() in DOCUMENT
+
+
+def test_the_options_of_the_command(monkeypatch, capsys, tmp_path):
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text("preset: Tiny-FiTv2\nresolution: 8\ntrain_batch_size: 2\nmax_train_steps: 500000\n")
+    cost.main([str(recipe), "--gpu", "H200", "--utilisation", "0.2", "--price", "10", "--num_processes", "4"])
+    captured = capsys.readouterr()
+    assert "H200 of 141 GB" in captured.out and "20% of 67 TFLOP/s (fp32, dense), $10.00" in captured.out
+    assert "| small | 3x8x8 |" in captured.out and "| 4.0 |" in captured.out  # million images
+    assert "12 classes" in captured.err
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        cost.main([])
+    assert "`recipes`" in capsys.readouterr().err
