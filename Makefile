@@ -52,6 +52,8 @@ bench: install
 	$(BIN)/python benchmarks/bench_sampling.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_precision.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_batch_independence.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_training.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_encoding.py --num_pictures 8
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest build dist src/*.egg-info

@@ -415,7 +415,7 @@ OUT_OF_RANGE = [
     ("shard_size", "0"),
     *((name, "0") for name in ("gradient_accumulation_steps", "max_train_steps", "logging_steps")),
     *((name, "0") for name in ("validation_steps", "checkpointing_steps", "checkpoints_total_limit")),
-    *((name, "0") for name in ("num_latent_tokens", "latent_token_dim")),
+    *((name, "0") for name in ("patch_size", "num_latent_tokens", "latent_token_dim")),
     *((name, "-4") for name in ("train_batch_size", "max_train_steps", "resolution", "num_latent_tokens")),
     *((name, "-1") for name in ("dataloader_num_workers", "lr_warmup_steps", "seed", "validation_seed")),
     *((name, "-1") for name in ("max_nonfinite_steps", "ema_sigma_rel")),
@@ -450,7 +450,7 @@ def test_the_table_above_names_every_number():
     numbers = {name for name, value in defaults.items() if type(value) in (int, float, list)}
     unset = {"num_latent_tokens", "latent_token_dim", "latent_embedder_learning_rate"}
     unset |= {"checkpoints_total_limit", "validation_guidance_scale"}
-    unset |= {"num_processes", "repa_stop_step", "max_aspect_ratio"}
+    unset |= {"patch_size", "num_processes", "repa_stop_step", "max_aspect_ratio"}
     assert unset <= {name for name, value in defaults.items() if value is None}
     assert numbers | unset == {name for name, _ in OUT_OF_RANGE}
 

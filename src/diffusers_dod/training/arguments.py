@@ -21,7 +21,10 @@ from .processes import DISTRIBUTED_TYPES
 
 # What a recipe that is published does not name.
 LOCAL_OPTIONS = ("config", "train_data_dir", "latents_dir", "output_dir", "resume_from_checkpoint", "class_names_file")
-LOCAL_OPTIONS += ("fid_reference", "push_to_hub", "push_every", "push_training_state", "hub_model_id", "hub_token")
+LOCAL_OPTIONS += ("fid_extractor", "fid_reference")
+LOCAL_OPTIONS += ("push_to_hub", "push_every", "push_training_state", "hub_model_id", "hub_token")
+# What it does not name where it is a folder of this machine.
+PLACES = ("dataset_name", "pretrained_model_name_or_path", "pretrained_vae_name_or_path", "repa_model_name_or_path")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 # Diffusers' piecewise constant one needs rules of its own.
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
@@ -82,6 +85,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         choices=TRAINABLE_PARAMETERS,
         help="What training changes: everything, or biases, norms and embeddings only (DiffFit).",
     )
+    model.add_argument("--patch_size", type=int, help="Overrides the preset's patch size, 2 latent pixels a side.")
     model.add_argument("--num_latent_tokens", type=int, help="Overrides the preset's number of latent tokens N.")
     model.add_argument("--latent_token_dim", type=int, help="Overrides the preset's width d_e of a latent token.")
 
@@ -198,8 +202,8 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     output.add_argument("--validation_seed", type=int, default=0)
     output.add_argument(
         "--fid_extractor",
-        help="`package.module:attribute` of what turns pictures (B, 3, H, W) in uint8 into features (B, d): with it "
-        "the Fréchet distance of each stage is computed with every grid.",
+        help="`inception`, `package.module:attribute` or `file.py:attribute`, which turns pictures (B, 3, H, W) in "
+        "uint8 into features (B, d). With it the Fréchet distance of each stage is computed with every grid.",
     )
     output.add_argument("--fid_reference", type=Path, help="npz file with the `mu` and `sigma` of those features.")
     output.add_argument("--fid_num_samples", type=int, default=1000)
@@ -257,7 +261,7 @@ def to_recipe(args: argparse.Namespace) -> dict[str, Any]:
     parser = build_parser()
     recipe = {}
     for name, value in vars(args).items():
-        is_local = isinstance(value, str) and Path(value).exists()
+        is_local = name in PLACES and value is not None and Path(value).exists()
         if name in LOCAL_OPTIONS or is_local or value == parser.get_default(name):
             continue
         recipe[name] = str(value) if isinstance(value, Path) else value
@@ -293,7 +297,14 @@ def find_errors(args: argparse.Namespace) -> list[str]:
         attempt(check_at_least, name, getattr(args, name), 1)
     for name in ("lr_warmup_steps", "validation_seed", "max_nonfinite_steps"):
         attempt(check_at_least, name, getattr(args, name), 0)
-    for name in ("num_latent_tokens", "latent_token_dim", "checkpoints_total_limit", "num_processes", "push_every"):
+    for name in (
+        "patch_size",
+        "num_latent_tokens",
+        "latent_token_dim",
+        "checkpoints_total_limit",
+        "num_processes",
+        "push_every",
+    ):
         if getattr(args, name) is not None:
             attempt(check_at_least, name, getattr(args, name), 1)
     for name in ("learning_rate", "latent_embedder_learning_rate", "max_grad_norm", "adam_epsilon"):
@@ -324,6 +335,11 @@ def find_errors(args: argparse.Namespace) -> list[str]:
             f"`repa_prior_weight` must be 0 for `preset` {args.preset!r}, which has no latent embedder, "
             f"got {args.repa_prior_weight}."
         )
+    if args.patch_size is not None and args.pretrained_model_name_or_path is not None:
+        errors.append(
+            "`patch_size` must not be given with `pretrained_model_name_or_path`, whose model has its own, "
+            f"got {args.patch_size}."
+        )
     num_layers = PRESETS[args.preset].transformer_config["num_layers"]
     if args.repa_model_name_or_path is not None and args.repa_layer > num_layers:
         errors.append(f"`repa_layer` must be at most the {num_layers} blocks of the preset, got {args.repa_layer}.")
@@ -332,10 +348,15 @@ def find_errors(args: argparse.Namespace) -> list[str]:
             "`latents_dir` and `max_aspect_ratio` must not be given with `streaming`, "
             f"got {args.latents_dir} and {args.max_aspect_ratio}."
         )
+    if args.class_names_file is not None and not args.class_names_file.is_file():
+        errors.append(f"`class_names_file` must be a file, got {args.class_names_file}.")
     if args.class_names_file is not None and not args.streaming:
         errors.append(f"`class_names_file` must be given with `streaming` only, got {args.class_names_file}.")
     if (args.push_every is not None or args.push_training_state) and not args.push_to_hub:
-        errors.append("`push_every` and `push_training_state` must be given with `push_to_hub` only.")
+        errors.append(
+            "`push_every` and `push_training_state` must be given with `push_to_hub` only, "
+            f"got {args.push_every} and {args.push_training_state}."
+        )
     attempt(check_at_least, "fid_num_samples", args.fid_num_samples, 2)
     if (args.fid_extractor is None) != (args.fid_reference is None):
         errors.append(

@@ -206,7 +206,7 @@ def load_training_state(
         `dict`: The JSON state.
 
     Raises:
-        `ValueError`: the checkpoint lacks an average, or has the moments of another optimizer.
+        `ValueError`: the checkpoint lacks an average, or is of another model or optimizer.
     """
     folder = checkpoint / STATE_FOLDER
     for key, average in (averages or {}).items():
@@ -220,10 +220,15 @@ def load_training_state(
         average.shadow_params = [
             sharded_like(tensors[name], parameter) for name, parameter in averaged_parameters(model).items()
         ]
-    weights = load_file(folder / "model.safetensors")
-    model.load_state_dict(
-        {name: sharded_like(weights[name], like) for name, like in model.state_dict().items() if name in weights}
-    )
+    weights, own = load_file(folder / "model.safetensors"), model.state_dict()
+    shapes, own_shapes = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (weights, own))
+    if shapes != own_shapes:
+        name = min(name for name in shapes.keys() | own_shapes.keys() if shapes.get(name) != own_shapes.get(name))
+        raise ValueError(
+            f"`resume_from_checkpoint` must hold the model of this run, with {name} of shape {own_shapes.get(name)}, "
+            f"got {checkpoint} with {shapes.get(name)}: resume with the options of the run that wrote it."
+        )
+    model.load_state_dict({name: sharded_like(weights[name], like) for name, like in own.items()})
     path = folder / "optimizer.safetensors"
     if not path.is_file():
         raise ValueError(f"`resume_from_checkpoint` must hold the moments of the optimizer, got {checkpoint} without.")

@@ -384,6 +384,10 @@ def _find_preset(args: argparse.Namespace) -> tuple[Preset, list[str]]:
     overrides = {name: value for name, value in given.items() if value is not None}
     if overrides:
         preset = replace(preset, latent_embedder_config=preset.latent_embedder_config | overrides)
+    if args.patch_size is not None:
+        patch = {"patch_size": args.patch_size}
+        embedder = preset.latent_embedder_config
+        preset = Preset(preset.transformer_config | patch, None if embedder is None else embedder | patch)
     return preset, assumptions
 
 
@@ -525,7 +529,8 @@ def describe_run(
     return "\n".join([*lines, "Assumed", *(f"  {assumption}" for assumption in assumptions)])
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of `rows` under their `header`, whose first column is text and whose others are numbers."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -609,15 +614,15 @@ def format_tables(
     header = ["recipe", "latents", "backbone, M", "LEM, M", "forward, GFLOPs", "training, GFLOPs", "images, M"]
     parts = [
         f"Operations, of an image and of a run with the batch of {num_processes} processes (computed, not measured)",
-        _table([*header, "run, EFLOPs"], operations),
+        format_table([*header, "run, EFLOPs"], operations),
         f"Memory on one {gpu} of {GPUS[gpu].memory / 1e9:.0f} GB, in GB (computed, not measured)",
-        _table(
+        format_table(
             ["recipe", "batch", "weights", "gradients", "moments", "averages", "activations", "sum"]
             + ["sum, checkpointing", "sum, FSDP2 on 8"],
             memory,
         ),
         f"Time and price on {gpu}s (computed, not measured; assumed: {'; '.join(speeds.values())})",
-        _table(
+        format_table(
             ["recipe", *(f"images/s on {number}" for number in _NUM_GPUS)]
             + [*(f"days on {number}" for number in _NUM_GPUS), "GPU-hours", "price"],
             time,

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .arguments import to_recipe
+from .arguments import PLACES, to_recipe
 from .metrics import EVALUATIONS
 from .plot_metrics import plot_metrics
 
@@ -36,7 +36,7 @@ def _model_index(args: Namespace, evaluation: dict[str, float]) -> list[EvalResu
             dataset_name=dataset,
             metric_type="fid",
             metric_name=f"Fréchet distance of stage {name.rsplit('_', 1)[1]}, {evaluation['num_samples']:,} samples, "
-            f"features of {args.fid_extractor}",
+            f"features of {Path(args.fid_extractor).name}",
             metric_value=round(value, 4),
         )
         for name, value in evaluation.items()
@@ -74,8 +74,13 @@ def write_model_card(
     """
     folder = args.output_dir
     recipe = yaml.safe_dump(to_recipe(args), sort_keys=False)
+    left_out = [name for name in PLACES if getattr(args, name) is not None and Path(getattr(args, name)).exists()]
+    if left_out:
+        recipe = (
+            f"# To be given as well, since the run had folders of its machine for it: {', '.join(left_out)}\n{recipe}"
+        )
     (folder / RECIPE).write_text(recipe)
-    evaluation = _evaluation(folder)
+    evaluation = _evaluation(folder) if step > 0 else None
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
@@ -125,14 +130,15 @@ def write_model_card(
         "```",
         "",
     ]
-    if (folder / "metrics.jsonl").exists() and step > 0 and _draw_curves(folder):
+    metrics = folder / "metrics.jsonl"
+    if step > 0 and metrics.exists() and metrics.stat().st_size > 0 and _draw_curves(folder):
         lines += [f"![curves]({CURVES})", ""]
     if evaluation:
         lines += [
             f"## Fréchet distance after {evaluation['step']:,} steps",
             "",
-            f"Of {evaluation['num_samples']:,} samples, features of `{args.fid_extractor}`. So few samples make it "
-            "larger than many would; it compares steps and stages of one run.",
+            f"Of {evaluation['num_samples']:,} samples, features of `{Path(args.fid_extractor).name}`. So few samples "
+            "make it larger than many would; it compares steps and stages of one run.",
             "",
             "| stage | distance |",
             "|---:|---:|",

@@ -40,6 +40,8 @@ def build_models(
     preset: Preset = PRESETS[args.preset]
     channels, sample_size = latent_shape[0], latent_shape[1]
     shape = {"in_channels": channels, "sample_size": sample_size}
+    if args.patch_size is not None:
+        shape["patch_size"] = args.patch_size
     transformer = latent_embedder = None
     if args.pretrained_model_name_or_path is not None:
         transformer, latent_embedder = load_pretrained(args.pretrained_model_name_or_path, shape, num_classes)

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from ..autoencoders import Autoencoder, encode_moments, latent_channels, spatial_factor
-from ..evaluation.extractors import load_extractor, load_statistics
+from ..evaluation.extractors import check_extractor, load_extractor, load_statistics
 from ..latent_embedding import LatentEmbeddingModule
 from ..losses import DoDJointModel
 from ..pipeline_dod import DoDPipeline
@@ -44,6 +44,7 @@ from .alignment import VisionFeatures
 from .arguments import parse_args
 from .buckets import BucketedLatents, BucketOrder
 from .checkpoints import (
+    STATE_FOLDER,
     find_damage,
     find_latest_checkpoint,
     gather_training_state,
@@ -178,21 +179,27 @@ class Trainer:
         self.pusher = None
         if accelerator.is_main_process:
             args.output_dir.mkdir(parents=True, exist_ok=True)
+        self.checkpoint = self._find_checkpoint()  # the latest
         if args.push_to_hub:  # before anything else, so that a refusal costs nothing
             with together():
                 if accelerator.is_main_process:
-                    name = args.hub_model_id or args.output_dir.name
+                    name = args.hub_model_id or args.output_dir.resolve().name
                     self.pusher = HubPusher(name, args.output_dir, args.hub_token)
                     self.pusher.check(write_model_card(args))
         self.fid = None
         if args.fid_extractor is not None:
-            self.fid = (load_extractor(args.fid_extractor), load_statistics(args.fid_reference))
+            self.fid = (
+                load_extractor(args.fid_extractor, device=accelerator.device),
+                load_statistics(args.fid_reference),
+            )
 
         self.vae = load_autoencoder(args.pretrained_vae_name_or_path, accelerator.device)
         self.vision = None
         if args.repa_model_name_or_path is not None:
             self.vision = VisionFeatures(args.repa_model_name_or_path, accelerator.device)
         self._open_data()
+        if self.fid is not None:
+            check_extractor(self.fid[0], len(self.fid[1][0]), args.resolution, accelerator.device)
         model = build_models(
             args, self.latent_shape, len(self.class_names), self.vision.feature_dim if self.vision else None
         )
@@ -220,7 +227,6 @@ class Trainer:
         self.emas = self._build_emas()
         self.images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         self.step = self.num_nonfinite_steps = self.nonfinite_in_a_row = 0
-        self.checkpoint: Path | None = None  # the latest
         state = self._resume()
         self.metrics = TrainingMetrics(
             args.output_dir / "metrics.jsonl", accelerator, self.images_per_step, self.step, state.get("metric_sums")
@@ -375,20 +381,27 @@ class Trainer:
 
     def _resume(self) -> dict:
         """Takes up a checkpoint if there is one to be taken up; returns its JSON state."""
-        checkpoint = self._find_checkpoint()
+        checkpoint = self.checkpoint
         if checkpoint is None:
             return {}
-        state = load_training_state(checkpoint, self.joint_model, self.optimizer, self.other_emas)
+        state = json.loads((checkpoint / STATE_FOLDER / "state.json").read_text())
         first = next(iter(self.emas))
         if state["average"] != first:
             raise ValueError(
                 f"The first `ema_decay` must be that of the pipeline in {checkpoint}, {state['average']}, got {first}."
             )
+        for name in ("streaming", "optimizer", *(["gradient_accumulation_steps"] if self.args.streaming else [])):
+            if state[name] != getattr(self.args, name):
+                raise ValueError(
+                    f"`{name}` must be {state[name]!r} as in the run that is resumed, "
+                    f"got {getattr(self.args, name)!r}."
+                )
         if state["step"] > self.args.max_train_steps:
             raise ValueError(
                 f"`max_train_steps` must be at least the step {state['step']} of {checkpoint}, "
                 f"got {self.args.max_train_steps}."
             )
+        load_training_state(checkpoint, self.joint_model, self.optimizer, self.other_emas)
         averaged = DoDTransformer2DModel.from_pretrained(checkpoint, subfolder="transformer")
         averaged_embedder = None
         if self.joint_model.latent_embedder is not None:
@@ -399,6 +412,7 @@ class Trainer:
             for name, parameter in averaged_parameters(self.joint_model).items()
         ]
         self.step, self.num_nonfinite_steps = state["step"], state["num_nonfinite_steps"]
+        self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
         for average in self.emas.values():
             average.optimization_step = self.step
         if self.accelerator.scaler is not None and state["gradient_scaler"] is not None:
@@ -410,7 +424,6 @@ class Trainer:
             for base_rate, factor in zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True)
         ]
         set_learning_rates(self.optimizer, rates)
-        self.checkpoint = checkpoint
         logger.info(f"Resuming from {checkpoint} at step {self.step}.")
         return state
 
@@ -431,7 +444,7 @@ class Trainer:
             models[part].requires_grad_(False).eval()
         pipeline = DoDPipeline(
             **models,
-            scheduler=DoDFlowMatchScheduler(),
+            scheduler=DoDFlowMatchScheduler(shift=self.args.time_shift),
             vae=self.vae,
             id2label=dict(enumerate(self.class_names)),
             **PRESETS[self.args.preset].pipeline_config,
@@ -451,11 +464,17 @@ class Trainer:
             "step": self.step,
             "num_nonfinite_steps": self.num_nonfinite_steps,
             "average": next(iter(self.emas)),
+            "streaming": self.args.streaming,
+            "optimizer": self.args.optimizer,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "nonfinite_in_a_row": self.nonfinite_in_a_row,
             "gradient_scaler": None if scaler is None else scaler.state_dict(),
             "metric_sums": self.metrics.state(),
         }
         if self.stream is not None:
             state["stream"] = gather_object([self.stream_samples.state.state_dict()])
+            if num_bad := sum(gather_object([self.stream_samples.state.num_bad_images])):
+                logger.warning(f"{num_bad} pictures that cannot be read were left out up to step {self.step}.")
 
         def write(folder: Path) -> None:
             pipeline.save_pretrained(folder)
@@ -574,17 +593,28 @@ class Trainer:
         pipeline = self.averaged_pipeline()
         use_fast_attention(pipeline, accelerator.device)
         call = {"guidance_scale": args.validation_guidance_scale}
-        grid = stage_grid(pipeline, args.validation_seed, accelerator, **call)
-        if accelerator.is_main_process:
-            folder = args.output_dir / "samples"
-            folder.mkdir(exist_ok=True)
-            grid.save(folder / f"step-{self.step:07d}.png")
         if self.fid is not None:
             distances = stage_distances(
                 pipeline, *self.fid, args.fid_num_samples, args.validation_seed, accelerator, **call
             )
             line = {"step": self.step, "num_samples": args.fid_num_samples, **distances}
+            if accelerator.is_main_process:
+                drop_metrics_after(args.output_dir / EVALUATIONS, self.step - 1)
             append_line(args.output_dir / EVALUATIONS, line, accelerator)
+        grid = stage_grid(pipeline, args.validation_seed, accelerator, **call)
+        if accelerator.is_main_process:  # at last, so that what has a grid has all of it
+            self._grid_path.parent.mkdir(exist_ok=True)
+            grid.save(self._grid_path)
+
+    @property
+    def _grid_path(self) -> Path:
+        return self.args.output_dir / "samples" / f"step-{self.step:07d}.png"
+
+    @property
+    def _is_to_be_validated(self) -> bool:
+        return self.step > 0 and (
+            self.step % self.args.validation_steps == 0 or self.step == self.args.max_train_steps
+        )
 
     def train(self) -> bool:
         """
@@ -607,6 +637,8 @@ class Trainer:
             f"classes, {accelerator.num_processes} process(es) on {accelerator.device}, {self.images_per_step} images "
             "per step."
         )
+        if self._is_to_be_validated and not any(gather_object([self._grid_path.exists()])):
+            self.validate()  # the run was ended between its checkpoint and its samples
         progress = tqdm(
             total=args.max_train_steps,
             initial=self.step,
@@ -628,7 +660,7 @@ class Trainer:
                     self.save()
                     if not is_last and not is_stopped:
                         self._push_checkpoint()
-                if self.step % args.validation_steps == 0 or is_last:
+                if self._is_to_be_validated:
                     self.validate()
                 self.metrics.pause(time.perf_counter() - pause)
                 if is_stopped and not is_last:

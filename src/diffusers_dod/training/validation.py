@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 
-from ..evaluation.extractors import Extractor
+from ..evaluation.extractors import Extractor, extract
 from ..evaluation.frechet import feature_statistics, frechet_distance
 from ..pipeline_dod import DoDPipeline
 from .image_grid import make_grid
@@ -85,7 +85,7 @@ def stage_distances(
 
     Args:
         pipeline ([`DoDPipeline`]): The model.
-        extractor (`Callable`): Pictures (B, 3, H, W) in uint8 -> features (B, d).
+        extractor (`Callable`): Pictures (B, 3, H, W) in uint8 -> features (B, d) or [`PictureFeatures`].
         reference (`tuple[np.ndarray, np.ndarray]`): Mean and covariance of the reference features.
         num_samples (`int`): Number of samples, of all classes in turn.
         seed (`int`): Seed of the noise.
@@ -105,8 +105,7 @@ def stage_distances(
         of_stages = []
         for stage in range(len(chunk[0][1])):
             pictures = torch.from_numpy(np.stack([pictures[stage] for _, pictures in chunk])).permute(0, 3, 1, 2)
-            with torch.no_grad():
-                of_stages.append(extractor(pictures.to(accelerator.device)).float().cpu().numpy())
+            of_stages.append(extract(extractor, pictures.to(accelerator.device)).features.float().cpu().numpy())
         features += [(place, [rows[i] for rows in of_stages]) for i, (place, _) in enumerate(chunk)]
     all_features = dict(gather_object(features))
     return {

@@ -1,0 +1,422 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""
+How much of the class is in the latent tokens (paper, Table 2, Top-1): a linear classifier and nearest neighbours.
+
+    python -m diffusers_dod.evaluation.linear_probe --pretrained_model_name_or_path outputs/dod-b \\
+        --train_data_dir path/to/imagenet/train --num_pictures 100000 \\
+        --test_data_dir path/to/imagenet/val --num_test_pictures 50000 \\
+        --cache_dir outputs/probe --output_file results/linear_probe.json
+
+Features are of the posterior mean of a picture's latents, without augmentation: `lem`, the tokens of the latent
+embedder; `random_lem`, those of one with random weights; `latents`, the latents themselves, averaged to the square
+grid whose number of values is nearest to that of the tokens. The last two are what the first is to be compared with.
+By default all tokens are joined (N * d_e numbers); `--pooling mean` averages them. The paper does not say which.
+
+Every feature is standardised by mean and standard deviation of the training pictures. For each seed a tenth of the
+training pictures is set apart, one classifier per learning rate is trained on the others, and that which is best on
+the tenth is tested on the test pictures, which choose nothing. Accuracies are means over seeds; `interval` is the 95 %
+Wilson interval for the number of test pictures, `standard_error` that of the mean over seeds.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..checks import check_at_least, check_choice, check_number
+from ..seeding import stateless_generator
+from .options import add_picture_arguments, find_picture_errors, load_pipeline, open_pictures
+from .results import as_metric, checkpoint_sha256, write_results
+from .token_features import FEATURES, RANDOM_LEM_SEED, cache_path, compute_tokens, read_tokens, write_tokens
+
+
+POOLING = ("flatten", "mean")
+VALIDATION_SHARE = 0.1
+TOP_5_MIN_CLASSES = 10
+
+
+def to_features(tokens: torch.Tensor, pooling: str) -> torch.Tensor:
+    """
+    One row of features per picture.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(n, N, width)`): The tokens.
+        pooling (`str`): `"flatten"` joins them, `"mean"` averages them.
+
+    Returns:
+        `torch.Tensor` of shape `(n, N * width)` or `(n, width)`.
+
+    Raises:
+        `ValueError`: the pooling is none of these.
+    """
+    check_choice("pooling", pooling, POOLING)
+    return tokens.flatten(1) if pooling == "flatten" else tokens.mean(dim=1)
+
+
+def standardise(train: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Shifts and scales each feature such that it has mean 0 and standard deviation 1 on the training pictures.
+
+    Args:
+        train (`torch.Tensor` of shape `(n, d)`): Features of the training pictures.
+        test (`torch.Tensor` of shape `(m, d)`): Features of the test pictures.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Both, with the mean and the deviation of the first. A feature that is the
+        same for all training pictures is only shifted.
+    """
+    std, mean = torch.std_mean(train, dim=0, correction=0)
+    std = torch.where(std > 0, std, 1)
+    return (train - mean) / std, (test - mean) / std
+
+
+def split_validation(num_samples: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Divides training samples at random.
+
+    Args:
+        num_samples (`int`): How many there are, at least 2.
+        seed (`int`): Which division.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Indices to train on, and a tenth (at least one) to choose by.
+
+    Raises:
+        `ValueError`: there are fewer than 2.
+    """
+    check_at_least("num_samples", num_samples, 2)
+    order = torch.randperm(num_samples, generator=stateless_generator(seed, 0))
+    num_validation = max(1, round(VALIDATION_SHARE * num_samples))
+    return order[num_validation:], order[:num_validation]
+
+
+def train_classifiers(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int,
+    learning_rates: list[float],
+    num_epochs: int,
+    batch_size: int,
+    seed: int,
+) -> list[nn.Linear]:
+    """
+    Trains a linear classifier for each learning rate, all on the same batches: cross-entropy, AdamW without weight
+    decay, cosine schedule to 0, from zero weights.
+
+    Args:
+        features (`torch.Tensor` of shape `(n, d)`): Standardised features.
+        labels (`torch.Tensor` of shape `(n,)`): Class ids.
+        num_classes (`int`): Number of classes.
+        learning_rates (`list[float]`): The learning rates.
+        num_epochs (`int`): Passes over the samples.
+        batch_size (`int`): Samples per step.
+        seed (`int`): Seed of the order of the samples.
+
+    Returns:
+        `list[nn.Linear]`: A classifier per learning rate.
+    """
+    classifiers = [nn.Linear(features.shape[1], num_classes).to(features.device) for _ in learning_rates]
+    for parameter in nn.ModuleList(classifiers).parameters():
+        nn.init.zeros_(parameter)
+    groups = [
+        {"params": list(classifier.parameters()), "lr": rate}
+        for classifier, rate in zip(classifiers, learning_rates, strict=True)
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    num_steps = num_epochs * -(-len(features) // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    for epoch in range(num_epochs):
+        order = torch.randperm(len(features), generator=stateless_generator(seed, 1, epoch))
+        for batch in order.to(features.device).split(batch_size):
+            # Each loss has parameters of its own: the gradient of the sum is that of each.
+            sum(F.cross_entropy(classifier(features[batch]), labels[batch]) for classifier in classifiers).backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    return classifiers
+
+
+def top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int) -> float:
+    """The share of rows of `scores` (n, classes) whose `k` largest are at their `labels` (n,) too."""
+    return float((scores.topk(k, dim=1).indices == labels[:, None]).any(dim=1).float().mean())
+
+
+@torch.no_grad()
+def knn_scores(
+    train: torch.Tensor,
+    train_labels: torch.Tensor,
+    test: torch.Tensor,
+    num_classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+    batch_size: int = 1024,
+) -> torch.Tensor:
+    """
+    Votes of the nearest neighbours by cosine similarity s, each of weight exp(s / temperature) (Wu et al. 2018; DINO).
+
+    Args:
+        train (`torch.Tensor` of shape `(n, d)`): Features of the neighbours.
+        train_labels (`torch.Tensor` of shape `(n,)`): Their class ids.
+        test (`torch.Tensor` of shape `(m, d)`): Features of what is to be classified.
+        num_classes (`int`): Number of classes.
+        k (`int`, defaults to 20): Number of neighbours.
+        temperature (`float`, defaults to 0.07): The temperature.
+        batch_size (`int`, defaults to 1024): Rows of `test` at a time; a batch needs batch_size * n numbers of memory.
+
+    Returns:
+        `torch.Tensor` of shape `(m, num_classes)`: The votes for each class.
+
+    Raises:
+        `ValueError`: there are fewer than k neighbours.
+    """
+    if not 1 <= k <= len(train):
+        raise ValueError(f"`k` must be in [1, {len(train)}], the number of training samples, got {k}.")
+    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
+    votes = torch.zeros(len(test), num_classes, device=test.device)
+    for rows, found in zip(votes.split(batch_size), test.split(batch_size), strict=True):
+        similarities, neighbours = (found @ train.T).topk(k, dim=1)
+        rows.scatter_add_(1, train_labels[neighbours], (similarities / temperature).exp())
+    return votes
+
+
+def wilson_interval(accuracy: float, num_samples: int) -> tuple[float, float]:
+    """
+    The 95 % Wilson interval of a proportion.
+
+    Args:
+        accuracy (`float`): The proportion found.
+        num_samples (`int`): In how many samples.
+
+    Returns:
+        `tuple[float, float]`: Its ends, in [0, 1].
+    """
+    z = 1.96
+    center = (accuracy + z**2 / (2 * num_samples)) / (1 + z**2 / num_samples)
+    margin = z * math.sqrt(accuracy * (1 - accuracy) / num_samples + z**2 / (4 * num_samples**2))
+    margin /= 1 + z**2 / num_samples
+    return max(0.0, center - margin), min(1.0, center + margin)
+
+
+def probe(
+    train: torch.Tensor,
+    train_labels: torch.Tensor,
+    test: torch.Tensor,
+    test_labels: torch.Tensor,
+    num_classes: int,
+    learning_rates: list[float],
+    seeds: list[int],
+    num_epochs: int,
+    batch_size: int,
+    k: int = 20,
+) -> dict[str, dict[str, Any]]:
+    """
+    Accuracies of a linear classifier and of nearest neighbours. The test pictures choose nothing.
+
+    Args:
+        train (`torch.Tensor` of shape `(n, d)`): Features of the training pictures.
+        train_labels (`torch.Tensor` of shape `(n,)`): Their class ids.
+        test (`torch.Tensor` of shape `(m, d)`): Features of the test pictures.
+        test_labels (`torch.Tensor` of shape `(m,)`): Their class ids.
+        num_classes (`int`): Number of classes.
+        learning_rates (`list[float]`): Those to choose from, by the validation pictures of each seed.
+        seeds (`list[int]`): Seeds of the validation pictures and of the order of the others.
+        num_epochs (`int`): Passes over the training pictures.
+        batch_size (`int`): Pictures per step.
+        k (`int`, defaults to 20): Number of neighbours.
+
+    Returns:
+        `dict[str, dict]`: What [`as_metric`] gives for `top1`, `top5` (with at least 10 classes) and `knn`, in [0, 1].
+    """
+    train, test = standardise(train, test)
+    top = [1, 5] if num_classes >= TOP_5_MIN_CLASSES else [1]
+    accuracies: list[list[float]] = []
+    chosen, validation_accuracies = [], []
+    for seed in seeds:
+        fit, validation = split_validation(len(train), seed)
+        fit, validation = fit.to(train.device), validation.to(train.device)
+        classifiers = train_classifiers(
+            train[fit], train_labels[fit], num_classes, learning_rates, num_epochs, batch_size, seed
+        )
+        with torch.no_grad():
+            found = [top_k_accuracy(model(train[validation]), train_labels[validation], 1) for model in classifiers]
+            best = int(np.argmax(found))  # the first of equal ones
+            scores = classifiers[best](test)
+        is_at_end = learning_rates[best] in (min(learning_rates), max(learning_rates))
+        if is_at_end and len(learning_rates) > 2 and found.count(found[best]) == 1:
+            warnings.warn(
+                f"The best of `learning_rates` is at their end, {learning_rates[best]:g}: others may be better.",
+                stacklevel=2,
+            )
+        chosen.append(learning_rates[best])
+        validation_accuracies.append(found[best])
+        accuracies.append([top_k_accuracy(scores, test_labels, count) for count in top])
+    metrics = {}
+    for count, values in zip(top, np.array(accuracies).T, strict=True):
+        mean = float(values.mean())
+        error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+        metrics[f"top{count}"] = as_metric(
+            mean, wilson_interval(mean, len(test)), standard_error=error, values=values.tolist()
+        )
+    metrics["top1"] |= {"learning_rates": chosen, "validation_accuracies": validation_accuracies}
+    knn = top_k_accuracy(knn_scores(train, train_labels, test, num_classes, k), test_labels, 1)
+    return metrics | {"knn": as_metric(knn, wilson_interval(knn, len(test)))}
+
+
+def to_table(rows: dict[str, dict[str, dict[str, Any]]], num_values: dict[str, int]) -> str:
+    """`rows`, what [`probe`] gives by kind of features, and their `num_values` as a Markdown table."""
+    names = [name for name in ("top1", "top5", "knn") if name in next(iter(rows.values()))]
+    lines = [f"| features | numbers | {' | '.join(names)} | learning rates |", f"|---|{'---:|' * (len(names) + 2)}"]
+    for kind, metrics in rows.items():
+        cells = []
+        for name in names:
+            error = metrics[name].get("standard_error")
+            cells.append(f"{100 * metrics[name]['value']:.1f} %" + ("" if error is None else f" ± {100 * error:.1f}"))
+        rates = ", ".join(f"{rate:g}" for rate in metrics["top1"]["learning_rates"])
+        lines.append(f"| {kind} | {num_values[kind]} | {' | '.join(cells)} | {rates} |")
+    return "\n".join(lines)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_picture_arguments(parser)
+    parser.add_argument(
+        "--test_data_dir",
+        help="Folder of the test pictures, in the form of `--train_data_dir`; others of the same data if not given.",
+    )
+    parser.add_argument("--num_test_pictures", type=int, default=10_000, help="How many to test on.")
+    parser.add_argument("--features", nargs="+", default=list(FEATURES), choices=FEATURES, help="What to probe.")
+    parser.add_argument("--pooling", default="flatten", choices=POOLING, help="How tokens become features.")
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
+    parser.add_argument("--num_epochs", type=int, default=50, help="Of each classifier.")
+    parser.add_argument("--probe_batch_size", type=int, default=256, help="Pictures per step of a classifier.")
+    parser.add_argument("--num_seeds", type=int, default=3, help="Classifiers from `--seed` on.")
+    parser.add_argument("--num_neighbors", type=int, default=20, help="The k of k-NN.")
+    parser.add_argument("--cache_dir", type=Path, help="Where tokens are kept for other calls of this command.")
+    return parser
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The options in `argv`; all errors are reported at once, in the way of `argparse`."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    errors = find_picture_errors(args)
+    for name in ("num_test_pictures", "num_epochs", "probe_batch_size", "num_seeds", "num_neighbors"):
+        try:
+            check_at_least(name, getattr(args, name), 1)
+        except ValueError as error:
+            errors.append(str(error))
+    for rate in args.learning_rates:
+        try:
+            check_number("learning_rates", rate, 0, open_minimum=True)
+        except ValueError as error:
+            errors.append(str(error))
+    if args.num_neighbors > args.num_pictures:
+        errors.append(
+            f"`num_neighbors` must be at most `num_pictures` = {args.num_pictures}, got {args.num_neighbors}."
+        )
+    if args.test_data_dir is not None and args.dataset_name is not None:
+        errors.append("`test_data_dir` must be given with `train_data_dir` only.")
+    if errors:
+        parser.error("\n".join(errors))
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    if args.test_data_dir is None:
+        pictures, chosen, data = open_pictures(args, args.num_pictures + args.num_test_pictures)
+        test_pictures, test_data = pictures, data
+        train_indices, test_indices = sorted(chosen[: args.num_pictures]), sorted(chosen[args.num_pictures :])
+    else:
+        pictures, train_indices, data = open_pictures(args, args.num_pictures)
+        test_args = argparse.Namespace(**{**vars(args), "train_data_dir": args.test_data_dir})
+        test_pictures, test_indices, test_data = open_pictures(test_args, args.num_test_pictures)
+        if test_pictures.class_names != pictures.class_names:
+            raise ValueError(
+                "`test_data_dir` must have the classes of `train_data_dir`, "
+                f"got {len(test_pictures.class_names)} and {len(pictures.class_names)} that are not the same."
+            )
+        train_indices.sort()
+        test_indices.sort()
+
+    sha256 = checkpoint_sha256(args.pretrained_model_name_or_path)
+    pipeline = None
+    tokens = []
+    for source, indices, description in ((pictures, train_indices, data), (test_pictures, test_indices, test_data)):
+        settings = {
+            "checkpoint": sha256,
+            "data": description,
+            "indices": hashlib.sha256(json.dumps(indices).encode()).hexdigest(),
+            "columns": [args.image_column, args.label_column],
+            "dtype": args.dtype,
+            "device": torch.device(args.device).type,
+            "batch_size": args.batch_size,
+            "random_lem_seed": RANDOM_LEM_SEED,
+        }
+        path = None if args.cache_dir is None else cache_path(args.cache_dir, settings)
+        if path is not None and path.exists():
+            tokens.append(read_tokens(path, settings))
+            continue
+        pipeline = load_pipeline(args) if pipeline is None else pipeline
+        tokens.append(compute_tokens(pipeline, source, indices, args.batch_size, args.dataloader_num_workers))
+        if path is not None:
+            write_tokens(path, tokens[-1], settings)
+
+    train, test = ({name: values.to(args.device) for name, values in part.items()} for part in tokens)
+    rows, num_values = {}, {}
+    for kind in args.features:
+        features = [to_features(part[kind], args.pooling) for part in (train, test)]
+        num_values[kind] = features[0].shape[1]
+        rows[kind] = probe(
+            features[0],
+            train["labels"],
+            features[1],
+            test["labels"],
+            len(pictures.class_names),
+            args.learning_rates,
+            list(range(args.seed, args.seed + args.num_seeds)),
+            args.num_epochs,
+            args.probe_batch_size,
+            args.num_neighbors,
+        )
+    print(to_table(rows, num_values))
+    write_results(
+        args.output_file,
+        "linear_probe",
+        argv,
+        {f"{name}_{kind}": metric for kind, metrics in rows.items() for name, metric in metrics.items()},
+        {"train": data, "test": test_data, "num_pictures": args.num_pictures, "num_test": args.num_test_pictures},
+        {
+            "features": num_values,
+            "pooling": args.pooling,
+            "classifier": "linear, AdamW without weight decay, cosine schedule to 0, standardised features",
+            "learning_rates": args.learning_rates,
+            "num_epochs": args.num_epochs,
+            "probe_batch_size": args.probe_batch_size,
+            "seeds": [args.seed, args.seed + args.num_seeds - 1],
+            "validation_share": VALIDATION_SHARE,
+            "knn": f"k = {args.num_neighbors}, cosine of standardised features, temperature 0.07",
+            "batch_size": args.batch_size,
+            "dtype": args.dtype,
+        },
+        args.device,
+        args.pretrained_model_name_or_path,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,419 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""
+How much of a picture its visual prior keeps (paper, Tables 2 and 3, Figure 4 left): stage 2 draws real pictures again,
+each from its own class and its own prior, and rFID, PSNR and SSIM compare the result with the picture.
+
+    python -m diffusers_dod.evaluation.reconstruction --pretrained_model_name_or_path outputs/dod-b \\
+        --train_data_dir path/to/imagenet/val --guidance_scales 1 2.5 4 5.5 7 --extractor inception \\
+        --output_file results/reconstruction.json
+
+The row `autoencoder` is encoding and decoding alone: no model in its latents can do better on PSNR and SSIM, but for
+chance. rFID is the Fréchet distance to the pictures themselves, with the 95 % interval of a jackknife; PSNR and SSIM
+are means over pictures, with 1.96 standard errors. All of them are of uint8 pictures, rounded as round(255 x).
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import stats
+from tqdm.auto import tqdm
+
+from ..checks import check_at_least, check_number
+from ..pipeline_dod import DoDPipeline
+from ..training.data import to_pixels
+from ..training.image_grid import make_grid
+from .extractors import Extractor, extract, load_extractor
+from .frechet import frechet_distance
+from .metrics import RunningStatistics, merge_statistics
+from .options import add_picture_arguments, find_picture_errors, load_pipeline, open_pictures, read_batches
+from .results import as_metric, write_results
+
+
+AUTOENCODER = "autoencoder"
+GRID_COLUMNS = 12
+NUM_GROUPS = 10  # of the jackknife
+
+
+def psnr(images: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """
+    Peak signal-to-noise ratio of 8-bit pictures: 10 log10(255^2 / mean squared error over pixels and channels).
+
+    Args:
+        images (`np.ndarray` of shape `(B, H, W, 3)`): Pictures in uint8.
+        references (`np.ndarray` of shape `(B, H, W, 3)`): What they should be, in uint8.
+
+    Returns:
+        `np.ndarray` of shape `(B,)`: In decibels, float64; infinite for equal pictures.
+
+    Raises:
+        `ValueError`: they differ in shape or are not in uint8.
+    """
+    _check_pair(images, references)
+    error = ((images.astype(np.float64) - references.astype(np.float64)) ** 2).mean(axis=(1, 2, 3))
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(255**2 / error)
+
+
+def ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """
+    Structural similarity of 8-bit pictures (Wang et al. 2004), by scikit-image: a Gaussian window of 11 x 11 pixels
+    with sigma 1.5, K1 = 0.01, K2 = 0.03, range 255, the mean over channels and the windows that lie in the picture.
+
+    Args:
+        images (`np.ndarray` of shape `(B, H, W, 3)`): Pictures in uint8, at least 11 pixels high and wide.
+        references (`np.ndarray` of shape `(B, H, W, 3)`): What they should be, in uint8.
+
+    Returns:
+        `np.ndarray` of shape `(B,)`: In [-1, 1], float64; 1 for equal pictures.
+
+    Raises:
+        `ValueError`: they differ in shape, are not in uint8, or smaller.
+        `ImportError`: scikit-image is not installed.
+    """
+    _check_pair(images, references)
+    if min(images.shape[1:3]) < 11:
+        raise ValueError(f"`images` must be at least 11 pixels high and wide, got shape {images.shape}.")
+    structural_similarity = _structural_similarity()
+    pairs = zip(images, references, strict=True)
+    return np.array(
+        [
+            structural_similarity(
+                image,
+                reference,
+                gaussian_weights=True,
+                sigma=1.5,
+                use_sample_covariance=False,
+                data_range=255,
+                channel_axis=-1,
+            )
+            for image, reference in pairs
+        ]
+    )
+
+
+def _structural_similarity() -> Callable:
+    try:
+        from skimage.metrics import structural_similarity
+    except ImportError as error:
+        raise ImportError("SSIM needs scikit-image: `pip install diffusers-dod[evaluation]`.") from error
+    return structural_similarity
+
+
+def _check_pair(images: np.ndarray, references: np.ndarray) -> None:
+    for name, array in {"images": images, "references": references}.items():
+        if array.ndim != 4 or array.dtype != np.uint8 or array.shape != references.shape:
+            raise ValueError(
+                f"`{name}` must be uint8 of shape (B, H, W, 3), the same as `references`, "
+                f"got {array.dtype} of shape {array.shape} beside {references.shape}."
+            )
+
+
+def check_classes(pipeline: DoDPipeline, class_names: tuple[str, ...]) -> None:
+    """
+    Raises unless the class ids of pictures can be those of a model.
+
+    Args:
+        pipeline ([`DoDPipeline`]): The model.
+        class_names (`tuple[str, ...]`): Names of the pictures' classes by id.
+
+    Raises:
+        `ValueError`: there are more or fewer classes, or the same names in another order.
+    """
+    num_classes = pipeline.transformer.config.num_classes
+    if len(class_names) != num_classes:
+        raise ValueError(f"The pictures must be of the model's {num_classes} classes, got {len(class_names)}.")
+    names = [pipeline.id2label.get(label) for label in range(num_classes)]
+    if set(names) == set(class_names) and names != list(class_names):
+        label = next(i for i in range(num_classes) if names[i] != class_names[i])
+        raise ValueError(
+            "The pictures' classes must have the ids of the model, "
+            f"got {class_names[label]!r} for {label}, which is {names[label]!r}."
+        )
+
+
+@torch.no_grad()
+def reconstruct(
+    pipeline: DoDPipeline,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    indices: list[int],
+    guidance_scale: float | None,
+    seed: int,
+    **call: Any,
+) -> np.ndarray:
+    """
+    Draws pictures again from their own classes and visual priors: stage 2, with the pictures in place of stage 1.
+
+    Args:
+        pipeline ([`DoDPipeline`]): The model.
+        images (`torch.Tensor` of shape `(B, H, W, 3)`): Pictures in uint8.
+        labels (`torch.Tensor` of shape `(B,)`): Their class ids.
+        indices (`list[int]`): A number for each: its noise depends on that and the seed alone.
+        guidance_scale (`float` or `None`): Scale of classifier-free guidance; `None` only encodes and decodes.
+        seed (`int`): Seed of the noise.
+        call (`Any`): Further arguments of the pipeline's call.
+
+    Returns:
+        `np.ndarray` of shape `(B, H, W, 3)`, in uint8.
+
+    Raises:
+        `ValueError`: the model gives numbers that are not finite, or does not take the arguments.
+    """
+    if guidance_scale is None:
+        latents = pipeline.encode_image(to_pixels(images).to(pipeline.device))
+        outputs = pipeline.decode_latents(latents, "pt")
+    else:
+        outputs = pipeline(
+            labels,
+            num_stages=2,
+            guidance_scale=guidance_scale,
+            image=images.permute(0, 3, 1, 2),
+            seed=seed,
+            sample_indices=indices,
+            output_type="pt",
+            **call,
+        ).images
+    if not bool(torch.isfinite(outputs).all()):
+        raise ValueError(f"`pipeline` must give finite pictures, got others among the indices {indices}.")
+    return (255 * outputs.float()).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+@dataclass
+class Comparison:
+    """
+    What pictures are like beside their originals.
+
+    Args:
+        psnr (`np.ndarray` of shape `(n,)`): See [`psnr`].
+        ssim (`np.ndarray` of shape `(n,)`): See [`ssim`].
+        rfid (`float`, *optional*): Fréchet distance of their features, where there is an extractor.
+        rfid_interval (`tuple[float, float]`, *optional*): See [`rfid_interval`].
+    """
+
+    psnr: np.ndarray
+    ssim: np.ndarray
+    rfid: float | None = None
+    rfid_interval: tuple[float, float] | None = None
+
+
+def _rfid(pairs: list[tuple[RunningStatistics, RunningStatistics]]) -> float:
+    images, originals = (merge_statistics(list(side)).result() for side in zip(*pairs, strict=True))
+    return frechet_distance(*images, *originals)
+
+
+def rfid_interval(groups: list[tuple[RunningStatistics, RunningStatistics]]) -> tuple[float, float] | None:
+    """
+    The 95 % confidence interval of the Fréchet distance of pictures to their own originals, by the delete-a-group
+    jackknife (Student's t), which leaves out pictures together with their originals.
+
+    It says how far the distance for as many other pictures would lie from this one. The bias of the distance, which is
+    too large the fewer the pictures, is neither removed nor part of the interval.
+
+    Args:
+        groups (`list[tuple[RunningStatistics, RunningStatistics]]`):
+            Features of the pictures and of their originals in random groups of about the same size.
+
+    Returns:
+        `tuple[float, float]`: Both ends, the lower one at least 0; `None` where a group has less than two pictures.
+    """
+    if min(images.num_rows for images, _ in groups) < 2:
+        return None
+    without = np.array([_rfid(groups[:i] + groups[i + 1 :]) for i in range(len(groups))])
+    margin = stats.t.ppf(0.975, len(groups) - 1) * np.sqrt((len(groups) - 1) * without.var())
+    distance = _rfid(groups)
+    return max(0.0, distance - margin), distance + margin
+
+
+def compare(
+    pairs: Iterable[tuple[np.ndarray, np.ndarray]],
+    extractor: Extractor | None = None,
+    device: torch.device | str = "cpu",
+) -> Comparison:
+    """
+    Compares pictures with their originals, in memory that does not grow with their number but for two numbers each.
+
+    Args:
+        pairs (`Iterable[tuple[np.ndarray, np.ndarray]]`):
+            Batches of pictures and of their originals, (B, H, W, 3) in uint8.
+        extractor (`Callable`, *optional*): Pictures (B, 3, H, W) in uint8 -> features; without it there is no rFID.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where the extractor takes pictures.
+
+    Returns:
+        [`Comparison`].
+
+    Raises:
+        `ValueError`: pictures of a pair do not fit, there are fewer than two, or features are not finite.
+    """
+    ratios: list[np.ndarray] = []
+    similarities: list[np.ndarray] = []
+    groups = [(RunningStatistics(), RunningStatistics()) for _ in range(NUM_GROUPS)]
+    rng, num_pairs = np.random.default_rng(0), 0
+    for pair in pairs:
+        ratios.append(psnr(*pair))
+        similarities.append(ssim(*pair))
+        if extractor is None:
+            continue
+        # In turn and then shuffled: of the same size, and unlike in nothing else.
+        numbers = rng.permutation((num_pairs + np.arange(len(pair[0]))) % NUM_GROUPS)
+        num_pairs += len(pair[0])
+        for side, images in enumerate(pair):
+            pictures = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
+            features = extract(extractor, pictures).features.float().cpu().numpy()
+            for number in np.unique(numbers):
+                groups[number][side].update(features[numbers == number])
+    rfid, interval = (None, None) if extractor is None else (_rfid(groups), rfid_interval(groups))
+    return Comparison(np.concatenate(ratios), np.concatenate(similarities), rfid, interval)
+
+
+def as_metrics(name: str, comparison: Comparison) -> dict[str, dict[str, Any]]:
+    """
+    A comparison as results hold it. A PSNR that is infinite, as a picture is met exactly, is left out.
+
+    Args:
+        name (`str`): What is compared, the end of each name.
+        comparison ([`Comparison`]): The comparison.
+
+    Returns:
+        `dict[str, dict]`: What [`as_metric`] gives for `rfid_<name>`, `psnr_<name>` and `ssim_<name>`.
+    """
+    metrics = {}
+    if comparison.rfid is not None:
+        metrics[f"rfid_{name}"] = as_metric(comparison.rfid, comparison.rfid_interval)
+    for kind, values in {"psnr": comparison.psnr, "ssim": comparison.ssim}.items():
+        if np.isfinite(values).all():
+            mean, margin = values.mean(), 1.96 * values.std(ddof=1) / len(values) ** 0.5
+            metrics[f"{kind}_{name}"] = as_metric(mean, (mean - margin, mean + margin))
+    return metrics
+
+
+def to_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """`rows`, what [`as_metrics`] gives by name, as a Markdown table."""
+    lines = ["| reconstruction | rFID | PSNR, dB | SSIM |", "|---|---:|---:|---:|"]
+    for name, metrics in rows.items():
+        cells = []
+        for kind, digits, missing in (("rfid", 3, "-"), ("psnr", 2, "inf"), ("ssim", 4, "")):
+            metric = metrics.get(f"{kind}_{name}")
+            cell = missing if metric is None else f"{metric['value']:.{digits}f}"
+            if metric is not None and metric["interval"] is not None:
+                cell += f" ± {metric['interval'][1] - metric['value']:.{digits}f}"
+            cells.append(cell)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_picture_arguments(parser)
+    parser.add_argument("--guidance_scales", type=float, nargs="+", help="The checkpoint's default if not given.")
+    parser.add_argument("--num_inference_steps", type=int, help="The checkpoint's default if not given.")
+    parser.add_argument("--solver", help="The checkpoint's if not given; the paper's is dopri5.")
+    parser.add_argument("--extractor", help="Of the features of rFID; no rFID without one.")
+    parser.add_argument("--trust_extractor", action="store_true", help="Runs the code of an extractor in a file.")
+    parser.add_argument("--grid_file", type=Path, help="PNG of the first pictures above their reconstructions.")
+    return parser
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The options in `argv`; all errors are reported at once, in the way of `argparse`."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    errors = find_picture_errors(args)
+    if args.resolution < 11:
+        errors.append(f"`resolution` must be an integer >= 11, the window of SSIM, got {args.resolution}.")
+    scales = args.guidance_scales or []
+    for scale in scales:
+        try:
+            check_number("guidance_scales", scale, 0)
+        except ValueError as error:
+            errors.append(str(error))
+    if len({f"{scale:g}" for scale in scales}) < len(scales):  # as they are named
+        errors.append(f"`guidance_scales` must be different numbers, in 6 digits, got {scales}.")
+    if args.num_inference_steps is not None:
+        try:
+            check_at_least("num_inference_steps", args.num_inference_steps, 1)
+        except ValueError as error:
+            errors.append(str(error))
+    if args.grid_file is not None and args.grid_file.suffix != ".png":
+        errors.append(f"`grid_file` must end with .png, got {args.grid_file}.")
+    if errors:
+        parser.error("\n".join(errors))
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    _structural_similarity()  # missing packages show before hours of sampling
+    extractor = None
+    if args.extractor is not None:
+        extractor = load_extractor(args.extractor, args.trust_extractor, args.device, "extractor")
+    pipeline = load_pipeline(args)
+    pictures, indices, data = open_pictures(args, args.num_pictures)
+    check_classes(pipeline, pictures.class_names)
+    indices.sort()
+
+    if args.guidance_scales is None:
+        args.guidance_scales = [pipeline.config.default_guidance_scale]
+    # In a pixel-space model there is no autoencoder to measure.
+    scales: dict[str, float | None] = {} if pipeline.vae is None else {AUTOENCODER: None}
+    scales |= {f"scale_{scale:g}": scale for scale in args.guidance_scales}
+    call = {
+        "num_inference_steps": args.num_inference_steps,
+        "stage_solvers": None if args.solver is None else [args.solver],
+    }
+    rows, grid = {}, {}
+
+    def pairs(name: str, scale: float | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        batches = read_batches(pictures, indices, args.batch_size, args.dataloader_num_workers)
+        progress = tqdm(batches, desc=name, total=-(-len(indices) // args.batch_size))
+        for places, images, labels in progress:
+            outputs = reconstruct(pipeline, images, labels, places, scale, args.seed, **call)
+            for row, shown in (("original", images.numpy()), (name, outputs)):
+                known = grid.setdefault(row, [])
+                known += [Image.fromarray(picture) for picture in shown[: GRID_COLUMNS - len(known)]]
+            yield outputs, images.numpy()
+
+    for name, scale in scales.items():
+        rows[name] = as_metrics(name, compare(pairs(name, scale), extractor, args.device))
+    if args.grid_file is not None:
+        args.grid_file.parent.mkdir(parents=True, exist_ok=True)
+        make_grid(list(grid.values()), scale=max(1, 64 // args.resolution)).save(args.grid_file)
+    print(to_table(rows))
+    settings = {
+        "class_labels": "those of the pictures",
+        "guidance_scales": args.guidance_scales,
+        "num_inference_steps": args.num_inference_steps or pipeline.config.default_num_inference_steps,
+        "scheduler": {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")},
+        "solver": args.solver,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "dtype": args.dtype,
+        "rounding": "round(255 x)",
+        "extractor": args.extractor,
+        "ssim": "scikit-image, 11 x 11 Gaussian window, sigma 1.5, K1 0.01, K2 0.03, range 255, mean over channels",
+    }
+    write_results(
+        args.output_file,
+        "reconstruction",
+        argv,
+        {key: metric for metrics in rows.values() for key, metric in metrics.items()},
+        data,
+        settings,
+        args.device,
+        args.pretrained_model_name_or_path,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,548 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""
+Writes samples of a pipeline to disk, e.g. the 50,000 of an FID:
+
+    accelerate launch training/sample_dod.py --pretrained_model_name_or_path outputs/dod-b --num_images 50000 \\
+        --batch_size 64 --dtype bfloat16 --format npz --output_dir outputs/samples
+
+    output_dir/000000.png ...   the images, and `labels.txt` with the class id of each in a line of its own
+    output_dir/samples.npz      in their place with `--format npz`: `arr_0` (N, H, W, 3) in uint8, `arr_1` (N,), labels
+    output_dir/manifest.json    written last: what the images depend on, and their hash
+    output_dir/chunks/          what a run that was stopped need not do again
+
+With `--all_stages` each stage has such a folder, `stage-1`, `stage-2`, ..., in `output_dir`.
+
+Image i depends on checkpoint, settings, seed and i alone. Images are sampled in chunks of `--batch_size`, always as
+the same batch: a run that was killed goes on where it was, on any number of processes. On the same kind of device,
+with as many threads, it ends with the same files. All processes must see `output_dir`.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, gather_object
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..checks import check_at_least, check_number
+from ..guidance import NULL_CONDITIONS, Guidance
+from ..pipeline_dod import DoDPipeline
+from ..scheduling_dod import SOLVERS
+from ..seeding import stateless_generator
+from ..training.processes import check_processes, end_with_launcher, together
+from .results import checkpoint_sha256, describe_versions
+
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+CHUNKS = "chunks"
+SETTINGS = "settings.json"
+ARCHIVE = "samples.npz"
+LABELS_FILE = "labels.txt"
+UNFINISHED = ".unfinished"
+ROUNDING = "round(255 x)"
+LABELS = ("random", "balanced")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Options under the names that the pipeline's call has for them.
+CALL_OPTIONS = ("num_stages", "num_inference_steps", "guidance_scale", "first_stage_guidance_scale")
+CALL_OPTIONS += ("stage_inference_steps", "stage_solvers", "stage_guidance_scales")
+CALL_OPTIONS += ("null_condition", "prior_guidance_scale", "guidance_channels", "guidance_interval", "guidance_power")
+CALL_OPTIONS += ("guidance_rescale", "guidance_cosine_threshold", "height", "width")
+
+
+def draw_labels(kind: str, seed: int, num_images: int, num_classes: int) -> np.ndarray:
+    """
+    The class of each image, which depends on its index and the seed alone.
+
+    Args:
+        kind (`str`): `"random"`, uniform and independent, or `"balanced"`, all classes in turn.
+        seed (`int`): Seed of the random ones.
+        num_images (`int`): Number N of images.
+        num_classes (`int`): Number of classes.
+
+    Returns:
+        `np.ndarray` of shape `(N,)`: Class ids in int64.
+    """
+    if kind == "balanced":
+        return np.arange(num_images) % num_classes
+    draws = [torch.randint(num_classes, (), generator=stateless_generator(seed, i)) for i in range(num_images)]
+    return np.array(draws, dtype=np.int64)
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """
+    Rounds images to bytes: round(255 x), halves to the even number.
+
+    Args:
+        images (`np.ndarray` of shape `(B, H, W, 3)`): Images in [0, 1].
+
+    Returns:
+        `np.ndarray` of the same shape, in uint8.
+
+    Raises:
+        `ValueError`: a value is not finite or out of range.
+    """
+    is_good = ((images >= 0) & (images <= 1)).all(axis=(1, 2, 3))  # which NaN is not
+    if not is_good.all():
+        raise ValueError(
+            f"`images` must be finite and in [0, 1], got {(~is_good).sum()} of {len(images)} that are not."
+        )
+    return np.round(255 * images).astype(np.uint8)
+
+
+def sample_settings(args: argparse.Namespace, pipeline: DoDPipeline) -> dict[str, Any]:
+    """
+    What images depend on, but for versions and devices.
+
+    Args:
+        args (`argparse.Namespace`): The options of the command.
+        pipeline ([`DoDPipeline`]): What they apply to.
+
+    Returns:
+        `dict`: The settings, which JSON can hold; defaults of the checkpoint are filled in.
+    """
+    call = {name: getattr(args, name) for name in CALL_OPTIONS}
+    has_embedder = pipeline.latent_embedder is not None
+    if call["num_stages"] is None:
+        call["num_stages"] = pipeline.config.default_num_stages if has_embedder else 1
+    if call["num_inference_steps"] is None and call["stage_inference_steps"] is None:
+        call["num_inference_steps"] = pipeline.config.default_num_inference_steps
+    if call["stage_guidance_scales"] is not None:
+        call["first_stage_guidance_scale"] = None
+    elif call["guidance_scale"] is None:
+        call["guidance_scale"] = pipeline.config.default_guidance_scale
+    if call["stage_solvers"] is None:
+        scheduler = pipeline.scheduler
+        call["stage_solvers"] = [scheduler.config.get("solver", type(scheduler).__name__)] * call["num_stages"]
+    trained_size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    for name in ("height", "width"):
+        call[name] = trained_size if call[name] is None else call[name]
+    return {
+        "checkpoint_sha256": checkpoint_sha256(args.pretrained_model_name_or_path),
+        "num_images": args.num_images,
+        "labels": args.labels,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "dtype": args.dtype,
+        "allow_tf32": args.allow_tf32,
+        **call,
+        "format": args.format,
+        "rounding": ROUNDING,
+    }
+
+
+def _sha256(paths: Iterable[Path]) -> str:
+    """Of the bytes of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class SampleFolder:
+    """
+    Images of one stage on their way to disk, in chunks of fixed ranges of indices.
+
+    Each file appears as a whole or not at all, and the note of a chunk, with its hash, after its images.
+
+    Args:
+        folder (`Path`): Where images and manifest go.
+        settings (`dict`): What images depend on, with `num_images`, `batch_size` and `format`.
+        labels (`np.ndarray` of shape `(N,)`): The class of each image.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], labels: np.ndarray):
+        self.folder = folder
+        self.settings = settings
+        self.labels = labels
+        #: Number of chunks; the last one may be smaller than the others.
+        self.num_chunks = -(-settings["num_images"] // settings["batch_size"])
+        self._chunks = folder / CHUNKS
+
+    def indices(self, chunk: int) -> range:
+        """The indices of the images of `chunk`."""
+        size = self.settings["batch_size"]
+        return range(chunk * size, min((chunk + 1) * size, self.settings["num_images"]))
+
+    def open(self) -> bool:
+        """
+        Prepares the folder; one process must have done so before any writes.
+
+        Returns:
+            `bool`: Whether all images are there already, with a manifest whose hash is theirs.
+
+        Raises:
+            `ValueError`: the folder holds samples of other settings, which the message names, or something else.
+        """
+        files = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()}
+        files = {name for name in files if not name.endswith(UNFINISHED)}
+        is_complete = False
+        if MANIFEST in files:
+            manifest = json.loads((self.folder / MANIFEST).read_text())
+            self._check_settings(manifest.get("settings", {}))
+            is_complete = self._find_sha256() == manifest["sha256"]
+            if not is_complete:
+                logger.warning(f"{self.folder} does not hold the images of its manifest: what is missing comes again.")
+                (self.folder / MANIFEST).unlink()
+        elif files - {f"{CHUNKS}/{SETTINGS}"}:  # else nothing has been sampled yet
+            if not (self._chunks / SETTINGS).is_file():
+                raise ValueError(f"`output_dir` must be empty or hold samples, got {self.folder} with other files.")
+            self._check_settings(json.loads((self._chunks / SETTINGS).read_text()))
+        if is_complete:
+            self._clean()
+        else:
+            self._chunks.mkdir(parents=True, exist_ok=True)
+            self._publish(self._chunks / SETTINGS, lambda file: file.write(self._to_json(self.settings)))
+        return is_complete
+
+    def is_done(self, chunk: int) -> bool:
+        """Whether the images of `chunk` are on disk, undamaged."""
+        try:
+            return self._read_note(chunk)["sha256"] == _sha256(self._chunk_files(chunk))
+        except (OSError, ValueError, KeyError, TypeError):  # missing, or no such file
+            return False
+
+    def write(self, chunk: int, images: np.ndarray, device: torch.device | str) -> None:
+        """
+        Writes the images of a chunk.
+
+        Args:
+            chunk (`int`): Its number.
+            images (`np.ndarray` of shape `(n, H, W, 3)`): Its images, in uint8.
+            device (`torch.device` or `str`): What computed them, for the note.
+        """
+        paths = self._chunk_files(chunk)
+        if self.settings["format"] == "png":
+            for path, image in zip(paths, images, strict=True):
+                self._publish(path, lambda file, image=image: Image.fromarray(image).save(file, "png"))
+        else:
+            self._publish(paths[0], lambda file: np.save(file, images))
+        note = {"sha256": _sha256(paths), "versions": describe_versions(device)}
+        self._publish(self._note(chunk), lambda file: file.write(self._to_json(note)))
+
+    def finish(self, **details: Any) -> dict[str, Any]:
+        """
+        Writes archive or labels, and then the manifest.
+
+        Args:
+            details (`Any`): More for the manifest.
+
+        Returns:
+            `dict`: The manifest.
+
+        Raises:
+            `ValueError`: a chunk is missing.
+        """
+        missing = [chunk for chunk in range(self.num_chunks) if not self._note(chunk).is_file()]
+        if missing:
+            raise ValueError(
+                f"`output_dir` must be a folder that all processes share, got {self.folder} without the chunks "
+                f"{missing[:10]}{'...' if len(missing) > 10 else ''}."
+            )
+        versions: list[dict[str, str]] = []
+        for chunk in range(self.num_chunks):
+            if (found := self._read_note(chunk)["versions"]) not in versions:
+                versions.append(found)
+        if len(versions) > 1:
+            logger.warning(f"The samples in {self.folder} were computed by {len(versions)} versions or devices.")
+        is_png = self.settings["format"] == "png"
+        if is_png:
+            self._publish(self.folder / LABELS_FILE, lambda file: file.write(self._labels_text()))
+        else:
+            self._publish(self.folder / ARCHIVE, self._write_archive)
+        manifest = {
+            "format": FORMAT,
+            **details,
+            "num_images": self.settings["num_images"],
+            "images": "*.png" if is_png else f"arr_0 of {ARCHIVE}",
+            "labels": LABELS_FILE if is_png else f"arr_1 of {ARCHIVE}",
+            "sha256": self._find_sha256(),
+            "settings": self.settings,
+            "versions": versions,
+        }
+        self._publish(self.folder / MANIFEST, lambda file: file.write(self._to_json(manifest)))
+        self._clean()
+        return manifest
+
+    def _check_settings(self, found: dict[str, Any]) -> None:
+        for name in [*self.settings, *found]:
+            if found.get(name) != self.settings.get(name):
+                raise ValueError(
+                    f"`output_dir` must hold samples with `{name}` = {self.settings.get(name)!r}, got "
+                    f"{found.get(name)!r} in {self.folder}: remove it, or use another folder."
+                )
+
+    def _chunk_files(self, chunk: int) -> list[Path]:
+        if self.settings["format"] == "npz":
+            return [self._chunks / f"{chunk:06d}.npy"]
+        num_digits = max(6, len(str(self.settings["num_images"] - 1)))
+        return [self.folder / f"{index:0{num_digits}d}.png" for index in self.indices(chunk)]
+
+    def _note(self, chunk: int) -> Path:
+        return self._chunks / f"{chunk:06d}.json"
+
+    def _read_note(self, chunk: int) -> dict[str, Any]:
+        return json.loads(self._note(chunk).read_text())
+
+    def _labels_text(self) -> bytes:
+        return "".join(f"{label}\n" for label in self.labels).encode()
+
+    def _find_sha256(self) -> str | None:
+        """Of the archive, or of all PNG files in order; `None` if one is missing, or not with their labels."""
+        try:
+            if self.settings["format"] == "npz":
+                with open(self.folder / ARCHIVE, "rb") as file:
+                    return hashlib.file_digest(file, "sha256").hexdigest()
+            if (self.folder / LABELS_FILE).read_bytes() != self._labels_text():
+                return None
+            return _sha256(path for chunk in range(self.num_chunks) for path in self._chunk_files(chunk))
+        except FileNotFoundError:
+            return None
+
+    def _write_archive(self, file: io.BufferedIOBase) -> None:
+        """What `np.savez(images, labels)` would write, one chunk in memory at a time, and without a date."""
+        shape = np.load(self._chunk_files(0)[0], mmap_mode="r").shape
+        header = {"descr": "|u1", "fortran_order": False, "shape": (self.settings["num_images"], *shape[1:])}
+        with zipfile.ZipFile(file, "w") as archive:
+            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array:
+                np.lib.format.write_array_header_1_0(array, header)
+                for chunk in range(self.num_chunks):
+                    array.write(np.load(self._chunk_files(chunk)[0]).data)
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as array:
+                np.lib.format.write_array(array, self.labels)
+
+    def _publish(self, path: Path, write: Callable[[io.BufferedIOBase], Any]) -> None:
+        """Writes a file that is there as a whole or not at all."""
+        unfinished = self._chunks / f"{path.name}{UNFINISHED}"
+        with open(unfinished, "wb") as file:
+            write(file)
+        os.replace(unfinished, path)
+
+    @staticmethod
+    def _to_json(content: dict[str, Any]) -> bytes:
+        return (json.dumps(content, indent=2) + "\n").encode()
+
+    def _clean(self) -> None:
+        """Removes the chunks of an archive; the notes of PNG files can still tell which one is damaged."""
+        if self.settings["format"] == "npz":
+            shutil.rmtree(self._chunks, ignore_errors=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command, without what they must be."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--pretrained_model_name_or_path", required=True, help="Pipeline (folder or Hub id).")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--num_images", type=int, default=50_000)
+    parser.add_argument("--batch_size", type=int, default=64, help="Images in a chunk, the unit of the work.")
+    parser.add_argument(
+        "--labels", default="random", choices=LABELS, help="Uniform and independent, or all classes in turn."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Of noise and random labels.")
+    parser.add_argument("--format", default="png", choices=("png", "npz"), help="A PNG file each, or ADM's archive.")
+    parser.add_argument(
+        "--all_stages", action="store_true", help="Write the images of each stage, not of the last one alone."
+    )
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="Of the weights of all models.")
+    parser.add_argument("--allow_tf32", action="store_true", help="TF32 products and convolutions on NVIDIA GPUs.")
+
+    call = parser.add_argument_group("sampling", "What the pipeline's call takes; see docs/sampling.md.")
+    call.add_argument("--num_stages", type=int, help="The checkpoint's by default, as the next two.")
+    call.add_argument("--num_inference_steps", type=int)
+    call.add_argument("--guidance_scale", type=float, help="From stage 2 on, or of the only stage without a LEM.")
+    call.add_argument("--first_stage_guidance_scale", type=float, default=1.0)
+    call.add_argument("--stage_inference_steps", type=int, nargs="+", help="One for each stage.")
+    call.add_argument("--stage_solvers", nargs="+", choices=SOLVERS, help="One for each stage.")
+    call.add_argument("--stage_guidance_scales", type=float, nargs="+", help="One for each stage.")
+    call.add_argument("--null_condition", default="class_and_prior", choices=NULL_CONDITIONS)
+    call.add_argument("--prior_guidance_scale", type=float)
+    call.add_argument("--guidance_channels", type=int)
+    call.add_argument("--guidance_interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"))
+    call.add_argument("--guidance_power", type=float)
+    call.add_argument("--guidance_rescale", type=float, default=0.0)
+    call.add_argument("--guidance_cosine_threshold", type=float)
+    call.add_argument("--height", type=int, help="In pixels, as `--width`; the trained size by default.")
+    call.add_argument("--width", type=int)
+    return parser
+
+
+def find_errors(args: argparse.Namespace) -> list[str]:
+    """
+    All that is wrong with options, as far as it can be told without the pipeline.
+
+    Args:
+        args (`argparse.Namespace`): The options.
+
+    Returns:
+        `list[str]`: A message for each that is out of range or does not fit another one.
+    """
+    errors: list[str] = []
+
+    def attempt(check: Callable, *arguments: Any, **kwargs: Any) -> None:
+        try:
+            check(*arguments, **kwargs)
+        except (TypeError, ValueError) as error:
+            errors.append(str(error))
+
+    def values_of(name: str) -> list[Any]:
+        value = getattr(args, name)
+        return value if isinstance(value, list) else [] if value is None else [value]
+
+    for name in ("num_images", "batch_size", "num_stages", "num_inference_steps", "stage_inference_steps"):
+        for value in values_of(name):
+            attempt(check_at_least, name, value, 1)
+    for name in ("height", "width"):
+        for value in values_of(name):
+            attempt(check_at_least, name, value, 1)
+    for name in ("guidance_scale", "first_stage_guidance_scale", "stage_guidance_scales"):
+        for value in values_of(name):
+            attempt(check_number, name, value, 0)
+    attempt(check_number, "seed", args.seed, 0, 2**64, open_maximum=True)
+    attempt(
+        Guidance,
+        null_condition=args.null_condition,
+        prior_scale=args.prior_guidance_scale,
+        channels=args.guidance_channels,
+        interval=tuple(args.guidance_interval),
+        power=args.guidance_power,
+        rescale=args.guidance_rescale,
+        cosine_threshold=args.guidance_cosine_threshold,
+    )
+    if args.num_stages is not None:
+        for name in ("stage_inference_steps", "stage_solvers", "stage_guidance_scales"):
+            if values_of(name) and len(values_of(name)) != args.num_stages:
+                errors.append(f"`{name}` must hold {args.num_stages} values, got {len(values_of(name))}.")
+    return errors
+
+
+def sample(args: argparse.Namespace, argv: list[str], accelerator: Accelerator) -> list[dict[str, Any]]:
+    """
+    Writes the samples that the options ask for, but for those that are there already.
+
+    Args:
+        args (`argparse.Namespace`): The options of the command.
+        argv (`list[str]`): The arguments they are of, for the manifest.
+        accelerator (`Accelerator`): The processes, which share the work.
+
+    Returns:
+        `list[dict]`: The manifest of each folder of samples.
+
+    Raises:
+        `OSError`: there is no such pipeline, or a file cannot be written.
+        `RuntimeError`: another process has failed.
+        `ValueError`: the options do not fit the pipeline, the folder holds something else, or samples are not finite.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    with accelerator.local_main_process_first():  # which downloads what is on the Hub
+        pipeline = DoDPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=DTYPES[args.dtype])
+        settings = sample_settings(args, pipeline)
+    pipeline.to(accelerator.device)
+    pipeline.set_progress_bar_config(disable=True)
+    labels = draw_labels(args.labels, args.seed, args.num_images, pipeline.transformer.config.num_classes)
+    stages = range(1, settings["num_stages"] + 1)
+    if args.all_stages:
+        folders = {n: args.output_dir / f"stage-{n}" for n in stages}
+    else:
+        folders = {stages[-1]: args.output_dir}
+    if args.all_stages and any((args.output_dir / name).exists() for name in (MANIFEST, CHUNKS)):
+        raise ValueError(f"`output_dir` must not hold one stage alone with `all_stages`, got {args.output_dir}.")
+    outputs = {n: SampleFolder(folder, {**settings, "stage": n}, labels) for n, folder in folders.items()}
+    first = next(iter(outputs.values()))
+
+    is_complete = False
+    with together():
+        if accelerator.is_main_process:
+            is_complete = all([output.open() for output in outputs.values()])
+    if not any(gather_object([is_complete])):
+        own = range(accelerator.process_index, first.num_chunks, accelerator.num_processes)
+        own = [chunk for chunk in own if not all(output.is_done(chunk) for output in outputs.values())]
+        missing = sorted(gather_object(own))
+        _sample_chunks(args, pipeline, outputs, missing, accelerator)
+        with together():
+            if accelerator.is_main_process:
+                checkpoint = {
+                    "path": args.pretrained_model_name_or_path,
+                    "sha256": settings["checkpoint_sha256"],
+                }
+                for output in outputs.values():
+                    output.finish(task="sample", argv=argv, checkpoint=checkpoint)
+    return [json.loads((folder / MANIFEST).read_text()) for folder in folders.values()]
+
+
+def _sample_chunks(
+    args: argparse.Namespace,
+    pipeline: DoDPipeline,
+    outputs: dict[int, SampleFolder],
+    missing: list[int],
+    accelerator: Accelerator,
+) -> None:
+    """Deals chunks to the processes, one to each at a time, so that an error of one ends all."""
+    first = next(iter(outputs.values()))
+    call = {name: getattr(args, name) for name in CALL_OPTIONS}
+    progress = tqdm(
+        total=args.num_images,
+        initial=args.num_images - sum(len(first.indices(chunk)) for chunk in missing),
+        desc="Sampling",
+        unit="images",
+        disable=not accelerator.is_main_process,
+    )
+    with progress:
+        for start in range(0, len(missing), accelerator.num_processes):
+            dealt = missing[start : start + accelerator.num_processes]
+            with together():
+                for chunk in dealt[accelerator.process_index :][:1]:
+                    indices = first.indices(chunk)
+                    stages = pipeline(
+                        [int(label) for label in first.labels[indices.start : indices.stop]],
+                        seed=args.seed,
+                        sample_indices=indices,
+                        output_type="np",
+                        return_stages=args.all_stages,
+                        return_dict=False,
+                        **call,
+                    )[-1]
+                    for output, images in zip(outputs.values(), stages if args.all_stages else [stages], strict=True):
+                        output.write(chunk, to_uint8(images), accelerator.device)
+            progress.update(sum(len(first.indices(chunk)) for chunk in dealt))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if errors := find_errors(args):
+        parser.error("\n".join(errors))
+    end_with_launcher()
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))])
+    check_processes(accelerator)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("diffusers_dod").setLevel(logging.INFO)
+    for manifest in sample(args, argv, accelerator):
+        if accelerator.is_main_process:
+            stage = manifest["settings"]["stage"]
+            logger.info(f"{manifest['num_images']:,} images of stage {stage}, SHA-256 {manifest['sha256']}.")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

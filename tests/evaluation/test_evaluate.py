@@ -1,0 +1,323 @@
+"""The command from pictures to a file of results, and what extractors must be."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import says
+
+from diffusers_dod.evaluation import evaluate
+from diffusers_dod.evaluation.extractors import PictureFeatures, check_extractor, extract, load_extractor
+from diffusers_dod.evaluation.frechet import feature_statistics, frechet_distance
+from diffusers_dod.evaluation.images import open_images
+from diffusers_dod.evaluation.metrics import precision_recall
+from diffusers_dod.evaluation.reproduce import reproduce
+from diffusers_dod.evaluation.results import file_sha256, read_results
+from diffusers_dod.training.textures import TextureDataset
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:FID of", "ignore:.*torch.jit")
+
+EXTRACTOR = """
+import torch
+from diffusers_dod.evaluation.extractors import PictureFeatures
+from neighbour import SCALE
+
+def colours(pictures):
+    return pictures.double().mean(dim=(2, 3)) / SCALE
+
+def everything(pictures):
+    features = torch.cat([colours(pictures), pictures.double().std(dim=(2, 3)) / SCALE], dim=1)
+    return PictureFeatures(features, pictures.float()[:, :, ::16, ::16].flatten(1), 10 * features)
+
+def broken(pictures):
+    return colours(pictures) / 0
+
+number = 3
+"""
+
+
+def draw(number: int, seed: int) -> np.ndarray:
+    dataset = TextureDataset(number, seed=seed)
+    return np.stack([dataset[index]["image"] for index in range(number)])
+
+
+def expected_features(pictures: np.ndarray) -> np.ndarray:
+    pictures = pictures.astype(np.float64)
+    return np.concatenate([pictures.mean(axis=(1, 2)), pictures.std(axis=(1, 2), ddof=1)], axis=1) / 255
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    np.savez(folder / "samples.npz", arr_0=draw(60, 1))
+    np.savez(folder / "reference.npz", arr_0=draw(80, 2))
+    (folder / "colours.py").write_text(EXTRACTOR)
+    (folder / "neighbour.py").write_text("SCALE = 255\n")
+    return folder
+
+
+def run(world: Path, *options, samples: str = "samples.npz", extractor: str = "everything") -> dict:
+    output = world / "results.json"
+    output.unlink(missing_ok=True)
+    argv = [str(world / samples), "--extractor", f"{world / 'colours.py'}:{extractor}", "--device", "cpu"]
+    argv += [str(option) for option in options]
+    evaluate.main([*argv, "--output_file", str(output)])
+    return read_results(output)
+
+
+def reference_of(world: Path) -> tuple:
+    return ("--reference", world / "reference.npz")
+
+
+def test_all_metrics_against_what_they_are_made_of(world, capsys):
+    results = run(world, *reference_of(world), "--metrics", "fid", "sfid", "is", "precision_recall")
+    metrics = results["metrics"]
+    assert list(metrics) == ["fid", "sfid", "is", "precision", "recall"]
+    samples, reference = draw(60, 1), draw(80, 2)
+    features = [expected_features(pictures).astype(np.float32) for pictures in (samples, reference)]
+    expected = frechet_distance(*(array for rows in features for array in feature_statistics(rows)))
+    assert metrics["fid"]["value"] == pytest.approx(expected, rel=1e-5)
+    spatial = [p[:, ::16, ::16].transpose(0, 3, 1, 2).reshape(len(p), -1) for p in (samples, reference)]
+    expected = frechet_distance(*(array for rows in spatial for array in feature_statistics(rows)))
+    assert metrics["sfid"]["value"] == pytest.approx(expected, rel=1e-9)
+    probabilities = np.exp(10 * features[0].astype(np.float64))
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    divergence = (probabilities * np.log(probabilities / probabilities.mean(axis=0))).sum(axis=1).mean()
+    assert metrics["is"]["value"] == pytest.approx(np.exp(divergence), rel=1e-5)
+    counts = precision_recall(*features)
+    assert (metrics["precision"]["value"], metrics["recall"]["value"]) == (counts.precision, counts.recall)
+    for name in ("fid", "sfid", "precision", "recall"):
+        low, high = metrics[name]["interval"]
+        assert low < metrics[name]["value"] < high
+    assert metrics["is"]["interval"] is None and metrics["is"]["num_splits"] == 1
+    printed = capsys.readouterr().out
+    assert all(f"| {name} | {metrics[name]['value']:.5g} |" in printed for name in metrics)
+
+    assert results["task"] == "evaluate" and results["checkpoint"] is None
+    data = results["data"]
+    assert data["name"] == str(world / "samples.npz") and data["num_samples"] == 60
+    assert data["samples"]["sha256"] == file_sha256(world / "samples.npz")
+    assert data["reference"]["sha256"] == file_sha256(world / "reference.npz")
+    assert data["reference"]["num_images"] == 80 and data["reference"]["has_statistics"] is False
+    assert results["settings"]["extractor_sha256"] == file_sha256(world / "colours.py")
+
+
+def test_results_can_be_computed_again(world, tmp_path):
+    run(world, *reference_of(world), "--metrics", "fid", "precision_recall")
+    rows = reproduce(world / "results.json", 0.0, tmp_path / "again.json")
+    assert [row["name"] for row in rows] == ["fid", "precision", "recall"] and all(row["agrees"] for row in rows)
+    assert read_results(world / "results.json")["metrics"] == read_results(tmp_path / "again.json")["metrics"]
+
+
+def test_batches_make_no_difference(world):
+    every = ("--metrics", "fid", "sfid", "is", "precision_recall")
+    first, *others = (run(world, *reference_of(world), *every, "--batch_size", n)["metrics"] for n in (1, 7, 100))
+    for metrics in others:
+        for name, metric in metrics.items():
+            assert metric["value"] == pytest.approx(first[name]["value"], rel=1e-9)
+            if metric["interval"] is not None:
+                assert metric["interval"] == pytest.approx(first[name]["interval"], rel=1e-9)
+
+
+def test_the_first_samples_only(world, tmp_path):
+    np.savez(tmp_path / "few.npz", arr_0=draw(60, 1)[:25])
+    few = run(world, *reference_of(world), samples=tmp_path / "few.npz")["metrics"]
+    results = run(world, *reference_of(world), "--num_samples", 25)
+    assert results["metrics"] == few and results["data"]["num_samples"] == 25
+    assert list(few) == ["fid"]  # the default
+
+
+def test_saved_statistics_take_the_place_of_their_pictures(world, tmp_path):
+    path = tmp_path / "deep" / "statistics.npz"
+    run(world, "--save_statistics", path, samples="reference.npz")
+    with np.load(path) as file:
+        assert sorted(file.files) == ["extractor", "mu", "mu_s", "num_images", "sigma", "sigma_s"]
+        assert file["num_images"] == 80 and file["mu"].dtype == np.float64
+        arrays = dict(file)
+    metrics = ("--metrics", "fid", "sfid")
+    of_pictures = run(world, *reference_of(world), *metrics)["metrics"]
+    results = run(world, "--reference", path, *metrics)
+    for name, metric in results["metrics"].items():
+        assert metric["value"] == pytest.approx(of_pictures[name]["value"], rel=1e-9)
+    assert results["data"]["reference"] == {"name": str(path), "sha256": file_sha256(path), "has_statistics": True}
+
+    # ADM's form: the distance is to `mu` and `sigma`, precision and recall are those of the pictures.
+    del arrays["extractor"], arrays["num_images"]
+    arrays["mu"] = arrays["mu"] + 0.5
+    np.savez(tmp_path / "adm.npz", arr_0=draw(80, 2)[:40], **arrays)
+    found = run(world, "--reference", tmp_path / "adm.npz", "--metrics", "fid", "precision_recall")
+    far = frechet_distance(*feature_statistics(expected_features(draw(60, 1))), arrays["mu"], arrays["sigma"])
+    assert found["metrics"]["fid"]["value"] == pytest.approx(far, rel=1e-5)
+    recall = precision_recall(expected_features(draw(60, 1)), expected_features(draw(80, 2)[:40])).recall
+    assert found["metrics"]["recall"]["value"] == recall
+    assert found["data"]["reference"]["has_statistics"] and found["data"]["reference"]["num_images"] == 40
+
+
+def test_the_same_pictures_have_no_distance(world):
+    metrics = run(
+        world, "--reference", world / "samples.npz", "--metrics", "fid", "precision_recall", "--num_groups", 0
+    )["metrics"]
+    assert metrics["fid"]["value"] == pytest.approx(0, abs=1e-9)
+    assert metrics["precision"]["value"] == metrics["recall"]["value"] == 1
+    assert all(metric["interval"] is None for metric in metrics.values())
+
+
+def test_few_samples_are_warned_of(world):
+    with pytest.warns(UserWarning, match=says("60 samples", "50,000", "compare it at this number only")):
+        run(world, *reference_of(world))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(world, "--metrics", "is")
+
+
+def test_options_are_refused_at_once(world, capsys):
+    options = ["--batch_size", 0, "--num_samples", 1, "--num_groups", 1, "--metrics", "fid", "fid"]
+    with pytest.raises(SystemExit):
+        run(world, *options, "--device", "nowhere", "--save_statistics", "a.txt", "--resolution", 0)
+    message = capsys.readouterr().err
+    for name in ("batch_size", "num_samples", "num_groups", "resolution", "metrics", "reference", "device"):
+        assert f"`{name}` must be" in message, name
+    assert "`save_statistics` must end with .npz, got a.txt" in message
+    for options, text in (
+        ((), "`metrics` or `save_statistics` must be given"),
+        (("--metrics", "is", *reference_of(world)), "`reference` must not be given"),
+    ):
+        with pytest.raises(SystemExit):
+            run(world, *options)
+        assert text in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused(world, tmp_path):
+    np.savez(tmp_path / "small.npz", arr_0=draw(60, 1)[:, :16, :16])
+    np.savez(tmp_path / "mean.npz", mu=np.zeros(6))
+    np.savez(tmp_path / "plain.npz", mu=np.zeros(6), sigma=np.eye(6))
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(7), sigma=np.eye(7))
+    np.savez(tmp_path / "other.npz", mu=np.zeros(6), sigma=np.eye(6), extractor="inception")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    refusals = [
+        (("--num_samples", 61), ("`num_samples`", "60 pictures", "got 61")),
+        (("--num_samples", 9), ("`num_samples`", "from 10", "got 9")),
+        (("--reference", tmp_path / "small.npz"), ("`reference`", "(32, 32)", "(16, 16)")),
+        (("--reference", tmp_path / "mean.npz"), ("`reference`", "`sigma`", "['mu']")),
+        (("--reference", tmp_path / "plain.npz", "--metrics", "sfid"), ("`reference`", "`mu_s`", "['mu', 'sigma']")),
+        (("--reference", tmp_path / "plain.npz", "--metrics", "precision_recall"), ("`reference`", "hold pictures")),
+        (("--reference", tmp_path / "wide.npz"), ("`extractor`", "7 `features`", "got 6")),
+        (("--reference", tmp_path / "other.npz"), ("`reference`", "colours.py:everything", "'inception'")),
+        (("--reference", tmp_path / "array.npz"), ("`reference`", "npz")),
+    ]
+    for options, fragments in refusals:
+        with pytest.raises(ValueError, match=says(*fragments)):
+            run(world, *reference_of(world), *options)
+    for metric, name in (("sfid", "spatial_features"), ("is", "logits")):
+        with pytest.raises(ValueError, match=says("`extractor`", f"`{name}`", f"`{metric}`", "colours.py:colours")):
+            run(world, *reference_of(world), "--metrics", metric, "fid", extractor="colours")
+    with pytest.raises(ValueError, match=says("finite")):
+        run(world, *reference_of(world), extractor="broken")
+
+
+# Extractors
+
+
+class Flat(torch.nn.Module):
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return pictures.float().mean(dim=(2, 3))
+
+
+def test_torchscript_is_run_only_when_trusted(world, tmp_path):
+    path = str(tmp_path / "flat.pt")
+    torch.jit.script(Flat()).save(path)
+    with pytest.raises(ValueError, match=says("`extractor`", "trusted", "program", "--trust_extractor", "flat.pt")):
+        load_extractor(path, argument="extractor")
+    pictures = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    features = extract(load_extractor(path, trust=True, device="cpu"), pictures)
+    assert torch.equal(features.features, pictures.float().mean(dim=(2, 3))) and features.logits is None
+    (tmp_path / "text.ts").write_text("no module")
+    with pytest.raises(ValueError, match=says("`extractor`", "TorchScript", "text.ts")):
+        load_extractor(str(tmp_path / "text.ts"), trust=True, argument="extractor")
+
+
+def test_extractors_by_name(world):
+    pictures = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    folders = list(sys.path)
+    assert extract(load_extractor(f"{world / 'colours.py'}:colours"), pictures).features.shape == (2, 3)
+    assert sys.path == folders
+    assert isinstance(load_extractor(f"{__name__}:FLAT"), Flat) and not FLAT.training
+    refusals = {
+        f"{world / 'colours.py'}:nothing": ("no attribute", "nothing"),
+        f"{world / 'colours.py'}:number": ("something to call", "got 3"),
+        f"{world / 'missing.py'}:colours": ("missing.py",),
+        "colours": ("package.module:attribute", "'colours'"),
+    }
+    for name, fragments in refusals.items():
+        with pytest.raises(ValueError, match=says("`extractor`", *fragments)):
+            load_extractor(name, argument="extractor")
+
+
+FLAT = Flat()
+
+
+def test_inception_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(
+        ImportError, match=says("torch-fidelity", "torchvision", "pip install diffusers-dod[evaluation]")
+    ):
+        load_extractor("inception")
+
+
+def test_what_extractors_must_give():
+    pictures = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    refusals = {
+        "got list": lambda pictures: [1.0],
+        "`features` of shape (2, n)": lambda pictures: torch.zeros(3, 4),
+        "got (2, 3, 4, 4)": lambda pictures: pictures,
+        "`logits` of shape (2, n)": lambda pictures: PictureFeatures(torch.zeros(2, 4), logits=torch.zeros(2)),
+    }
+    for fragment, extractor in refusals.items():
+        with pytest.raises(ValueError, match=says("`extractor`", fragment)):
+            extract(extractor, pictures)
+    for bad in (pictures.float(), pictures[0], pictures[:, :1]):
+        with pytest.raises(ValueError, match=says("`pictures`", "uint8", str(tuple(bad.shape)))):
+            extract(FLAT, bad)
+    weights = torch.ones(3, 2, requires_grad=True)
+    assert not extract(lambda pictures: FLAT(pictures) @ weights, pictures).features.requires_grad
+    check_extractor(FLAT, 3, 8, "cpu")
+    check_extractor(lambda pictures: PictureFeatures(FLAT(pictures)), 3, 8, "cpu")
+    with pytest.raises(ValueError, match=says("(2, 4)", "got (2, 3)")):
+        check_extractor(FLAT, 4, 8, "cpu")
+
+
+def test_features_are_those_of_the_pictures_in_order(world):
+    images = open_images(str(world / "samples.npz"))
+    summary = evaluate.compute_features(images, FLAT, 7, num_images=50, num_groups=4, keep_features=True)
+    expected = draw(60, 1)[:50].astype(np.float64).mean(axis=(1, 2))
+    np.testing.assert_allclose(summary.features, expected, rtol=1e-5)
+    sizes = [group.num_rows for group in summary.statistics["features"]]
+    assert sum(sizes) == 50 and set(sizes) == {12, 13}
+    assert evaluate.compute_features(images, FLAT, 7).features is None
+
+
+def test_groups_do_not_follow_the_classes(world):
+    """Pictures of 12 classes in turn, in 12 groups: their means are those of all but for chance."""
+    images = open_images("textures:240:0")
+    summary = evaluate.compute_features(images, FLAT, 60, num_groups=12, keep_features=True)
+    by_class = [summary.features[label::12, 0].mean() for label in range(12)]
+    by_group = [group.result()[0][0] for group in summary.statistics["features"]]
+    assert np.std(by_group) < 0.7 * np.std(by_class)
+
+
+@pytest.mark.slow
+def test_the_desk_classifier_is_an_extractor(tmp_path):
+    root = Path(__file__).parents[2]
+    extractor = f"{root / 'training' / 'desk' / 'texture_features.py'}:extractor"
+    argv = ["textures:240:7", "--reference", "textures:240:8", "--extractor", extractor]
+    evaluate.main([*argv, "--metrics", "fid", "is", "precision_recall", "--output_file", str(tmp_path / "r.json")])
+    metrics = json.loads((tmp_path / "r.json").read_text())["metrics"]
+    assert (
+        10 < metrics["is"]["value"] < 12 and metrics["precision"]["value"] > 0.8 and metrics["recall"]["value"] > 0.8
+    )

@@ -1,0 +1,337 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""Pictures drawn again from their own priors: the measures by hand, the noise by hand, and the command as a whole."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import says, tiny_pipeline, tiny_transformer
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
+
+from diffusers_dod.evaluation import reconstruction
+from diffusers_dod.evaluation.frechet import feature_statistics, frechet_distance
+from diffusers_dod.evaluation.metrics import RunningStatistics
+from diffusers_dod.evaluation.options import open_pictures, read_batches
+from diffusers_dod.evaluation.reconstruction import (
+    as_metrics,
+    check_classes,
+    compare,
+    parse_args,
+    psnr,
+    reconstruct,
+    rfid_interval,
+    ssim,
+)
+from diffusers_dod.evaluation.results import read_results
+from diffusers_dod.seeding import stateless_noise
+from diffusers_dod.training.textures import TEXTURE_CLASSES, TextureDataset
+
+
+EXTRACTOR = "def extractor(pictures):\n    return pictures.float().mean(dim=(2, 3))\n"
+INDICES = [3, 7, 30]
+
+
+def texture_pipeline(**overrides):
+    defaults = dict(transformer=tiny_transformer(num_classes=12), id2label=dict(enumerate(TEXTURE_CLASSES)))
+    return tiny_pipeline(**{**defaults, **overrides})
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return texture_pipeline()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, pipeline):
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipeline.save_pretrained(folder)
+    (folder / "features.py").write_text(EXTRACTOR)
+    return folder
+
+
+def random_pictures(num: int, side: int = 16, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (num, side, side, 3), dtype=np.uint8)
+
+
+def textures(num: int = len(INDICES)) -> tuple[torch.Tensor, torch.Tensor]:
+    dataset = TextureDataset(num, size=16, seed=5)
+    images = torch.from_numpy(np.stack([dataset[i]["image"] for i in range(num)]))
+    return images, torch.tensor([dataset[i]["label"] for i in range(num)])
+
+
+def test_psnr_by_hand():
+    references = np.full((3, 16, 16, 3), 100, dtype=np.uint8)
+    images = references.copy()
+    images[0] += 5
+    images[1, 0, 0, 0] = 116  # an error of 256 in one of 768 numbers
+    expected = [10 * np.log10(255**2 / 25), 10 * np.log10(255**2 * 768 / 256), np.inf]
+    np.testing.assert_allclose(psnr(images, references), expected, rtol=1e-14)
+    images, references = random_pictures(2), random_pictures(2, seed=1)
+    libraries = [peak_signal_noise_ratio(*pair, data_range=255) for pair in zip(references, images, strict=True)]
+    np.testing.assert_allclose(psnr(images, references), libraries, rtol=1e-12)
+
+
+def ssim_by_windows(image: np.ndarray, reference: np.ndarray) -> float:
+    """The definition itself: every window of 11 x 11 pixels in every channel."""
+    axis = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
+    weights = np.outer(axis, axis) / axis.sum() ** 2
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    values = []
+    for channel in range(3):
+        for row in range(image.shape[0] - 10):
+            for column in range(image.shape[1] - 10):
+                place = slice(row, row + 11), slice(column, column + 11), channel
+                x, y = image[place].astype(float), reference[place].astype(float)
+                mx, my = (weights * x).sum(), (weights * y).sum()
+                vx, vy = (weights * (x - mx) ** 2).sum(), (weights * (y - my) ** 2).sum()
+                vxy = (weights * (x - mx) * (y - my)).sum()
+                values.append((2 * mx * my + c1) * (2 * vxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
+    return np.mean(values)
+
+
+def test_ssim_is_its_definition():
+    references = textures()[0].numpy()
+    images = (references * 0.8 + random_pictures(3) * 0.2).astype(np.uint8)
+    expected = [ssim_by_windows(*pair) for pair in zip(images, references, strict=True)]
+    np.testing.assert_allclose(ssim(images, references), expected, rtol=1e-9)
+    assert (0.2 < ssim(images, references)).all() and (ssim(images, references) < 0.99).all()
+
+
+def test_ssim_in_closed_form():
+    images, references = np.full((2, 1, 12, 12, 3), 0, dtype=np.uint8)
+    images[:], references[:] = 100, 140  # without any variance only the means matter
+    c1 = (0.01 * 255) ** 2
+    np.testing.assert_allclose(ssim(images, references), (2 * 100 * 140 + c1) / (100**2 + 140**2 + c1), rtol=1e-12)
+    np.testing.assert_array_equal(ssim(random_pictures(2), random_pictures(2)), [1.0, 1.0])
+
+
+def test_measures_refuse_other_pictures():
+    pictures = random_pictures(2)
+    for measure in (psnr, ssim):
+        with pytest.raises(ValueError, match=says("`images`", "uint8", "float64")):
+            measure(pictures / 255, pictures)
+        with pytest.raises(ValueError, match=says("`images`", "(2, 16, 16, 3)", "(1, 16, 16, 3)")):
+            measure(pictures, pictures[:1])
+    with pytest.raises(ValueError, match=says("at least 11", "(2, 8, 8, 3)")):
+        ssim(random_pictures(2, side=8), random_pictures(2, side=8))
+
+
+def test_the_noise_is_that_of_seed_and_index():
+    """A velocity of zero leaves the noise of stage 2 as it is."""
+    pipe = texture_pipeline(
+        transformer=tiny_transformer(num_classes=12, in_channels=3), vae=None, latent_embedder=None
+    )
+    pipe = tiny_pipeline(in_channels=3, vae=None)
+    torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
+    torch.nn.init.zeros_(pipe.transformer.proj_out.bias)
+    images, _ = textures()
+    outputs = reconstruct(pipe, images[:, :8, :8], torch.tensor([0, 1, 2]), INDICES, 2.0, seed=9)
+    noise = torch.stack([stateless_noise((3, 8, 8), 9, index, 0, 2, 0) for index in INDICES])
+    expected = np.rint(255 * (noise / 2 + 0.5).clamp(0, 1).numpy()).astype(np.uint8)
+    np.testing.assert_array_equal(outputs, expected.transpose(0, 2, 3, 1))
+
+
+def test_reconstruction_is_stage_two_on_the_picture_and_its_class(pipeline):
+    images, labels = textures()
+    outputs = reconstruct(pipeline, images, labels, INDICES, 3.0, seed=1, num_inference_steps=3)
+    direct = pipeline(
+        [TEXTURE_CLASSES[label] for label in labels],
+        image=[Image.fromarray(image) for image in images.numpy()],
+        guidance_scale=3.0,
+        num_inference_steps=3,
+        seed=1,
+        sample_indices=INDICES,
+    ).images
+    np.testing.assert_array_equal(outputs, np.stack([np.asarray(image) for image in direct]))
+    changes = [
+        reconstruct(pipeline, images.flip(1), labels, INDICES, 3.0, seed=1, num_inference_steps=3),
+        reconstruct(pipeline, images, (labels + 1) % 12, INDICES, 3.0, seed=1, num_inference_steps=3),
+        reconstruct(pipeline, images, labels, INDICES, 1.0, seed=1, num_inference_steps=3),
+        reconstruct(pipeline, images, labels, INDICES, 3.0, seed=2, num_inference_steps=3),
+    ]
+    for change in changes:
+        assert all((outputs[i] != change[i]).any() for i in range(3))
+    alone = reconstruct(pipeline, images[1:2], labels[1:2], INDICES[1:2], 3.0, seed=1, num_inference_steps=3)
+    assert np.abs(alone[0].astype(int) - outputs[1]).max() <= 1  # rounding of another batch
+
+
+@torch.no_grad()
+def test_the_bound_of_the_autoencoder(pipeline):
+    images, labels = textures()
+    outputs = reconstruct(pipeline, images, labels, INDICES, None, seed=0)
+    mean = pipeline.vae.encode(images.permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean  # no noise
+    decoded = pipeline.vae.decode(mean).sample.permute(0, 2, 3, 1).numpy()
+    expected = np.rint(255 * np.clip(decoded / 2 + 0.5, 0, 1))
+    assert np.abs(outputs - expected).max() <= 1  # there and back through the normalisation
+    # Without an autoencoder it is perfect.
+    pixel_space = tiny_pipeline(in_channels=3, vae=None)
+    np.testing.assert_array_equal(reconstruct(pixel_space, images, labels, INDICES, None, seed=0), images.numpy())
+
+
+def test_pictures_that_are_not_finite_are_refused():
+    pipe = texture_pipeline()
+    pipe.transformer.proj_out.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=says("finite", "[3, 7, 30]")):
+        reconstruct(pipe, *textures(), INDICES, 2.0, seed=0)
+
+
+def mean_colour(pictures: torch.Tensor) -> torch.Tensor:
+    return pictures.float().mean(dim=(2, 3))
+
+
+def test_a_perfect_and_a_constant_reconstruction():
+    originals = textures(60)[0].numpy()
+    perfect = compare([(originals, originals)], mean_colour)
+    assert perfect.rfid == pytest.approx(0, abs=1e-6)
+    assert (perfect.ssim == 1).all() and np.isinf(perfect.psnr).all()
+    metrics = as_metrics("perfect", perfect)
+    assert metrics.keys() == {"rfid_perfect", "ssim_perfect"}  # JSON has no infinity
+    assert "| perfect |" in reconstruction.to_table({"perfect": metrics})
+    assert "| inf |" in reconstruction.to_table({"perfect": metrics})
+
+    constant = compare([(np.full_like(originals, 128), originals)], mean_colour)
+    features = mean_colour(torch.from_numpy(originals).permute(0, 3, 1, 2)).double()
+    # Of the two Gaussians one is a point.
+    expected = ((features.mean(0) - 128) ** 2).sum() + features.var(0).sum()
+    assert constant.rfid == pytest.approx(float(expected), rel=1e-6)
+    error = ((originals - 128.0) ** 2).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(constant.psnr, 10 * np.log10(255**2 / error))
+
+
+def test_numbers_do_not_depend_on_the_batches():
+    originals, outputs = textures(50)[0].numpy(), random_pictures(50)
+    whole = compare([(outputs, originals)], mean_colour)
+    parts = compare([(outputs[i : i + 7], originals[i : i + 7]) for i in range(0, 50, 7)], mean_colour)
+    np.testing.assert_array_equal(whole.psnr, parts.psnr)
+    np.testing.assert_array_equal(whole.ssim, parts.ssim)
+    features = [mean_colour(torch.from_numpy(side).permute(0, 3, 1, 2)).numpy() for side in (outputs, originals)]
+    expected = frechet_distance(*feature_statistics(features[0]), *feature_statistics(features[1]))
+    assert whole.rfid == pytest.approx(expected, rel=1e-9) and parts.rfid == pytest.approx(expected, rel=1e-9)
+    assert compare([(outputs, originals)]).rfid is None
+
+
+def test_intervals_of_the_means():
+    originals, outputs = textures(30)[0].numpy(), random_pictures(30)
+    comparison = compare([(outputs, originals)])
+    metric = as_metrics("x", comparison)["psnr_x"]
+    margin = 1.96 * np.std(comparison.psnr, ddof=1) / 30**0.5
+    assert metric["value"] == pytest.approx(comparison.psnr.mean())
+    assert metric["interval"] == pytest.approx([metric["value"] - margin, metric["value"] + margin])
+
+
+def groups_of(images: np.ndarray, originals: np.ndarray) -> list[tuple[RunningStatistics, RunningStatistics]]:
+    groups = [(RunningStatistics(), RunningStatistics()) for _ in range(10)]
+    for number, pair in enumerate(groups):
+        for side, rows in zip(pair, (images, originals), strict=True):
+            side.update(rows[number::10])
+    return groups
+
+
+def test_the_interval_of_rfid_is_as_wide_as_rfid_varies():
+    """Features whose means differ by 1, where pictures follow their originals closely, and where they do not."""
+    rng = np.random.default_rng(0)
+    distances, margins, unpaired = [], [], []
+    for _ in range(100):
+        originals, others = rng.standard_normal((2, 200, 2))
+        images = originals + 1 + 0.5 * rng.standard_normal((200, 2))
+        low, high = rfid_interval(groups_of(images, originals))
+        distances.append((low + high) / 2)
+        margins.append((high - low) / 2)
+        unpaired.append(frechet_distance(*feature_statistics(images), *feature_statistics(others)))
+    margin = 2.262 * np.std(distances)  # Student's t of 9 degrees of freedom
+    assert np.mean(margins) == pytest.approx(margin, rel=0.25)
+    assert np.std(unpaired) > 1.5 * np.std(distances)
+    assert rfid_interval(groups_of(images[:19], originals[:19])) is None
+
+
+def test_classes_of_pictures_must_be_those_of_the_model(pipeline):
+    check_classes(pipeline, TEXTURE_CLASSES)
+    check_classes(pipeline, tuple(f"n{label:08d}" for label in range(12)))  # folders with other names
+    with pytest.raises(ValueError, match=says("12 classes", "got 3")):
+        check_classes(pipeline, TEXTURE_CLASSES[:3])
+    with pytest.raises(ValueError, match=says("ids of the model", "'bricks' for 0", "'stripes'")):
+        check_classes(pipeline, tuple(sorted(TEXTURE_CLASSES)))
+
+
+def arguments(checkpoint, output_file, *more: str) -> list[str]:
+    command = f"--pretrained_model_name_or_path {checkpoint} --dataset_name textures --resolution 16 --num_pictures 26"
+    return [*command.split(), "--batch_size", "8", "--device", "cpu", "--output_file", str(output_file), *more]
+
+
+def test_the_command(checkpoint, tmp_path, capsys, pipeline):
+    more = [
+        "--guidance_scales",
+        "1",
+        "2.5",
+        "--num_inference_steps",
+        "3",
+        "--seed",
+        "4",
+        "--grid_file",
+        str(tmp_path / "grid.png"),
+    ]
+    argv = arguments(checkpoint, tmp_path / "first.json", *more, "--extractor", f"{checkpoint}/features.py:extractor")
+    reconstruction.main(argv)
+    table = capsys.readouterr().out
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| autoencoder", "| scale_1", "| scale_2.5"]
+    first = read_results(tmp_path / "first.json")
+    kinds = [f"{kind}_{name}" for name in ("autoencoder", "scale_1", "scale_2.5") for kind in ("rfid", "psnr", "ssim")]
+    assert list(first["metrics"]) == kinds
+    assert first["data"]["num_pictures"] == 26 and first["data"]["resolution"] == 16
+    assert (
+        first["settings"]["num_inference_steps"] == 3 and first["settings"]["class_labels"] == "those of the pictures"
+    )
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (12 * 66 - 2, 4 * 66 - 2)
+        corner = np.asarray(grid.crop((66, 0, 130, 64)).resize((16, 16), Image.Resampling.NEAREST))
+        np.testing.assert_array_equal(corner, TextureDataset(26, size=16, seed=1)[1]["image"])
+
+    # The numbers are those of the pictures that the options name, and the same again.
+    pictures, indices, _ = open_pictures(parse_args(argv), 26)
+    batches = read_batches(pictures, sorted(indices), 8)
+    pairs = [
+        (reconstruct(pipeline, images, labels, places, 2.5, 4, num_inference_steps=3), images.numpy())
+        for places, images, labels in batches
+    ]
+    assert [len(pair[0]) for pair in pairs] == [8, 8, 8, 2]
+    assert first["metrics"]["psnr_scale_2.5"]["value"] == pytest.approx(compare(pairs).psnr.mean(), rel=1e-12)
+    again = [
+        str(tmp_path / "again.json") if entry == str(tmp_path / "first.json") else entry for entry in first["argv"]
+    ]
+    reconstruction.main(again)
+    assert read_results(tmp_path / "again.json")["metrics"] == first["metrics"]
+
+
+def test_the_defaults_are_those_of_the_checkpoint_and_pixel_space_has_no_autoencoder(tmp_path):
+    backbone = tiny_transformer(in_channels=3, num_classes=12)
+    pipe = tiny_pipeline(in_channels=3, vae=None, default_num_stages=1, transformer=backbone, id2label=None)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    reconstruction.main(arguments(tmp_path / "pipeline", tmp_path / "results.json"))
+    results = read_results(tmp_path / "results.json")
+    assert list(results["metrics"]) == ["psnr_scale_2", "ssim_scale_2"]
+    assert results["settings"]["num_inference_steps"] == 2
+
+
+def test_all_options_that_are_wrong_are_named_at_once(tmp_path, capsys):
+    wrong = "--guidance_scales -1 2 2.0000001 --num_inference_steps 0 --data_seed -1 --train_data_dir x"
+    wrong += " --grid_file grid.jpg"
+    with pytest.raises(SystemExit):
+        parse_args(arguments("x", tmp_path / "r.json", *wrong.split(), "--resolution", "8", "--device", "nonsense"))
+    message = capsys.readouterr().err
+    for name in (
+        "guidance_scales` must be a finite",
+        "guidance_scales` must be different",
+        "num_inference_steps",
+        "data_seed",
+        "train_data_dir",
+        "grid_file",
+        "resolution",
+        "device",
+    ):
+        assert name in message
+
+
+def test_a_pipeline_without_latent_embedder_has_no_priors(tmp_path):
+    tiny_pipeline(latent_embedder=None).save_pretrained(tmp_path / "pipeline")
+    with pytest.raises(ValueError, match=says("`latent_embedder`", "pipeline")):
+        reconstruction.main(arguments(tmp_path / "pipeline", tmp_path / "results.json"))

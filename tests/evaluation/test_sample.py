@@ -1,0 +1,474 @@
+"""Samples on disk: the same files whatever happens on the way, and a manifest that says what they are."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+import tracemalloc
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import fresh_accelerator, says, tiny_pipeline
+from PIL import Image
+
+from diffusers_dod import DoDPipeline
+from diffusers_dod.evaluation.results import checkpoint_sha256, file_sha256
+from diffusers_dod.evaluation.sample import SampleFolder, draw_labels, main, to_uint8
+
+
+ROOT = Path(__file__).parents[2]
+NUM_IMAGES = 7
+BATCH_SIZE = 3  # the last chunk has one image
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("sample") / "checkpoint"
+    tiny_pipeline().save_pretrained(path)
+    return path
+
+
+def command(checkpoint: Path, folder: Path, *arguments: str) -> list[str]:
+    command = ["--pretrained_model_name_or_path", str(checkpoint), "--output_dir", str(folder), "--seed", "5"]
+    return [*command, "--num_images", str(NUM_IMAGES), "--batch_size", str(BATCH_SIZE), *arguments]
+
+
+def run(checkpoint: Path, folder: Path, *arguments: str) -> dict:
+    with fresh_accelerator():
+        main(command(checkpoint, folder, *arguments))
+    path = folder / "manifest.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but for the command, which names another folder."""
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files["manifest.json"] = {**json.loads(files["manifest.json"]), "argv": None}
+    return files
+
+
+@pytest.fixture(scope="module")
+def references(checkpoint, tmp_path_factory) -> dict[str, Path]:
+    """An uninterrupted run of one process in each format."""
+    folders = {name: tmp_path_factory.mktemp("finished") / name for name in ("png", "npz")}
+    for name, folder in folders.items():
+        run(checkpoint, folder, "--format", name)
+    return folders
+
+
+@pytest.fixture(params=["png", "npz"])
+def finished(request, references) -> Path:
+    return references[request.param]
+
+
+def read_images(folder: Path) -> np.ndarray:
+    if (folder / "samples.npz").exists():
+        return np.load(folder / "samples.npz")["arr_0"]
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+
+
+def read_labels(folder: Path) -> list[int]:
+    if (folder / "samples.npz").exists():
+        return np.load(folder / "samples.npz")["arr_1"].tolist()
+    return [int(line) for line in (folder / "labels.txt").read_text().splitlines()]
+
+
+def test_images_are_those_of_the_pipeline(checkpoint, finished):
+    pipeline = DoDPipeline.from_pretrained(checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+    labels = draw_labels("random", 5, NUM_IMAGES, 10).tolist()
+    assert read_labels(finished) == labels and len(set(labels)) > 3
+    expected = [
+        pipeline(labels[i : i + 3], seed=5, sample_indices=range(i, min(i + 3, 7)), output_type="np").images
+        for i in (0, 3, 6)
+    ]
+    expected = np.round(np.concatenate(expected) * 255)
+    assert expected.std() > 20
+    images = read_images(finished)
+    assert images.dtype == np.uint8 and images.shape == (7, 16, 16, 3)
+    np.testing.assert_array_equal(images, expected)
+
+
+def test_the_manifest_says_what_they_are(checkpoint, finished):
+    manifest = json.loads((finished / "manifest.json").read_text())
+    is_png = finished.name == "png"
+    assert manifest["argv"] == command(checkpoint, finished, "--format", finished.name)
+    assert manifest["checkpoint"] == {"path": str(checkpoint), "sha256": checkpoint_sha256(checkpoint)}
+    assert manifest["num_images"] == NUM_IMAGES
+    assert manifest["images"] == ("*.png" if is_png else "arr_0 of samples.npz")
+    assert manifest["labels"] == ("labels.txt" if is_png else "arr_1 of samples.npz")
+    if is_png:
+        joined = finished.parent / "joined"
+        joined.write_bytes(b"".join((finished / f"{i:06d}.png").read_bytes() for i in range(NUM_IMAGES)))
+    assert manifest["sha256"] == file_sha256(joined if is_png else finished / "samples.npz")
+    assert manifest["settings"] == {
+        "checkpoint_sha256": checkpoint_sha256(checkpoint),
+        "num_images": 7,
+        "labels": "random",
+        "seed": 5,
+        "batch_size": 3,
+        "dtype": "float32",
+        "allow_tf32": False,
+        "num_stages": 2,
+        "num_inference_steps": 2,
+        "guidance_scale": 2.0,
+        "first_stage_guidance_scale": 1.0,
+        "stage_inference_steps": None,
+        "stage_solvers": ["euler", "euler"],
+        "stage_guidance_scales": None,
+        "null_condition": "class_and_prior",
+        "prior_guidance_scale": None,
+        "guidance_channels": None,
+        "guidance_interval": [0.0, 1.0],
+        "guidance_power": None,
+        "guidance_rescale": 0.0,
+        "guidance_cosine_threshold": None,
+        "height": 16,
+        "width": 16,
+        "format": finished.name,
+        "rounding": "round(255 x)",
+        "stage": 2,
+    }
+    assert len(manifest["versions"]) == 1 and manifest["versions"][0]["torch"] == version("torch")
+
+
+def test_nothing_else_is_left(finished):
+    names = {path.name for path in finished.iterdir()}
+    if finished.name == "npz":
+        assert names == {"samples.npz", "manifest.json"}
+    else:
+        assert names == {*(f"{i:06d}.png" for i in range(7)), "labels.txt", "manifest.json", "chunks"}
+        assert not list((finished / "chunks").glob("*.unfinished"))
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("image_format", ["png", "npz"])
+def test_a_run_that_is_killed_at_any_file_goes_on(checkpoint, tmp_path, monkeypatch, image_format):
+    """Each of its files in turn is half written when it ends: 2 chunks, and 7 files (npz) or 8 (png)."""
+    options = ["--format", image_format, "--num_images", "3", "--batch_size", "2", "--num_stages", "1"]
+    run(checkpoint, tmp_path / "expected", *options)
+    replace, num_files = os.replace, 8 if image_format == "png" else 7
+    for number in range(num_files + 1):
+        published = []
+
+        def replace_some(source, target, published=published, number=number):
+            published.append(target)
+            if len(published) > number:
+                Path(source).write_bytes(Path(source).read_bytes()[:-5])
+                raise Killed
+            replace(source, target)
+
+        folder = tmp_path / str(number)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace_some)
+            if number < num_files:
+                with pytest.raises(Killed):
+                    run(checkpoint, folder, *options)
+                assert not (folder / "manifest.json").exists()
+            else:
+                run(checkpoint, folder, *options)
+        run(checkpoint, folder, *options)
+        assert contents(folder) == contents(tmp_path / "expected"), number
+
+
+@pytest.fixture
+def unfinished(checkpoint, tmp_path, monkeypatch):
+    """A function that makes a run with all of its chunks, and no more, in a folder."""
+
+    def make(image_format: str) -> Path:
+        with monkeypatch.context() as patch:
+            patch.setattr(SampleFolder, "finish", lambda self, **details: None)
+            with pytest.raises(FileNotFoundError, match="manifest.json"):
+                run(checkpoint, tmp_path / "samples", "--format", image_format)
+        return tmp_path / "samples"
+
+    return make
+
+
+def test_what_is_there_is_not_sampled_again(checkpoint, finished, tmp_path, monkeypatch):
+    calls = []
+    call = DoDPipeline.__call__
+
+    def counted(self, *args, **kwargs):
+        if len(calls) == 2:
+            raise RuntimeError("the third chunk")
+        calls.append(list(kwargs["sample_indices"]))
+        return call(self, *args, **kwargs)
+
+    folder = tmp_path / "samples"
+    with monkeypatch.context() as patch:
+        patch.setattr(DoDPipeline, "__call__", counted)
+        with pytest.raises(RuntimeError, match="the third chunk"):
+            run(checkpoint, folder, "--format", finished.name)
+        assert calls == [[0, 1, 2], [3, 4, 5]] and not (folder / "manifest.json").exists()
+        calls.clear()
+        run(checkpoint, folder, "--format", finished.name)
+        assert calls == [[6]]
+        calls[:] = [None, None]
+        run(checkpoint, folder, "--format", finished.name)  # a finished run ends at once
+    assert contents(folder) == contents(finished)
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [
+        ("png", "cut"),
+        ("png", "changed"),
+        ("png", "gone"),
+        ("npy", "cut"),
+        ("npy", "gone"),
+        ("json", "cut"),
+        ("json", "gone"),
+    ],
+)
+def test_a_damaged_chunk_is_sampled_again(checkpoint, references, unfinished, monkeypatch, kind, damage):
+    image_format = "npz" if kind == "npy" else "png"
+    folder = unfinished(image_format)
+    path = folder / "000004.png" if kind == "png" else folder / "chunks" / f"000001.{kind}"
+    content = bytearray(path.read_bytes())
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(content[:-3])
+    else:
+        content[-20] ^= 1
+        path.write_bytes(content)
+    chunks = []
+    write = SampleFolder.write
+    monkeypatch.setattr(SampleFolder, "write", lambda self, *args: (chunks.append(args[0]), write(self, *args)))
+    run(checkpoint, folder, "--format", image_format)
+    assert chunks == [1] and contents(folder) == contents(references[image_format])
+
+
+@pytest.mark.parametrize("name", ["samples.npz", "000002.png", "labels.txt"])
+def test_a_damaged_finished_run_is_repaired(checkpoint, references, tmp_path, caplog, name):
+    finished = references["npz" if name == "samples.npz" else "png"]
+    folder = tmp_path / "samples"
+    run(checkpoint, folder, "--format", finished.name)
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with caplog.at_level(logging.WARNING):
+        run(checkpoint, folder, "--format", finished.name)
+    assert "does not hold the images of its manifest" in caplog.text
+    assert contents(folder) == contents(finished)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("seed", ["--seed", "6"]),
+        ("num_images", ["--num_images", "8"]),
+        ("batch_size", ["--batch_size", "4"]),
+        ("labels", ["--labels", "balanced"]),
+        ("dtype", ["--dtype", "bfloat16"]),
+        ("guidance_scale", ["--guidance_scale", "2.5"]),
+        ("stage_solvers", ["--stage_solvers", "euler", "heun"]),
+        ("height", ["--height", "20"]),
+        ("format", ["--format", "npz"]),
+    ],
+)
+def test_other_settings_are_refused(checkpoint, references, name, arguments):
+    before = contents(references["png"])
+    with pytest.raises(ValueError, match=says("`output_dir`", f"`{name}`", "another folder")):
+        run(checkpoint, references["png"], *arguments)
+    assert contents(references["png"]) == before
+
+
+@pytest.mark.parametrize("image_format", ["png", "npz"])
+def test_an_unfinished_run_of_other_settings_is_refused(checkpoint, unfinished, image_format):
+    folder = unfinished(image_format)
+    with pytest.raises(ValueError, match=says("`output_dir`", "`seed` = 6", "got 5", "another folder")):
+        run(checkpoint, folder, "--format", image_format, "--seed", "6")
+
+
+def test_another_checkpoint_is_refused(references, tmp_path):
+    tiny_pipeline(default_num_inference_steps=3).save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=says("`checkpoint_sha256`")):
+        run(tmp_path / "checkpoint", references["png"], "--num_inference_steps", "2")
+
+
+def test_defaults_that_are_given_are_the_same_settings(checkpoint, references):
+    given = ["--num_stages", "2", "--num_inference_steps", "2", "--guidance_scale", "2", "--height", "16"]
+    run(checkpoint, references["npz"], "--format", "npz", *given)
+
+
+def test_a_folder_of_something_else_is_refused(checkpoint, tmp_path):
+    (tmp_path / "000000.png").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=says("`output_dir`", "empty")):
+        run(checkpoint, tmp_path)
+    assert (tmp_path / "000000.png").read_bytes() == b"mine"
+
+
+def test_options_that_the_pipeline_refuses_leave_a_folder_that_can_be_used(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=says("`guidance_channels`", "[1, 4]", "9")):
+        run(checkpoint, tmp_path / "samples", "--guidance_channels", "9")
+    assert run(checkpoint, tmp_path / "samples")["num_images"] == NUM_IMAGES
+
+
+def test_all_stages(checkpoint, finished, tmp_path):
+    """The last one is that of a run of its own, and so is the first one."""
+    run(checkpoint, tmp_path / "all", "--format", finished.name, "--all_stages")
+    run(checkpoint, tmp_path / "first", "--format", finished.name, "--num_stages", "1")
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {"stage-1", "stage-2"}
+    assert json.loads((tmp_path / "all" / "stage-1" / "manifest.json").read_text())["settings"]["stage"] == 1
+    np.testing.assert_array_equal(read_images(tmp_path / "all" / "stage-1"), read_images(tmp_path / "first"))
+    np.testing.assert_array_equal(read_images(tmp_path / "all" / "stage-2"), read_images(finished))
+    with pytest.raises(ValueError, match=says("`output_dir`", "`all_stages`")):
+        run(checkpoint, finished, "--format", finished.name, "--all_stages")
+
+
+def test_the_images_of_both_formats_are_equal(checkpoint, tmp_path):
+    for name in ("png", "npz"):
+        run(checkpoint, tmp_path / name, "--format", name, "--labels", "balanced", "--width", "20")
+    images = read_images(tmp_path / "png")
+    assert images.shape == (7, 16, 20, 3)
+    np.testing.assert_array_equal(images, read_images(tmp_path / "npz"))
+    assert read_labels(tmp_path / "png") == read_labels(tmp_path / "npz") == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_options_reach_the_pipeline(checkpoint, tmp_path):
+    options = "--stage_inference_steps 1 3 --stage_solvers heun euler_maruyama --stage_guidance_scales 1.5 3"
+    options += " --guidance_interval 0.1 0.9 --guidance_rescale 0.5 --null_condition class --num_images 3"
+    run(checkpoint, tmp_path / "samples", *options.split(), "--dtype", "bfloat16")
+    pipeline = DoDPipeline.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        draw_labels("random", 5, 3, 10).tolist(),
+        seed=5,
+        stage_inference_steps=[1, 3],
+        stage_solvers=["heun", "euler_maruyama"],
+        stage_guidance_scales=[1.5, 3.0],
+        guidance_interval=(0.1, 0.9),
+        guidance_rescale=0.5,
+        null_condition="class",
+        output_type="np",
+    ).images
+    np.testing.assert_array_equal(read_images(tmp_path / "samples"), np.round(255 * expected))
+
+
+def test_all_errors_of_options_are_reported_at_once(checkpoint, tmp_path, capsys):
+    options = "--num_images 0 --batch_size 0 --seed -1 --num_stages 0 --num_inference_steps 0 --guidance_scale -1"
+    options += " --guidance_interval 1 0 --stage_guidance_scales 1 nan 2 --height 0"
+    with pytest.raises(SystemExit):
+        run(checkpoint, tmp_path, *options.split())
+    message = capsys.readouterr().err
+    for name in ("num_images", "batch_size", "seed", "num_stages", "num_inference_steps", "guidance_scale", "height"):
+        assert f"`{name}`" in message
+    assert "`guidance_interval`" in message and message.count("`stage_guidance_scales`") == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_samples_that_are_not_finite_are_an_error(tmp_path):
+    pipeline = tiny_pipeline()
+    with torch.no_grad():
+        pipeline.transformer.proj_out.bias.fill_(torch.nan)
+    pipeline.save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=says("finite", "3 of 3")):
+        run(tmp_path / "checkpoint", tmp_path / "samples")
+    assert not (tmp_path / "samples" / "manifest.json").exists()
+
+
+def test_rounding():
+    values = np.array([0, 0.4999 / 255, 1.5 / 255, 2.5 / 255, 254.6 / 255, 1]).reshape(1, 2, 1, 3)
+    assert to_uint8(values).ravel().tolist() == [0, 0, 2, 2, 255, 255]
+    for value in (np.nan, -0.01, 1.01):
+        with pytest.raises(ValueError, match="1 of 1"):
+            to_uint8(np.where(values == 1, value, values))
+
+
+def test_labels():
+    assert draw_labels("balanced", 0, 7, 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    labels = draw_labels("random", 0, 3000, 10)
+    assert labels.dtype == np.int64 and (np.bincount(labels, minlength=10) > 230).all()  # 300 each, deviation 16
+    assert (draw_labels("random", 0, 100, 10) == labels[:100]).all()
+    assert (draw_labels("random", 1, 3000, 10) == labels).mean() < 0.2
+
+
+def test_memory_is_that_of_a_chunk(tmp_path):
+    num_chunks, rng = 20, np.random.default_rng(0)
+    num_images = 4 * num_chunks - 1
+    settings = {"num_images": num_images, "batch_size": 4, "format": "npz"}
+    folder = SampleFolder(tmp_path, settings, np.arange(num_images))
+    folder.open()
+    images = rng.integers(256, size=(num_images, 128, 128, 3), dtype=np.uint8)
+    for chunk in range(num_chunks):
+        folder.write(chunk, images[4 * chunk : 4 * chunk + 4], "cpu")
+    tracemalloc.start()
+    folder.finish()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * images[:4].nbytes
+    with np.load(tmp_path / "samples.npz") as file:
+        np.testing.assert_array_equal(file["arr_0"], images)
+        assert file["arr_1"].tolist() == list(range(num_images))
+
+
+def test_a_chunk_that_is_missing_in_the_end_is_an_error(tmp_path):
+    folder = SampleFolder(tmp_path, {"num_images": 3, "batch_size": 1, "format": "png"}, np.arange(3))
+    folder.open()
+    for chunk in (0, 2):
+        folder.write(chunk, np.zeros((1, 4, 4, 3), np.uint8), "cpu")
+    with pytest.raises(ValueError, match=says("`output_dir`", "share", "[1]")):
+        folder.finish()
+
+
+def test_several_versions_are_named(tmp_path, caplog):
+    folder = SampleFolder(tmp_path, {"num_images": 2, "batch_size": 1, "format": "png"}, np.arange(2))
+    folder.open()
+    for chunk in range(2):
+        folder.write(chunk, np.zeros((1, 4, 4, 3), np.uint8), "cpu")
+    note = tmp_path / "chunks" / "000001.json"
+    note.write_text(note.read_text().replace('"device": "cpu"', '"device": "another"'))
+    with caplog.at_level(logging.WARNING):
+        manifest = folder.finish()
+    assert [versions["device"] for versions in manifest["versions"]] == ["cpu", "another"]
+    assert "2 versions or devices" in caplog.text
+
+
+ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+SCRIPT = str(ROOT / "training" / "sample_dod.py")
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.mark.slow
+def test_killed_and_restarted_on_two_processes(checkpoint, tmp_path):
+    folder = tmp_path / "samples"
+    many = ["--num_images", "61", "--batch_size", "2", "--num_inference_steps", "10", "--format", "npz"]
+    environment = os.environ | ENVIRONMENT
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *command(checkpoint, folder, *many)], env=environment, stderr=subprocess.DEVNULL
+    )
+    end = time.monotonic() + 120
+    while len(list(folder.glob("chunks/0*.json"))) < 3:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    notes = {path: path.stat().st_mtime_ns for path in folder.glob("chunks/0*.json")}
+    assert 3 <= len(notes) < 31
+    arguments = command(checkpoint, folder, *many)
+    two = [sys.executable, *TORCHRUN, "--log_dir", str(tmp_path / "logs"), SCRIPT, *arguments]
+    result = subprocess.run(two, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    one = [sys.executable, SCRIPT, *command(checkpoint, tmp_path / "one", *many)]
+    subprocess.run(one, env=environment, check=True, capture_output=True, timeout=300)
+    assert contents(folder) == contents(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_all(checkpoint, tmp_path):
+    folder = tmp_path / "samples"
+    (folder / "chunks" / "000001.json").mkdir(parents=True)  # the second process cannot write its note
+    arguments = command(checkpoint, folder, "--num_images", "2000")
+    two = [sys.executable, *TORCHRUN, "--log_dir", str(tmp_path / "logs"), SCRIPT, *arguments]
+    result = subprocess.run(two, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0 and "000001.json" in result.stderr
+    assert sorted(path.name for path in folder.glob("chunks/0*.json")) == ["000000.json", "000001.json"]
