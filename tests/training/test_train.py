@@ -529,6 +529,22 @@ def test_curves_are_drawn(tmp_path, finished, capsys):
         plot([str(tmp_path), "--output", str(tmp_path / "none.png")])
 
 
+def test_curves_of_evaluations_and_alignment(tmp_path, finished):
+    """Panels are there for what a run has: six, and a third row for what not every run has."""
+    pytest.importorskip("matplotlib")
+    from diffusers_dod.training.plot_metrics import main as plot
+
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [line | {"alignment": -0.1} for line in read_metrics(finished)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "evaluations.jsonl").write_text(json.dumps({"step": 4, "num_samples": 9, "fid_stage_1": 5.0}) + "\n")
+    for folder, height in ((finished, 960), (run, 1440)):
+        plot([str(folder), "--output", str(tmp_path / "curves.png")])
+        with Image.open(tmp_path / "curves.png") as picture:
+            assert picture.size == (1800, height)
+
+
 def test_exact_shares_of_a_step(tmp_path, data, monkeypatch):
     sizes = []
     forward = DoDJointModel.forward

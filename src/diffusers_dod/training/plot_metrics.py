@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .metrics import EVALUATIONS
+
 
 PANELS = {
     "loss": ("loss",),
@@ -24,12 +26,15 @@ PANELS = {
     "norm of the gradients": ("grad_norm",),
     "learning rate": ("learning_rate",),
     "images per second": ("images_per_second",),
+    "alignment": ("alignment", "prior_alignment"),
+    "Fréchet distance": ("fid_stage_1", "fid_stage_2", "fid_stage_3"),
 }
+NUM_COLUMNS = 3
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float | None]]:
     """
-    The metrics of a run.
+    The metrics of a run, and after them its evaluations.
 
     Args:
         run_dir (`Path`): Its folder.
@@ -40,11 +45,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, float | None]]:
     Raises:
         `ValueError`: it has no metrics.
     """
-    path = run_dir / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    if not lines:
-        raise ValueError(f"`run_dirs` must hold runs with metrics, got {run_dir} without a line in {path.name}.")
-    return lines
+    paths = [run_dir / name for name in ("metrics.jsonl", EVALUATIONS)]
+    metrics, evaluations = (
+        [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else [] for path in paths
+    )
+    if not metrics:
+        raise ValueError(f"`run_dirs` must hold runs with metrics, got {run_dir} without a line in {paths[0].name}.")
+    return metrics + evaluations
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
@@ -72,15 +79,21 @@ def plot_metrics(run_dirs: list[Path], output: Path, smoothing: int = 1) -> None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
-    for panel, (title, names) in zip(axes.flat, PANELS.items(), strict=True):
+    known = {name for lines in runs.values() for line in lines for name, value in line.items() if value is not None}
+    panels = {title: names for title, names in PANELS.items() if known & set(names)}
+    num_rows = -(-len(panels) // NUM_COLUMNS)
+    figure, axes = plt.subplots(num_rows, NUM_COLUMNS, figsize=(15, 4 * num_rows), layout="constrained", squeeze=False)
+    for panel in axes.flat[len(panels) :]:
+        panel.set_axis_off()
+    for panel, (title, names) in zip(axes.flat, panels.items(), strict=False):
         for run, lines in runs.items():
             for name in names:
                 points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
                 if points:
                     steps, values = np.array(points).T
                     label = ", ".join([run] * (len(runs) > 1) + [name] * (len(names) > 1))
-                    panel.plot(steps, smooth(values, smoothing), label=label or None, linewidth=1.2)
+                    width = 1 if name.startswith("fid") else smoothing  # few points, each of many samples
+                    panel.plot(steps, smooth(values, width), label=label or None, linewidth=1.2)
         panel.set(title=title, xlabel="step")
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[1]:
