@@ -1,6 +1,7 @@
 """Numbers that are computed again, and that go into model cards."""
 
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from helpers import says, tiny_pipeline
 from huggingface_hub import ModelCard
 
-from diffusers_dod.evaluation import cards, reproduce
+from diffusers_dod.evaluation import cards, evaluate, reproduce, sample
 from diffusers_dod.evaluation.results import as_metric, read_results, write_results
 
 
@@ -58,6 +59,51 @@ def test_numbers_that_do_not_agree(tmp_path, command, capsys, metrics):
     assert ended.value.code == 1 and "| NO |" in capsys.readouterr().out
     if metrics:
         reproduce.main([str(published), "--rtol", "0.06"])
+
+
+def test_code_is_run_only_if_it_is_trusted(tmp_path, command):
+    command.metrics = {"fid": as_metric(4.0)}
+    for number, option in enumerate((["--extractor", "some/file.py:name"], ["--trust_extractor"])):
+        argv = ["samples", *option, "--output_file", "published.json"]
+        path = tmp_path / f"{number}.json"
+        write_results(path, "evaluate", argv, command.metrics, {"name": "samples"}, {}, "cpu")
+        with pytest.raises(ValueError, match=says("`trust_extractor`", str(path), option[-1])):
+            reproduce.reproduce(path, 0.0)
+        assert len(command.calls) == number
+        assert reproduce.reproduce(path, 0.0, trust_extractor=True)[0]["agrees"]
+
+
+def test_outputs_of_the_published_command_stay(tmp_path, command):
+    command.metrics = {"fid": as_metric(4.0)}
+    argv = ["samples", "--output_dir=kept", "--cache_dir", "kept", "--save_statistics", "kept.npz"]
+    path = tmp_path / "published.json"
+    write_results(path, "evaluate", argv, command.metrics, {"name": "samples"}, {}, "cpu")
+    reproduce.reproduce(path, 0.0, tmp_path / "new" / "again.json")
+    assert not any("kept" in word for word in command.calls[0])
+    assert read_results(tmp_path / "new" / "again.json")["metrics"] == command.metrics
+
+
+def test_samples_are_drawn_again(tmp_path, monkeypatch):
+    """The whole way: two commands, and then one that needs neither samples nor results of them."""
+    pipeline = tiny_pipeline()
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "ext.py").write_text(
+        "import torch\n\ndef mean(pictures):\n    return pictures.float().mean(dim=(2, 3)) / 255\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    options = ["--num_images", "6", "--batch_size", "3", "--num_inference_steps", "1", "--all_stages"]
+    sample.main(["--pretrained_model_name_or_path", "pipeline", *options, "--output_dir", "samples"])
+    judged = ["samples/stage-2", "--reference", "textures:20:1", "--resolution", "16", "--num_groups", "0"]
+    evaluate.main([*judged, "--extractor", "ext.py:mean", "--output_file", "published.json"])
+    assert read_results(tmp_path / "published.json")["checkpoint"]["path"] == "pipeline"
+    shutil.rmtree(tmp_path / "samples")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    rows = reproduce.reproduce(Path("published.json"), 1e-6, trust_extractor=True)
+    assert [row["name"] for row in rows] == ["fid"] and rows[0]["agrees"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == before
+    with pytest.raises(ValueError, match=says("several stages", "stage-2")):
+        sample.main(["--pretrained_model_name_or_path", "pipeline", *options, "--output_dir", "samples"])
+        evaluate.main(["samples", *judged[1:], "--extractor", "ext.py:mean", "--output_file", "mixed.json"])
 
 
 def test_another_checkpoint_is_refused(tmp_path, command):

@@ -120,6 +120,16 @@ def test_finished_settings_are_not_run_again(finished, checkpoint, extractor, mo
     assert {path: path.stat().st_mtime_ns for path in before if "1.0_0" not in path.name}.items() <= before.items()
 
 
+def test_a_changed_extractor_is_noticed(finished, checkpoint, extractor):
+    before = extractor.read_text()
+    try:
+        extractor.write_text(before + "# changed")
+        with pytest.raises(ValueError, match=says("`output_dir`", "`extractor_sha256`")):
+            run(finished, checkpoint, extractor, "--metrics", "fid", "is", "precision_recall")
+    finally:
+        extractor.write_text(before)
+
+
 def test_a_folder_of_another_sweep_is_refused(finished, checkpoint, extractor):
     with pytest.raises(ValueError, match=says("`output_dir`", "`num_groups` = 5", "with 2")):
         run(finished, checkpoint, extractor, "--metrics", "fid", "is", "precision_recall", "--num_groups", 5)
@@ -146,12 +156,12 @@ def test_another_average_of_a_training_checkpoint(tmp_path, checkpoint, extracto
 
 def test_intervals_of_seeds():
     two = sweep.mean_over_seeds([as_metric(1.0, (0.5, 1.5)), as_metric(3.0)])
-    assert two["value"] == 2 and two["interval"] == pytest.approx([2 - 12.706, 2 + 12.706])
+    assert two["value"] == 2 and two["interval"] == pytest.approx([2 - 12.706, 2 + 12.706], rel=1e-4)
     one = sweep.mean_over_seeds([as_metric(1.0, (0.5, 1.5))])
     assert one["value"] == 1 and one["interval"] == [0.5, 1.5]
-    from scipy.stats import t
-
-    assert sweep.STUDENT_T == tuple(round(t.ppf(0.975, degrees), 3) for degrees in range(1, 10))
+    eleven = sweep.mean_over_seeds([as_metric(value) for value in range(11)])
+    half = 2.2281 * np.std(range(11), ddof=1) / 11**0.5  # Student's t of 10 degrees of freedom
+    assert eleven["interval"] == pytest.approx([5 - half, 5 + half], rel=1e-4)
 
 
 @pytest.mark.parametrize(

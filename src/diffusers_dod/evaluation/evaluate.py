@@ -20,6 +20,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -97,8 +98,7 @@ def compute_features(
     summary = FeatureSummary({}, RunningInceptionScore())
     kept, start = [], 0
     progress = tqdm(total=num_images, desc=images.name, unit="images", disable=None)
-    # Convolutions in TF32, PyTorch's default on GPUs, have 10 bits.
-    with progress, torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+    with progress:
         for batch in images.batches(batch_size, num_images):
             output = extract(extractor, batch.to(device))
             rows = {name: None if value is None else value.float().cpu() for name, value in vars(output).items()}
@@ -180,7 +180,7 @@ def _read_names(path: str) -> set[str]:
     try:
         with np.load(path) as file:
             return set(file.files)
-    except (ValueError, TypeError, AttributeError, EOFError) as error:
+    except (ValueError, TypeError, AttributeError, EOFError, BadZipFile) as error:
         raise ValueError(f"`reference` must be an npz file, got {path}: {error}") from error
 
 
@@ -358,7 +358,8 @@ def main(argv: list[str] | None = None) -> None:
         settings = {name: getattr(args, name) for name in names}
         file = Path(args.extractor.rpartition(":")[0] or args.extractor)
         settings["extractor_sha256"] = file_sha256(file) if file.is_file() else None
-        write_results(args.output_file, "evaluate", argv, metrics, data, settings, args.device)
+        checkpoint = data["samples"].get("manifest", {}).get("checkpoint")
+        write_results(args.output_file, "evaluate", argv, metrics, data, settings, args.device, checkpoint)
 
 
 if __name__ == "__main__":

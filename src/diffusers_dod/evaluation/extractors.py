@@ -55,7 +55,8 @@ def extract(extractor: Extractor, pictures: torch.Tensor) -> PictureFeatures:
         raise ValueError(
             f"`pictures` must have shape (B, 3, H, W) and be uint8, got {tuple(pictures.shape)} in {pictures.dtype}."
         )
-    with torch.no_grad():
+    # Convolutions in TF32, PyTorch's default on GPUs, have 10 bits.
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         output = extractor(pictures)
     features = PictureFeatures(output) if isinstance(output, torch.Tensor) else output
     if not isinstance(features, PictureFeatures):

@@ -309,6 +309,8 @@ def open_images(
             raise ValueError(f"Procedural pictures must be named as `textures:<number>:<seed>`, got {name!r}.")
         pictures = load_pictures(TEXTURES, None, resolution or TEXTURE_RESOLUTION, *map(int, numbers))
         return DatasetImages(name, pictures)
+    if path.is_dir() and (stages := sorted(file.parent for file in path.glob("*/manifest.json"))):
+        raise ValueError(f"Samples of several stages must be named one by one, such as {stages[-1]}, got {name!r}.")
     if resolution is None:
         raise ValueError(f"`resolution` must be given for pictures that are cropped to it, got none for {name!r}.")
     source = (None, name) if path.is_dir() else (name, None)

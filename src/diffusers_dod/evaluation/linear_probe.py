@@ -298,7 +298,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_test_pictures", type=int, default=10_000, help="How many to test on.")
     parser.add_argument("--features", nargs="+", default=list(FEATURES), choices=FEATURES, help="What to probe.")
     parser.add_argument("--pooling", default="flatten", choices=POOLING, help="How tokens become features.")
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0])
     parser.add_argument("--num_epochs", type=int, default=50, help="Of each classifier.")
     parser.add_argument("--probe_batch_size", type=int, default=256, help="Pictures per step of a classifier.")
     parser.add_argument("--num_seeds", type=int, default=3, help="Classifiers from `--seed` on.")

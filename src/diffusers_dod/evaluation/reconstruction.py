@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from ..checks import check_at_least, check_number
 from ..pipeline_dod import DoDPipeline
+from ..scheduling_dod import SOLVERS
 from ..training.data import to_pixels
 from ..training.image_grid import make_grid
 from .extractors import Extractor, extract, load_extractor
@@ -316,7 +317,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_picture_arguments(parser)
     parser.add_argument("--guidance_scales", type=float, nargs="+", help="The checkpoint's default if not given.")
     parser.add_argument("--num_inference_steps", type=int, help="The checkpoint's default if not given.")
-    parser.add_argument("--solver", help="The checkpoint's if not given; the paper's is dopri5.")
+    parser.add_argument("--solver", choices=SOLVERS, help="The checkpoint's if not given; the paper's is dopri5.")
     parser.add_argument("--extractor", help="Of the features of rFID; no rFID without one.")
     parser.add_argument("--trust_extractor", action="store_true", help="Runs the code of an extractor in a file.")
     parser.add_argument("--grid_file", type=Path, help="PNG of the first pictures above their reconstructions.")

@@ -2,26 +2,30 @@
 """
 Computes a published number again, from the file that came with it, and says whether it agrees:
 
-    python -m diffusers_dod.evaluation.reproduce docs/results/desk_fid.json --rtol 0.01
+    python -m diffusers_dod.evaluation.reproduce docs/results/desk_evaluation.json --rtol 0.01 --trust_extractor
 
-The command and its arguments are those in the file, with its paths, relative to where it is called. It ends with the
-exit code 1 if a number does not agree, and refuses another checkpoint than the published one. A file of results may
-name code to run, its extractor: trust it as you would a script.
+The commands and their arguments are those in the file, with its paths, relative to where it is called; samples are
+drawn again. It ends with the exit code 1 if a number does not agree, and refuses another checkpoint than the published
+one. Where the file names code, an extractor, it is run with `--trust_extractor` only.
 """
 
 import argparse
 import importlib
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from ..checks import check_number
+from . import sample
 from .results import checkpoint_sha256, read_results
 
 
-OUTPUT_OPTION = "--output_file"
 TASKS = ("evaluate", "reconstruction", "linear_probe", "sweep", "compute")
+# What a command writes or keeps goes into a folder of its own, so that nothing is read back and nothing overwritten.
+OUTPUTS = ("--output_file", "--output_dir", "--cache_dir", "--save_statistics", "--grid_file")
+CODE = (".py", ".pt", ".ts")
 
 
 def compare(published: dict[str, Any], measured: dict[str, Any], rtol: float) -> list[dict[str, Any]]:
@@ -45,38 +49,79 @@ def compare(published: dict[str, Any], measured: dict[str, Any], rtol: float) ->
     return rows
 
 
-def reproduce(path: Path, rtol: float, output_file: Path | None = None) -> list[dict[str, Any]]:
+def _redirect(argv: list[str], folder: Path) -> list[str]:
+    """Arguments whose outputs go to `folder`."""
+    redirected = list(argv)
+    for index, word in enumerate(argv):
+        option, equals, value = word.partition("=")
+        if option not in OUTPUTS:
+            continue
+        target = folder / f"{option.removeprefix('--')}{Path(value if equals else argv[index + 1]).suffix}"
+        if equals:
+            redirected[index] = f"{option}={target}"
+        else:
+            redirected[index + 1] = str(target)
+    return redirected
+
+
+def _check_code(path: Path, argv: list[str]) -> None:
+    """Raises if a command would run code out of a file that it names."""
+    found = [word for word in argv if word.partition(":")[0].endswith(CODE) or word.startswith("--trust")]
+    if found:
+        raise ValueError(
+            f"`trust_extractor` must be given, since {path} has the code of {', '.join(found)} run, got none: read it "
+            "first."
+        )
+
+
+def reproduce(
+    path: Path, rtol: float, output_file: Path | None = None, trust_extractor: bool = False
+) -> list[dict[str, Any]]:
     """
-    Computes published results again.
+    Computes published results again, the samples included.
 
     Args:
         path (`Path`): The file of results.
         rtol (`float`): See [`compare`].
         output_file (`Path`, *optional*): Where the new results go.
+        trust_extractor (`bool`, defaults to `False`): Whether code in a file that the results name may be run.
 
     Returns:
         `list[dict]`: What [`compare`] returns.
 
     Raises:
-        `ValueError`: the file is no such file, names no known command, or the checkpoint is another one.
+        `ValueError`: the file is no such file, names no known command or code that is not trusted, or the checkpoint
+            is another one.
     """
     published = read_results(path)
     if published["task"] not in TASKS:
         raise ValueError(f"`task` of {path} must be one of {', '.join(TASKS)}, got {published['task']!r}.")
+    if not trust_extractor:
+        _check_code(path, published["argv"])
     if (checkpoint := published.get("checkpoint")) is not None:
         found = checkpoint_sha256(checkpoint["path"])
         if found != checkpoint["sha256"]:
             raise ValueError(
                 f"{checkpoint['path']} must be the published checkpoint, {checkpoint['sha256']}, got {found}."
             )
-    argv = list(published["argv"])
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "results.json" if output_file is None else output_file
-        if OUTPUT_OPTION in argv:
-            argv[argv.index(OUTPUT_OPTION) + 1] = str(target)
-        else:
-            argv += [OUTPUT_OPTION, str(target)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        argv = list(published["argv"])
+        if "--output_file" not in argv:
+            argv += ["--output_file", "results.json"]
+        argv = _redirect(argv, folder)
+        samples = published["data"].get("samples", {})
+        if (manifest := samples.get("manifest")) is not None:
+            sample.main(_redirect(manifest["argv"], folder / "samples"))
+            again = folder / "samples" / "output_dir"
+            if "--all_stages" in manifest["argv"]:
+                again /= f"stage-{manifest['settings']['stage']}"
+            argv = [str(again) if word == samples["name"] else word for word in argv]
+        target = Path(argv[argv.index("--output_file") + 1])
         importlib.import_module(f"{__package__}.{published['task']}").main(argv)
+        if output_file is not None:
+            output_file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(target, output_file)
         return compare(published, read_results(target), rtol)
 
 
@@ -88,9 +133,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("results", type=Path, help="File of results.")
     parser.add_argument("--rtol", type=float, default=1e-3, help="Difference that is let pass, over the number.")
     parser.add_argument("--output_file", type=Path, help="Where the new results go.")
+    parser.add_argument(
+        "--trust_extractor", action="store_true", help="Run the code that the results name, such as an extractor."
+    )
     args = parser.parse_args(argv)
     check_number("rtol", args.rtol, 0)
-    rows = reproduce(args.results, args.rtol, args.output_file)
+    rows = reproduce(args.results, args.rtol, args.output_file, args.trust_extractor)
     print("| | published | measured | agrees |\n| --- | ---: | ---: | --- |")
     for row in rows:
         measured = "missing" if row["measured"] is None else f"{row['measured']:.6g}"

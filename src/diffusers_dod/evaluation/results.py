@@ -101,7 +101,7 @@ def write_results(
     data: dict[str, Any],
     settings: dict[str, Any],
     device: torch.device | str,
-    checkpoint: str | os.PathLike | None = None,
+    checkpoint: str | os.PathLike | dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """
     Writes a result, as a whole or not at all.
@@ -114,7 +114,8 @@ def write_results(
         data (`dict`): What identifies the data.
         settings (`dict`): All that the numbers depend on beside.
         device (`torch.device` or `str`): What computed them.
-        checkpoint (`str` or `os.PathLike`, *optional*): The pipeline.
+        checkpoint (`str`, `os.PathLike` or `dict`, *optional*):
+            The pipeline; or the `path` and `sha256` of one, as a manifest of samples has them.
 
     Returns:
         `dict`: What was written.
@@ -123,13 +124,13 @@ def write_results(
         `TypeError`, `ValueError`: something is nothing that JSON can hold, or a number that is not finite.
         `OSError`: the file cannot be written, or the checkpoint not be reached.
     """
+    if checkpoint is not None and not isinstance(checkpoint, dict):
+        checkpoint = {"path": str(checkpoint), "sha256": checkpoint_sha256(checkpoint)}
     results = {
         "format": FORMAT,
         "task": task,
         "argv": argv,
-        "checkpoint": None
-        if checkpoint is None
-        else {"path": str(checkpoint), "sha256": checkpoint_sha256(checkpoint)},
+        "checkpoint": checkpoint,
         "data": data,
         "settings": settings,
         "versions": describe_versions(device),

@@ -466,13 +466,14 @@ def sample(args: argparse.Namespace, argv: list[str], accelerator: Accelerator) 
     if args.all_stages and any((args.output_dir / name).exists() for name in (MANIFEST, CHUNKS)):
         raise ValueError(f"`output_dir` must not hold one stage alone with `all_stages`, got {args.output_dir}.")
     outputs = {n: SampleFolder(folder, {**settings, "stage": n}, labels) for n, folder in folders.items()}
-    first = next(iter(outputs.values()))
-
-    is_complete = False
+    complete: list[int] = []
     with together():
         if accelerator.is_main_process:
-            is_complete = all([output.open() for output in outputs.values()])
-    if not any(gather_object([is_complete])):
+            complete = [n for n, output in outputs.items() if output.open()]
+    complete = gather_object(complete)
+    outputs = {n: output for n, output in outputs.items() if n not in complete}
+    if outputs:
+        first = next(iter(outputs.values()))
         own = range(accelerator.process_index, first.num_chunks, accelerator.num_processes)
         own = [chunk for chunk in own if not all(output.is_done(chunk) for output in outputs.values())]
         missing = sorted(gather_object(own))
@@ -520,7 +521,8 @@ def _sample_chunks(
                         return_dict=False,
                         **call,
                     )[-1]
-                    for output, images in zip(outputs.values(), stages if args.all_stages else [stages], strict=True):
+                    for n, output in outputs.items():
+                        images = stages[n - 1] if args.all_stages else stages
                         output.write(chunk, to_uint8(images), accelerator.device)
             progress.update(sum(len(first.indices(chunk)) for chunk in dealt))
 

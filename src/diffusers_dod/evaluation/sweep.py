@@ -16,6 +16,7 @@ Every setting is sampled by [`sample`](sample.html) and judged by [`evaluate`](e
 import argparse
 import itertools
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from scipy import stats
 
 from ..checks import check_at_least, check_number
 from ..losses import DoDJointModel
@@ -33,13 +35,11 @@ from ..scheduling_dod import SOLVERS
 from ..training.checkpoints import STATE_FOLDER
 from . import evaluate, sample
 from .compute import count_model, sampling_compute
-from .results import as_metric, checkpoint_sha256, read_results, write_results
+from .results import as_metric, checkpoint_sha256, file_sha256, read_results, write_results
 
 
 PIPELINE = "pipeline"  # the average that a checkpoint's pipeline has
 NAMES = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "precision", "recall": "recall"}
-# Two-sided 95 % quantiles of Student's t by degrees of freedom, from 1 on.
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def write_average(checkpoint: Path, name: str, folder: Path) -> None:
@@ -77,7 +77,7 @@ def mean_over_seeds(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
     values = [metric["value"] for metric in metrics]
     if len(values) == 1:
         return as_metric(values[0], metrics[0]["interval"], seeds=values)
-    quantile = STUDENT_T[len(values) - 2] if len(values) - 2 < len(STUDENT_T) else 1.96
+    quantile = stats.t.ppf(0.975, len(values) - 1)
     mean, error = np.mean(values), np.std(values, ddof=1) / np.sqrt(len(values))
     return as_metric(mean, (mean - quantile * error, mean + quantile * error), seeds=values)
 
@@ -139,17 +139,30 @@ def check_folder(args: argparse.Namespace) -> None:
     names = ("reference", "extractor", "metrics", "resolution", "num_groups", "num_images", "batch_size", "labels")
     names += ("dtype", "num_stages", "first_stage_guidance_scale")
     options = {name: getattr(args, name) for name in names}
-    options["checkpoint_sha256"] = checkpoint_sha256(args.pretrained_model_name_or_path)
+    checkpoint = Path(args.pretrained_model_name_or_path)
+    options["checkpoint_sha256"] = checkpoint_sha256(checkpoint)
+    files = {
+        "extractor_sha256": args.extractor.rpartition(":")[0] or args.extractor,
+        "reference_sha256": args.reference,
+    }
+    files |= {
+        f"{average}_sha256": str(checkpoint / STATE_FOLDER / f"ema-{average}.safetensors")
+        for average in args.averages
+        if average != PIPELINE
+    }
+    options |= {name: file_sha256(Path(file)) if Path(file).is_file() else None for name, file in files.items()}
     path = args.output_dir / "options.json"
     if not path.exists():
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(options, indent=2) + "\n")
+        unfinished = path.with_name(".options.json.unfinished")
+        unfinished.write_text(json.dumps(options, indent=2) + "\n")
+        os.replace(unfinished, path)
     found = json.loads(path.read_text())
     for name, value in options.items():
-        if found.get(name) != value:
+        if found.setdefault(name, value) != value:  # a sweep may go on with more averages
             raise ValueError(
                 f"`output_dir` must be the folder of a sweep with `{name}` = {value!r}, got {args.output_dir} with "
-                f"{found.get(name)!r}: use another one."
+                f"{found[name]!r}: use another one."
             )
 
 
@@ -321,6 +334,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     errors = []
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error(f"The command must run in one process, got {os.environ['WORLD_SIZE']}.")
     checkpoint = Path(args.pretrained_model_name_or_path)
     if not (checkpoint / "model_index.json").is_file():
         parser.error(f"`pretrained_model_name_or_path` must be the folder of a pipeline, got {checkpoint}.")
