@@ -6,6 +6,7 @@ Writes results into the metadata of a model card, as the `model-index` that the 
 """
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from huggingface_hub import EvalResult, ModelCard
 from .results import read_results
 
 
-# The names of metrics on the Hub, where they differ.
-METRIC_TYPES = {"is": "inception_score", "top1": "accuracy"}
+# The names of metrics on the Hub, where they differ; ours may go on after `_` or `/`.
+METRIC_TYPES = {"is": "inception_score", "top1": "accuracy", "knn": "accuracy", "rfid": "fid"}
+TASK_TYPES = {"linear_probe": "image-classification"}
 
 
 def to_eval_results(results: dict[str, Any]) -> list[EvalResult]:
@@ -29,17 +31,20 @@ def to_eval_results(results: dict[str, Any]) -> list[EvalResult]:
         `list[EvalResult]`: One for each number; its name says the settings that it depends on.
     """
     dataset = str(results["data"].get("name", "unnamed data"))
-    settings = ", ".join(f"{name} {value}" for name, value in sorted(results["settings"].items()) if value is not None)
+    sampling = results["data"].get("samples", {}).get("manifest", {}).get("settings", {})
+    settings = ", ".join(
+        f"{name} {value}" for name, value in sorted((sampling | results["settings"]).items()) if value is not None
+    )
     evaluated = []
     for name, metric in results["metrics"].items():
         interval = metric["interval"]
         shown = "" if interval is None else f" (95 %: {interval[0]:.4g} to {interval[1]:.4g})"
         evaluated.append(
             EvalResult(
-                task_type="unconditional-image-generation",
+                task_type=TASK_TYPES.get(results["task"], "unconditional-image-generation"),
                 dataset_type=dataset,
                 dataset_name=dataset,
-                metric_type=METRIC_TYPES.get(name, name),
+                metric_type=METRIC_TYPES.get(kind := re.split("[_/]", name)[0], kind),
                 metric_name=f"{name}{shown}",
                 metric_value=metric["value"],
                 metric_config=settings or None,

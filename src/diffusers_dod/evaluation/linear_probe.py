@@ -399,7 +399,13 @@ def main(argv: list[str] | None = None) -> None:
         "linear_probe",
         argv,
         {f"{name}_{kind}": metric for kind, metrics in rows.items() for name, metric in metrics.items()},
-        {"train": data, "test": test_data, "num_pictures": args.num_pictures, "num_test": args.num_test_pictures},
+        {
+            "name": data["name"],
+            "train": data,
+            "test": test_data,
+            "num_pictures": args.num_pictures,
+            "num_test": args.num_test_pictures,
+        },
         {
             "features": num_values,
             "pooling": args.pooling,

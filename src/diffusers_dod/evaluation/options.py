@@ -94,6 +94,7 @@ def open_pictures(args: argparse.Namespace, num_pictures: int) -> tuple[Pictures
         raise ValueError(f"The number of pictures must be at most the {available} that there are, got {num_pictures}.")
     order = torch.randperm(available, generator=stateless_generator(args.data_seed, 0))
     description = {
+        "name": args.dataset_name or args.train_data_dir,
         "pictures": pictures.fingerprint,
         "num_available": available,
         "num_pictures": num_pictures,

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from huggingface_hub import snapshot_download
 
 
 FORMAT = 1
-PACKAGES = ("diffusers-dod", "torch", "diffusers", "transformers", "numpy")
+PACKAGES = ("diffusers-dod", "torch", "diffusers", "transformers", "accelerate", "numpy", "scipy", "Pillow")
+PACKAGES += ("scikit-image", "torch-fidelity", "torchvision")  # where they are installed
 
 
 def file_sha256(path: Path) -> str:
@@ -55,13 +56,20 @@ def checkpoint_sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+def _find_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def describe_versions(device: torch.device | str) -> dict[str, str]:
     """Versions of what computes, and the kind of `device` that it computes on."""
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
+        **{package: found for package in PACKAGES if (found := _find_version(package)) is not None},
         "device": name,
         "num_threads": str(torch.get_num_threads()),
     }
