@@ -150,6 +150,9 @@ def test_another_average_of_a_training_checkpoint(tmp_path, checkpoint, extracto
     saved = DoDPipeline.from_pretrained(tmp_path / "run" / "pipelines" / "decay-0.9").transformer.proj_out.weight
     torch.testing.assert_close(saved, 1.5 * pipeline.transformer.proj_out.weight)
     assert checkpoint_sha256(trained) == checkpoint_sha256(checkpoint)  # not of the training state
+    save_file(model.state_dict(), trained / "training_state" / "ema-decay-0.9.safetensors")
+    with pytest.raises(ValueError, match=says("`output_dir`", "`decay-0.9_sha256`")):
+        run(tmp_path / "run", trained, extractor, *averages)
     with pytest.raises(ValueError, match=says("`averages`", "'pipeline', 'decay-0.9'", "got 'none'")):
         run(tmp_path / "other", trained, extractor, "--averages", "none", "--metrics", "fid")
 

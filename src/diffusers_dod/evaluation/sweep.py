@@ -152,18 +152,17 @@ def check_folder(args: argparse.Namespace) -> None:
     }
     options |= {name: file_sha256(Path(file)) if Path(file).is_file() else None for name, file in files.items()}
     path = args.output_dir / "options.json"
-    if not path.exists():
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(".options.json.unfinished")
-        unfinished.write_text(json.dumps(options, indent=2) + "\n")
-        os.replace(unfinished, path)
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text()) if path.exists() else {}
     for name, value in options.items():
-        if found.setdefault(name, value) != value:  # a sweep may go on with more averages
+        if found.get(name, value) != value:  # a sweep may go on with more averages
             raise ValueError(
                 f"`output_dir` must be the folder of a sweep with `{name}` = {value!r}, got {args.output_dir} with "
                 f"{found[name]!r}: use another one."
             )
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(".options.json.unfinished")
+    unfinished.write_text(json.dumps(found | options, indent=2) + "\n")
+    os.replace(unfinished, path)
 
 
 def sweep(args: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
