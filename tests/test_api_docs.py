@@ -43,6 +43,8 @@ def find_public_members(owner, module):
         is_documented = inspect.isroutine(function) or inspect.isclass(function)
         if not is_public or not is_documented or function.__module__ != module.__name__:
             continue
+        if inspect.isclass(owner) and inspect.isfunction(member) and not member.__doc__ and inspect.getdoc(member):
+            continue  # the class that it is inherited from says what it does
         yield member
         if inspect.isclass(member):
             yield from find_public_members(member, module)

@@ -31,6 +31,7 @@ from .data import EpochOrder, PictureDataset, Pictures, cover_and_crop
 from .latents import (
     SHARD_SIZE,
     LatentDataset,
+    Latents,
     check_bad_images,
     check_settings,
     encode_latents,
@@ -335,9 +336,9 @@ def _finish_buckets(
     os.replace(unfinished, folder / BUCKETS)
 
 
-class BucketedLatents:
+class BucketedLatents(Latents):
     """
-    The latents that [`encode_buckets`] wrote, of all buckets in a row: what [`LatentDataset`] is for one shape.
+    The latents that [`encode_buckets`] wrote, of all buckets in a row.
 
     Args:
         folder (`Path`): Where they are.
@@ -348,72 +349,36 @@ class BucketedLatents:
     """
 
     def __init__(self, folder: Path):
-        self.folder = Path(folder)
+        folder = Path(folder)
         try:
-            #: What the list of buckets says.
-            self.manifest: dict[str, Any] = json.loads((self.folder / BUCKETS).read_text())
+            manifest = json.loads((folder / BUCKETS).read_text())
         except (OSError, ValueError) as error:
-            raise ValueError(f"{self.folder} must hold buckets, with a {BUCKETS}, got none: {error}") from error
-        if self.manifest.get("format") != FORMAT:
-            raise ValueError(f"{self.folder} must hold buckets of format {FORMAT}, got {self.manifest.get('format')}.")
+            raise ValueError(f"{folder} must hold buckets, with a {BUCKETS}, got none: {error}") from error
+        if manifest.get("format") != FORMAT:
+            raise ValueError(f"{folder} must hold buckets of format {FORMAT}, got {manifest.get('format')}.")
         #: The latents of each bucket.
-        self.buckets = [LatentDataset(self.folder / bucket["folder"]) for bucket in self.manifest["buckets"]]
-        shared = {name: self.manifest.get(name) for name in SHARED_SETTINGS}
+        self.buckets = [LatentDataset(folder / bucket["folder"]) for bucket in manifest["buckets"]]
+        shared = {name: manifest.get(name) for name in SHARED_SETTINGS}
         for bucket in self.buckets:
             check_settings(bucket.folder, bucket.manifest, shared)
         self._starts = np.cumsum([0, *self.bucket_lengths])
-        #: Class ids, (n,).
-        self.labels = torch.cat([bucket.labels for bucket in self.buckets])
+        super().__init__(folder, manifest, torch.cat([bucket.labels for bucket in self.buckets]))
 
     def _locate(self, index: int) -> tuple[LatentDataset, int]:
         """The bucket of a picture, and its index there."""
         bucket = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self.buckets[bucket], index - int(self._starts[bucket])
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     @property
     def bucket_lengths(self) -> list[int]:
         """Number of pictures of each bucket, in the order of the indices."""
         return [len(bucket) for bucket in self.buckets]
 
-    @property
-    def num_views(self) -> int:
-        """1, or 2 with the mirror images."""
-        return self.manifest["num_views"]
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Shape (C, h, w) of the latents of a square, whether or not there are any."""
-        return tuple(self.manifest["latent_shape"])
-
     def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        The normalised posterior of a picture.
-
-        Args:
-            index (`int`): Which picture, in [0, n - 1].
-            view (`int`, defaults to 0): 1 is its mirror image.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor | None]`: Mean and standard deviation (C, h, w) in fp32, of the bucket's
-            shape; the second is `None` for a deterministic autoencoder.
-        """
         bucket, row = self._locate(index)
         return bucket.read(row, view)
 
     def read_features(self, index: int, view: int = 0) -> torch.Tensor | None:
-        """
-        The features of a picture.
-
-        Args:
-            index (`int`): Which picture, in [0, n - 1].
-            view (`int`, defaults to 0): 1 is its mirror image.
-
-        Returns:
-            `torch.Tensor` of shape `(rows, columns, D)` in fp32, or `None` where no vision model was given.
-        """
         bucket, row = self._locate(index)
         return bucket.read_features(row, view)
 

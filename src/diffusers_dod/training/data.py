@@ -22,7 +22,7 @@ from .textures import TEXTURE_CLASSES, TextureDataset
 if TYPE_CHECKING:
     import datasets
 
-    from .latents import LatentDataset
+    from .latents import Latents
 
 TEXTURES = "textures"
 
@@ -405,7 +405,7 @@ class TrainingStream(Dataset):
     function of (seed, position) alone. So a resumed run continues it exactly, and any number of processes share it.
 
     Args:
-        latents ([`LatentDataset`]): The encoded pictures.
+        latents ([`Latents`]): The encoded pictures.
         draws ([`SampleDraws`]): The random draws.
         order (`Callable[[int], int]`, *optional*):
             The index of the picture at a position, [`EpochOrder`] with the seed of `draws` if not given.
@@ -417,7 +417,7 @@ class TrainingStream(Dataset):
 
     def __init__(
         self,
-        latents: "LatentDataset",
+        latents: "Latents",
         draws: SampleDraws,
         order: Callable[[int], int] | None = None,
         num_aligned: int = 0,

@@ -26,13 +26,14 @@ from diffusers import AutoModel
 from ..autoencoders import AUTOENCODERS, Autoencoder, spatial_factor
 from ..checks import check_at_least, check_number
 from .alignment import VisionFeatures
-from .buckets import BucketedLatents, bucket_sizes, encode_buckets
+from .buckets import bucket_sizes, encode_buckets
 from .data import Pictures, load_pictures
 from .latents import (
     LATENT_DTYPES,
     ON_BAD_IMAGE,
     SHARD_SIZE,
     LatentDataset,
+    Latents,
     check_bad_images,
     check_settings,
     encode_latents,
@@ -172,7 +173,7 @@ def encode_data(
     vae: Autoencoder | None,
     folder: Path,
     vision: VisionFeatures | None = None,
-) -> LatentDataset | BucketedLatents:
+) -> Latents:
     """
     The latents of the pictures that the options name, encoded by all processes unless this has been done.
 
@@ -184,7 +185,7 @@ def encode_data(
         vision ([`VisionFeatures`], *optional*): A vision model whose features of the pictures are stored too.
 
     Returns:
-        [`LatentDataset`], or with `--max_aspect_ratio` [`BucketedLatents`].
+        [`Latents`].
 
     Raises:
         `ValueError`: the folder has the latents of other pictures, of another autoencoder or without the features, or
@@ -240,7 +241,7 @@ def encode_data(
     return latents
 
 
-def _warn_of_bad_images(latents: LatentDataset | BucketedLatents) -> None:
+def _warn_of_bad_images(latents: Latents) -> None:
     if latents.manifest["bad_images"]:
         logger.warning(f"{len(latents.manifest['bad_images'])} pictures that cannot be read are left out.")
 

@@ -13,46 +13,40 @@ normalise the latents.
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..autoencoders import Autoencoder, latent_statistics
 from .buckets import BUCKETS, BucketedLatents
-from .latents import MANIFEST, LatentDataset
+from .latents import MANIFEST, LatentDataset, Latents, MappedShards
 
 
 LIGHTNING_DIT_SHARDS = "latents_rank*_shard*.safetensors"
 EDM2_INDEX = "dataset.json"
 
 
-class _ForeignLatents:
+class _ForeignLatents(Latents):
     """What both forms have in common."""
 
     def __init__(self, folder: Path, labels: torch.Tensor, num_views: int, shape: tuple[int, ...], vae: Autoencoder):
         if len(labels) == 0 or bool((labels < 0).any()):
             raise ValueError(f"{folder} must hold latents with class ids from 0, got {labels[:5].tolist()}.")
-        self.folder = folder
-        self.labels = labels
-        self.num_views = num_views
-        self.latent_shape = tuple(shape)
         mean, std = latent_statistics(vae, torch.zeros(1))
         self._mean, self._std = mean[0], std[0]
         if self._mean.shape[0] not in (1, shape[0]):
             raise ValueError(
                 f"{folder} must hold latents of the autoencoder's {self._mean.shape[0]} channels, got {shape[0]}."
             )
-        self.manifest: dict[str, Any] = {
+        manifest = {
             "class_names": [str(index) for index in range(int(labels.max()) + 1)],
             "resolution": None,
             "random_flip": num_views == 2,
+            "num_views": num_views,
+            "latent_shape": shape,
             "bad_images": [],
         }
-
-    def __len__(self) -> int:
-        return len(self.labels)
+        super().__init__(folder, manifest, labels)
 
 
 class LightningDiTLatents(_ForeignLatents):
@@ -68,49 +62,23 @@ class LightningDiTLatents(_ForeignLatents):
     """
 
     def __init__(self, folder: Path, vae: Autoencoder):
-        self._files = sorted(folder.glob(LIGHTNING_DIT_SHARDS))
-        self._slices: dict[int, dict[str, Any]] = {}
-        labels, shapes, keys = [], set(), set()
-        for index, path in enumerate(self._files):
-            slices = self._open(index)
-            if "latents" not in slices or "labels" not in slices:
-                raise ValueError(f"{path} must hold `latents` and `labels`, got {sorted(slices)}.")
-            labels.append(slices["labels"].long())
-            shapes.add(tuple(slices["latents"].get_shape()[1:]))
-            keys.add("latents_flip" in slices)
-        if len(shapes) != 1 or len(keys) != 1:
+        paths = sorted(folder.glob(LIGHTNING_DIT_SHARDS))
+        try:
+            self._shards = MappedShards(paths)
+            shards = [self._shards.open(index) for index in range(len(paths))]
+            shapes = {tuple(slices["latents"].get_shape()[1:]) for slices in shards}
+        except KeyError as error:
+            raise ValueError(
+                f"{folder} must hold shards with `latents` and `labels`, got one without {error}."
+            ) from error
+        has_flip = {"latents_flip" in slices for slices in shards}
+        if len(shapes) != 1 or len(has_flip) != 1:
             raise ValueError(f"{folder} must hold shards of one form, got latents of {sorted(shapes)}.")
-        self._starts = np.cumsum([0, *map(len, labels)])
-        self._slices = {}
-        super().__init__(folder, torch.cat(labels), 2 if keys.pop() else 1, shapes.pop(), vae)
-
-    def _open(self, index: int) -> dict[str, Any]:
-        if index not in self._slices:
-            try:
-                file = safe_open(self._files[index], framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{self._files[index]} must be an undamaged shard, got {error}.") from error
-            self._slices[index] = {
-                name: file.get_tensor(name) if name == "labels" else file.get_slice(name) for name in file.keys()
-            }
-        return self._slices[index]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_slices": {}}  # open files stay with their process
+        super().__init__(folder, self._shards.labels, 1 + has_flip.pop(), shapes.pop(), vae)
 
     def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, None]:
-        """
-        The normalised latents of a picture.
-
-        Args:
-            index (`int`): Which picture, in [0, n - 1].
-            view (`int`, defaults to 0): 1 is its mirror image.
-
-        Returns:
-            `tuple[torch.Tensor, None]`: The latents (C, h, w) in fp32, and no deviation.
-        """
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        latents = self._open(shard)["latents_flip" if view else "latents"][index - int(self._starts[shard])]
+        slices, row = self._shards.locate(index)
+        latents = slices["latents_flip" if view else "latents"][row]
         return (latents.float() - self._mean) / self._std, None
 
 
@@ -143,23 +111,11 @@ class Edm2Latents(_ForeignLatents):
         super().__init__(folder, labels, 1, (shape[0] // 2, *shape[1:]), vae)
 
     def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        The normalised posterior of a picture.
-
-        Args:
-            index (`int`): Which picture, in [0, n - 1].
-            view (`int`, defaults to 0): There is one only.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Mean and standard deviation (C, h, w) in fp32.
-        """
         mean, std = torch.from_numpy(np.load(self.folder / self._files[index])).float().chunk(2)
         return (mean - self._mean) / self._std, std / self._std
 
 
-def open_latents(
-    folder: Path, vae: Autoencoder | None
-) -> LatentDataset | BucketedLatents | LightningDiTLatents | Edm2Latents:
+def open_latents(folder: Path, vae: Autoencoder | None) -> Latents:
     """
     Opens latents of any form.
 
@@ -168,7 +124,7 @@ def open_latents(
         vae ([`Autoencoder`] or `None`): The autoencoder that they come from.
 
     Returns:
-        [`LatentDataset`], [`BucketedLatents`], [`LightningDiTLatents`] or [`Edm2Latents`].
+        [`Latents`].
 
     Raises:
         `ValueError`: they are of no known form, or of another project and there is no autoencoder.

@@ -15,7 +15,8 @@ the picture, view 1 its mirror image. Shards are mapped into memory: a sample is
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -378,56 +379,22 @@ def find_damaged_shards(folder: Path) -> list[str]:
     ]
 
 
-class LatentDataset:
+class Latents(ABC):
     """
-    The latents that [`encode_latents`] and [`finish_latents`] wrote.
+    Latents of a picture data set, in whatever files they are.
 
     Args:
         folder (`Path`): Where they are.
-
-    Raises:
-        `ValueError`: there is no manifest, it is of another format, or a shard is missing.
+        manifest (`dict`): What they are, with at least `num_views`, `latent_shape`, `class_names` and `bad_images`.
+        labels (`torch.Tensor` of shape `(n,)`): Class ids.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, manifest: dict[str, Any], labels: torch.Tensor):
         self.folder = Path(folder)
-        try:
-            #: What the manifest says.
-            self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.folder} must hold latents, with a {MANIFEST}, got none: {error}") from error
-        if self.manifest.get("format") != FORMAT:
-            raise ValueError(f"{self.folder} must hold latents of format {FORMAT}, got {self.manifest.get('format')}.")
-        missing = [shard["file"] for shard in self.manifest["shards"] if not (self.folder / shard["file"]).is_file()]
-        if missing:
-            raise ValueError(f"{self.folder} must hold all shards of its {MANIFEST}, got it without {missing}.")
-        sizes = [shard["num_samples"] for shard in self.manifest["shards"]]
-        self._starts = np.cumsum([0, *sizes])
-        self._slices: dict[int, dict[str, Any]] = {}  # opened in each process when they are needed
+        #: What the manifest says.
+        self.manifest = manifest
         #: Class ids, (n,).
-        self.labels = torch.cat([self._open(shard)["labels"] for shard, size in enumerate(sizes) if size > 0])
-        self._slices.clear()
-
-    def _open(self, shard: int) -> dict[str, Any]:
-        if shard not in self._slices:
-            path = self.folder / self.manifest["shards"][shard]["file"]
-            try:
-                file = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{path} must be an undamaged shard, got {error}: remove it and encode again."
-                ) from error
-            slices = {name: file.get_slice(name) for name in file.keys() if name != "labels"}  # noqa: SIM118
-            self._slices[shard] = {"labels": file.get_tensor("labels"), **slices}
-        return self._slices[shard]
-
-    def _locate(self, index: int) -> tuple[dict[str, Any], int]:
-        """The shard of a picture, and its row there."""
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._open(shard), index - int(self._starts[shard])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_slices": {}}  # open files stay with their process
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -439,9 +406,10 @@ class LatentDataset:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Shape (C, h, w) of the latents."""
+        """Shape (C, h, w) of the latents; of those in buckets that of a square, whether or not there are any."""
         return tuple(self.manifest["latent_shape"])
 
+    @abstractmethod
     def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         The normalised posterior of a picture.
@@ -451,12 +419,9 @@ class LatentDataset:
             view (`int`, defaults to 0): 1 is its mirror image.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor | None]`: Mean and standard deviation (C, h, w) in fp32; the second is
-            `None` for a deterministic autoencoder.
+            `tuple[torch.Tensor, torch.Tensor | None]`: Mean and standard deviation (C, h, w) in fp32, of the bucket's
+            shape where there are buckets; the second is `None` without a deviation.
         """
-        slices, row = self._locate(index)
-        mean = slices["mean"][row, view].float()
-        return mean, (slices["std"][row, view].float() if "std" in slices else None)
 
     def read_features(self, index: int, view: int = 0) -> torch.Tensor | None:
         """
@@ -469,13 +434,101 @@ class LatentDataset:
         Returns:
             `torch.Tensor` of shape `(rows, columns, D)` in fp32, or `None` where no vision model was given.
         """
+        return None
+
+
+class MappedShards:
+    """
+    Safetensors files of pictures in a row, mapped into memory, in each process when they are needed.
+
+    Args:
+        paths (`Sequence[Path]`): The files, each with `labels` (n,), n >= 1.
+
+    Raises:
+        `KeyError`: a file has no `labels`.
+        `ValueError`: a file is damaged.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = list(paths)
+        self._slices: dict[int, dict[str, Any]] = {}
+        labels = [self.open(shard)["labels"] for shard in range(len(self.paths))]
+        self._starts = np.cumsum([0, *map(len, labels)])
+        #: Class ids, (n,).
+        self.labels = torch.cat(labels)
+        self._slices.clear()
+
+    def open(self, shard: int) -> dict[str, Any]:
+        """
+        Opens a shard.
+
+        Args:
+            shard (`int`): Which one, in the order of the paths.
+
+        Returns:
+            `dict`: Its `labels` (n,), and slices of its other tensors, by name.
+
+        Raises:
+            `ValueError`: the file is damaged.
+        """
+        if shard not in self._slices:
+            try:
+                file = safe_open(self.paths[shard], framework="pt")
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{self.paths[shard]} must be an undamaged shard, got {error}: remove it and encode again."
+                ) from error
+            self._slices[shard] = {
+                name: file.get_tensor(name).long() if name == "labels" else file.get_slice(name)
+                for name in file.keys()  # noqa: SIM118
+            }
+        return self._slices[shard]
+
+    def locate(self, index: int) -> tuple[dict[str, Any], int]:
+        """The shard of the picture `index`, opened, and its row there."""
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.open(shard), index - int(self._starts[shard])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_slices": {}}  # open files stay with their process
+
+
+class LatentDataset(Latents):
+    """
+    The latents that [`encode_latents`] and [`finish_latents`] wrote.
+
+    Args:
+        folder (`Path`): Where they are.
+
+    Raises:
+        `ValueError`: there is no manifest, it is of another format, or a shard is missing.
+    """
+
+    def __init__(self, folder: Path):
+        folder = Path(folder)
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} must hold latents, with a {MANIFEST}, got none: {error}") from error
+        if manifest.get("format") != FORMAT:
+            raise ValueError(f"{folder} must hold latents of format {FORMAT}, got {manifest.get('format')}.")
+        shards = manifest["shards"]
+        missing = [shard["file"] for shard in shards if not (folder / shard["file"]).is_file()]
+        if missing:
+            raise ValueError(f"{folder} must hold all shards of its {MANIFEST}, got it without {missing}.")
+        self._shards = MappedShards([folder / shard["file"] for shard in shards if shard["num_samples"] > 0])
+        super().__init__(folder, manifest, self._shards.labels)
+
+    def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+        slices, row = self._shards.locate(index)
+        mean = slices["mean"][row, view].float()
+        return mean, (slices["std"][row, view].float() if "std" in slices else None)
+
+    def read_features(self, index: int, view: int = 0) -> torch.Tensor | None:
         if "vision_model" not in self.manifest:
             return None
-        slices, row = self._locate(index)
+        slices, row = self._shards.locate(index)
         return slices["features"][row, view].float()
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        return (self.read(index) for index in range(len(self)))
 
 
 def pictures_of(latents: LatentDataset, pictures: Pictures) -> np.ndarray:

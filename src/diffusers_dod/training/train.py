@@ -58,7 +58,7 @@ from .data import SampleDraws, StreamSampler, TrainingStream, collate_priors_fir
 from .ema import PowerFunctionEMA, averaged_parameters
 from .encode_latents import encode_data, load_autoencoder, open_pictures
 from .foreign_latents import open_latents
-from .latents import LatentDataset, check_settings, describe_autoencoder, pictures_of
+from .latents import LatentDataset, Latents, check_settings, describe_autoencoder, pictures_of
 from .metrics import EVALUATIONS, TrainingMetrics, append_line, drop_metrics_after
 from .model_card import CARD_FILES, write_model_card
 from .models import build_models, build_optimizer, set_learning_rates, use_fast_attention
@@ -130,7 +130,7 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def prepare_latents(args: argparse.Namespace, accelerator: Accelerator, vae: Autoencoder | None) -> LatentDataset:
+def prepare_latents(args: argparse.Namespace, accelerator: Accelerator, vae: Autoencoder | None) -> Latents:
     """
     The latents to train on: those of `--latents_dir`, or of the pictures, which all processes encode unless this has
     been done.
@@ -141,7 +141,7 @@ def prepare_latents(args: argparse.Namespace, accelerator: Accelerator, vae: Aut
         vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
 
     Returns:
-        [`LatentDataset`].
+        [`Latents`].
 
     Raises:
         `ValueError`: the folder has the latents of other pictures or of another autoencoder, or a picture cannot be
