@@ -149,5 +149,5 @@ def test_bad_arrays_and_shards(tmp_path, vae):
     with pytest.raises(ValueError, match=says("one form", "(3, 8, 8)")):
         open_latents(folder, vae)
     save_file({"features": arrays()}, shard)
-    with pytest.raises(ValueError, match=says("`latents` and `labels`", "['features']")):
+    with pytest.raises(ValueError, match=says("`labels` and `latents`", "['features']")):
         open_latents(folder, vae)

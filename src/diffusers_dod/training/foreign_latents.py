@@ -63,14 +63,9 @@ class LightningDiTLatents(_ForeignLatents):
 
     def __init__(self, folder: Path, vae: Autoencoder):
         paths = sorted(folder.glob(LIGHTNING_DIT_SHARDS))
-        try:
-            self._shards = MappedShards(paths)
-            shards = [self._shards.open(index) for index in range(len(paths))]
-            shapes = {tuple(slices["latents"].get_shape()[1:]) for slices in shards}
-        except KeyError as error:
-            raise ValueError(
-                f"{folder} must hold shards with `latents` and `labels`, got one without {error}."
-            ) from error
+        self._shards = MappedShards(paths, "latents")
+        shards = [self._shards.open(index) for index in range(len(paths))]
+        shapes = {tuple(slices["latents"].get_shape()[1:]) for slices in shards}
         has_flip = {"latents_flip" in slices for slices in shards}
         if len(shapes) != 1 or len(has_flip) != 1:
             raise ValueError(f"{folder} must hold shards of one form, got latents of {sorted(shapes)}.")

@@ -442,15 +442,16 @@ class MappedShards:
     Safetensors files of pictures in a row, mapped into memory, in each process when they are needed.
 
     Args:
-        paths (`Sequence[Path]`): The files, each with `labels` (n,), n >= 1.
+        paths (`Sequence[Path]`): The files.
+        latents (`str`): Name of the tensor (n, ...) that each must hold beside its `labels` (n,), n >= 1.
 
     Raises:
-        `KeyError`: a file has no `labels`.
-        `ValueError`: a file is damaged.
+        `ValueError`: a file is damaged, or does not hold them.
     """
 
-    def __init__(self, paths: Sequence[Path]):
+    def __init__(self, paths: Sequence[Path], latents: str):
         self.paths = list(paths)
+        self._needed = {latents, "labels"}
         self._slices: dict[int, dict[str, Any]] = {}
         labels = [self.open(shard)["labels"] for shard in range(len(self.paths))]
         self._starts = np.cumsum([0, *map(len, labels)])
@@ -469,7 +470,7 @@ class MappedShards:
             `dict`: Its `labels` (n,), and slices of its other tensors, by name.
 
         Raises:
-            `ValueError`: the file is damaged.
+            `ValueError`: the file is damaged, or does not hold what it must.
         """
         if shard not in self._slices:
             try:
@@ -478,10 +479,12 @@ class MappedShards:
                 raise ValueError(
                     f"{self.paths[shard]} must be an undamaged shard, got {error}: remove it and encode again."
                 ) from error
-            self._slices[shard] = {
-                name: file.get_tensor(name).long() if name == "labels" else file.get_slice(name)
-                for name in file.keys()  # noqa: SIM118
-            }
+            names = set(file.keys())
+            if not self._needed <= names:
+                needed = " and ".join(f"`{name}`" for name in sorted(self._needed))
+                raise ValueError(f"{self.paths[shard]} must hold {needed}, got {sorted(names)}.")
+            slices = {name: file.get_slice(name) for name in names - {"labels"}}
+            self._slices[shard] = {"labels": file.get_tensor("labels").long(), **slices}
         return self._slices[shard]
 
     def locate(self, index: int) -> tuple[dict[str, Any], int]:
@@ -516,7 +519,7 @@ class LatentDataset(Latents):
         missing = [shard["file"] for shard in shards if not (folder / shard["file"]).is_file()]
         if missing:
             raise ValueError(f"{folder} must hold all shards of its {MANIFEST}, got it without {missing}.")
-        self._shards = MappedShards([folder / shard["file"] for shard in shards if shard["num_samples"] > 0])
+        self._shards = MappedShards([folder / shard["file"] for shard in shards if shard["num_samples"]], "mean")
         super().__init__(folder, manifest, self._shards.labels)
 
     def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
