@@ -2,11 +2,14 @@
 
 import re
 from contextlib import contextmanager
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL
+from PIL import Image
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDTransformer2DModel, LatentEmbeddingModule
 
@@ -45,6 +48,16 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
                 noise = 0.1 * noise
             parameter.copy_(noise)
     return module.eval()
+
+
+def write_pictures(folder: Path, sizes: list[tuple[int, int]]) -> Path:
+    """Two classes of noise, with a picture of each size (height, width) in `folder/<class>`."""
+    rng = np.random.default_rng(0)
+    for name in ("newt", "ant"):
+        (folder / name).mkdir()
+        for i, size in enumerate(sizes):
+            Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
+    return folder
 
 
 def tiny_transformer(seed: int = 0, **overrides) -> DoDTransformer2DModel:

@@ -57,10 +57,7 @@ SHAPES["zebra"] = [(64, 40), (16, 17), (24, 40)]
 
 
 @pytest.fixture
-def pictures(tmp_path, monkeypatch) -> Pictures:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def pictures(tmp_path) -> Pictures:
     for name, shapes in SHAPES.items():
         (tmp_path / "pictures" / name).mkdir(parents=True)
         for number, shape in enumerate(shapes):

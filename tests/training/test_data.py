@@ -174,14 +174,6 @@ def test_a_picture_is_turned_as_its_orientation_says(kind, orientation, turn):
 # Where pictures come from
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """`datasets` keeps what it has read; here it does so below the test's own folder."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
 def load(dataset_name=None, train_data_dir=None, resolution=16, num_train_samples=8, seed=0, **columns) -> Pictures:
     folder = None if train_data_dir is None else str(train_data_dir)
     return load_pictures(dataset_name, folder, resolution, num_train_samples, seed, **columns)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from helpers import fresh_accelerator, says, tiny_vae
+from helpers import fresh_accelerator, says, tiny_vae, write_pictures
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -45,13 +45,6 @@ from diffusers_dod.training.latents import (
     latent_settings,
 )
 from diffusers_dod.training.textures import TEXTURE_CLASSES, TextureDataset
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 class Watched(Dataset):
@@ -702,12 +695,7 @@ def test_what_the_autoencoder_refuses_is_no_bad_picture(tmp_path):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for name in ("newt", "ant"):
-        (folder / name).mkdir()
-        for i in range(5):
-            Image.fromarray(rng.integers(0, 256, (18, 22, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
+    folder = write_pictures(tmp_path_factory.mktemp("pictures"), [(18, 22)] * 5)
     (folder / "bee").mkdir()
     return folder
 

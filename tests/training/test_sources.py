@@ -12,11 +12,6 @@ from PIL import Image
 from diffusers_dod.training.data import center_crop, load_pictures
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.fixture
 def images() -> list[Image.Image]:
     random = np.random.default_rng(0)

@@ -27,13 +27,6 @@ LATENT_SHAPE = (2, 3, 4)
 FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASS_NAMES))})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
-
-
 def png(number: int) -> bytes:
     """A picture that shows its number in red, and which side is left in green."""
     pixels = np.zeros((8, 8, 3), dtype=np.uint8)

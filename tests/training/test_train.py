@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import fresh_accelerator, says
+from helpers import fresh_accelerator, says, write_pictures
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -35,24 +35,9 @@ def train(output_dir: Path, *arguments) -> Path:
     return output_dir
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    import datasets
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for name in ("newt", "ant"):
-        (folder / name).mkdir()
-        for i in range(5):
-            Image.fromarray(rng.integers(0, 256, (18, 22, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
-    return folder
+    return write_pictures(tmp_path_factory.mktemp("pictures"), [(18, 22)] * 5)
 
 
 @pytest.fixture(scope="module")

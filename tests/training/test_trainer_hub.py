@@ -8,11 +8,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import datasets
-import numpy as np
 import pytest
 import torch
-from helpers import fresh_accelerator, says
+from helpers import fresh_accelerator, says, write_pictures
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -40,22 +38,9 @@ def run(output_dir: Path, *arguments) -> Path:
     return output_dir
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for name in ("newt", "ant"):
-        (folder / name).mkdir()
-        for i in range(3):
-            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
-    return folder
+    return write_pictures(tmp_path_factory.mktemp("pictures"), [(8, 8)] * 3)
 
 
 @pytest.fixture

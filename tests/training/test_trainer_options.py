@@ -12,9 +12,8 @@ import pytest
 import torch
 import transformers
 import yaml
-from helpers import fresh_accelerator, says, tiny_vae
+from helpers import fresh_accelerator, says, tiny_vae, write_pictures
 from huggingface_hub import ModelCard
-from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_dod import DoDPipeline
@@ -89,23 +88,11 @@ def says_at_start(capsys, *arguments) -> str:
     return capsys.readouterr().err
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     """Two classes of five pictures, of which some are wide and some are high."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for name in ("newt", "ant"):
-        (folder / name).mkdir()
-        for i, shape in enumerate([(18, 22), (12, 20), (20, 12), (16, 16), (24, 13)]):
-            Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
-    return folder
+    sizes = [(18, 22), (12, 20), (20, 12), (16, 16), (24, 13)]
+    return write_pictures(tmp_path_factory.mktemp("pictures"), sizes)
 
 
 @pytest.fixture(scope="module")
