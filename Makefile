@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # Two processes of one thread each: more threads than cores would only wait for each other.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: install demo test test-all test-oldest style check docs bench clean
+.PHONY: install demo test test-all test-oldest style check docs bench study clean
 
 install: $(INSTALLED)
 
@@ -54,6 +54,12 @@ bench: install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_batch_independence.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_training.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_encoding.py --num_pictures 8
+
+# The runs, results, tables and plots of docs/study.md: hours, and goes on where it was stopped.
+study: install
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python training/study/study.py train
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python training/study/study.py evaluate
+	$(BIN)/python training/study/report.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest build dist src/*.egg-info

@@ -1,13 +1,11 @@
 """The checkpoint that ships: small, loadable, and judged good by a classifier that knows nothing of it."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from PIL import Image
 
 from diffusers_dod import DoDPipeline
@@ -53,17 +51,6 @@ def test_an_independent_classifier_recognises_both_stages(pipeline):
         first, second = ((classifier(images * 2 - 1)[1].argmax(dim=1) == labels).float().mean() for images in stages)
     assert second >= 0.7  # 1/12 by chance; 36 samples
     assert first >= 0.4  # without guidance, as in the paper
-
-
-def test_the_card_states_how_it_was_made():
-    card = ModelCard.load(CHECKPOINT / "README.md")
-    assert card.data.library_name == "diffusers"
-    assert card.data.license == "apache-2.0"
-    for word in ("textures", "steps", "train_dod.py", "FID", "accuracy"):
-        assert word in card.text
-    evaluation = json.loads((CHECKPOINT / "evaluation.json").read_text())
-    for result in evaluation["results"]:  # every number of the card's table is a measured one
-        assert f"{result['fid']:.2f}" in card.text and f"{result['accuracy']:.3f}" in card.text
 
 
 def test_the_demo_draws_its_picture(tmp_path):

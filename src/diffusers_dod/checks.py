@@ -2,6 +2,7 @@
 """Checks of public arguments: every message names the argument, the accepted range and the value received."""
 
 import math
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
@@ -73,3 +74,19 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raises a `ValueError` that names the argument `name` unless `value` is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def attempt(errors: list[str], check: Callable, *arguments: Any, **kwargs: Any) -> None:
+    """
+    Calls a check and notes what it finds wrong, so that all errors can be reported at once.
+
+    Args:
+        errors (`list[str]`): Where the message of a `TypeError` or a `ValueError` goes.
+        check (`Callable`): What raises one.
+        arguments (`Any`): Its arguments.
+        kwargs (`Any`): Those that have names.
+    """
+    try:
+        check(*arguments, **kwargs)
+    except (TypeError, ValueError) as error:
+        errors.append(str(error))

@@ -11,10 +11,17 @@ import torch
 from helpers import says
 
 from diffusers_dod.evaluation import evaluate
-from diffusers_dod.evaluation.extractors import PictureFeatures, check_extractor, extract, load_extractor
+from diffusers_dod.evaluation.extractors import (
+    PictureFeatures,
+    check_extractor,
+    extract,
+    extractor_file,
+    extractor_sha256,
+    load_extractor,
+)
 from diffusers_dod.evaluation.frechet import feature_statistics, frechet_distance
-from diffusers_dod.evaluation.images import open_images
-from diffusers_dod.evaluation.metrics import precision_recall
+from diffusers_dod.evaluation.images import draw_indices, open_images
+from diffusers_dod.evaluation.metrics import RunningInceptionScore, precision_recall, wilson_interval
 from diffusers_dod.evaluation.reproduce import reproduce
 from diffusers_dod.evaluation.results import file_sha256, read_results
 from diffusers_dod.training.textures import TextureDataset
@@ -104,7 +111,11 @@ def test_all_metrics_against_what_they_are_made_of(world, capsys):
     assert data["samples"]["sha256"] == file_sha256(world / "samples.npz")
     assert data["reference"]["sha256"] == file_sha256(world / "reference.npz")
     assert data["reference"]["num_images"] == 80 and data["reference"]["has_statistics"] is False
-    assert results["settings"]["extractor_sha256"] == file_sha256(world / "colours.py")
+    everything = load_extractor(f"{world / 'colours.py'}:everything")
+    assert results["settings"]["extractor_sha256"] == extractor_sha256(
+        f"{world / 'colours.py'}:everything", everything
+    )
+    assert data["selection"] == "all, in order"
 
 
 def test_results_can_be_computed_again(world, tmp_path):
@@ -124,19 +135,41 @@ def test_batches_make_no_difference(world):
                 assert metric["interval"] == pytest.approx(first[name]["interval"], rel=1e-9)
 
 
-def test_the_first_samples_only(world, tmp_path):
-    np.savez(tmp_path / "few.npz", arr_0=draw(60, 1)[:25])
+def test_some_of_the_samples_are_drawn_at_random(world, tmp_path):
+    np.savez(tmp_path / "few.npz", arr_0=draw(60, 1)[sorted(draw_indices(60, 25))])
     few = run(world, *reference_of(world), samples=tmp_path / "few.npz")["metrics"]
     results = run(world, *reference_of(world), "--num_samples", 25)
     assert results["metrics"] == few and results["data"]["num_samples"] == 25
+    assert results["data"]["selection"] == "at random out of 60"
     assert list(few) == ["fid"]  # the default
+
+
+def test_samples_that_are_drawn_from_sorted_ones_have_splits_of_all_classes(tmp_path, monkeypatch):
+    """Of pictures that are sorted by class, the score is that of the random order."""
+    labels = np.repeat(np.arange(4), 50)
+    pictures = np.full((200, 4, 4, 3), 60 * labels[:, None, None, None], dtype=np.uint8)
+    np.savez(tmp_path / "sorted.npz", arr_0=pictures, arr_1=labels)
+
+    def extractor(pictures: torch.Tensor) -> PictureFeatures:
+        label = pictures[:, 0, 0, 0].long() // 60
+        return PictureFeatures(label[:, None].float(), logits=50.0 * torch.nn.functional.one_hot(label, 4))
+
+    monkeypatch.setattr(evaluate, "RunningInceptionScore", lambda: RunningInceptionScore(30))
+    summary = evaluate.compute_features(open_images(str(tmp_path / "sorted.npz")), extractor, 7, num_images=120)
+    drawn = labels[draw_indices(200, 120)]
+    expected = RunningInceptionScore(30)
+    expected.update(50.0 * np.eye(4)[drawn])
+    assert summary.inception_score.result().splits == pytest.approx(expected.result().splits)
+    assert len(expected.result().splits) == 4 and min(expected.result().splits) > 3
+    assert summary.num_correct == 120
 
 
 def test_saved_statistics_take_the_place_of_their_pictures(world, tmp_path):
     path = tmp_path / "deep" / "statistics.npz"
     run(world, "--save_statistics", path, samples="reference.npz")
     with np.load(path) as file:
-        assert sorted(file.files) == ["extractor", "mu", "mu_s", "num_images", "sigma", "sigma_s"]
+        names = ["extractor", "extractor_sha256", "mu", "mu_s", "num_images", "sigma", "sigma_s"]
+        assert sorted(file.files) == names
         assert file["num_images"] == 80 and file["mu"].dtype == np.float64
         arrays = dict(file)
     metrics = ("--metrics", "fid", "sfid")
@@ -147,7 +180,7 @@ def test_saved_statistics_take_the_place_of_their_pictures(world, tmp_path):
     assert results["data"]["reference"] == {"name": str(path), "sha256": file_sha256(path), "has_statistics": True}
 
     # ADM's form: the distance is to `mu` and `sigma`, precision and recall are those of the pictures.
-    del arrays["extractor"], arrays["num_images"]
+    del arrays["extractor"], arrays["extractor_sha256"], arrays["num_images"]
     arrays["mu"] = arrays["mu"] + 0.5
     np.savez(tmp_path / "adm.npz", arr_0=draw(80, 2)[:40], **arrays)
     found = run(world, "--reference", tmp_path / "adm.npz", "--metrics", "fid", "precision_recall")
@@ -165,6 +198,74 @@ def test_the_same_pictures_have_no_distance(world):
     assert metrics["fid"]["value"] == pytest.approx(0, abs=1e-9)
     assert metrics["precision"]["value"] == metrics["recall"]["value"] == 1
     assert all(metric["interval"] is None for metric in metrics.values())
+
+
+# Accuracy
+
+
+CLASSIFIER = """
+import torch
+from diffusers_dod.evaluation.extractors import PictureFeatures
+
+def classifier(pictures, num_classes=10):
+    label = pictures[:, 0, 0, 0].long()
+    logits = torch.nn.functional.one_hot(label, num_classes).float()
+    return PictureFeatures(pictures[:, 0, 0, :2].float(), logits=logits)
+
+def thousand(pictures):
+    return classifier(pictures, 1008)
+"""
+
+
+@pytest.fixture
+def classified(tmp_path) -> Path:
+    """40 pictures of 10 classes, of which a classifier takes 12 for another one."""
+    (tmp_path / "classifier.py").write_text(CLASSIFIER)
+    labels = np.arange(40) % 10
+    shown = np.where(np.arange(40) < 12, (labels + 1) % 10, labels)
+    pictures = np.zeros((40, 4, 4, 3), np.uint8) + shown[:, None, None, None].astype(np.uint8)
+    np.savez(tmp_path / "samples.npz", arr_0=pictures, arr_1=labels)
+    return tmp_path
+
+
+def classify(folder: Path, *options: str, name: str = "classifier", samples: str = "samples.npz") -> dict:
+    argv = [str(folder / samples), "--metrics", "accuracy", "--extractor", f"{folder / 'classifier.py'}:{name}"]
+    evaluate.main([*argv, "--device", "cpu", "--output_file", str(folder / "results.json"), *options])
+    return read_results(folder / "results.json")["metrics"]["accuracy"]
+
+
+def write_manifest(folder: Path, **content) -> None:
+    manifest = {"images": "arr_0 of samples.npz", "sha256": file_sha256(folder / "samples.npz"), **content}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_accuracy_is_the_share_of_samples_of_their_own_class(classified):
+    found = classify(classified)
+    assert found["value"] == 28 / 40 and found["interval"] == pytest.approx(wilson_interval(0.7, 40))
+    drawn = draw_indices(40, 15)
+    assert classify(classified, "--num_samples", "15")["value"] == (drawn >= 12).mean()
+    assert classify(classified, "--num_groups", "0")["interval"] is None
+    write_manifest(classified, num_classes=10)
+    assert classify(classified, "--batch_size", "7") == found
+
+
+def test_accuracy_needs_the_logits_of_the_samples_classes(classified, capsys):
+    np.savez(classified / "unlabelled.npz", arr_0=np.zeros((12, 4, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match=says("`samples`", "class ids", "got none")):
+        classify(classified, samples="unlabelled.npz")
+    np.savez(classified / "many.npz", arr_0=np.zeros((12, 4, 4, 3), np.uint8), arr_1=np.arange(12))
+    with pytest.raises(ValueError, match=says("`samples`", "[0, 9]", "classifier.py", "got 0 to 11")):
+        classify(classified, samples="many.npz")
+    write_manifest(classified, num_classes=1000)
+    for name, number in {"classifier": 10, "thousand": 1008}.items():
+        with pytest.raises(ValueError, match=says("`extractor`", "1000 classes", "`accuracy`", f"got {number}", name)):
+            classify(classified, name=name)
+    textures = ["textures:24:0", "--extractor", f"{classified / 'classifier.py'}:classifier", "--metrics", "accuracy"]
+    with pytest.raises(ValueError, match=says("`extractor`", "12 classes", "got 10")):
+        evaluate.main(textures)
+    with pytest.raises(SystemExit):
+        evaluate.main(["samples.npz", "--extractor", "inception", "--metrics", "accuracy"])
+    assert "`extractor` must be a classifier of the samples' classes" in capsys.readouterr().err
 
 
 def test_few_samples_are_warned_of(world):
@@ -198,6 +299,8 @@ def test_what_does_not_fit_is_refused(world, tmp_path):
     np.savez(tmp_path / "plain.npz", mu=np.zeros(6), sigma=np.eye(6))
     np.savez(tmp_path / "wide.npz", mu=np.zeros(7), sigma=np.eye(7))
     np.savez(tmp_path / "other.npz", mu=np.zeros(6), sigma=np.eye(6), extractor="inception")
+    own = f"{world / 'colours.py'}:everything"
+    np.savez(tmp_path / "changed.npz", mu=np.zeros(6), sigma=np.eye(6), extractor=own, extractor_sha256="abc")
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
     refusals = [
@@ -210,6 +313,7 @@ def test_what_does_not_fit_is_refused(world, tmp_path):
         (("--reference", tmp_path / "wide.npz"), ("`extractor`", "7 `features`", "got 6")),
         (("--reference", tmp_path / "other.npz"), ("`reference`", "colours.py:everything", "'inception'")),
         (("--reference", tmp_path / "array.npz"), ("`reference`", "npz")),
+        (("--reference", tmp_path / "changed.npz"), ("`reference`", "`extractor_sha256`", "changed.npz of 'abc'")),
     ]
     for options, fragments in refusals:
         with pytest.raises(ValueError, match=says(*fragments)):
@@ -217,7 +321,7 @@ def test_what_does_not_fit_is_refused(world, tmp_path):
     for metric, name in (("sfid", "spatial_features"), ("is", "logits")):
         with pytest.raises(ValueError, match=says("`extractor`", f"`{name}`", f"`{metric}`", "colours.py:colours")):
             run(world, *reference_of(world), "--metrics", metric, "fid", extractor="colours")
-    with pytest.raises(ValueError, match=says("finite")):
+    with pytest.raises(ValueError, match=says("`extractor`", "finite `features`", "60 of 60", "samples.npz")):
         run(world, *reference_of(world), extractor="broken")
 
 
@@ -270,6 +374,39 @@ def test_inception_says_what_to_install(monkeypatch):
         load_extractor("inception")
 
 
+class Weighted(torch.nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (2, 3)):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.arange(6, dtype=dtype).reshape(shape))
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return pictures.float().mean(dim=(2, 3)) @ self.weight.T.float()
+
+
+def test_an_extractor_is_known_by_its_code_and_its_weights(tmp_path):
+    name = f"{__name__}:FLAT"
+    first = extractor_sha256(name, Weighted())
+    assert extractor_sha256(name, Weighted()) == first == extractor_sha256(name, Weighted().eval())
+    others = [Weighted(torch.float64), Weighted(torch.bfloat16), Weighted(shape=(3, 2)), FLAT, Weighted(), Weighted()]
+    others[4].weight.data[1, 2] += 1e-6
+    others[5].scale += 1
+    hashes = [extractor_sha256(name, other) for other in others]
+    hashes.append(extractor_sha256("inception", Weighted()))  # has no file
+    assert len({first, *hashes}) == 8
+
+    path = tmp_path / "moved" / "code.py"
+    path.parent.mkdir()
+    path.write_text(Path(__file__).read_text())
+    assert extractor_sha256(f"{path}:Weighted", Weighted()) == first
+    path.write_text(Path(__file__).read_text() + "# changed")
+    assert extractor_sha256(f"{path}:Weighted", Weighted()) != first
+    torch.jit.script(Flat()).save(tmp_path / "flat.pt")
+    assert extractor_file(str(tmp_path / "flat.pt")) == tmp_path / "flat.pt"
+    assert len(extractor_sha256(str(tmp_path / "flat.pt"), torch.jit.load(tmp_path / "flat.pt"))) == 64
+    assert extractor_file("sys:exit") is None
+
+
 def test_what_extractors_must_give():
     pictures = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     refusals = {
@@ -295,7 +432,7 @@ def test_what_extractors_must_give():
 def test_features_are_those_of_the_pictures_in_order(world):
     images = open_images(str(world / "samples.npz"))
     summary = evaluate.compute_features(images, FLAT, 7, num_images=50, num_groups=4, keep_features=True)
-    expected = draw(60, 1)[:50].astype(np.float64).mean(axis=(1, 2))
+    expected = draw(60, 1)[sorted(draw_indices(60, 50))].astype(np.float64).mean(axis=(1, 2))
     np.testing.assert_allclose(summary.features, expected, rtol=1e-5)
     sizes = [group.num_rows for group in summary.statistics["features"]]
     assert sum(sizes) == 50 and set(sizes) == {12, 13}

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from helpers import says
 from PIL import Image
 
-from diffusers_dod.evaluation.images import DatasetImages, FolderImages, NpzImages, open_images
+from diffusers_dod.evaluation.images import DatasetImages, FolderImages, NpzImages, draw_indices, open_images
 from diffusers_dod.training.data import center_crop
 from diffusers_dod.training.textures import TextureDataset
 
@@ -36,10 +38,14 @@ def write_npz(path: Path, **arrays) -> Path:
     return path
 
 
-def read(source, batch_size: int = 3, num_images: int | None = None) -> np.ndarray:
-    batches = list(source.batches(batch_size, num_images))
+def read(source, batch_size: int = 3, indices: list[int] | None = None) -> np.ndarray:
+    batches = [batch for batch, _ in source.batches(batch_size, indices)]
     assert all(batch.dtype == torch.uint8 and len(batch) == batch_size for batch in batches[:-1])
     return torch.cat(batches).permute(0, 2, 3, 1).numpy()
+
+
+def read_labels(source, indices: list[int] | None = None) -> list[int]:
+    return torch.cat([labels for _, labels in source.batches(3, indices)]).tolist()
 
 
 def sha256_of(folder: Path) -> str:
@@ -59,9 +65,11 @@ def test_archives_and_folders_hold_the_same_pictures(pixels, tmp_path):
             assert isinstance(source, kind) and len(source) == 7 and tuple(source.resolution) == (6, 8)
             for batch_size in (1, 3, 7, 100):
                 assert np.array_equal(read(source, batch_size), pixels)
-            assert np.array_equal(read(source, 3, num_images=4), pixels[:4])
+            assert np.array_equal(read(source, 2, [1, 2, 6]), pixels[[1, 2, 6]])
             assert np.array_equal(read(source), pixels)  # again from the start
             assert kind is FolderImages or np.array_equal(source.labels, labels)
+            assert kind is FolderImages or read_labels(source, [1, 4, 5, 6]) == [1, 4, 5, 6]
+            assert kind is NpzImages or [labels for _, labels in source.batches(4)] == [None, None]
             assert source.data["num_images"] == 7 and source.data["resolution"] == [6, 8]
             json.dumps(source.data)
 
@@ -74,10 +82,12 @@ def test_folders_are_sorted_by_name(pixels, tmp_path):
     assert np.array_equal(read(open_images(str(folder))), pixels)
 
 
-def test_more_pictures_than_there_are_are_refused(pixels, tmp_path):
+def test_pictures_that_there_are_not_are_refused(pixels, tmp_path):
     source = open_images(str(write_npz(tmp_path / "a.npz", arr_0=pixels)))
-    with pytest.raises(ValueError, match=says("`num_images`", "7 pictures", "got 8")):
-        list(source.batches(3, 8))
+    for indices in ([0, 7], [-1, 2], [3, 2], [1, 1]):
+        with pytest.raises(ValueError, match=says("`indices`", "[0, 6]", "a.npz")):
+            list(source.batches(3, indices))
+    assert list(source.batches(3, [])) == []
     with pytest.raises(ValueError, match=says("`batch_size`", ">= 1", "got 0")):
         list(source.batches(0))
 
@@ -89,7 +99,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures(save, tmp_path):
         path = tmp_path / f"{number}.npz"
         save(path, arr_0=np.random.default_rng(0).integers(0, 256, size=(number, 32, 32, 3), dtype=np.uint8))
         tracemalloc.start()
-        count = sum(len(batch) for batch in NpzImages(path).batches(10))
+        count = sum(len(batch) for batch, _ in NpzImages(path).batches(10))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert count == number
@@ -134,10 +144,12 @@ def test_damaged_archives_are_noticed(pixels, tmp_path):
 def test_manifests_of_the_sampler_come_along(pixels, tmp_path):
     folder = write_folder(tmp_path / "png", pixels)
     manifest = {"num_images": 7, "sha256": sha256_of(folder), "labels": "labels.txt", "images": "*.png"}
+    manifest["num_classes"] = 9
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "labels.txt").write_text("".join(f"{label}\n" for label in range(7)))
     source = open_images(str(folder))
     assert source.data["manifest"] == manifest and np.array_equal(source.labels, np.arange(7))
+    assert source.num_classes == 9 and read_labels(source, [2, 3, 5]) == [2, 3, 5]
 
     archive = write_npz(tmp_path / "samples.npz", arr_0=pixels)
     manifest = {"num_images": 7, "sha256": hashlib.sha256(archive.read_bytes()).hexdigest()}
@@ -186,6 +198,16 @@ def test_what_folders_refuse(pixels, tmp_path):
         FolderImages(tmp_path / "empty")
 
 
+def test_names_of_no_pictures(tmp_path):
+    (tmp_path / "empty" / "class").mkdir(parents=True)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "readme.md").write_text("no picture")
+    for name in ("empty", "text", "missing"):
+        for resolution in (8,) if name != "empty" else (None, 8):
+            with pytest.raises(ValueError, match=says("`name`", "pictures", str(tmp_path / name))):
+                open_images(str(tmp_path / name), resolution)
+
+
 def test_truncated_pictures_are_named(pixels, tmp_path):
     folder = write_folder(tmp_path / "folder", np.repeat(pixels, 20, axis=1))
     path = folder / "000003.png"
@@ -199,6 +221,7 @@ def test_procedural_pictures():
     expected = TextureDataset(14, size=16, seed=5)
     assert isinstance(source, DatasetImages) and len(source) == 14
     assert np.array_equal(read(source), np.stack([expected[i]["image"] for i in range(14)]))
+    assert read_labels(source) == [*range(12), 0, 1] and source.num_classes == 12
     assert open_images("textures:2:0").resolution == (32, 32)
     for name in ("textures", "textures:12", "textures:a:0", "textures:-1:0", "textures:1:2:3"):
         with pytest.raises(ValueError, match=says("textures:<number>:<seed>", repr(name))):
@@ -215,6 +238,42 @@ def test_folders_of_classes_are_cropped(pixels, tmp_path):
     assert np.array_equal(read(source), np.stack(expected)) and source.resolution == (4, 4)
     with pytest.raises(ValueError, match=says("`resolution` must be given", str(tmp_path))):
         open_images(str(tmp_path))
+    assert read_labels(source) == [0, 0, 0, 0, 1, 1, 1] and source.num_classes == 2
     (tmp_path / "b" / "1.png").write_text("no picture")
     with pytest.raises(ValueError, match=says(str(tmp_path), "1.png")):
         read(open_images(str(tmp_path), 4))
+
+
+def test_pictures_that_are_drawn():
+    assert draw_indices(7).tolist() == draw_indices(7, 7).tolist() == list(range(7))
+    drawn = draw_indices(1000, 100)
+    assert len(set(drawn.tolist())) == 100 and drawn.max() > 900 and drawn.tolist() != sorted(drawn)
+    assert draw_indices(1000, 40).tolist() == drawn[:40].tolist()  # of the same order, whatever the state of torch
+    assert draw_indices(1001, 40).tolist() != drawn[:40].tolist()
+    for number in (0, 8):
+        with pytest.raises(ValueError, match=says("`num_images`", str(number))):
+            draw_indices(7, number)
+
+
+def test_a_folder_is_known_by_names_and_contents(pixels, tmp_path):
+    """Wherever and whenever it was written."""
+    for index, picture in enumerate(pixels[:4]):
+        (tmp_path / "first" / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(tmp_path / "first" / "ab"[index % 2] / f"{index}.png")
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    for number, path in enumerate((tmp_path / "copy").rglob("*.png")):
+        os.utime(path, (number, number))
+    (tmp_path / "copy" / ".hidden").write_text("of the system")
+
+    def identity(name: str) -> str:
+        return open_images(str(tmp_path / name), 4).data["fingerprint"]
+
+    first = identity("first")
+    assert identity("copy") == first
+    moved = tmp_path / "copy" / "a" / "0.png"
+    moved.rename(moved.with_name("00.png"))
+    assert identity("copy") != first
+    moved.with_name("00.png").rename(moved)
+    content = moved.read_bytes()
+    moved.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert identity("copy") != first

@@ -22,7 +22,6 @@ from diffusers_dod.evaluation.linear_probe import (
     to_features,
     top_k_accuracy,
     train_classifiers,
-    wilson_interval,
 )
 from diffusers_dod.evaluation.options import open_pictures
 from diffusers_dod.evaluation.results import checkpoint_sha256, read_results
@@ -164,11 +163,6 @@ def test_top_k_accuracy():
     scores = torch.tensor([[3.0, 2, 1], [1, 3, 2], [1, 2, 3], [3, 2, 1]])
     labels = torch.tensor([0, 2, 0, 0])
     assert [top_k_accuracy(scores, labels, k) for k in (1, 2, 3)] == [0.5, 0.75, 1]
-
-
-def test_wilson_interval():
-    assert wilson_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # a textbook's
-    assert wilson_interval(0.0, 10) == pytest.approx((0, 1.96**2 / (10 + 1.96**2)))
 
 
 def test_tokens_become_features():
@@ -327,6 +321,9 @@ def test_folders(checkpoint, tmp_path):
     assert results["data"]["train"]["num_available"] == 20 and results["data"]["test"]["num_available"] == 8
     with pytest.raises(ValueError, match=says("`test_data_dir`", "classes")):
         linear_probe.main([*argv, "--test_data_dir", str(tmp_path / "others")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=says("`train_data_dir`", "pictures", str(tmp_path / "empty"))):
+        linear_probe.main([*argv, "--test_data_dir", str(tmp_path / "empty")])
     with pytest.raises(ValueError, match=says("at most the 8", "9")):
         linear_probe.main([*argv, "--test_data_dir", str(tmp_path / "val"), "--num_test_pictures", "9"])
 

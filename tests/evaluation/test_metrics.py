@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 from helpers import says
 
@@ -12,11 +13,15 @@ from diffusers_dod.evaluation.frechet import feature_statistics, frechet_distanc
 from diffusers_dod.evaluation.metrics import (
     InceptionScore,
     PrecisionRecall,
+    ReferenceManifold,
     RunningInceptionScore,
     RunningStatistics,
     fid_interval,
+    jackknife_interval,
+    mean_interval,
     merge_statistics,
     precision_recall,
+    wilson_interval,
 )
 
 
@@ -136,6 +141,21 @@ def test_interval_is_the_jackknife_of_plain_loops(rows):
     assert fid_interval(groups_of(rows, 5), reference) == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_jackknife_of_a_mean_is_the_usual_interval():
+    values = np.random.default_rng(3).normal(5, 2, size=40)
+    found = jackknife_interval(list(values), lambda part: float(np.mean(part)))
+    assert found == pytest.approx(mean_interval(values), rel=1e-9)
+    margin = 2.0227 * values.std(ddof=1) / 40**0.5  # Student's t of 39 degrees of freedom
+    assert mean_interval(values) == pytest.approx((values.mean() - margin, values.mean() + margin), rel=1e-4)
+    assert mean_interval([1.0, 3.0]) == pytest.approx((2 - 12.706, 2 + 12.706), rel=1e-4)
+    assert jackknife_interval([-1.0, 0.0, 1.0], lambda part: float(np.mean(part)))[0] == 0
+    for values, name in (([1.0], "`len(values)`"), ([], "`len(values)`")):
+        with pytest.raises(ValueError, match=says(name, ">= 2")):
+            mean_interval(values)
+    with pytest.raises(ValueError, match=says("`confidence`", "got 1")):
+        mean_interval([1.0, 2.0], confidence=1)
+
+
 def test_intervals_hold_the_expected_distance_as_often_as_they_say():
     rng = np.random.default_rng(0)
     drawn = [rng.normal(size=(300, 4)) * [1, 2, 0.5, 1] + 0.3 for _ in range(200)]
@@ -210,6 +230,24 @@ def test_what_scores_refuse():
         RunningInceptionScore(0)
 
 
+def test_places_in_another_order_than_that_of_the_samples():
+    logits = np.random.default_rng(5).normal(size=(230, 4)) * 3
+    places = np.random.default_rng(6).permutation(230)
+    running = RunningInceptionScore(100)
+    for start in range(0, 230, 48):
+        running.update(logits[places[start : start + 48]], places[start : start + 48])
+    with pytest.warns(UserWarning, match=says("30 samples", "those of 100", "multiple of 100")):
+        assert running.result().splits == pytest.approx(score(logits, 100).splits, rel=1e-12)
+
+
+def test_splits_of_one_size_are_not_warned_of():
+    logits = np.random.default_rng(5).normal(size=(200, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(score(logits, 100).splits) == 2
+        assert len(score(logits[:70], 100).splits) == 1
+
+
 # Precision and recall
 
 
@@ -236,6 +274,12 @@ def test_precision_and_recall_against_plain_loops(sets, k):
     assert (ours.precision, ours.recall) == expected
     swapped = precision_recall(*sets[::-1], num_neighbours=k)
     assert (swapped.recall, swapped.precision) == expected
+
+
+def test_samples_in_turn_with_one_reference(sets):
+    manifold = ReferenceManifold(sets[1])
+    for samples in (sets[0], sets[0][:30], sets[0]):
+        assert manifold.compare(samples) == precision_recall(samples, sets[1])
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 60])
@@ -273,12 +317,19 @@ def test_dropped_modes_lower_recall_and_noise_lowers_precision():
 
 
 def test_intervals_of_shares():
-    """Wilson's, by its formula."""
+    """Wilson's, by SciPy, which takes counts."""
+    for number, total in ((30, 100), (0, 10), (7, 7), (1, 3)):
+        for confidence in (0.95, 0.8):
+            expected = scipy.stats.binomtest(number, total).proportion_ci(confidence, method="wilson")
+            found = wilson_interval(number / total, total, confidence)
+            assert found == pytest.approx((expected.low, expected.high), abs=1e-12)
+            assert 0 <= found[0] <= number / total <= found[1] <= 1
+    assert wilson_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # a textbook's
+    for arguments, name in (((1.5, 10), "`share`"), ((0.5, 0), "`num_samples`"), ((0.5, 9, 1.0), "`confidence`")):
+        with pytest.raises(ValueError, match=says(name)):
+            wilson_interval(*arguments)
     ours = PrecisionRecall(30, 100, 50, 50)
-    z, n, p = 1.959963985, 100, 0.3
-    center, margin = (p + z**2 / (2 * n)), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    expected = ((center - margin) / (1 + z**2 / n), (center + margin) / (1 + z**2 / n))
-    assert ours.interval("precision") == pytest.approx(expected)
+    assert ours.interval("precision") == wilson_interval(0.3, 100)
     assert ours.interval("recall")[0] < 1 and ours.interval("recall")[1] == 1
     with pytest.raises(ValueError, match=says("`which`", "'recall'", "got 'f1'")):
         ours.interval("f1")

@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """Pictures drawn again from their own priors: the measures by hand, the noise by hand, and the command as a whole."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -214,9 +216,9 @@ def test_intervals_of_the_means():
     originals, outputs = textures(30)[0].numpy(), random_pictures(30)
     comparison = compare([(outputs, originals)])
     metric = as_metrics("x", comparison)["psnr_x"]
-    margin = 1.96 * np.std(comparison.psnr, ddof=1) / 30**0.5
+    margin = 2.0452 * np.std(comparison.psnr, ddof=1) / 30**0.5  # Student's t of 29 degrees of freedom
     assert metric["value"] == pytest.approx(comparison.psnr.mean())
-    assert metric["interval"] == pytest.approx([metric["value"] - margin, metric["value"] + margin])
+    assert metric["interval"] == pytest.approx([metric["value"] - margin, metric["value"] + margin], rel=1e-4)
 
 
 def groups_of(images: np.ndarray, originals: np.ndarray) -> list[tuple[RunningStatistics, RunningStatistics]]:
@@ -300,6 +302,55 @@ def test_the_command(checkpoint, tmp_path, capsys, pipeline):
     ]
     reconstruction.main(again)
     assert read_results(tmp_path / "again.json")["metrics"] == first["metrics"]
+
+
+def rows_of(path) -> list[str]:
+    """Names of the rows in a file of results."""
+    return list(dict.fromkeys(name.partition("_")[2] for name in read_results(path)["metrics"]))
+
+
+def test_a_run_that_is_stopped_goes_on_with_the_next_row(checkpoint, tmp_path, monkeypatch):
+    output, rows_file = tmp_path / "r.json", tmp_path / ".r.json.rows"
+    more = ["--num_inference_steps", "1", "--extractor", f"{checkpoint}/features.py:extractor", "--guidance_scales"]
+    reconstruction.main(arguments(checkpoint, tmp_path / "whole.json", *more, "1", "2", "3"))
+    compared = []
+
+    def compare_two(*args):
+        if len(compared) == 2:
+            raise KeyboardInterrupt
+        compared.append(args)
+        return compare(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reconstruction, "compare", compare_two)
+        with pytest.raises(KeyboardInterrupt):
+            reconstruction.main(arguments(checkpoint, output, *more, "1", "2", "3"))
+    assert not output.exists() and rows_of(rows_file) == ["autoencoder", "scale_1"]
+    stopped = rows_file.read_bytes()
+
+    scales = []
+    monkeypatch.setattr(
+        reconstruction, "reconstruct", lambda *args, **call: (scales.append(args[4]), reconstruct(*args, **call))[1]
+    )
+    reconstruction.main(arguments(checkpoint, output, *more, "1", "2", "3"))
+    assert set(scales) == {2.0, 3.0} and not rows_file.exists()
+    assert read_results(output)["metrics"] == read_results(tmp_path / "whole.json")["metrics"]
+    assert read_results(output)["settings"]["guidance_scales"] == [1, 2, 3]
+    # With other scales too, and the rows come in the order of the options.
+    rows_file.write_bytes(stopped)
+    scales.clear()
+    reconstruction.main(arguments(checkpoint, output, *more, "4", "1", "--grid_file", str(tmp_path / "grid.png")))
+    assert rows_of(output) == ["autoencoder", "scale_4", "scale_1"] and scales == [4.0] * 4 + [None, 4.0, 1.0]
+    # Rows of other settings, of other code or damaged ones are of no use.
+    changes = [more[:1] + ["2"] + more[2:] + ["1"], [*more, "1", "--seed", "5"], [*more, "1", "--num_pictures", "25"]]
+    content = json.loads(stopped)
+    content["versions"]["git_commit"] = "another"
+    others = [stopped] * 3 + [stopped[:-30], json.dumps(content).encode(), b""]
+    for options, rows in zip(changes + [[*more, "1"]] * 3, others, strict=True):
+        rows_file.write_bytes(rows)
+        scales.clear()
+        reconstruction.main(arguments(checkpoint, output, *options))
+        assert set(scales) == {None, 1.0} and not rows_file.exists()
 
 
 def test_the_defaults_are_those_of_the_checkpoint_and_pixel_space_has_no_autoencoder(tmp_path):

@@ -1,4 +1,4 @@
-"""Numbers that are computed again, and that go into model cards."""
+"""Numbers that are computed again."""
 
 import json
 import shutil
@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 from helpers import says, tiny_pipeline
-from huggingface_hub import ModelCard
 
-from diffusers_dod.evaluation import cards, evaluate, reproduce, sample
-from diffusers_dod.evaluation.results import as_metric, read_results, write_results
+from diffusers_dod.evaluation import evaluate, reproduce, sample
+from diffusers_dod.evaluation.results import as_metric, file_sha256, read_results, write_results
 
 
 def write(path: Path, metrics: dict, checkpoint: Path | None = None, task: str = "evaluate", **settings) -> Path:
@@ -27,12 +26,12 @@ def command(monkeypatch):
 
     def main(argv):
         calls.append(argv)
-        write(Path(argv[argv.index("--output_file") + 1]), command.metrics)
+        write(Path(argv[argv.index("--output_file") + 1]), command.metrics, **command.settings)
 
     module = types.ModuleType("evaluate")
     module.main = main
     monkeypatch.setitem(sys.modules, "diffusers_dod.evaluation.evaluate", module)
-    command = types.SimpleNamespace(metrics={}, calls=calls)
+    command = types.SimpleNamespace(metrics={}, settings={}, calls=calls)
     return command
 
 
@@ -71,6 +70,18 @@ def test_code_is_run_only_if_it_is_trusted(tmp_path, command):
             reproduce.reproduce(path, 0.0)
         assert len(command.calls) == number
         assert reproduce.reproduce(path, 0.0, trust_extractor=True)[0]["agrees"]
+
+
+def test_another_extractor_is_warned_of(tmp_path, command, recwarn):
+    """Where the hash is that of its file alone, as it was in older results, the file is compared."""
+    (tmp_path / "ext.py").write_text("number = 1\n")
+    own = f"{tmp_path / 'ext.py'}:number"
+    command.settings = {"extractor": own, "extractor_sha256": "now"}
+    for wanted, is_another in {"now": False, file_sha256(tmp_path / "ext.py"): False, "before": True}.items():
+        published = write(tmp_path / "published.json", {}, extractor=own, extractor_sha256=wanted)
+        recwarn.clear()
+        reproduce.reproduce(published, 0.0)
+        assert [f"{own!r} is not the published one" in str(entry.message) for entry in recwarn] == [True] * is_another
 
 
 def test_outputs_of_the_published_command_stay(tmp_path, command):
@@ -122,32 +133,6 @@ def test_an_unknown_command_is_refused(tmp_path):
     published = write(tmp_path / "published.json", {}, task="os")
     with pytest.raises(ValueError, match=says("`task`", "evaluate", "got 'os'")):
         reproduce.reproduce(published, 0.0)
-
-
-def test_results_in_a_card(tmp_path):
-    card = tmp_path / "README.md"
-    card.write_text("---\nlibrary_name: diffusers\n---\n\n# A model\n\nText.\n")
-    first = write(tmp_path / "first.json", {"fid": as_metric(4.25, (4.0, 4.5)), "is": as_metric(11.5)}, num_stages=2)
-    cards.main([str(card), str(first)])
-    loaded = ModelCard.load(card)
-    assert loaded.data.library_name == "diffusers" and loaded.text.strip() == "# A model\n\nText."
-    entries = {entry.metric_type: entry for entry in loaded.data.eval_results}
-    assert entries["fid"].metric_value == 4.25 and "95 %: 4 to 4.5" in entries["fid"].metric_name
-    assert entries["inception_score"].metric_value == 11.5 and entries["fid"].metric_config == "num_stages 2"
-    assert entries["fid"].dataset_name == "textures"
-    cards.main([str(card), str(first)])  # in place of what was there
-    assert len(ModelCard.load(card).data.eval_results) == 2
-
-
-def test_results_of_several_checkpoints_are_refused(tmp_path):
-    for seed, name in enumerate("ab"):
-        tiny_pipeline(default_guidance_scale=2.0 + seed).save_pretrained(tmp_path / name)
-        write(tmp_path / f"{name}.json", {"fid": as_metric(4.0)}, tmp_path / name)
-    card = tmp_path / "README.md"
-    card.write_text("# A model\n")
-    with pytest.raises(ValueError, match=says("`paths`", "one checkpoint", "a.json", "b.json")):
-        cards.add_results(card, [tmp_path / "a.json", tmp_path / "b.json"])
-    assert card.read_text() == "# A model\n"
 
 
 def test_files_of_something_else_are_refused(tmp_path):

@@ -3,7 +3,10 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +14,18 @@ import pytest
 import torch
 from helpers import says, tiny_pipeline
 
+from diffusers_dod.evaluation import results
 from diffusers_dod.evaluation.results import (
     FORMAT,
     as_metric,
+    check_output,
     checkpoint_sha256,
     describe_versions,
     file_sha256,
+    git_commit,
+    in_use,
     read_results,
+    replacing,
     write_results,
 )
 
@@ -81,6 +89,52 @@ def test_versions_are_of_what_computes():
     assert versions["device"] == "cpu" and versions["num_threads"] == str(torch.get_num_threads())
 
 
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A function that runs git in a checkout, whose package is that which computes; its commit is looked up afresh."""
+    package = tmp_path / "checkout" / "src" / "package"
+    (package / "evaluation").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(results, "__file__", str(package / "evaluation" / "results.py"))
+    monkeypatch.delenv("GIT_DIR", raising=False)
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path / "checkout"), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git.package = package
+    git("init", "--quiet")
+    return git
+
+
+def commit_of(git) -> str | None:
+    git_commit.cache_clear()
+    try:
+        return describe_versions("cpu")["git_commit"]
+    finally:
+        git_commit.cache_clear()
+
+
+def test_the_commit_of_a_checkout(checkout, monkeypatch):
+    assert commit_of(checkout) is None  # the package is none of its files
+    checkout("add", "src")
+    assert commit_of(checkout) is None  # there is no commit
+    checkout("commit", "--quiet", "-m", "first")
+    commit = checkout("rev-parse", "HEAD")
+    assert len(commit) == 40 and commit_of(checkout) == commit
+    (checkout.package.parent / "README.md").write_text("not of the package")
+    assert commit_of(checkout) == commit
+    (checkout.package / "new.py").write_text("")
+    assert commit_of(checkout) == f"{commit}-dirty"
+    (checkout.package / "new.py").unlink()
+    (checkout.package / "__init__.py").write_text("1")
+    assert commit_of(checkout) == f"{commit}-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert commit_of(checkout) is None  # no git
+    assert json.dumps(describe_versions("cpu"))
+
+
 def test_metrics_are_plain_numbers():
     metric = as_metric(np.float32(0.5), (np.float64(0.25), np.float32(0.75)), num_samples=3)
     assert metric == {"value": 0.5, "interval": [0.25, 0.75], "num_samples": 3}
@@ -122,12 +176,82 @@ def test_another_format_and_a_missing_file_are_refused(tmp_path):
         read_results(path)
 
 
+# ------------------------------------------------------------------------------------------------------ files, folders
+
+
+def test_what_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "new.json", tmp_path / "deep" / "er" / "new.json", tmp_path / "file", None):
+        check_output("output_file", path)
+    check_output("output_dir", tmp_path, is_folder=True)
+    check_output("output_dir", tmp_path / "a" / "b", is_folder=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    for path, is_folder in ((tmp_path, False), (tmp_path / "file", True), (tmp_path / "file" / "new.json", False)):
+        with pytest.raises(ValueError, match=says("`name`", "can be written", str(path))):
+            check_output("name", path, is_folder)
+
+
+def test_folders_that_cannot_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(ValueError, match=says("`output_file`", "can be written")):
+        check_output("output_file", tmp_path / "deep" / "new.json")
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "file"
+    with replacing(path) as unfinished:
+        assert unfinished.parent == path.parent and str(os.getpid()) in unfinished.name
+        unfinished.write_text("first")
+        assert not path.exists()
+    with pytest.raises(KeyError), replacing(path, tmp_path) as unfinished:
+        assert unfinished.parent == tmp_path
+        unfinished.write_text("second")
+        raise KeyError
+    assert path.read_text() == "first" and not unfinished.exists()
+    with pytest.raises(KeyError), replacing(tmp_path / "folder") as unfinished:
+        (unfinished / "deep").mkdir(parents=True)
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+
+
+def test_a_folder_in_use_is_refused_until_the_other_command_ends(tmp_path):
+    code = "import sys, time; from pathlib import Path; from diffusers_dod.evaluation.results import in_use\n"
+    code += "with in_use(Path(sys.argv[1])): print('in use', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "new")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "in use\n"
+    with pytest.raises(ValueError, match=says("`output_dir`", "another command", str(tmp_path / "new"))):
+        with in_use(tmp_path / "new"):
+            pass
+    with in_use(tmp_path / "other"):
+        pass
+    process.kill()
+    process.wait()
+    for _ in range(2):
+        with in_use(tmp_path / "new"):
+            assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_systems_without_locks(tmp_path, monkeypatch):
+    def flock(*arguments):
+        raise OSError("no locks")
+
+    monkeypatch.setattr(results.fcntl, "flock", flock)
+    with in_use(tmp_path), in_use(tmp_path):
+        pass
+    monkeypatch.setattr(results, "fcntl", None)
+    with in_use(tmp_path / "new"):
+        assert (tmp_path / "new").is_dir()
+
+
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def test_the_hash_of_a_file_is_the_usual_one(tmp_path):
     (tmp_path / "file").write_bytes(b"marble" * 100_000)
     assert file_sha256(tmp_path / "file") == hashlib.sha256(b"marble" * 100_000).hexdigest()
+    (tmp_path / "next").write_bytes(b"wood")
+    both = file_sha256(tmp_path / "file", tmp_path / "next")
+    assert both == hashlib.sha256(b"marble" * 100_000 + b"wood").hexdigest()
 
 
 def test_the_hash_is_of_the_content_and_not_of_the_place(saved, checkpoint):

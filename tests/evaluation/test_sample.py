@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from helpers import fresh_accelerator, says, tiny_pipeline
 from PIL import Image
 
 from diffusers_dod import DoDPipeline
-from diffusers_dod.evaluation.results import checkpoint_sha256, file_sha256
+from diffusers_dod.evaluation.results import checkpoint_sha256, file_sha256, in_use
 from diffusers_dod.evaluation.sample import SampleFolder, draw_labels, main, to_uint8
 
 
@@ -100,7 +101,7 @@ def test_the_manifest_says_what_they_are(checkpoint, finished):
     is_png = finished.name == "png"
     assert manifest["argv"] == command(checkpoint, finished, "--format", finished.name)
     assert manifest["checkpoint"] == {"path": str(checkpoint), "sha256": checkpoint_sha256(checkpoint)}
-    assert manifest["num_images"] == NUM_IMAGES
+    assert manifest["num_images"] == NUM_IMAGES and manifest["num_classes"] == 10
     assert manifest["images"] == ("*.png" if is_png else "arr_0 of samples.npz")
     assert manifest["labels"] == ("labels.txt" if is_png else "arr_1 of samples.npz")
     if is_png:
@@ -186,6 +187,111 @@ def test_a_run_that_is_killed_at_any_file_goes_on(checkpoint, tmp_path, monkeypa
                 run(checkpoint, folder, *options)
         run(checkpoint, folder, *options)
         assert contents(folder) == contents(tmp_path / "expected"), number
+
+
+FEWER = ["--num_images", "3", "--batch_size", "2"]
+MORE = ["--num_images", "5", "--batch_size", "2"]
+
+
+@pytest.mark.parametrize("options", [["png"], ["npz"], ["npz", "--all_stages"]], ids=" ".join)
+def test_a_finished_run_goes_on_with_more_images(checkpoint, tmp_path, monkeypatch, options):
+    """The last chunk, which was smaller than the others, is sampled again, and those before are not."""
+    options = ["--format", *options]
+    run(checkpoint, tmp_path / "expected", *options, *MORE)
+    run(checkpoint, tmp_path / "samples", *options, *FEWER)
+    chunks = []
+    write = SampleFolder.write
+    monkeypatch.setattr(SampleFolder, "write", lambda self, *args: (chunks.append(args[0]), write(self, *args)))
+    run(checkpoint, tmp_path / "samples", *options, *MORE)
+    assert sorted(set(chunks)) == [1, 2]
+    assert contents(tmp_path / "samples") == contents(tmp_path / "expected")
+    with pytest.raises(ValueError, match=says("`output_dir`", "`num_images` = 3", "got 5")):
+        run(checkpoint, tmp_path / "samples", *options, *FEWER)
+    with pytest.raises(ValueError, match=says("`output_dir`", "`seed` = 6", "got 5")):
+        run(checkpoint, tmp_path / "samples", *options, *MORE, "--num_images", "9", "--seed", "6")
+    assert contents(tmp_path / "samples") == contents(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("image_format", ["png", "npz"])
+def test_an_unfinished_run_goes_on_with_more_images(checkpoint, tmp_path, monkeypatch, image_format):
+    options = ["--format", image_format, "--num_stages", "1"]
+    run(checkpoint, tmp_path / "expected", *options, *MORE)
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleFolder, "finish", lambda self, **details: None)
+        with pytest.raises(FileNotFoundError, match="manifest.json"):
+            run(checkpoint, tmp_path / "samples", *options, *FEWER)
+    run(checkpoint, tmp_path / "samples", *options, *MORE)
+    assert contents(tmp_path / "samples") == contents(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("image_format", ["png", "npz"])
+def test_a_run_that_is_killed_while_it_goes_on_with_more_images(checkpoint, tmp_path, monkeypatch, image_format):
+    """Before each of its files in turn is put in its place; then either number of images can follow, or is refused."""
+    options = ["--format", image_format, "--num_stages", "1"]
+    for name, number in {"fewer": FEWER, "more": MORE}.items():
+        run(checkpoint, tmp_path / name, *options, *number)
+    replace = os.replace
+    for number in range(1, 100):
+        published = []
+
+        def replace_some(source, target, published=published, number=number):
+            published.append(target)
+            if len(published) == number:
+                raise Killed
+            replace(source, target)
+
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "fewer", folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace_some)
+            try:
+                run(checkpoint, folder, *options, *MORE)
+                break
+            except Killed:
+                pass
+        if (folder / "manifest.json").exists():  # it is still what it was
+            run(checkpoint, folder, *options, *FEWER)
+            assert contents(folder) == contents(tmp_path / "fewer"), number
+        elif (folder / "samples.npz").exists():
+            assert (folder / "samples.npz").read_bytes() == (tmp_path / "more" / "samples.npz").read_bytes(), number
+        run(checkpoint, folder, *options, *MORE)
+        assert contents(folder) == contents(tmp_path / "more"), number
+    assert number > 7
+
+
+def test_a_damaged_finished_run_goes_on_with_more_images(checkpoint, references, tmp_path):
+    for name, finished in references.items():
+        shutil.copytree(finished, tmp_path / name)
+        path = next((tmp_path / name).glob("samples.npz" if name == "npz" else "000004.png"))
+        path.write_bytes(path.read_bytes()[:-1])
+        run(checkpoint, tmp_path / name, "--format", name, "--num_images", "8")
+        run(checkpoint, tmp_path / f"{name}-expected", "--format", name, "--num_images", "8")
+        assert contents(tmp_path / name) == contents(tmp_path / f"{name}-expected")
+
+
+def test_names_of_as_many_digits(tmp_path):
+    """Files are sorted by name: those of a million images and of more cannot be together."""
+    settings = {"num_images": 1_000_000, "batch_size": 1_000_000, "format": "png"}
+    more = {**settings, "num_images": 1_000_001}
+    folder = SampleFolder(tmp_path, more, np.zeros(1_000_001, np.int64))
+    (tmp_path / "manifest.json").write_text(json.dumps({"settings": settings, "sha256": ""}))
+    with pytest.raises(ValueError, match=says("`num_images` = 1000001", "got 1000000")):
+        folder.open()
+
+
+def test_two_commands_in_one_folder(checkpoint, finished):
+    before = contents(finished)
+    with in_use(finished), pytest.raises(ValueError, match=says("`output_dir`", "in use by another", str(finished))):
+        run(checkpoint, finished, "--format", finished.name)
+    run(checkpoint, finished, "--format", finished.name)
+    assert contents(finished) == before
+
+
+def test_what_a_killed_process_was_writing_is_removed(checkpoint, finished, tmp_path):
+    (tmp_path / "samples" / "chunks").mkdir(parents=True)
+    (tmp_path / "samples" / "chunks" / ".000000.npy.123.unfinished").write_bytes(b"half")
+    run(checkpoint, tmp_path / "samples", "--format", finished.name)
+    assert contents(tmp_path / "samples") == contents(finished)
 
 
 @pytest.fixture
@@ -274,7 +380,7 @@ def test_a_damaged_finished_run_is_repaired(checkpoint, references, tmp_path, ca
     ("name", "arguments"),
     [
         ("seed", ["--seed", "6"]),
-        ("num_images", ["--num_images", "8"]),
+        ("num_images", ["--num_images", "6"]),
         ("batch_size", ["--batch_size", "4"]),
         ("labels", ["--labels", "balanced"]),
         ("dtype", ["--dtype", "bfloat16"]),

@@ -1,19 +1,21 @@
 """Settings beside each other: one file of results, a table and plots, resumable."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import says, tiny_pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler
+from helpers import says, tiny_pipeline, tiny_transformer
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffusers_dod import DoDPipeline
+from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline
 from diffusers_dod.evaluation import evaluate, sample, sweep
 from diffusers_dod.evaluation.compute import sampling_compute
-from diffusers_dod.evaluation.results import as_metric, checkpoint_sha256, read_results
+from diffusers_dod.evaluation.results import as_metric, checkpoint_sha256, in_use, read_results
 from diffusers_dod.losses import DoDJointModel
 
 
@@ -23,7 +25,7 @@ from diffusers_dod.evaluation.extractors import PictureFeatures
 
 def extractor(pictures):
     small = torch.nn.functional.adaptive_avg_pool2d(pictures.float(), 1).flatten(1) / 255
-    return PictureFeatures(small, logits=10 * small)
+    return PictureFeatures(small, logits=torch.cat([10 * small] * 3 + [small[:, :1]], dim=1))
 """
 
 
@@ -56,45 +58,85 @@ def run(folder: Path, checkpoint: Path, extractor: Path, *arguments: object) -> 
     return read_results(folder / "sweep.json")
 
 
+GRID = ["--first_stage_guidance_scales", 1, 1.5, "--guidance_scales", 1, 3, "--num_inference_steps", 1, 2]
+GRID += ["--seeds", 0, 1, "--metrics", "fid", "is", "precision_recall", "accuracy"]
+STAGE_1, STAGE_2 = ("1", "1.5"), ("1:1", "1:3", "1.5:1", "1.5:3")
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, checkpoint, extractor) -> Path:
+def calls() -> dict[str, list]:
+    """What the sweep `finished` has loaded, opened and sampled."""
+    return {"extractor": [], "features": [], "sample": []}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, checkpoint, extractor, calls) -> Path:
     folder = tmp_path_factory.mktemp("sweep") / "run"
-    grid = ["--guidance_scales", 1, 3, "--num_inference_steps", 1, 2, "--seeds", 0, 1]
-    run(folder, checkpoint, extractor, *grid, "--metrics", "fid", "is", "precision_recall")
+    functions = {"extractor": (evaluate, "load_extractor"), "features": (evaluate, "compute_features")}
+    functions["sample"] = (sample, "sample")
+    with pytest.MonkeyPatch.context() as patch:
+        for kind, (module, name) in functions.items():
+            original = getattr(module, name)
+
+            def count(*arguments, function=original, kind=kind, **options):
+                calls[kind].append(arguments[0])
+                return function(*arguments, **options)
+
+            patch.setattr(module, name, count)
+        run(folder, checkpoint, extractor, *GRID)
     return folder
 
 
 def test_every_setting_has_its_numbers(finished):
     results = read_results(finished / "sweep.json")
     labels = {name.split("/", 1)[1] for name in results["metrics"]}
-    stage_2 = {f"stage-2/pipeline/{steps}/euler/{scale}" for steps in (1, 2) for scale in (1.0, 3.0)}
-    assert labels == stage_2 | {f"stage-1/pipeline/{steps}/euler/1.0" for steps in (1, 2)}
-    assert {name.split("/", 1)[0] for name in results["metrics"]} == {"fid", "is", "precision", "recall"}
-    assert len(results["metrics"]) == 4 * len(labels)
-    assert len({metric["value"] for name, metric in results["metrics"].items() if name.startswith("fid")}) == 6
+    stages = {1: STAGE_1, 2: STAGE_2}
+    assert labels == {f"stage-{n}/pipeline/{steps}/euler/{s}" for n in stages for s in stages[n] for steps in (1, 2)}
+    assert {name.split("/", 1)[0] for name in results["metrics"]} == {"fid", "is", "precision", "recall", "accuracy"}
+    assert len(results["metrics"]) == 5 * len(labels)
+    assert len({metric["value"] for name, metric in results["metrics"].items() if name.startswith("fid")}) == 12
     assert not (finished / "samples").exists()
+    assert (
+        results["data"]["reference"]["name"] == "textures:24:5" and len(results["settings"]["extractor_sha256"]) == 64
+    )
 
 
-def test_a_number_is_that_of_the_two_commands(finished, checkpoint, extractor, tmp_path):
-    path = finished / "settings" / "pipeline_2_euler_3.0_1_stage-2.json"
+def test_extractor_and_reference_are_looked_at_once_and_each_stage_of_a_setting_is_judged_once(finished, calls):
+    assert len(calls["extractor"]) == 1
+    names = [images.name for images in calls["features"]]
+    assert names.count("textures:24:5") == 1 and len(names) == 1 + 2 * 2 * 6  # of 2 steps and 2 seeds
+    assert len(set(names)) == len(names)
+    assert len(calls["sample"]) == 2 * 2 * 4
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_number_is_that_of_the_two_commands(finished, checkpoint, stage, tmp_path):
+    path = finished / "settings" / f"pipeline_2_euler_{('1.5', '1.5-3')[stage - 1]}_1_stage-{stage}.json"
     arguments = ["--num_images", "10", "--batch_size", "5", "--labels", "balanced", "--seed", "1", "--format", "npz"]
-    arguments += ["--num_stages", "2", "--num_inference_steps", "2", "--guidance_scale", "3"]
+    arguments += ["--num_stages", str(stage), "--num_inference_steps", "2", "--first_stage_guidance_scale", "1.5"]
+    arguments += ["--guidance_scale", "3"] if stage == 2 else []
     where = ["--pretrained_model_name_or_path", str(checkpoint), "--output_dir", str(tmp_path / "samples")]
     sample.main([*arguments, *where])
-    judged = read_results(path)["argv"]
-    judged = [str(tmp_path / "samples" / "samples.npz"), *judged[1:-1], str(tmp_path / "results.json")]
+    ours = read_results(path)
+    judged = [str(tmp_path / "samples" / "samples.npz"), *ours["argv"][1:-1], str(tmp_path / "results.json")]
     evaluate.main(judged)
-    ours, expected = (read_results(file)["metrics"]["fid"]["value"] for file in (path, tmp_path / "results.json"))
-    assert ours == pytest.approx(expected, rel=1e-6)
-    of_seeds = read_results(finished / "sweep.json")["metrics"]["fid/stage-2/pipeline/2/euler/3.0"]
-    assert of_seeds["seeds"][1] == ours and of_seeds["value"] == pytest.approx(np.mean(of_seeds["seeds"]))
+    theirs = read_results(tmp_path / "results.json")
+    assert ours["metrics"] == theirs["metrics"] and ours["settings"] == theirs["settings"]
+    assert ours["data"]["reference"] == theirs["data"]["reference"]
+    label = f"stage-{stage}/pipeline/2/euler/{('1.5', '1.5:3')[stage - 1]}"
+    of_seeds = read_results(finished / "sweep.json")["metrics"][f"fid/{label}"]
+    assert of_seeds["seeds"][1] == ours["metrics"]["fid"]["value"]
+    assert of_seeds["value"] == pytest.approx(np.mean(of_seeds["seeds"]))
 
 
-def test_the_table_has_the_compute(finished, checkpoint):
-    rows = [line.split("|")[1:-1] for line in (finished / "sweep.md").read_text().splitlines()[2:]]
-    assert len(rows) == 6
-    row = next(row for row in rows if [cell.strip() for cell in row[:5]] == ["2", "pipeline", "2", "euler", "3"])
-    flops = sampling_compute(DoDPipeline.from_pretrained(checkpoint), [2, 2], [1.0, 3.0])["flops"]
+def test_the_table_has_scales_and_compute(finished, checkpoint):
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in (finished / "sweep.md").read_text().splitlines()
+    ]
+    assert rows[0][:6] == ["stage", "average", "steps", "solver", "scales", "GFLOPs"] and rows[0][-1] == "accuracy"
+    assert len(rows) == 2 + 12
+    row = next(row for row in rows if row[:5] == ["2", "pipeline", "2", "euler", "1.5:3"])
+    flops = sampling_compute(DoDPipeline.from_pretrained(checkpoint), [2, 2], [1.5, 3.0])["flops"]
     assert float(row[5]) == pytest.approx(flops / 1e9, rel=1e-3)
 
 
@@ -107,17 +149,131 @@ def test_plots(finished):
 def test_finished_settings_are_not_run_again(finished, checkpoint, extractor, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in (finished / "settings").iterdir()}
     calls = []
-    main = sample.main
-    monkeypatch.setattr(sample, "main", lambda argv: (calls.append(argv), main(argv)))
-    grid = ["--guidance_scales", 1, 3, "--num_inference_steps", 1, 2, "--seeds", 0, 1]
-    results = run(finished, checkpoint, extractor, *grid, "--metrics", "fid", "is", "precision_recall")
-    assert calls == [] and len(results["metrics"]) == 24
-    missing = finished / "settings" / "pipeline_1_euler_1.0_0_stage-2.json"
-    content = json.loads(missing.read_text())
-    missing.unlink()
-    run(finished, checkpoint, extractor, *grid, "--metrics", "fid", "is", "precision_recall")
-    assert len(calls) == 1 and json.loads(missing.read_text())["metrics"] == content["metrics"]
-    assert {path: path.stat().st_mtime_ns for path in before if "1.0_0" not in path.name}.items() <= before.items()
+    function = sample.sample
+    monkeypatch.setattr(sample, "sample", lambda *args: (calls.append(args[1]), function(*args))[1])
+    results = run(finished, checkpoint, extractor, *GRID)
+    assert calls == [] and len(results["metrics"]) == 60
+    missing = [finished / "settings" / f"pipeline_1_euler_{name}.json" for name in ("1-1_0_stage-2", "1.5_0_stage-1")]
+    contents = [json.loads(path.read_text())["metrics"] for path in missing]
+    for path in missing:
+        path.unlink()
+    run(finished, checkpoint, extractor, *GRID)
+    assert len(calls) == 2 and [argv[argv.index("--num_stages") + 1] for argv in calls] == ["2", "1"]
+    assert [json.loads(path.read_text())["metrics"] for path in missing] == contents
+    assert {path: path.stat().st_mtime_ns for path in before if path not in missing}.items() <= before.items()
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_goes_on(tmp_path, checkpoint, extractor, finished, monkeypatch):
+    """At any file that is put in its place, of one setting of two stages."""
+    grid = [
+        "--guidance_scales",
+        3,
+        "--num_inference_steps",
+        2,
+        "--metrics",
+        "fid",
+        "is",
+        "precision_recall",
+        "accuracy",
+    ]
+    expected = read_results(finished / "settings" / "pipeline_2_euler_1-3_0_stage-2.json")["metrics"]["fid"]["value"]
+    replace, published = os.replace, []
+    for number in range(1, 100):
+        published.clear()
+
+        def replace_some(source, target, number=number):
+            published.append(target)
+            if len(published) == number:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace_some)
+            try:
+                run(tmp_path / str(number), checkpoint, extractor, *grid)
+                break
+            except KeyboardInterrupt:
+                pass
+        results = run(tmp_path / str(number), checkpoint, extractor, *grid)
+        assert results["metrics"]["fid/stage-2/pipeline/2/euler/1:3"]["value"] == expected
+        assert len(results["metrics"]) == 10 and not (tmp_path / str(number) / "samples").exists()
+    assert number > 15
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        (["--reference", "textures:24:5", "--resolution", 8], ["`reference`", "(16, 16)", "got (8, 8)"]),
+        (["--metrics", "fid", "sfid"], ["`extractor`", "`spatial_features` for `sfid`"]),
+        (["--metrics", "fid", "accuracy"], ["`extractor`", "4 classes", "got 10"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_sampled(tmp_path, extractor, monkeypatch, options, fragments):
+    tiny_pipeline(transformer=tiny_transformer(num_classes=4), id2label=None).save_pretrained(tmp_path / "pipeline")
+    monkeypatch.setattr(sample, "sample", None)
+    with pytest.raises(ValueError, match=says(*fragments)):
+        run(tmp_path / "run", tmp_path / "pipeline", extractor, *options)
+
+
+def test_two_sweeps_in_one_folder(finished, checkpoint, extractor):
+    before = (finished / "sweep.json").read_bytes()
+    with in_use(finished), pytest.raises(ValueError, match=says("`output_dir`", "in use by another", str(finished))):
+        run(finished, checkpoint, extractor, *GRID)
+    assert (finished / "sweep.json").read_bytes() == before
+
+
+def test_one_stage_has_the_first_scales_only(tmp_path, finished, checkpoint, extractor, capsys):
+    options = [
+        "--num_stages",
+        1,
+        "--first_stage_guidance_scales",
+        1,
+        1.5,
+        "--num_inference_steps",
+        2,
+        "--metrics",
+        "fid",
+    ]
+    metrics = run(tmp_path / "run", checkpoint, extractor, *options)["metrics"]
+    assert list(metrics) == ["fid/stage-1/pipeline/2/euler/1", "fid/stage-1/pipeline/2/euler/1.5"]
+    of_both = read_results(finished / "sweep.json")["metrics"]
+    assert all(metric["value"] == of_both[name]["seeds"][0] for name, metric in metrics.items())
+    # A sweep of more stages goes on from there.
+    options[1:2], options[4:5] = [2], []
+    metrics = run(tmp_path / "run", checkpoint, extractor, *options)["metrics"]
+    assert metrics["fid/stage-2/pipeline/2/euler/1:2"]["value"] > 0  # the checkpoint's scale of later stages
+    with pytest.raises(SystemExit):
+        run(tmp_path / "other", checkpoint, extractor, "--num_stages", 1, "--guidance_scales", 2)
+    message = capsys.readouterr().err
+    assert "`guidance_scales` must not be given for one stage" in message and "got [2.0]" in message
+
+
+def test_a_pipeline_without_a_latent_embedder(tmp_path, extractor, capsys):
+    tiny_pipeline(latent_embedder=None).save_pretrained(tmp_path / "pipeline")
+    folders = {name: tmp_path / name for name in ("guidance_scales", "first_stage_guidance_scales")}
+    found = [run(folders[name], tmp_path / "pipeline", extractor, f"--{name}", 1, 2)["metrics"] for name in folders]
+    assert list(found[0]) == ["fid/stage-1/pipeline/2/euler/1", "fid/stage-1/pipeline/2/euler/2"]
+    assert found[0] == found[1]  # both are the scale of the only stage
+    values = [metric["value"] for metric in found[0].values()]
+    default = run(tmp_path / "default", tmp_path / "pipeline", extractor)["metrics"]
+    assert {name: metric["value"] for name, metric in default.items()} == {"fid/stage-1/pipeline/2/euler/2": values[1]}
+    with pytest.raises(SystemExit):
+        run(tmp_path / "other", tmp_path / "pipeline", extractor, *GRID, "--num_stages", 2)
+    message = capsys.readouterr().err
+    assert "`guidance_scales` must not be given" not in message and "`num_stages` must be 1 without" in message
+    with pytest.raises(SystemExit):
+        run(tmp_path / "other", tmp_path / "pipeline", extractor, *GRID)
+    assert "`guidance_scales` must not be given for one stage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scheduler", [DoDFlowMatchScheduler(solver="heun"), FlowMatchEulerDiscreteScheduler()])
+def test_the_default_solver_is_the_checkpoints(tmp_path, extractor, scheduler):
+    tiny_pipeline(scheduler=scheduler).save_pretrained(tmp_path / "pipeline")
+    metrics = run(tmp_path / "run", tmp_path / "pipeline", extractor)["metrics"]
+    name = scheduler.config.get("solver", "FlowMatchEulerDiscreteScheduler")
+    assert list(metrics) == [f"fid/stage-1/pipeline/2/{name}/1", f"fid/stage-2/pipeline/2/{name}/1:2"]
+    assert "GFLOPs" in (tmp_path / "run" / "sweep.md").read_text()
 
 
 def test_a_changed_extractor_is_noticed(finished, checkpoint, extractor):
@@ -125,14 +281,14 @@ def test_a_changed_extractor_is_noticed(finished, checkpoint, extractor):
     try:
         extractor.write_text(before + "# changed")
         with pytest.raises(ValueError, match=says("`output_dir`", "`extractor_sha256`")):
-            run(finished, checkpoint, extractor, "--metrics", "fid", "is", "precision_recall")
+            run(finished, checkpoint, extractor, *GRID)
     finally:
         extractor.write_text(before)
 
 
 def test_a_folder_of_another_sweep_is_refused(finished, checkpoint, extractor):
     with pytest.raises(ValueError, match=says("`output_dir`", "`num_groups` = 5", "with 2")):
-        run(finished, checkpoint, extractor, "--metrics", "fid", "is", "precision_recall", "--num_groups", 5)
+        run(finished, checkpoint, extractor, *GRID, "--num_groups", 5)
 
 
 def test_another_average_of_a_training_checkpoint(tmp_path, checkpoint, extractor):
@@ -146,7 +302,7 @@ def test_another_average_of_a_training_checkpoint(tmp_path, checkpoint, extracto
     averages = ["--averages", "pipeline", "decay-0.9", "--num_inference_steps", 1, "--metrics", "fid"]
     results = run(tmp_path / "run", trained, extractor, *averages)
     values = {name: metric["value"] for name, metric in results["metrics"].items()}
-    assert values["fid/stage-2/pipeline/1/euler/2.0"] != values["fid/stage-2/decay-0.9/1/euler/2.0"]
+    assert values["fid/stage-2/pipeline/1/euler/1:2"] != values["fid/stage-2/decay-0.9/1/euler/1:2"]
     saved = DoDPipeline.from_pretrained(tmp_path / "run" / "pipelines" / "decay-0.9").transformer.proj_out.weight
     torch.testing.assert_close(saved, 1.5 * pipeline.transformer.proj_out.weight)
     assert checkpoint_sha256(trained) == checkpoint_sha256(checkpoint)  # not of the training state
@@ -172,6 +328,9 @@ def test_intervals_of_seeds():
     [
         (["--seeds", 0, 0, "--num_images", 1], ["`seeds` must hold different values", "`num_images`", ">= 2, got 1"]),
         (["--guidance_scales", -1], ["`guidance_scales`", "got -1"]),
+        (["--first_stage_guidance_scales", 1, 1], ["`first_stage_guidance_scales` must hold different values"]),
+        (["--device", "nowhere", "--metrics", "is"], ["`device`", "'nowhere'", "`reference` must not be given"]),
+        (["--num_groups", 20], ["`num_images`", ">= 20, got 10"]),
         (["--num_inference_steps", 0], ["`num_inference_steps`", ">= 1, got 0"]),
     ],
 )

@@ -224,6 +224,10 @@ def test_what_a_stream_refuses(stream, shards, pictures, vae, capsys, tmp_path):
         run(tmp_path / "run", "--streaming", "--dataset_name", "textures")
     assert "`latents_dir`" in says_at_start(capsys, *stream, "--latents_dir", "latents")
     assert "`max_aspect_ratio`" in says_at_start(capsys, *stream, "--max_aspect_ratio", 2)
+    said = says_at_start(capsys, *stream, "--latents_dtype", "float16", "--shard_size", 7)
+    assert (
+        "`latents_dtype` and `shard_size` must be given without `streaming` only" in said and "float16 and 7" in said
+    )
     message = says_at_start(capsys, "--train_data_dir", pictures, "--class_names_file", "classes.txt")
     assert "`class_names_file` must be given with `streaming` only, got classes.txt" in message
 
@@ -316,6 +320,8 @@ def test_what_alignment_refuses(aligned, features, pictures, vision, repa, capsy
         run(tmp_path / "run", "--train_data_dir", pictures, *REPA, "--repa_model_name_or_path", tmp_path / "nowhere")
     data = ["--train_data_dir", pictures, "--repa_model_name_or_path", vision]
     assert "`repa_layer` must be at most the 6 blocks" in says_at_start(capsys, *data)  # 8 by default
+    said = says_at_start(capsys, "--train_data_dir", pictures, "--repa_stop_step", 7)
+    assert "`repa_stop_step` must be given with `repa_model_name_or_path` only, got 7." in said
     fit = ["--preset", "FiTv2-Desk", "--repa_prior_weight", 1]
     assert "`repa_prior_weight` must be 0 for `preset` 'FiTv2-Desk'" in says_at_start(capsys, *data, *fit)
 

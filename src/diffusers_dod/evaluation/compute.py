@@ -23,7 +23,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..autoencoders import Autoencoder, decode_pixels, latent_channels
-from ..checks import check_at_least, check_choice, check_number, check_type
+from ..checks import attempt, check_at_least, check_choice, check_number, check_type
 from ..guidance import Guidance, GuidedVelocity
 from ..latent_embedding import LatentEmbeddingModule
 from ..pipeline_dod import DoDPipeline, _is_a
@@ -32,7 +32,7 @@ from ..rectified_flow import NUM_TRAIN_TIMESTEPS
 from ..scheduling_dod import ODE_SOLVERS, DoDFlowMatchScheduler
 from ..training.cost import format_table
 from ..transformer_dod import DoDTransformer2DModel
-from .results import as_metric, write_results
+from .results import as_metric, check_output, write_results
 
 
 @dataclass(frozen=True)
@@ -455,15 +455,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_file", type=Path, help="JSON file that the numbers go to as well.")
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    errors = []
-    checks = [(check_at_least, "steps", value, 1) for value in args.steps]
-    checks += [(check_number, "budget_gflops", value, 0) for value in args.budget_gflops or ()]
-    checks += [(Guidance, "class_and_prior", None, None, args.guidance_interval)]
-    for check, *arguments in checks:
-        try:
-            check(*arguments)
-        except (TypeError, ValueError) as error:
-            errors.append(str(error))
+    errors: list[str] = []
+    for value in args.steps:
+        attempt(errors, check_at_least, "steps", value, 1)
+    for value in args.budget_gflops or ():
+        attempt(errors, check_number, "budget_gflops", value, 0)
+    attempt(errors, Guidance, "class_and_prior", None, None, args.guidance_interval)
+    attempt(errors, check_output, "output_file", args.output_file)
     if errors:
         parser.error("\n".join(errors))
     budgets = None if args.budget_gflops is None else [1e9 * value for value in args.budget_gflops]

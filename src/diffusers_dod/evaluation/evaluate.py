@@ -1,6 +1,6 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-FID, sFID, Inception Score, precision and recall of pictures, as ADM's evaluation defines them:
+FID, sFID, Inception Score, precision and recall of pictures, as ADM's evaluation defines them, and class accuracy:
 
     python -m diffusers_dod.evaluation.evaluate outputs/samples.npz --reference VIRTUAL_imagenet256_labeled.npz \\
         --extractor inception --metrics fid sfid is precision_recall --output_file outputs/evaluation.json
@@ -8,7 +8,8 @@ FID, sFID, Inception Score, precision and recall of pictures, as ADM's evaluatio
 Samples and reference are `*.npz` with `arr_0`, a folder of the sampler or of PNG files,
 `textures:<number>:<seed>`, or, with `--resolution`, a folder with a sub-folder per class or a data set of the Hub.
 A reference with `mu` and `sigma` is taken as statistics, and its pictures serve precision and recall only.
-`--save_statistics` writes those of the samples:
+`accuracy` is the share of samples whose largest logit is that of their own class.
+`--save_statistics` writes statistics of the samples:
 
     python -m diffusers_dod.evaluation.evaluate path/to/imagenet/train --resolution 256 --extractor inception \\
         --save_statistics imagenet256.npz
@@ -26,24 +27,40 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..checks import check_at_least
+from ..checks import attempt, check_at_least
 from ..seeding import stateless_generator
-from .extractors import Extractor, PictureFeatures, extract, load_extractor, load_statistics
+from .extractors import (
+    INCEPTION,
+    Extractor,
+    extract,
+    extractor_sha256,
+    load_extractor,
+    load_statistics,
+)
 from .frechet import frechet_distance
-from .images import ImageSource, open_images
+from .images import ImageSource, draw_indices, open_images
 from .metrics import (
+    ReferenceManifold,
     RunningInceptionScore,
     RunningStatistics,
     fid_interval,
     merge_statistics,
-    precision_recall,
+    wilson_interval,
 )
-from .results import as_metric, file_sha256, write_results
+from .options import check_device
+from .results import as_metric, check_output, file_sha256, replacing, write_results
 
 
-METRICS = ("fid", "sfid", "is", "precision_recall")
+METRICS = ("fid", "sfid", "is", "precision_recall", "accuracy")
+REFERENCE_METRICS = ("fid", "sfid", "precision_recall")
 # What a metric is of; and the names of the statistics of these, which are those of ADM.
-FEATURES = {"fid": "features", "sfid": "spatial_features", "is": "logits", "precision_recall": "features"}
+FEATURES = {
+    "fid": "features",
+    "sfid": "spatial_features",
+    "is": "logits",
+    "precision_recall": "features",
+    "accuracy": "logits",
+}
 SUFFIXES = {"features": "", "spatial_features": "_s"}
 PUBLISHED_NUM_SAMPLES = 50_000
 
@@ -57,11 +74,13 @@ class FeatureSummary:
         statistics (`dict[str, list[RunningStatistics]]`):
             Those of the `features` and, where there are any, the `spatial_features`, in random groups.
         inception_score ([`RunningInceptionScore`]): Of the logits, where there are any.
+        num_correct (`int`, defaults to 0): Pictures whose largest logit is that of their class.
         features (`np.ndarray` of shape `(n, d)`, *optional*): The features of all pictures, in fp32.
     """
 
     statistics: dict[str, list[RunningStatistics]]
     inception_score: RunningInceptionScore
+    num_correct: int = 0
     features: np.ndarray | None = None
 
 
@@ -82,7 +101,7 @@ def compute_features(
         extractor (`Callable`): Pictures (B, 3, H, W) in uint8 -> features (B, d) or [`PictureFeatures`].
         batch_size (`int`, defaults to 64): Pictures at a time.
         device (`torch.device` or `str`, defaults to `"cpu"`): Where the extractor takes pictures.
-        num_images (`int`, *optional*): How many pictures, from the first one on; all if not given.
+        num_images (`int`, *optional*): How many pictures, as [`draw_indices`] draws them; all if not given.
         num_groups (`int`, defaults to 1): Random groups of the statistics, a function of the number of pictures alone.
         keep_features (`bool`, defaults to `False`): Whether to keep the features of all pictures.
 
@@ -92,23 +111,34 @@ def compute_features(
     Raises:
         `ValueError`: there are too few pictures, one cannot be read, or features are not finite.
     """
-    num_images = len(images) if num_images is None else num_images
     check_at_least("num_groups", num_groups, 1)
-    groups = torch.randperm(num_images, generator=stateless_generator(num_images)).numpy() % num_groups
+    indices = draw_indices(len(images), num_images)
+    places = np.argsort(indices)  # in the random order, of the pictures in the order in which they are read
+    groups = torch.randperm(len(places), generator=stateless_generator(len(places))).numpy() % num_groups
     summary = FeatureSummary({}, RunningInceptionScore())
     kept, start = [], 0
-    progress = tqdm(total=num_images, desc=images.name, unit="images", disable=None)
+    progress = tqdm(total=len(places), desc=images.name, unit="images", disable=None)
     with progress:
-        for batch in images.batches(batch_size, num_images):
+        for batch, labels in images.batches(batch_size, indices[places]):
             output = extract(extractor, batch.to(device))
             rows = {name: None if value is None else value.float().cpu() for name, value in vars(output).items()}
+            for name, values in rows.items():
+                if values is not None and not bool(values.isfinite().all()):
+                    number = int((~values.isfinite()).any(dim=1).sum())
+                    raise ValueError(
+                        f"`extractor` must give finite `{name}`, got {number} of {len(values)} pictures of "
+                        f"{images.name!r} with others."
+                    )
+            now = slice(start, start + len(batch))
             for name in SUFFIXES:
                 if rows[name] is not None:
                     running = summary.statistics.setdefault(name, [RunningStatistics() for _ in range(num_groups)])
-                    for group in np.unique(groups[start : start + len(batch)]):
-                        running[group].update(rows[name][groups[start : start + len(batch)] == group])
+                    for group in np.unique(groups[now]):
+                        running[group].update(rows[name][groups[now] == group])
             if rows["logits"] is not None:
-                summary.inception_score.update(rows["logits"])
+                summary.inception_score.update(rows["logits"], places[now])
+            if rows["logits"] is not None and labels is not None:
+                summary.num_correct += int((rows["logits"].argmax(dim=1) == labels).sum())
             if keep_features:
                 kept.append(rows["features"].numpy())
             start += len(batch)
@@ -118,22 +148,23 @@ def compute_features(
     return summary
 
 
-def save_statistics(path: Path, summary: FeatureSummary, extractor: str) -> None:
+def save_statistics(path: Path, summary: FeatureSummary, extractor: str, extractor_sha256: str) -> None:
     """
     Writes the statistics of features as an npz file of ADM's form: `mu`, `sigma`, and of spatial features `mu_s` and
-    `sigma_s`; with `num_images` and the `extractor`.
+    `sigma_s`; with `num_images` and what identifies the extractor.
 
     Args:
         path (`Path`): The file.
         summary ([`FeatureSummary`]): What [`compute_features`] returns.
         extractor (`str`): Name of the extractor.
+        extractor_sha256 (`str`): What identifies it, see [`extractor_sha256`].
     """
     merged = {name: merge_statistics(groups) for name, groups in summary.statistics.items()}
-    arrays: dict[str, Any] = {"num_images": merged["features"].num_rows, "extractor": extractor}
+    arrays: dict[str, Any] = {"num_images": merged["features"].num_rows}
+    arrays |= {"extractor": extractor, "extractor_sha256": extractor_sha256}
     for name, statistics in merged.items():
         arrays[f"mu{SUFFIXES[name]}"], arrays[f"sigma{SUFFIXES[name]}"] = statistics.result()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
+    with replacing(path) as unfinished, open(unfinished, "wb") as file:
         np.savez(file, **arrays)
 
 
@@ -145,6 +176,7 @@ class Reference:
         name (`str`): What names it, see [`open_images`]; or an npz file of statistics.
         metrics (`list[str]`): The metrics that need it.
         extractor (`str`): Name of the extractor, for statistics that say of which one they are.
+        extractor_sha256 (`str`): What identifies it.
         options (`Any`): Arguments of [`open_images`].
 
     Raises:
@@ -152,17 +184,23 @@ class Reference:
         `ValueError`: it does not have what the metrics need.
     """
 
-    def __init__(self, name: str, metrics: list[str], extractor: str, **options: Any):
+    def __init__(self, name: str, metrics: list[str], extractor: str, extractor_sha256: str, **options: Any):
+        self.metrics = metrics
         self.statistics: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.manifold: ReferenceManifold | None = None
         self.images: ImageSource | None = None
         names = _read_names(name) if name.endswith(".npz") else set()
         has_statistics = bool(names & {"mu", "sigma"})
         if has_statistics:
-            if "extractor" in names:
+            identity = {"extractor_sha256": extractor_sha256, "extractor": extractor}
+            for key in [key for key in identity if key in names][:1]:
                 with np.load(name) as file:
-                    found = str(file["extractor"])
-                if found != extractor:
-                    raise ValueError(f"`reference` must be of the extractor {extractor!r}, got {name} of {found!r}.")
+                    found = str(file[key])
+                if found != identity[key]:
+                    raise ValueError(
+                        f"`reference` must be of the extractor {extractor!r} with `{key}` = {identity[key]!r}, "
+                        f"got {name} of {found!r}."
+                    )
             for metric in {"fid", "sfid"} & set(metrics):
                 features = FEATURES[metric]
                 self.statistics[features] = load_statistics(Path(name), SUFFIXES[features], "reference")
@@ -174,6 +212,26 @@ class Reference:
             self.images = open_images(name, **options)
         self.data = {"name": name, "sha256": file_sha256(Path(name))} if self.images is None else self.images.data
         self.data = {**self.data, "has_statistics": has_statistics}
+
+    def prepare(self, extractor: Extractor, batch_size: int, device: str) -> None:
+        """
+        Computes what the metrics need of the pictures, unless that has been done.
+
+        Args:
+            extractor (`Callable`): Pictures (B, 3, H, W) in uint8 -> features (B, d) or [`PictureFeatures`].
+            batch_size (`int`): Pictures at a time.
+            device (`str`): Where the extractor takes pictures.
+        """
+        wanted = {FEATURES[metric] for metric in {"fid", "sfid"} & set(self.metrics)}
+        needs_manifold = "precision_recall" in self.metrics
+        if wanted <= self.statistics.keys() and (self.manifold is not None or not needs_manifold):
+            return
+        summary = compute_features(self.images, extractor, batch_size, device, keep_features=needs_manifold)
+        for features in wanted - self.statistics.keys():
+            self.statistics[features] = merge_statistics(summary.statistics[features]).result()
+        if needs_manifold:
+            has_float64 = torch.device(device).type != "mps"
+            self.manifold = ReferenceManifold(summary.features, device=device if has_float64 else "cpu")
 
 
 def _read_names(path: str) -> set[str]:
@@ -199,7 +257,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--trust_extractor", action="store_true", help="Let a TorchScript file run what it holds.")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, help="`fid` by default, where there is a reference.")
-    parser.add_argument("--num_samples", type=int, help="The first so many pictures; all by default.")
+    parser.add_argument("--num_samples", type=int, help="So many of the pictures, drawn at random; all by default.")
     parser.add_argument("--resolution", type=int, help="Of pictures that are cropped, and of textures.")
     parser.add_argument("--image_column", default="image", help="Column of the pictures of a data set.")
     parser.add_argument("--label_column", default="label", help="Column of its class ids.")
@@ -216,125 +274,225 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def find_errors(args: argparse.Namespace) -> list[str]:
+    """
+    All that is wrong with options, as far as it can be told without pictures and extractor.
+
+    Args:
+        args (`argparse.Namespace`): The options, with `metrics`.
+
+    Returns:
+        `list[str]`: A message for each that is out of range or does not fit another one.
+    """
+    errors: list[str] = []
+    for name, minimum in {"batch_size": 1, "num_samples": 2, "resolution": 1, "num_groups": 0}.items():
+        if getattr(args, name) is not None:
+            attempt(errors, check_at_least, name, getattr(args, name), minimum)
+    if args.num_groups == 1:
+        errors.append("`num_groups` must be 0 or an integer >= 2, got 1.")
+    if len(set(args.metrics)) < len(args.metrics):
+        errors.append(f"`metrics` must be different ones, got {args.metrics}.")
+    needs_reference = not set(args.metrics).isdisjoint(REFERENCE_METRICS)
+    if needs_reference and args.reference is None:
+        errors.append(f"`reference` must be given for the metrics {args.metrics}, got none.")
+    if not needs_reference and args.reference is not None:
+        errors.append(f"`reference` must not be given for the metrics {args.metrics}, got {args.reference!r}.")
+    if not args.metrics and args.save_statistics is None:
+        errors.append("`metrics` or `save_statistics` must be given, got neither.")
+    if args.save_statistics is not None and args.save_statistics.suffix != ".npz":
+        errors.append(f"`save_statistics` must end with .npz, got {args.save_statistics}.")
+    if "accuracy" in args.metrics and args.extractor == INCEPTION:
+        errors.append(
+            "`extractor` must be a classifier of the samples' classes for `accuracy`, got 'inception', whose 1008 "
+            "logits are those of other classes."
+        )
+    attempt(errors, check_device, args.device)
+    for name in ("output_file", "save_statistics"):
+        attempt(errors, check_output, name, getattr(args, name))
+    return errors
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The options in `argv`; all errors are reported at once, in the way of `argparse`."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.metrics is None:
         args.metrics = [] if args.reference is None else ["fid"]
-    errors = []
-    for name, minimum in {"batch_size": 1, "num_samples": 2, "resolution": 1, "num_groups": 0}.items():
-        try:
-            if getattr(args, name) is not None:
-                check_at_least(name, getattr(args, name), minimum)
-        except ValueError as error:
-            errors.append(str(error))
-    if args.num_groups == 1:
-        errors.append("`num_groups` must be 0 or an integer >= 2, got 1.")
-    if len(set(args.metrics)) < len(args.metrics):
-        errors.append(f"`metrics` must be different ones, got {args.metrics}.")
-    if args.reference is None and set(args.metrics) - {"is"}:
-        errors.append(f"`reference` must be given for the metrics {args.metrics}, got none.")
-    if args.reference is not None and not set(args.metrics) - {"is"}:
-        errors.append(f"`reference` must not be given for the metrics {args.metrics}, got {args.reference!r}.")
-    if not args.metrics and args.save_statistics is None:
-        errors.append("`metrics` or `save_statistics` must be given, got neither.")
-    if args.save_statistics is not None and args.save_statistics.suffix != ".npz":
-        errors.append(f"`save_statistics` must end with .npz, got {args.save_statistics}.")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch was built without CUDA
-        errors.append(f"`device` must be one that PyTorch has here, got {args.device!r}: {error}")
-    if errors:
+    if errors := find_errors(args):
         parser.error("\n".join(errors))
     return args
 
 
-def _check_fit(found: PictureFeatures, metrics: list[str], reference: Reference | None, name: str) -> None:
-    """Raises unless the features of an extractor are those that metrics and reference need."""
-    for metric in metrics:
-        if getattr(found, FEATURES[metric]) is None:
-            raise ValueError(f"`extractor` must give `{FEATURES[metric]}` for `{metric}`, got none from {name!r}.")
-    for features, (mean, _) in ({} if reference is None else reference.statistics).items():
-        number = getattr(found, features).shape[1]
-        if number != len(mean):
-            raise ValueError(
-                f"`extractor` must give {len(mean)} `{features}` as `reference` has them, got {number} from {name!r}."
-            )
+def picture_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of the options `args` that [`open_images`] takes."""
+    return {name: getattr(args, name) for name in ("resolution", "image_column", "label_column")}
 
 
-def evaluate(args: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+class Evaluator:
     """
-    Computes the metrics that options ask for.
+    Evaluates any number of sets of samples by one extractor, which is loaded once, against one reference, which is
+    computed once.
 
     Args:
-        args (`argparse.Namespace`): What [`parse_args`] returns.
-
-    Returns:
-        `tuple[dict, dict]`: What [`as_metric`] returns for each number, by name; and what identifies the data.
+        args (`argparse.Namespace`): What [`parse_args`] returns, but for what is of one set of samples alone.
 
     Raises:
         `ImportError`: the extractor needs what is not installed.
         `OSError`: something cannot be read.
-        `ValueError`: pictures, reference, extractor and metrics do not fit each other.
+        `ValueError`: reference, extractor and metrics do not fit each other.
     """
-    options = {name: getattr(args, name) for name in ("resolution", "image_column", "label_column")}
-    images = open_images(args.samples, **options)
-    num_samples = len(images) if args.num_samples is None else args.num_samples
-    if not max(2, args.num_groups) <= num_samples <= len(images):
-        raise ValueError(
-            f"`num_samples` must be an integer from {max(2, args.num_groups)}, for `num_groups` {args.num_groups}, "
-            f"to the {len(images)} pictures of {args.samples!r}, got {num_samples}."
-        )
-    reference = None
-    if args.reference is not None:
-        reference = Reference(args.reference, args.metrics, args.extractor, **options)
-        if reference.images is not None and reference.images.resolution != images.resolution:
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.extractor = load_extractor(args.extractor, args.trust_extractor, args.device, "extractor")
+        #: What identifies the extractor, see [`extractor_sha256`].
+        self.extractor_sha256 = extractor_sha256(args.extractor, self.extractor)
+        self.reference = None
+        if args.reference is not None:
+            identity = (args.extractor, self.extractor_sha256)
+            self.reference = Reference(args.reference, args.metrics, *identity, **picture_options(args))
+
+    def evaluate(
+        self, samples: ImageSource, num_samples: int | None = None, statistics_file: Path | None = None
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        """
+        Computes the metrics of samples.
+
+        Args:
+            samples ([`ImageSource`]): The samples.
+            num_samples (`int`, *optional*): How many of them, as [`draw_indices`] draws them; all if not given.
+            statistics_file (`Path`, *optional*): Where their statistics go, see [`save_statistics`].
+
+        Returns:
+            `tuple[dict, dict]`: What [`as_metric`] returns for each number, by name; and what identifies the data.
+
+        Raises:
+            `OSError`: something cannot be read.
+            `ValueError`: samples, reference, extractor and metrics do not fit each other, or features are not finite.
+        """
+        args, reference = self.args, self.reference
+        num_samples = len(samples) if num_samples is None else num_samples
+        if not max(2, args.num_groups) <= num_samples <= len(samples):
             raise ValueError(
-                f"`reference` must have pictures of {images.resolution} pixels as the samples have, "
-                f"got {reference.images.resolution}."
+                f"`num_samples` must be an integer from {max(2, args.num_groups)}, for `num_groups` "
+                f"{args.num_groups}, to the {len(samples)} pictures of {samples.name!r}, got {num_samples}."
             )
-    extractor = load_extractor(args.extractor, args.trust_extractor, args.device, "extractor")
-    black = torch.zeros(2, 3, *images.resolution, dtype=torch.uint8, device=args.device)
-    _check_fit(extract(extractor, black), args.metrics, reference, args.extractor)
-    if num_samples < PUBLISHED_NUM_SAMPLES and {"fid", "sfid"} & set(args.metrics):
-        warnings.warn(
-            f"FID of {num_samples:,} samples is larger than that of the {PUBLISHED_NUM_SAMPLES:,} of published ones, "
-            "by more the fewer: compare it at this number only.",
-            stacklevel=2,
-        )
+        self.check(samples.resolution, samples.num_classes, samples.labels)
+        if num_samples < PUBLISHED_NUM_SAMPLES and {"fid", "sfid"} & set(args.metrics):
+            warnings.warn(
+                f"FID of {num_samples:,} samples is larger than that of the {PUBLISHED_NUM_SAMPLES:,} of published "
+                "ones, by more the fewer: compare it at this number only.",
+                stacklevel=2,
+            )
+        settings = (self.extractor, args.batch_size, args.device)
+        keep = "precision_recall" in args.metrics
+        summary = compute_features(samples, *settings, num_samples, max(1, args.num_groups), keep)
+        if statistics_file is not None:
+            save_statistics(statistics_file, summary, args.extractor, self.extractor_sha256)
+        if reference is not None:
+            reference.prepare(*settings)
+        data = {
+            "name": samples.name,
+            "num_samples": num_samples,
+            "selection": "all, in order" if num_samples == len(samples) else f"at random out of {len(samples)}",
+            "samples": samples.data,
+            "reference": None if reference is None else reference.data,
+        }
+        return self._compute_metrics(summary, num_samples), data
 
-    keep = "precision_recall" in args.metrics
-    settings = (extractor, args.batch_size, args.device)
-    summary = compute_features(images, *settings, num_samples, max(1, args.num_groups), keep)
-    if args.save_statistics is not None:
-        save_statistics(args.save_statistics, summary, args.extractor)
-    of_reference = None
-    if reference is not None and reference.images is not None:
-        of_reference = compute_features(reference.images, *settings, keep_features=keep)
-        for metric in {"fid", "sfid"} & set(args.metrics):
+    def check(
+        self, resolution: tuple[int, int], num_classes: int | None = None, labels: np.ndarray | None = None
+    ) -> None:
+        """
+        Raises unless samples, reference, extractor and metrics fit each other.
+
+        Args:
+            resolution (`tuple[int, int]`): Height and width of the samples in pixels.
+            num_classes (`int`, *optional*): Of how many classes they are, where that is known.
+            labels (`np.ndarray` of shape `(n,)`, *optional*): Their class ids, where these are known.
+
+        Raises:
+            `ValueError`: they do not.
+        """
+        args, reference = self.args, self.reference
+        if reference is not None and reference.images is not None:
+            if tuple(reference.images.resolution) != tuple(resolution):
+                raise ValueError(
+                    f"`reference` must have pictures of {tuple(resolution)} pixels as the samples have, "
+                    f"got {tuple(reference.images.resolution)}."
+                )
+        black = torch.zeros(2, 3, *resolution, dtype=torch.uint8, device=args.device)
+        found = extract(self.extractor, black)
+        for metric in args.metrics:
             name = FEATURES[metric]
-            if name not in reference.statistics:
-                reference.statistics[name] = merge_statistics(of_reference.statistics[name]).result()
+            if getattr(found, name) is None:
+                raise ValueError(f"`extractor` must give `{name}` for `{metric}`, got none from {args.extractor!r}.")
+        for name, (mean, _) in ({} if reference is None else reference.statistics).items():
+            number = getattr(found, name).shape[1]
+            if number != len(mean):
+                raise ValueError(
+                    f"`extractor` must give {len(mean)} `{name}` as `reference` has them, got {number} from "
+                    f"{args.extractor!r}."
+                )
+        if "accuracy" in args.metrics:
+            number = found.logits.shape[1]
+            if labels is None and num_classes is None:
+                raise ValueError("`samples` must have class ids for `accuracy`, got none.")
+            if num_classes not in (None, number):
+                raise ValueError(
+                    f"`extractor` must give `logits` of the {num_classes} classes of the samples for `accuracy`, "
+                    f"got {number} from {args.extractor!r}."
+                )
+            if labels is not None and not 0 <= labels.min() <= labels.max() < number:
+                raise ValueError(
+                    f"`samples` must have class ids in [0, {number - 1}] for `accuracy`, of which "
+                    f"{args.extractor!r} gives logits, got {labels.min()} to {labels.max()}."
+                )
 
-    metrics = {}
-    for metric in args.metrics:
-        if metric in ("fid", "sfid"):
-            groups, statistics = summary.statistics[FEATURES[metric]], reference.statistics[FEATURES[metric]]
-            interval = fid_interval(groups, statistics) if args.num_groups else None
-            metrics[metric] = as_metric(frechet_distance(*merge_statistics(groups).result(), *statistics), interval)
-        elif metric == "is":
-            score = summary.inception_score.result()
-            interval = score.interval() if args.num_groups else None
-            metrics[metric] = as_metric(score.mean, interval, std=score.std, num_splits=len(score.splits))
-        else:
-            device = "cpu" if torch.device(args.device).type == "mps" else args.device  # which has no float64
-            counts = precision_recall(summary.features, of_reference.features, device=device)
-            for share in ("precision", "recall"):
-                interval = counts.interval(share) if args.num_groups else None
-                metrics[share] = as_metric(getattr(counts, share), interval)
-    data = {"name": images.name, "num_samples": num_samples, "samples": images.data}
-    return metrics, {**data, "reference": None if reference is None else reference.data}
+    def _compute_metrics(self, summary: FeatureSummary, num_samples: int) -> dict[str, dict[str, Any]]:
+        """What [`as_metric`] returns for each number, by name."""
+        has_intervals = self.args.num_groups > 0
+        metrics = {}
+        for metric in self.args.metrics:
+            if metric in ("fid", "sfid"):
+                groups = summary.statistics[FEATURES[metric]]
+                statistics = self.reference.statistics[FEATURES[metric]]
+                interval = fid_interval(groups, statistics) if has_intervals else None
+                distance = frechet_distance(*merge_statistics(groups).result(), *statistics)
+                metrics[metric] = as_metric(distance, interval)
+            elif metric == "is":
+                score = summary.inception_score.result()
+                interval = score.interval() if has_intervals else None
+                metrics[metric] = as_metric(score.mean, interval, std=score.std, num_splits=len(score.splits))
+            elif metric == "accuracy":
+                share = summary.num_correct / num_samples
+                interval = wilson_interval(share, num_samples) if has_intervals else None
+                metrics[metric] = as_metric(share, interval)
+            else:
+                counts = self.reference.manifold.compare(summary.features)
+                for name in ("precision", "recall"):
+                    metrics[name] = as_metric(getattr(counts, name), counts.interval(name) if has_intervals else None)
+        return metrics
+
+    def write(
+        self, path: Path, argv: list[str], metrics: dict[str, dict[str, Any]], data: dict[str, Any]
+    ) -> dict[str, Any]:
+        """
+        Writes results.
+
+        Args:
+            path (`Path`): The JSON file.
+            argv (`list[str]`): The arguments with which the command computes them.
+            metrics (`dict`): What [`Evaluator.evaluate`] returned.
+            data (`dict`): What it returned beside.
+
+        Returns:
+            `dict`: What [`write_results`] returns.
+        """
+        names = ("extractor", "metrics", "batch_size", "num_groups", "resolution")
+        settings = {name: getattr(self.args, name) for name in names} | {"extractor_sha256": self.extractor_sha256}
+        checkpoint = data["samples"].get("manifest", {}).get("checkpoint")
+        return write_results(path, "evaluate", argv, metrics, data, settings, self.args.device, checkpoint)
 
 
 def to_table(metrics: dict[str, dict[str, Any]]) -> str:
@@ -350,16 +508,13 @@ def main(argv: list[str] | None = None) -> None:
     """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    metrics, data = evaluate(args)
+    samples = open_images(args.samples, **picture_options(args))
+    evaluator = Evaluator(args)
+    metrics, data = evaluator.evaluate(samples, args.num_samples, args.save_statistics)
     if metrics:
         print(to_table(metrics))
     if args.output_file is not None:
-        names = ("extractor", "metrics", "batch_size", "num_groups", "resolution")
-        settings = {name: getattr(args, name) for name in names}
-        file = Path(args.extractor.rpartition(":")[0] or args.extractor)
-        settings["extractor_sha256"] = file_sha256(file) if file.is_file() else None
-        checkpoint = data["samples"].get("manifest", {}).get("checkpoint")
-        write_results(args.output_file, "evaluate", argv, metrics, data, settings, args.device, checkpoint)
+        evaluator.write(args.output_file, argv, metrics, data)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """What turns pictures into the features that metrics compare."""
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -12,6 +13,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
+
+from .results import file_sha256
 
 
 INCEPTION = "inception"
@@ -190,6 +193,38 @@ def _import_file(path: Path) -> ModuleType:
     finally:
         sys.path.pop(0)
     return module
+
+
+def extractor_file(name: str) -> Path | None:
+    """The file that holds the code of the extractor `name`, which has been loaded; `None` for Inception."""
+    if name == INCEPTION:
+        return None
+    module = name if name.endswith(TORCHSCRIPT) else name.rpartition(":")[0]
+    if not module.endswith((".py", *TORCHSCRIPT)):
+        module = getattr(sys.modules.get(module), "__file__", None)
+    return None if module is None else Path(module)
+
+
+def extractor_sha256(name: str, extractor: Extractor) -> str:
+    """
+    What identifies an extractor: a hash of the file of its code and, if it is a module, of its weights.
+
+    Args:
+        name (`str`): Its name, see [`load_extractor`].
+        extractor (`Callable`): What that returned.
+
+    Returns:
+        `str`: A SHA-256.
+    """
+    file = extractor_file(name)
+    digest = hashlib.sha256(f"{None if file is None else file_sha256(file)}\n".encode())
+    state = extractor.state_dict() if isinstance(extractor, torch.nn.Module) else {}
+    for key, value in state.items():
+        is_tensor = isinstance(value, torch.Tensor)
+        digest.update(f"{key} {(value.dtype, tuple(value.shape)) if is_tensor else value}\n".encode())
+        if is_tensor:
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_statistics(path: Path, suffix: str = "", argument: str = "fid_reference") -> tuple[np.ndarray, np.ndarray]:

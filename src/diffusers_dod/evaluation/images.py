@@ -1,12 +1,12 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """Pictures to evaluate, from wherever they lie, through one interface and in bounded memory."""
 
-import hashlib
-import io
 import json
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,41 @@ import torch
 from PIL import Image
 
 from ..checks import check_at_least
+from ..seeding import stateless_generator
 from ..training.data import TEXTURES, Pictures, load_pictures
-from .results import file_sha256
+from .results import file_sha256, folder_sha256
 
 
+# Beside samples: what they are, the class id of each PNG file, and what a run that was stopped need not do again.
 MANIFEST = "manifest.json"
-LABELS = "labels.txt"
+LABELS_FILE = "labels.txt"
+CHUNKS = "chunks"
 OTHER_SUFFIXES = (".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TEXTURE_RESOLUTION = 32
+
+
+def draw_indices(num_available: int, num_images: int | None = None) -> np.ndarray:
+    """
+    Which pictures to take where not all are wanted: the first ones of a random order that depends on the number of
+    pictures alone.
+
+    Args:
+        num_available (`int`): How many there are.
+        num_images (`int`, *optional*): How many to take.
+
+    Returns:
+        `np.ndarray` of shape `(num_images,)`: Different indices in that order; all, from 0 on, if all are taken.
+
+    Raises:
+        `ValueError`: there are not so many.
+    """
+    num_images = num_available if num_images is None else num_images
+    check_at_least("num_images", num_images, 1)
+    if num_images > num_available:
+        raise ValueError(f"`num_images` must be at most the {num_available} pictures there are, got {num_images}.")
+    if num_images == num_available:
+        return np.arange(num_available)
+    return torch.randperm(num_available, generator=stateless_generator(num_available))[:num_images].numpy()
 
 
 class ImageSource(ABC):
@@ -33,6 +60,7 @@ class ImageSource(ABC):
         name (`str`): What messages and results call them.
         resolution (`tuple[int, int]`): Their height and width in pixels.
         labels (`np.ndarray` of shape `(n,)`, *optional*): Their class ids, where these are known without reading all.
+        num_classes (`int`, *optional*): Of how many classes they are, where that is known.
         data (`dict`, *optional*): What identifies them, as JSON can hold it.
     """
 
@@ -41,44 +69,48 @@ class ImageSource(ABC):
         name: str,
         resolution: tuple[int, int],
         labels: np.ndarray | None = None,
+        num_classes: int | None = None,
         data: dict[str, Any] | None = None,
     ):
         self.name = name
         self.resolution = resolution
         self.labels = labels
+        self.num_classes = num_classes
         self.data = {"name": name, "num_images": len(self), "resolution": list(resolution), **(data or {})}
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def _read_batches(self, sizes: list[int]) -> Iterator[np.ndarray]:
-        """The first pictures in batches of these sizes: uint8 (B, H, W, 3)."""
+    def _read(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, int | None]]:
+        """The pictures at increasing indices, uint8 (H, W, 3), each with its class id where it has one."""
 
-    def batches(self, batch_size: int, num_images: int | None = None) -> Iterator[torch.Tensor]:
+    def batches(
+        self, batch_size: int, indices: Sequence[int] | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """
-        Reads pictures in order.
+        Reads pictures.
 
         Args:
             batch_size (`int`): Pictures in a batch; the last one has what is left.
-            num_images (`int`, *optional*): How many, from the first one on; all if not given.
+            indices (`Sequence[int]`, *optional*): Which ones, in increasing order; all if not given.
 
         Returns:
-            `Iterator[torch.Tensor]`: Batches (B, 3, H, W) in uint8 on the CPU.
+            `Iterator[tuple[torch.Tensor, torch.Tensor | None]]`: Batches (B, 3, H, W) in uint8 on the CPU with their
+            class ids (B,), if they have any.
 
         Raises:
-            `ValueError`: there are not so many, or one cannot be read.
+            `ValueError`: an index is out of range or not in order, or a picture cannot be read.
         """
         check_at_least("batch_size", batch_size, 1)
-        num_images = len(self) if num_images is None else num_images
-        check_at_least("num_images", num_images, 1)
-        if num_images > len(self):
-            raise ValueError(
-                f"`num_images` must be at most the {len(self)} pictures of {self.name!r}, got {num_images}."
-            )
-        sizes = [min(batch_size, num_images - start) for start in range(0, num_images, batch_size)]
-        for batch in self._read_batches(sizes):
-            yield torch.from_numpy(batch).permute(0, 3, 1, 2)
+        indices = np.arange(len(self)) if indices is None else np.asarray(indices)
+        if len(indices) and (indices[0] < 0 or indices[-1] >= len(self) or (np.diff(indices) <= 0).any()):
+            raise ValueError(f"`indices` must increase within [0, {len(self) - 1}], got others for {self.name!r}.")
+        rows = self._read(indices)
+        while batch := list(islice(rows, batch_size)):
+            pictures, labels = zip(*batch, strict=True)
+            tensor = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+            yield tensor, None if labels[0] is None else torch.tensor(labels)
 
 
 class NpzImages(ImageSource):
@@ -122,7 +154,8 @@ class NpzImages(ImageSource):
             if manifest.get("sha256") != data["sha256"]:
                 raise ValueError(f"`path` must be the file of the manifest beside it, got another one in {path}.")
             data["manifest"] = manifest
-        super().__init__(str(path), self._shape[1:3], labels, data)
+        num_classes = (manifest or {}).get("num_classes") if "manifest" in data else None
+        super().__init__(str(path), self._shape[1:3], labels, num_classes, data)
 
     @staticmethod
     def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -134,18 +167,21 @@ class NpzImages(ImageSource):
     def __len__(self) -> int:
         return self._shape[0]
 
-    def _read_batches(self, sizes: list[int]) -> Iterator[np.ndarray]:
+    def _read(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, int | None]]:
+        shape, wanted = self._shape[1:], set(map(int, indices))
+        size = int(np.prod(shape))
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
             self._read_header(file)
-            for size in sizes:
-                shape = (size, *self._shape[1:])
+            for index in range(len(self)):  # to the end, where the checksum is
                 try:
-                    data = file.read(int(np.prod(shape)))
-                except (zipfile.BadZipFile, EOFError) as error:
+                    picture = file.read(size)
+                except (zipfile.BadZipFile, zlib.error, EOFError) as error:
                     raise ValueError(f"`arr_0` of {self.path} is damaged: {error}") from error
-                if len(data) < np.prod(shape):
+                if len(picture) < size:
                     raise ValueError(f"`arr_0` of {self.path} is damaged: it ends before its {len(self)} pictures.")
-                yield np.frombuffer(bytearray(data), dtype=np.uint8).reshape(shape)
+                if index in wanted:
+                    label = None if self.labels is None else int(self.labels[index])
+                    yield np.frombuffer(picture, dtype=np.uint8).reshape(shape), label
 
 
 class FolderImages(ImageSource):
@@ -167,17 +203,15 @@ class FolderImages(ImageSource):
         if others:
             raise ValueError(f"`path` must hold PNG files only, got {path} with {len(others)} others: {others[0]}.")
         manifest = _read_manifest(path)
-        if manifest is None and (path / "chunks").is_dir():
+        if manifest is None and (path / CHUNKS).is_dir():
             raise ValueError(f"`path` must hold samples that are complete, got {path}, whose sampling has not ended.")
         wanted = None if manifest is None else manifest.get("num_images")
         if wanted not in (None, len(self.paths)):
             raise ValueError(f"`path` must hold the {wanted} PNG files of its manifest, got {path} with {len(self)}.")
-        digest, first = hashlib.sha256(), None
+        first = None
         for file in self.paths:
-            content = file.read_bytes()
-            digest.update(content)
             try:
-                with Image.open(io.BytesIO(content)) as image:
+                with Image.open(file) as image:
                     form = (image.mode, image.size)
             except OSError as error:
                 raise ValueError(f"`path` must hold pictures, got {file}: {error}") from error
@@ -187,40 +221,47 @@ class FolderImages(ImageSource):
                     f"`path` must hold RGB pictures of one size, got {file} in {image.mode} of {image.width} x "
                     f"{image.height} and {self.paths[0].name} in {first[0]} of {first[1][0]} x {first[1][1]} pixels."
                 )
-        data: dict[str, Any] = {"sha256": digest.hexdigest()}
+        data: dict[str, Any] = {"sha256": file_sha256(*self.paths)}
+        num_classes = None
         if manifest is not None:
             if manifest.get("sha256") not in (None, data["sha256"]):
                 raise ValueError(f"`path` must hold the pictures of its manifest, got others in {path}.")
             data["manifest"] = manifest
-        super().__init__(str(path), first[1][::-1], self._read_labels(manifest), data)
+            num_classes = manifest.get("num_classes")
+        super().__init__(str(path), first[1][::-1], self._read_labels(manifest), num_classes, data)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def _read_labels(self, manifest: dict[str, Any] | None) -> np.ndarray | None:
-        file = self.paths[0].parent / LABELS
-        if manifest is None or manifest.get("labels") != LABELS:
+        file = self.paths[0].parent / LABELS_FILE
+        if manifest is None or manifest.get("labels") != LABELS_FILE:
             return None
         try:
             labels = np.array([int(line) for line in file.read_text().split()])
         except (OSError, ValueError) as error:
-            raise ValueError(f"`{LABELS}` must hold the class ids of the pictures, got {file}: {error}") from error
+            raise ValueError(f"`{LABELS_FILE}` must hold class ids of pictures, got {file}: {error}") from error
         if len(labels) != len(self):
-            raise ValueError(f"`{LABELS}` must hold {len(self)} class ids, got {len(labels)} in {file}.")
+            raise ValueError(f"`{LABELS_FILE}` must hold {len(self)} class ids, got {len(labels)} in {file}.")
         return labels
 
-    def _read_batches(self, sizes: list[int]) -> Iterator[np.ndarray]:
-        paths = iter(self.paths)
-        for size in sizes:
-            batch = []
-            for _ in range(size):
-                path = next(paths)
-                try:
-                    with Image.open(path) as image:
-                        batch.append(np.asarray(image))
-                except OSError as error:
-                    raise ValueError(f"`path` must hold pictures that can be read, got {path}: {error}") from error
-            yield np.stack(batch)
+    def _read(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, int | None]]:
+        for index in indices:
+            path = self.paths[index]
+            try:
+                with Image.open(path) as image:
+                    picture = np.asarray(image)
+            except OSError as error:
+                raise ValueError(f"`path` must hold pictures that can be read, got {path}: {error}") from error
+            yield picture, None if self.labels is None else int(self.labels[index])
+
+
+def picture_identity(pictures: Pictures, folder: str | None) -> str:
+    """What identifies `pictures`: names and contents of the files of their `folder`, if there is one."""
+    if folder is None:
+        return pictures.fingerprint
+    columns = f"{pictures.dataset.image_column}-{pictures.dataset.label_column}"
+    return f"{folder_sha256(Path(folder))}-{columns}"
 
 
 class DatasetImages(ImageSource):
@@ -230,27 +271,25 @@ class DatasetImages(ImageSource):
     Args:
         name (`str`): What messages and results call them.
         pictures ([`Pictures`]): The pictures.
+        folder (`str`, *optional*): The folder that they are in.
     """
 
-    def __init__(self, name: str, pictures: Pictures):
+    def __init__(self, name: str, pictures: Pictures, folder: str | None = None):
         self.pictures = pictures
-        super().__init__(name, (pictures.resolution,) * 2, data={"fingerprint": pictures.fingerprint})
+        data = {"fingerprint": picture_identity(pictures, folder)}
+        super().__init__(name, (pictures.resolution,) * 2, num_classes=len(pictures.class_names), data=data)
 
     def __len__(self) -> int:
         return len(self.pictures.dataset)
 
-    def _read_batches(self, sizes: list[int]) -> Iterator[np.ndarray]:
-        index = 0
-        for size in sizes:
-            batch = []
-            for _ in range(size):
-                try:
-                    batch.append(self.pictures.dataset[index]["image"])
-                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                    place = self.pictures.path_of(index)
-                    raise ValueError(f"{self.name!r} must hold pictures, got {place}: {error}") from error
-                index += 1
-            yield np.stack(batch)
+    def _read(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, int | None]]:
+        for index in map(int, indices):
+            try:
+                row = self.pictures.dataset[index]
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                place = self.pictures.path_of(index)
+                raise ValueError(f"{self.name!r} must hold pictures, got {place}: {error}") from error
+            yield row["image"], int(row["label"])
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -311,7 +350,13 @@ def open_images(
         return DatasetImages(name, pictures)
     if path.is_dir() and (stages := sorted(file.parent for file in path.glob("*/manifest.json"))):
         raise ValueError(f"Samples of several stages must be named one by one, such as {stages[-1]}, got {name!r}.")
+    if path.is_dir() and not any(file.is_file() for file in path.rglob("*")):
+        raise ValueError(f"`name` must be that of pictures, got {name!r}, a folder without files.")
     if resolution is None:
         raise ValueError(f"`resolution` must be given for pictures that are cropped to it, got none for {name!r}.")
-    source = (None, name) if path.is_dir() else (name, None)
-    return DatasetImages(name, load_pictures(*source, resolution, 0, 0, image_column, label_column))
+    hub_name, folder = (None, name) if path.is_dir() else (name, None)
+    try:
+        pictures = load_pictures(hub_name, folder, resolution, 0, 0, image_column, label_column)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"`name` must be that of pictures, got {name!r}: {error}") from error
+    return DatasetImages(name, pictures, folder)

@@ -21,7 +21,6 @@ Wilson interval for the number of test pictures, `standard_error` that of the me
 import argparse
 import hashlib
 import json
-import math
 import sys
 import warnings
 from pathlib import Path
@@ -32,10 +31,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..checks import check_at_least, check_choice, check_number
+from ..checks import attempt, check_at_least, check_choice, check_number
 from ..seeding import stateless_generator
+from .metrics import wilson_interval
 from .options import add_picture_arguments, find_picture_errors, load_pipeline, open_pictures
-from .results import as_metric, checkpoint_sha256, write_results
+from .results import as_metric, check_output, checkpoint_sha256, write_results
 from .token_features import FEATURES, RANDOM_LEM_SEED, cache_path, compute_tokens, read_tokens, write_tokens
 
 
@@ -188,24 +188,6 @@ def knn_scores(
     return votes
 
 
-def wilson_interval(accuracy: float, num_samples: int) -> tuple[float, float]:
-    """
-    The 95 % Wilson interval of a proportion.
-
-    Args:
-        accuracy (`float`): The proportion found.
-        num_samples (`int`): In how many samples.
-
-    Returns:
-        `tuple[float, float]`: Its ends, in [0, 1].
-    """
-    z = 1.96
-    center = (accuracy + z**2 / (2 * num_samples)) / (1 + z**2 / num_samples)
-    margin = z * math.sqrt(accuracy * (1 - accuracy) / num_samples + z**2 / (4 * num_samples**2))
-    margin /= 1 + z**2 / num_samples
-    return max(0.0, center - margin), min(1.0, center + margin)
-
-
 def probe(
     train: torch.Tensor,
     train_labels: torch.Tensor,
@@ -313,15 +295,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     errors = find_picture_errors(args)
     for name in ("num_test_pictures", "num_epochs", "probe_batch_size", "num_seeds", "num_neighbors"):
-        try:
-            check_at_least(name, getattr(args, name), 1)
-        except ValueError as error:
-            errors.append(str(error))
+        attempt(errors, check_at_least, name, getattr(args, name), 1)
     for rate in args.learning_rates:
-        try:
-            check_number("learning_rates", rate, 0, open_minimum=True)
-        except ValueError as error:
-            errors.append(str(error))
+        attempt(errors, check_number, "learning_rates", rate, 0, open_minimum=True)
+    attempt(errors, check_output, "cache_dir", args.cache_dir, is_folder=True)
     if args.num_neighbors > args.num_pictures:
         errors.append(
             f"`num_neighbors` must be at most `num_pictures` = {args.num_pictures}, got {args.num_neighbors}."
@@ -359,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
     for source, indices, description in ((pictures, train_indices, data), (test_pictures, test_indices, test_data)):
         settings = {
             "checkpoint": sha256,
-            "data": description,
+            "data": {name: value for name, value in description.items() if name != "name"},  # wherever it lies
             "indices": hashlib.sha256(json.dumps(indices).encode()).hexdigest(),
             "columns": [args.image_column, args.label_column],
             "dtype": args.dtype,

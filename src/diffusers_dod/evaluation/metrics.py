@@ -1,13 +1,14 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-FID's statistics, the Inception Score, and precision and recall, as ADM defines them, in float64 and in bounded memory.
+FID's statistics, the Inception Score, and precision and recall, as ADM defines them, in float64 and in bounded memory;
+and the confidence intervals of all numbers.
 
 FID is [`frechet_distance`] of two [`RunningStatistics`] (Heusel et al., 2017); sFID is the same on spatial features
 (Nash et al., 2021).
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,22 +141,19 @@ def merge_statistics(groups: list[RunningStatistics]) -> RunningStatistics:
     return merged
 
 
-def fid_interval(
-    groups: list[RunningStatistics], reference: tuple[np.ndarray, np.ndarray], confidence: float = 0.95
+def jackknife_interval(
+    groups: list, estimate: Callable[[list], float], confidence: float = 0.95
 ) -> tuple[float, float]:
     """
-    Confidence interval of a Fréchet distance by the delete-a-group jackknife (Student's t).
+    Confidence interval of a number that is not negative, by the delete-a-group jackknife (Student's t).
 
-    It says how far the distance of other samples of the same number from the same model would lie from this one. The
-    reference counts as fixed, and the bias of the distance, which is too large by about a constant over the number of
-    samples, is neither removed nor part of the interval. A bootstrap would repeat samples, which adds such a bias.
-    Where there are hardly more samples than features, the interval is rough.
+    It says how far the number for as many other samples would lie from this one. The bias of the number, if it has
+    any, is neither removed nor part of the interval. A bootstrap would repeat samples, which adds a bias.
 
     Args:
-        groups (`list[RunningStatistics]`):
-            The samples in g >= 2 random groups of about the same size; 10 is usual. Groups that differ, as by class,
+        groups (`list`): The samples in g >= 2 random groups of about the same size. Groups that differ, as by class,
             make the interval too wide.
-        reference (`tuple[np.ndarray, np.ndarray]`): Mean and covariance of the reference.
+        estimate (`Callable[[list], float]`): The number, of all groups or of all but one.
         confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
 
     Returns:
@@ -166,12 +164,85 @@ def fid_interval(
     """
     check_at_least("len(groups)", len(groups), 2)
     check_number("confidence", confidence, 0, 1, open_minimum=True, open_maximum=True)
-    distance = frechet_distance(*merge_statistics(groups).result(), *reference)
-    rest = [merge_statistics(groups[:i] + groups[i + 1 :]) for i in range(len(groups))]
-    without = np.array([frechet_distance(*part.result(), *reference) for part in rest])
+    value = estimate(groups)
+    without = np.array([estimate(groups[:i] + groups[i + 1 :]) for i in range(len(groups))])
     error = np.sqrt((len(groups) - 1) * without.var())
     margin = float(stats.t.ppf((1 + confidence) / 2, len(groups) - 1) * error)
-    return max(0.0, distance - margin), distance + margin
+    return max(0.0, value - margin), value + margin
+
+
+def mean_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """
+    Confidence interval of a mean (Student's t).
+
+    Args:
+        values (`Sequence[float]` or `np.ndarray` of shape `(n,)`): The n >= 2 independent numbers.
+        confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
+
+    Returns:
+        `tuple[float, float]`: Both ends.
+
+    Raises:
+        `ValueError`: there are fewer than two numbers, or the probability is out of range.
+    """
+    check_at_least("len(values)", len(values), 2)
+    check_number("confidence", confidence, 0, 1, open_minimum=True, open_maximum=True)
+    error = np.std(values, ddof=1) / np.sqrt(len(values))
+    margin = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * error)
+    return float(np.mean(values)) - margin, float(np.mean(values)) + margin
+
+
+def wilson_interval(share: float, num_samples: int, confidence: float = 0.95) -> tuple[float, float]:
+    """
+    Wilson's confidence interval of a share.
+
+    Args:
+        share (`float`): The share found, in [0, 1].
+        num_samples (`int`): In how many independent samples.
+        confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
+
+    Returns:
+        `tuple[float, float]`: Both ends, in [0, 1].
+
+    Raises:
+        `ValueError`: an argument is out of range.
+    """
+    check_number("share", share, 0, 1)
+    check_at_least("num_samples", num_samples, 1)
+    check_number("confidence", confidence, 0, 1, open_minimum=True, open_maximum=True)
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+    center = share + z**2 / (2 * num_samples)
+    margin = z * np.sqrt(share * (1 - share) / num_samples + z**2 / (4 * num_samples**2))
+    ends = ((center + sign * margin) / (1 + z**2 / num_samples) for sign in (-1, 1))
+    return tuple(float(np.clip(end, 0, 1)) for end in ends)
+
+
+def fid_interval(
+    groups: list[RunningStatistics], reference: tuple[np.ndarray, np.ndarray], confidence: float = 0.95
+) -> tuple[float, float]:
+    """
+    The [`jackknife_interval`] of a Fréchet distance: how far the distance of other samples of the same number from the
+    same model would lie from this one.
+
+    The reference counts as fixed. The bias of the distance is about a constant over the number of samples. Where there
+    are hardly more samples than features, the interval is rough.
+
+    Args:
+        groups (`list[RunningStatistics]`): The samples in g >= 2 random groups of about the same size; 10 is usual.
+        reference (`tuple[np.ndarray, np.ndarray]`): Mean and covariance of the reference.
+        confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
+
+    Returns:
+        `tuple[float, float]`: Both ends; the lower one is at least 0.
+
+    Raises:
+        `ValueError`: there are fewer than two groups, or an argument is out of range.
+    """
+
+    def distance(part: list[RunningStatistics]) -> float:
+        return frechet_distance(*merge_statistics(part).result(), *reference)
+
+    return jackknife_interval(groups, distance, confidence)
 
 
 @dataclass(frozen=True)
@@ -197,7 +268,7 @@ class InceptionScore:
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
         """
-        Confidence interval of the mean over the splits (Student's t); the bias of a split's size is no part of it.
+        The [`mean_interval`] over the splits; the bias of a split's size is no part of it.
 
         Args:
             confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
@@ -208,12 +279,7 @@ class InceptionScore:
         Raises:
             `ValueError`: the probability is out of range.
         """
-        check_number("confidence", confidence, 0, 1, open_minimum=True, open_maximum=True)
-        if len(self.splits) < 2:
-            return None
-        error = np.std(self.splits, ddof=1) / np.sqrt(len(self.splits))
-        margin = float(stats.t.ppf((1 + confidence) / 2, len(self.splits) - 1) * error)
-        return self.mean - margin, self.mean + margin
+        return mean_interval(self.splits, confidence) if len(self.splits) > 1 else None
 
 
 class RunningInceptionScore:
@@ -233,44 +299,41 @@ class RunningInceptionScore:
     def __init__(self, split_size: int = 5000):
         check_at_least("split_size", split_size, 1)
         self.split_size = split_size
-        self._finished: list[float] = []
-        self._start_split()
+        self.num_rows = 0
+        # Of each split: samples, the sum of their negative entropies, the sum of their probabilities.
+        self._splits: dict[int, tuple[int, float, np.ndarray]] = {}
 
-    def _start_split(self) -> None:
-        self._num_rows, self._negative_entropy, self._probabilities = 0, 0.0, 0.0
-
-    def _score(self) -> float:
-        mean = self._probabilities / self._num_rows
-        mean_entropy = -(mean * np.log(np.where(mean > 0, mean, 1))).sum()
-        return float(np.exp(self._negative_entropy / self._num_rows + mean_entropy))
-
-    def update(self, logits: np.ndarray | torch.Tensor) -> None:
+    def update(self, logits: np.ndarray | torch.Tensor, places: np.ndarray | None = None) -> None:
         """
         Adds samples.
 
         Args:
             logits (`np.ndarray` or `torch.Tensor` of shape `(n, k)`): Their logits of k classes.
+            places (`np.ndarray` of shape `(n,)`, *optional*): Their places in the order that is split; after those
+                before if not given.
 
         Raises:
             `ValueError`: their shape does not fit, or one is not finite.
         """
         rows = torch.from_numpy(_check_rows("logits", logits).astype(np.float64))
-        if self._num_rows and len(self._probabilities) != rows.shape[1]:
-            raise ValueError(f"`logits` must be of {len(self._probabilities)} classes, got {rows.shape[1]}.")
-        while len(rows):
-            part, rows = rows.tensor_split([self.split_size - self._num_rows])
-            log_probabilities = part.log_softmax(dim=1)
+        num_classes = next((len(probabilities) for _, _, probabilities in self._splits.values()), rows.shape[1])
+        if num_classes != rows.shape[1]:
+            raise ValueError(f"`logits` must be of {num_classes} classes, got {rows.shape[1]}.")
+        places = self.num_rows + np.arange(len(rows)) if places is None else places
+        self.num_rows += len(rows)
+        for split in np.unique(places // self.split_size):
+            log_probabilities = rows[places // self.split_size == split].log_softmax(dim=1)
             probabilities = log_probabilities.exp()
-            self._negative_entropy += (probabilities * log_probabilities).sum().item()
-            self._probabilities = self._probabilities + probabilities.sum(dim=0).numpy()
-            self._num_rows += len(part)
-            if self._num_rows == self.split_size:
-                self._finished.append(self._score())
-                self._start_split()
+            number, negative_entropy, total = self._splits.get(split, (0, 0.0, 0.0))
+            self._splits[split] = (
+                number + len(probabilities),
+                negative_entropy + (probabilities * log_probabilities).sum().item(),
+                total + probabilities.sum(dim=0).numpy(),
+            )
 
     def result(self) -> InceptionScore:
         """
-        What was accumulated.
+        What was accumulated, with a warning where the last of several splits is smaller than the others.
 
         Returns:
             [`InceptionScore`].
@@ -278,9 +341,20 @@ class RunningInceptionScore:
         Raises:
             `ValueError`: there are no samples.
         """
-        if not self._finished and not self._num_rows:
+        if not self._splits:
             raise ValueError("`logits` must be of one sample or more, got none.")
-        return InceptionScore((*self._finished, *([self._score()] if self._num_rows else [])))
+        if self.num_rows > self.split_size and self.num_rows % self.split_size:
+            warnings.warn(
+                f"The last split of the Inception Score has {self.num_rows % self.split_size:,} samples and counts as "
+                f"much as those of {self.split_size:,}: take a multiple of {self.split_size:,}.",
+                stacklevel=2,
+            )
+        scores = []
+        for _, (number, negative_entropy, total) in sorted(self._splits.items()):
+            mean = total / number
+            mean_entropy = -(mean * np.log(np.where(mean > 0, mean, 1))).sum()
+            scores.append(float(np.exp(negative_entropy / number + mean_entropy)))
+        return InceptionScore(tuple(scores))
 
 
 @dataclass(frozen=True)
@@ -312,7 +386,7 @@ class PrecisionRecall:
 
     def interval(self, which: str, confidence: float = 0.95) -> tuple[float, float]:
         """
-        Wilson's confidence interval of a share: of precision with the reference, of recall with the samples as given.
+        The [`wilson_interval`] of a share: of precision with the reference, of recall with the samples as given.
 
         Args:
             which (`str`): `"precision"` or `"recall"`.
@@ -330,9 +404,8 @@ class PrecisionRecall:
         }
         if which not in counts:
             raise ValueError(f"`which` must be one of {', '.join(map(repr, counts))}, got {which!r}.")
-        check_number("confidence", confidence, 0, 1, open_minimum=True, open_maximum=True)
-        share = stats.binomtest(*counts[which]).proportion_ci(confidence, method="wilson")
-        return float(share.low), float(share.high)
+        number, total = counts[which]
+        return wilson_interval(number / total, total, confidence)
 
 
 def _squared_distances(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -340,6 +413,83 @@ def _squared_distances(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tenso
     norms = rows.square().sum(dim=1)[:, None] + columns.square().sum(dim=1)
     distances = torch.addmm(norms, rows, columns.T, alpha=-2)
     return distances.masked_fill_(distances <= 1e-13 * norms, 0)
+
+
+class ReferenceManifold:
+    """
+    The manifold of a reference (Kynkäänniemi et al., 2019), with which any number of samples can be compared: the
+    union of balls around its members. The radius of a ball is the distance to the k-th nearest other member, and its
+    surface belongs to it.
+
+    Args:
+        reference (`np.ndarray` of shape `(m, d)`): Features of the reference, m > k.
+        num_neighbours (`int`, defaults to 3): The number k of neighbours.
+        block_size (`int`, defaults to 2048): Distances of so many times so many pairs are in memory at once.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where distances are computed; it must have float64.
+
+    Raises:
+        `ValueError`: there are k pictures or fewer, a feature is not finite, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        reference: np.ndarray,
+        num_neighbours: int = 3,
+        block_size: int = 2048,
+        device: torch.device | str = "cpu",
+    ):
+        check_at_least("num_neighbours", num_neighbours, 1)
+        check_at_least("block_size", block_size, 1)
+        self.num_neighbours = num_neighbours
+        self.block_size = block_size
+        self.device = device
+        self._rows = _check_rows("reference", reference, num_neighbours + 1)
+        self._center = self._rows.mean(axis=0, dtype=np.float64)  # distances are the same, and their rounding is less
+        self._radii = self._find_radii(self._rows)
+
+    def _blocks(self, rows: np.ndarray) -> Iterator[tuple[slice, torch.Tensor]]:
+        for start in range(0, len(rows), self.block_size):
+            place = slice(start, start + self.block_size)
+            yield place, torch.from_numpy(rows[place].astype(np.float64) - self._center).to(self.device)
+
+    def _find_radii(self, rows: np.ndarray) -> torch.Tensor:
+        radii = torch.empty(len(rows), dtype=torch.float64, device=self.device)
+        for place, block in self._blocks(rows):
+            nearest = torch.empty(len(block), 0, dtype=torch.float64, device=self.device)
+            for _, others in self._blocks(rows):
+                nearest = torch.cat([nearest, _squared_distances(block, others)], dim=1)
+                nearest = nearest.topk(min(self.num_neighbours + 1, nearest.shape[1]), largest=False).values
+            radii[place] = nearest[:, -1]  # beside k others there is itself, at distance 0
+        return radii
+
+    def compare(self, samples: np.ndarray) -> PrecisionRecall:
+        """
+        Improved precision and recall, see [`precision_recall`].
+
+        Args:
+            samples (`np.ndarray` of shape `(n, d)`): Features of the samples, n > k.
+
+        Returns:
+            [`PrecisionRecall`].
+
+        Raises:
+            `ValueError`: there are k pictures or fewer, the shapes do not fit, or a feature is not finite.
+        """
+        samples = _check_rows("samples", samples, self.num_neighbours + 1)
+        if samples.shape[1] != self._rows.shape[1]:
+            raise ValueError(
+                "`samples` and `reference` must have as many features, "
+                f"got {samples.shape[1]} and {self._rows.shape[1]}."
+            )
+        radii = self._find_radii(samples)
+        is_precise = torch.zeros(len(samples), dtype=torch.bool, device=self.device)
+        is_recalled = torch.zeros(len(self._rows), dtype=torch.bool, device=self.device)
+        for place, block in self._blocks(samples):
+            for other_place, others in self._blocks(self._rows):
+                distances = _squared_distances(block, others)
+                is_precise[place] |= (distances <= self._radii[other_place]).any(dim=1)
+                is_recalled[other_place] |= (distances <= radii[place, None]).any(dim=0)
+        return PrecisionRecall(int(is_precise.sum()), len(samples), int(is_recalled.sum()), len(self._rows))
 
 
 def precision_recall(
@@ -350,11 +500,11 @@ def precision_recall(
     device: torch.device | str = "cpu",
 ) -> PrecisionRecall:
     """
-    Improved precision and recall (Kynkäänniemi et al., 2019), as ADM computes them on `pool_3` with k = 3.
+    Improved precision and recall (Kynkäänniemi et al., 2019), as ADM computes them on `pool_3` with k = 3: the share
+    of each set within the manifold of the other one, see [`ReferenceManifold`].
 
-    The manifold of a set is the union of balls around its members; the radius of a ball is the distance to the k-th
-    nearest other member, and its surface belongs to it. Squared distances are in float64 here, where ADM's are in
-    float16 if these are finite and else in float32: its values differ in the last digits that it gives.
+    Squared distances are in float64 here, where ADM's are in float16 if these are finite and else in float32: its
+    values differ in the last digits that it gives.
 
     Both depend on the numbers of pictures: compare them at the same numbers only. Sets that are the same have both at
     1. Sets in which more than k members are the same have balls of radius 0.
@@ -370,39 +520,7 @@ def precision_recall(
         [`PrecisionRecall`].
 
     Raises:
-        `ValueError`: there are k pictures or fewer in a set, the shapes do not fit, or a feature is not finite.
+        `ValueError`: there are k pictures or fewer in a set, the shapes do not fit, a feature is not finite, or a
+            number is out of range.
     """
-    check_at_least("num_neighbours", num_neighbours, 1)
-    check_at_least("block_size", block_size, 1)
-    named = {"samples": samples, "reference": reference}
-    sets = [_check_rows(name, rows, num_neighbours + 1) for name, rows in named.items()]
-    if sets[0].shape[1] != sets[1].shape[1]:
-        raise ValueError(
-            f"`samples` and `reference` must have as many features, got {sets[0].shape[1]} and {sets[1].shape[1]}."
-        )
-    center = sets[1].mean(axis=0, dtype=np.float64)  # distances are the same, and their rounding is less
-
-    def blocks(rows: np.ndarray) -> Iterator[tuple[slice, torch.Tensor]]:
-        for start in range(0, len(rows), block_size):
-            place = slice(start, start + block_size)
-            yield place, torch.from_numpy(rows[place].astype(np.float64) - center).to(device)
-
-    def find_radii(rows: np.ndarray) -> torch.Tensor:
-        radii = torch.empty(len(rows), dtype=torch.float64, device=device)
-        for place, block in blocks(rows):
-            nearest = torch.empty(len(block), 0, dtype=torch.float64, device=device)
-            for _, others in blocks(rows):
-                nearest = torch.cat([nearest, _squared_distances(block, others)], dim=1)
-                nearest = nearest.topk(min(num_neighbours + 1, nearest.shape[1]), largest=False).values
-            radii[place] = nearest[:, -1]  # beside k others there is itself, at distance 0
-        return radii
-
-    radii = [find_radii(rows) for rows in sets]
-    is_within = [torch.zeros(len(rows), dtype=torch.bool, device=device) for rows in sets]
-    for place, block in blocks(sets[0]):
-        for other_place, others in blocks(sets[1]):
-            distances = _squared_distances(block, others)
-            is_within[0][place] |= (distances <= radii[1][other_place]).any(dim=1)
-            is_within[1][other_place] |= (distances <= radii[0][place, None]).any(dim=0)
-    counts = [int(within.sum()) for within in is_within]
-    return PrecisionRecall(counts[0], len(sets[0]), counts[1], len(sets[1]))
+    return ReferenceManifold(reference, num_neighbours, block_size, device).compare(samples)

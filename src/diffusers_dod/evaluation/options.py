@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from ..checks import check_at_least
+from ..checks import attempt, check_at_least
 from ..pipeline_dod import DoDPipeline
 from ..seeding import stateless_generator
 from ..training.data import Pictures, load_pictures
 from ..training.latents import TRANSFORM
+from .images import picture_identity
+from .results import check_output
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,24 +46,27 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_file", type=Path, required=True, help="JSON file of the results.")
 
 
+def check_device(device: str) -> None:
+    """Raises a `ValueError` unless PyTorch has the option `device` here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch was built without CUDA
+        raise ValueError(f"`device` must be one that PyTorch has here, got {device!r}: {error}") from error
+
+
 def find_picture_errors(args: argparse.Namespace) -> list[str]:
     """All that is wrong with the options of [`add_picture_arguments`] in `args`, a message for each."""
-    errors = []
+    errors: list[str] = []
     minimums = {"num_pictures": 2, "data_seed": 0, "resolution": 1, "seed": 0, "batch_size": 1}
     for name, minimum in (minimums | {"dataloader_num_workers": 0}).items():
-        try:
-            check_at_least(name, getattr(args, name), minimum)
-        except ValueError as error:
-            errors.append(str(error))
+        attempt(errors, check_at_least, name, getattr(args, name), minimum)
     if (args.dataset_name is None) == (args.train_data_dir is None):
         errors.append(
             "Exactly one of `dataset_name` and `train_data_dir` must be given, "
             f"got {args.dataset_name!r} and {args.train_data_dir!r}."
         )
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch was built without CUDA
-        errors.append(f"`device` must be one that PyTorch has here, got {args.device!r}: {error}")
+    attempt(errors, check_device, args.device)
+    attempt(errors, check_output, "output_file", args.output_file)
     return errors
 
 
@@ -80,22 +85,26 @@ def open_pictures(args: argparse.Namespace, num_pictures: int) -> tuple[Pictures
     Raises:
         `ValueError`: there are fewer, or the data cannot be opened, see [`load_pictures`].
     """
-    pictures = load_pictures(
-        args.dataset_name,
-        args.train_data_dir,
-        args.resolution,
-        num_pictures,
-        args.data_seed,
-        args.image_column,
-        args.label_column,
-    )
+    try:
+        pictures = load_pictures(
+            args.dataset_name,
+            args.train_data_dir,
+            args.resolution,
+            num_pictures,
+            args.data_seed,
+            args.image_column,
+            args.label_column,
+        )
+    except FileNotFoundError as error:
+        source = "dataset_name" if args.train_data_dir is None else "train_data_dir"
+        raise ValueError(f"`{source}` must hold pictures, got {getattr(args, source)!r}: {error}") from error
     available = len(pictures.dataset)
     if num_pictures > available:
         raise ValueError(f"The number of pictures must be at most the {available} that there are, got {num_pictures}.")
     order = torch.randperm(available, generator=stateless_generator(args.data_seed, 0))
     description = {
         "name": args.dataset_name or args.train_data_dir,
-        "pictures": pictures.fingerprint,
+        "pictures": picture_identity(pictures, args.train_data_dir),
         "num_available": available,
         "num_pictures": num_pictures,
         "data_seed": args.data_seed,

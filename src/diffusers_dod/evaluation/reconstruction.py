@@ -9,10 +9,12 @@ each from its own class and its own prior, and rFID, PSNR and SSIM compare the r
 
 The row `autoencoder` is encoding and decoding alone: no model in its latents can do better on PSNR and SSIM, but for
 chance. rFID is the Fréchet distance to the pictures themselves, with the 95 % interval of a jackknife; PSNR and SSIM
-are means over pictures, with 1.96 standard errors. All of them are of uint8 pictures, rounded as round(255 x).
+are means over pictures, with Student's. All of them are of uint8 pictures, rounded as round(255 x). A run that was
+stopped goes on after the rows that it has finished.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,19 +24,25 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from scipy import stats
 from tqdm.auto import tqdm
 
-from ..checks import check_at_least, check_number
+from ..checks import attempt, check_at_least, check_number
 from ..pipeline_dod import DoDPipeline
 from ..scheduling_dod import SOLVERS
 from ..training.data import to_pixels
 from ..training.image_grid import make_grid
-from .extractors import Extractor, extract, load_extractor
+from .extractors import Extractor, extract, extractor_sha256, load_extractor
 from .frechet import frechet_distance
-from .metrics import RunningStatistics, merge_statistics
+from .metrics import RunningStatistics, jackknife_interval, mean_interval, merge_statistics
 from .options import add_picture_arguments, find_picture_errors, load_pipeline, open_pictures, read_batches
-from .results import as_metric, write_results
+from .results import (
+    as_metric,
+    check_output,
+    checkpoint_sha256,
+    describe_versions,
+    read_results,
+    write_results,
+)
 
 
 AUTOENCODER = "autoencoder"
@@ -211,11 +219,8 @@ def _rfid(pairs: list[tuple[RunningStatistics, RunningStatistics]]) -> float:
 
 def rfid_interval(groups: list[tuple[RunningStatistics, RunningStatistics]]) -> tuple[float, float] | None:
     """
-    The 95 % confidence interval of the Fréchet distance of pictures to their own originals, by the delete-a-group
-    jackknife (Student's t), which leaves out pictures together with their originals.
-
-    It says how far the distance for as many other pictures would lie from this one. The bias of the distance, which is
-    too large the fewer the pictures, is neither removed nor part of the interval.
+    The [`jackknife_interval`] of the Fréchet distance of pictures to their own originals, which leaves out pictures
+    together with their originals: how far the distance for as many other pictures would lie from this one.
 
     Args:
         groups (`list[tuple[RunningStatistics, RunningStatistics]]`):
@@ -226,10 +231,7 @@ def rfid_interval(groups: list[tuple[RunningStatistics, RunningStatistics]]) -> 
     """
     if min(images.num_rows for images, _ in groups) < 2:
         return None
-    without = np.array([_rfid(groups[:i] + groups[i + 1 :]) for i in range(len(groups))])
-    margin = stats.t.ppf(0.975, len(groups) - 1) * np.sqrt((len(groups) - 1) * without.var())
-    distance = _rfid(groups)
-    return max(0.0, distance - margin), distance + margin
+    return jackknife_interval(groups, _rfid)
 
 
 def compare(
@@ -289,8 +291,7 @@ def as_metrics(name: str, comparison: Comparison) -> dict[str, dict[str, Any]]:
         metrics[f"rfid_{name}"] = as_metric(comparison.rfid, comparison.rfid_interval)
     for kind, values in {"psnr": comparison.psnr, "ssim": comparison.ssim}.items():
         if np.isfinite(values).all():
-            mean, margin = values.mean(), 1.96 * values.std(ddof=1) / len(values) ** 0.5
-            metrics[f"{kind}_{name}"] = as_metric(mean, (mean - margin, mean + margin))
+            metrics[f"{kind}_{name}"] = as_metric(values.mean(), mean_interval(values))
     return metrics
 
 
@@ -333,22 +334,40 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         errors.append(f"`resolution` must be an integer >= 11, the window of SSIM, got {args.resolution}.")
     scales = args.guidance_scales or []
     for scale in scales:
-        try:
-            check_number("guidance_scales", scale, 0)
-        except ValueError as error:
-            errors.append(str(error))
+        attempt(errors, check_number, "guidance_scales", scale, 0)
     if len({f"{scale:g}" for scale in scales}) < len(scales):  # as they are named
         errors.append(f"`guidance_scales` must be different numbers, in 6 digits, got {scales}.")
     if args.num_inference_steps is not None:
-        try:
-            check_at_least("num_inference_steps", args.num_inference_steps, 1)
-        except ValueError as error:
-            errors.append(str(error))
+        attempt(errors, check_at_least, "num_inference_steps", args.num_inference_steps, 1)
     if args.grid_file is not None and args.grid_file.suffix != ".png":
         errors.append(f"`grid_file` must end with .png, got {args.grid_file}.")
+    attempt(errors, check_output, "grid_file", args.grid_file)
     if errors:
         parser.error("\n".join(errors))
     return args
+
+
+def read_rows(path: Path, identity: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """
+    The rows of a run that was stopped.
+
+    Args:
+        path (`Path`): Where it wrote them.
+        identity (`dict`): What their numbers depend on, which must be what that file says.
+
+    Returns:
+        `dict[str, dict]`: What [`as_metrics`] gave for each, by name; none, if it is a file of another run.
+    """
+    try:
+        found = read_results(path)
+    except ValueError:
+        return {}
+    if {name: found.get(name) for name in identity} != json.loads(json.dumps(identity)):
+        return {}
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, metric in found["metrics"].items():
+        rows.setdefault(name.partition("_")[2], {})[name] = metric
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -370,50 +389,60 @@ def main(argv: list[str] | None = None) -> None:
     scales: dict[str, float | None] = {} if pipeline.vae is None else {AUTOENCODER: None}
     scales |= {f"scale_{scale:g}": scale for scale in args.guidance_scales}
     call = {
+        "seed": args.seed,
         "num_inference_steps": args.num_inference_steps,
         "stage_solvers": None if args.solver is None else [args.solver],
     }
-    rows, grid = {}, {}
+    identity = {
+        "checkpoint": {
+            "path": args.pretrained_model_name_or_path,
+            "sha256": checkpoint_sha256(args.pretrained_model_name_or_path),
+        },
+        "data": data,
+        "settings": {
+            "class_labels": "those of the pictures",
+            "num_inference_steps": args.num_inference_steps or pipeline.config.default_num_inference_steps,
+            "scheduler": {name: value for name, value in pipeline.scheduler.config.items() if name[0] != "_"},
+            "solver": args.solver,
+            "seed": args.seed,
+            "batch_size": args.batch_size,
+            "dtype": args.dtype,
+            "rounding": "round(255 x)",
+            "extractor": args.extractor,
+            "extractor_sha256": None if extractor is None else extractor_sha256(args.extractor, extractor),
+            "ssim": "scikit-image, 11 x 11 Gaussian window, sigma 1.5, K1 0.01, K2 0.03, range 255, mean of channels",
+        },
+    }
 
     def pairs(name: str, scale: float | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         batches = read_batches(pictures, indices, args.batch_size, args.dataloader_num_workers)
         progress = tqdm(batches, desc=name, total=-(-len(indices) // args.batch_size))
         for places, images, labels in progress:
-            outputs = reconstruct(pipeline, images, labels, places, scale, args.seed, **call)
-            for row, shown in (("original", images.numpy()), (name, outputs)):
-                known = grid.setdefault(row, [])
-                known += [Image.fromarray(picture) for picture in shown[: GRID_COLUMNS - len(known)]]
-            yield outputs, images.numpy()
+            yield reconstruct(pipeline, images, labels, places, scale, **call), images.numpy()
 
+    def write(path: Path, rows: dict[str, dict[str, dict[str, Any]]], **settings: Any) -> None:
+        metrics = {key: metric for metrics in rows.values() for key, metric in metrics.items()}
+        settings = {**identity["settings"], **settings}
+        write_results(
+            path, "reconstruction", argv, metrics, data, settings, args.device, checkpoint=identity["checkpoint"]
+        )
+
+    rows_file = args.output_file.with_name(f".{args.output_file.name}.rows")
+    done = read_rows(rows_file, {**identity, "versions": describe_versions(args.device)})
+    rows = {}
     for name, scale in scales.items():
-        rows[name] = as_metrics(name, compare(pairs(name, scale), extractor, args.device))
+        rows[name] = done.get(name) or as_metrics(name, compare(pairs(name, scale), extractor, args.device))
+        write(rows_file, done | rows)
     if args.grid_file is not None:
+        places, images, labels = next(read_batches(pictures, indices[:GRID_COLUMNS], GRID_COLUMNS))
+        grid = [images.numpy()]
+        grid += [reconstruct(pipeline, images, labels, places, scale, **call) for scale in scales.values()]
         args.grid_file.parent.mkdir(parents=True, exist_ok=True)
-        make_grid(list(grid.values()), scale=max(1, 64 // args.resolution)).save(args.grid_file)
+        picture = make_grid([list(map(Image.fromarray, row)) for row in grid], scale=max(1, 64 // args.resolution))
+        picture.save(args.grid_file)
     print(to_table(rows))
-    settings = {
-        "class_labels": "those of the pictures",
-        "guidance_scales": args.guidance_scales,
-        "num_inference_steps": args.num_inference_steps or pipeline.config.default_num_inference_steps,
-        "scheduler": {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")},
-        "solver": args.solver,
-        "seed": args.seed,
-        "batch_size": args.batch_size,
-        "dtype": args.dtype,
-        "rounding": "round(255 x)",
-        "extractor": args.extractor,
-        "ssim": "scikit-image, 11 x 11 Gaussian window, sigma 1.5, K1 0.01, K2 0.03, range 255, mean over channels",
-    }
-    write_results(
-        args.output_file,
-        "reconstruction",
-        argv,
-        {key: metric for metrics in rows.values() for key, metric in metrics.items()},
-        data,
-        settings,
-        args.device,
-        args.pretrained_model_name_or_path,
-    )
+    write(args.output_file, rows, guidance_scales=args.guidance_scales)
+    rows_file.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

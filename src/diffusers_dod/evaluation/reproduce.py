@@ -6,7 +6,7 @@ Computes a published number again, from the file that came with it, and says whe
 
 The commands and their arguments are those in the file, with its paths, relative to where it is called; samples are
 drawn again. It ends with the exit code 1 if a number does not agree, and refuses another checkpoint than the published
-one. Where the file names code, an extractor, it is run with `--trust_extractor` only.
+one. Where the file names code, an extractor, it is run with `--trust_extractor` only; another one is warned of.
 """
 
 import argparse
@@ -14,12 +14,14 @@ import importlib
 import shutil
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 from ..checks import check_number
 from . import sample
-from .results import checkpoint_sha256, read_results
+from .extractors import extractor_file
+from .results import check_output, checkpoint_sha256, file_sha256, read_results
 
 
 TASKS = ("evaluate", "reconstruction", "linear_probe", "sweep", "compute")
@@ -74,6 +76,16 @@ def _check_code(path: Path, argv: list[str]) -> None:
         )
 
 
+def _check_extractor(published: dict[str, Any], measured: dict[str, Any]) -> None:
+    """Warns of another extractor than the published one, whose hash was that of its file alone in older results."""
+    wanted, found = (results.get("settings", {}).get("extractor_sha256") for results in (published, measured))
+    if wanted != found and wanted is not None:
+        name = published["settings"]["extractor"]
+        file = extractor_file(name)
+        if file is None or file_sha256(file) != wanted:
+            warnings.warn(f"The extractor {name!r} is not the published one.", stacklevel=3)
+
+
 def reproduce(
     path: Path, rtol: float, output_file: Path | None = None, trust_extractor: bool = False
 ) -> list[dict[str, Any]]:
@@ -122,7 +134,9 @@ def reproduce(
         if output_file is not None:
             output_file.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(target, output_file)
-        return compare(published, read_results(target), rtol)
+        measured = read_results(target)
+        _check_extractor(published, measured)
+        return compare(published, measured, rtol)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -138,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     check_number("rtol", args.rtol, 0)
+    check_output("output_file", args.output_file)
     rows = reproduce(args.results, args.rtol, args.output_file, args.trust_extractor)
     print("| | published | measured | agrees |\n| --- | ---: | ---: | --- |")
     for row in rows:

@@ -13,20 +13,20 @@ Writes samples of a pipeline to disk, e.g. the 50,000 of an FID:
 With `--all_stages` each stage has such a folder, `stage-1`, `stage-2`, ..., in `output_dir`.
 
 Image i depends on checkpoint, settings, seed and i alone. Images are sampled in chunks of `--batch_size`, always as
-the same batch: a run that was killed goes on where it was, on any number of processes. On the same kind of device,
-with as many threads, it ends with the same files. All processes must see `output_dir`.
+the same batch: a run that was killed goes on where it was, on any number of processes, and so does one that has ended,
+with a larger `--num_images`. On the same kind of device, with as many threads, it ends with the same files. All
+processes must see `output_dir`.
 """
 
 import argparse
-import hashlib
 import io
 import json
 import logging
-import os
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -38,27 +38,32 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..checks import check_at_least, check_number
+from ..checks import attempt, check_at_least, check_number
 from ..guidance import NULL_CONDITIONS, Guidance
 from ..pipeline_dod import DoDPipeline
 from ..scheduling_dod import SOLVERS
 from ..seeding import stateless_generator
 from ..training.processes import check_processes, end_with_launcher, together
-from .results import checkpoint_sha256, describe_versions
+from .images import CHUNKS, LABELS_FILE, MANIFEST, NpzImages
+from .options import DTYPES
+from .results import (
+    UNFINISHED,
+    check_output,
+    checkpoint_sha256,
+    describe_versions,
+    file_sha256,
+    in_use,
+    replacing,
+)
 
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-MANIFEST = "manifest.json"
-CHUNKS = "chunks"
 SETTINGS = "settings.json"
 ARCHIVE = "samples.npz"
-LABELS_FILE = "labels.txt"
-UNFINISHED = ".unfinished"
 ROUNDING = "round(255 x)"
 LABELS = ("random", "balanced")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Options under the names that the pipeline's call has for them.
 CALL_OPTIONS = ("num_stages", "num_inference_steps", "guidance_scale", "first_stage_guidance_scale")
@@ -148,14 +153,6 @@ def sample_settings(args: argparse.Namespace, pipeline: DoDPipeline) -> dict[str
     }
 
 
-def _sha256(paths: Iterable[Path]) -> str:
-    """Of the bytes of files, one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 class SampleFolder:
     """
     Images of one stage on their way to disk, in chunks of fixed ranges of indices.
@@ -191,31 +188,38 @@ class SampleFolder:
         Raises:
             `ValueError`: the folder holds samples of other settings, which the message names, or something else.
         """
+        for path in self._chunks.glob(f"*{UNFINISHED}"):
+            path.unlink()
         files = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()}
-        files = {name for name in files if not name.endswith(UNFINISHED)}
         is_complete = False
         if MANIFEST in files:
             manifest = json.loads((self.folder / MANIFEST).read_text())
-            self._check_settings(manifest.get("settings", {}))
-            is_complete = self._find_sha256() == manifest["sha256"]
-            if not is_complete:
+            found = self._with_settings(manifest.get("settings", {}))
+            is_intact = found._find_sha256() == manifest["sha256"]
+            is_complete = is_intact and found.settings == self.settings
+            if not is_intact:
                 logger.warning(f"{self.folder} does not hold the images of its manifest: what is missing comes again.")
-                (self.folder / MANIFEST).unlink()
+            elif not is_complete:
+                found._unpack(manifest["versions"])
         elif files - {f"{CHUNKS}/{SETTINGS}"}:  # else nothing has been sampled yet
             if not (self._chunks / SETTINGS).is_file():
                 raise ValueError(f"`output_dir` must be empty or hold samples, got {self.folder} with other files.")
-            self._check_settings(json.loads((self._chunks / SETTINGS).read_text()))
+            self._with_settings(json.loads((self._chunks / SETTINGS).read_text()))
         if is_complete:
             self._clean()
         else:
             self._chunks.mkdir(parents=True, exist_ok=True)
-            self._publish(self._chunks / SETTINGS, lambda file: file.write(self._to_json(self.settings)))
+            self._write_json(self._chunks / SETTINGS, self.settings)
+            for name in (MANIFEST, ARCHIVE):
+                (self.folder / name).unlink(missing_ok=True)
         return is_complete
 
     def is_done(self, chunk: int) -> bool:
         """Whether the images of `chunk` are on disk, undamaged."""
         try:
-            return self._read_note(chunk)["sha256"] == _sha256(self._chunk_files(chunk))
+            note = self._read_note(chunk)
+            is_whole = note["num_images"] == len(self.indices(chunk))  # unlike the last chunk of fewer images
+            return is_whole and note["sha256"] == file_sha256(*self._chunk_files(chunk))
         except (OSError, ValueError, KeyError, TypeError):  # missing, or no such file
             return False
 
@@ -228,14 +232,7 @@ class SampleFolder:
             images (`np.ndarray` of shape `(n, H, W, 3)`): Its images, in uint8.
             device (`torch.device` or `str`): What computed them, for the note.
         """
-        paths = self._chunk_files(chunk)
-        if self.settings["format"] == "png":
-            for path, image in zip(paths, images, strict=True):
-                self._publish(path, lambda file, image=image: Image.fromarray(image).save(file, "png"))
-        else:
-            self._publish(paths[0], lambda file: np.save(file, images))
-        note = {"sha256": _sha256(paths), "versions": describe_versions(device)}
-        self._publish(self._note(chunk), lambda file: file.write(self._to_json(note)))
+        self._write_chunk(chunk, images, [describe_versions(device)])
 
     def finish(self, **details: Any) -> dict[str, Any]:
         """
@@ -256,10 +253,9 @@ class SampleFolder:
                 f"`output_dir` must be a folder that all processes share, got {self.folder} without the chunks "
                 f"{missing[:10]}{'...' if len(missing) > 10 else ''}."
             )
-        versions: list[dict[str, str]] = []
+        versions: list[dict[str, str | None]] = []
         for chunk in range(self.num_chunks):
-            if (found := self._read_note(chunk)["versions"]) not in versions:
-                versions.append(found)
+            versions += [found for found in self._read_note(chunk)["versions"] if found not in versions]
         if len(versions) > 1:
             logger.warning(f"The samples in {self.folder} were computed by {len(versions)} versions or devices.")
         is_png = self.settings["format"] == "png"
@@ -277,23 +273,51 @@ class SampleFolder:
             "settings": self.settings,
             "versions": versions,
         }
-        self._publish(self.folder / MANIFEST, lambda file: file.write(self._to_json(manifest)))
+        self._write_json(self.folder / MANIFEST, manifest)
         self._clean()
         return manifest
 
-    def _check_settings(self, found: dict[str, Any]) -> None:
+    def _with_settings(self, found: dict[str, Any]) -> "SampleFolder":
+        """The folder as settings that are found in it say: these, but for fewer images."""
         for name in [*self.settings, *found]:
-            if found.get(name) != self.settings.get(name):
+            wanted, value = self.settings.get(name), found.get(name)
+            can_go_on = name == "num_images" and isinstance(value, int) and 0 < value < wanted
+            if can_go_on and self.settings["format"] == "png":
+                can_go_on = self._num_digits(value) == self._num_digits(wanted)
+            if value != wanted and not can_go_on:
                 raise ValueError(
-                    f"`output_dir` must hold samples with `{name}` = {self.settings.get(name)!r}, got "
-                    f"{found.get(name)!r} in {self.folder}: remove it, or use another folder."
+                    f"`output_dir` must hold samples with `{name}` = {wanted!r}, got {value!r} in {self.folder}: "
+                    "remove it, or use another folder."
                 )
+        return SampleFolder(self.folder, found, self.labels[: found["num_images"]])
+
+    def _unpack(self, versions: list[dict[str, str | None]]) -> None:
+        """Makes chunks out of an archive again, for others to join them."""
+        if self.settings["format"] == "npz":
+            images = NpzImages(self.folder / ARCHIVE).batches(self.settings["batch_size"])
+            for chunk, (batch, _) in enumerate(images):
+                self._write_chunk(chunk, batch.permute(0, 2, 3, 1).numpy(), versions)
+
+    @staticmethod
+    def _num_digits(num_images: int) -> int:
+        """Of the names of PNG files."""
+        return max(6, len(str(num_images - 1)))
 
     def _chunk_files(self, chunk: int) -> list[Path]:
         if self.settings["format"] == "npz":
             return [self._chunks / f"{chunk:06d}.npy"]
-        num_digits = max(6, len(str(self.settings["num_images"] - 1)))
+        num_digits = self._num_digits(self.settings["num_images"])
         return [self.folder / f"{index:0{num_digits}d}.png" for index in self.indices(chunk)]
+
+    def _write_chunk(self, chunk: int, images: np.ndarray, versions: list[dict[str, str | None]]) -> None:
+        paths = self._chunk_files(chunk)
+        if self.settings["format"] == "png":
+            for path, image in zip(paths, images, strict=True):
+                self._publish(path, lambda file, image=image: Image.fromarray(image).save(file, "png"))
+        else:
+            self._publish(paths[0], lambda file: np.save(file, images))
+        note = {"num_images": len(images), "sha256": file_sha256(*paths), "versions": versions}
+        self._write_json(self._note(chunk), note)
 
     def _note(self, chunk: int) -> Path:
         return self._chunks / f"{chunk:06d}.json"
@@ -308,11 +332,10 @@ class SampleFolder:
         """Of the archive, or of all PNG files in order; `None` if one is missing, or not with their labels."""
         try:
             if self.settings["format"] == "npz":
-                with open(self.folder / ARCHIVE, "rb") as file:
-                    return hashlib.file_digest(file, "sha256").hexdigest()
+                return file_sha256(self.folder / ARCHIVE)
             if (self.folder / LABELS_FILE).read_bytes() != self._labels_text():
                 return None
-            return _sha256(path for chunk in range(self.num_chunks) for path in self._chunk_files(chunk))
+            return file_sha256(*(path for chunk in range(self.num_chunks) for path in self._chunk_files(chunk)))
         except FileNotFoundError:
             return None
 
@@ -330,14 +353,11 @@ class SampleFolder:
 
     def _publish(self, path: Path, write: Callable[[io.BufferedIOBase], Any]) -> None:
         """Writes a file that is there as a whole or not at all."""
-        unfinished = self._chunks / f"{path.name}{UNFINISHED}"
-        with open(unfinished, "wb") as file:
+        with replacing(path, self._chunks) as unfinished, open(unfinished, "wb") as file:
             write(file)
-        os.replace(unfinished, path)
 
-    @staticmethod
-    def _to_json(content: dict[str, Any]) -> bytes:
-        return (json.dumps(content, indent=2) + "\n").encode()
+    def _write_json(self, path: Path, content: dict[str, Any]) -> None:
+        self._publish(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
     def _clean(self) -> None:
         """Removes the chunks of an archive; the notes of PNG files can still tell which one is damaged."""
@@ -397,27 +417,22 @@ def find_errors(args: argparse.Namespace) -> list[str]:
     """
     errors: list[str] = []
 
-    def attempt(check: Callable, *arguments: Any, **kwargs: Any) -> None:
-        try:
-            check(*arguments, **kwargs)
-        except (TypeError, ValueError) as error:
-            errors.append(str(error))
-
     def values_of(name: str) -> list[Any]:
         value = getattr(args, name)
         return value if isinstance(value, list) else [] if value is None else [value]
 
     for name in ("num_images", "batch_size", "num_stages", "num_inference_steps", "stage_inference_steps"):
         for value in values_of(name):
-            attempt(check_at_least, name, value, 1)
+            attempt(errors, check_at_least, name, value, 1)
     for name in ("height", "width"):
         for value in values_of(name):
-            attempt(check_at_least, name, value, 1)
+            attempt(errors, check_at_least, name, value, 1)
     for name in ("guidance_scale", "first_stage_guidance_scale", "stage_guidance_scales"):
         for value in values_of(name):
-            attempt(check_number, name, value, 0)
-    attempt(check_number, "seed", args.seed, 0, 2**64, open_maximum=True)
+            attempt(errors, check_number, name, value, 0)
+    attempt(errors, check_number, "seed", args.seed, 0, 2**64, open_maximum=True)
     attempt(
+        errors,
         Guidance,
         null_condition=args.null_condition,
         prior_scale=args.prior_guidance_scale,
@@ -427,11 +442,21 @@ def find_errors(args: argparse.Namespace) -> list[str]:
         rescale=args.guidance_rescale,
         cosine_threshold=args.guidance_cosine_threshold,
     )
+    attempt(errors, check_output, "output_dir", args.output_dir, is_folder=True)
     if args.num_stages is not None:
         for name in ("stage_inference_steps", "stage_solvers", "stage_guidance_scales"):
             if values_of(name) and len(values_of(name)) != args.num_stages:
                 errors.append(f"`{name}` must hold {args.num_stages} values, got {len(values_of(name))}.")
     return errors
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The options in `argv`; all errors are reported at once, in the way of `argparse`."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if errors := find_errors(args):
+        parser.error("\n".join(errors))
+    return args
 
 
 def sample(args: argparse.Namespace, argv: list[str], accelerator: Accelerator) -> list[dict[str, Any]]:
@@ -467,25 +492,32 @@ def sample(args: argparse.Namespace, argv: list[str], accelerator: Accelerator) 
         raise ValueError(f"`output_dir` must not hold one stage alone with `all_stages`, got {args.output_dir}.")
     outputs = {n: SampleFolder(folder, {**settings, "stage": n}, labels) for n, folder in folders.items()}
     complete: list[int] = []
-    with together():
-        if accelerator.is_main_process:
-            complete = [n for n, output in outputs.items() if output.open()]
-    complete = gather_object(complete)
-    outputs = {n: output for n, output in outputs.items() if n not in complete}
-    if outputs:
-        first = next(iter(outputs.values()))
-        own = range(accelerator.process_index, first.num_chunks, accelerator.num_processes)
-        own = [chunk for chunk in own if not all(output.is_done(chunk) for output in outputs.values())]
-        missing = sorted(gather_object(own))
-        _sample_chunks(args, pipeline, outputs, missing, accelerator)
+    with ExitStack() as stack:
         with together():
             if accelerator.is_main_process:
-                checkpoint = {
-                    "path": args.pretrained_model_name_or_path,
-                    "sha256": settings["checkpoint_sha256"],
-                }
-                for output in outputs.values():
-                    output.finish(task="sample", argv=argv, checkpoint=checkpoint)
+                stack.enter_context(in_use(args.output_dir))
+                complete = [n for n, output in outputs.items() if output.open()]
+        complete = gather_object(complete)
+        outputs = {n: output for n, output in outputs.items() if n not in complete}
+        if outputs:
+            first = next(iter(outputs.values()))
+            own = range(accelerator.process_index, first.num_chunks, accelerator.num_processes)
+            own = [chunk for chunk in own if not all(output.is_done(chunk) for output in outputs.values())]
+            missing = sorted(gather_object(own))
+            _sample_chunks(args, pipeline, outputs, missing, accelerator)
+            with together():
+                if accelerator.is_main_process:
+                    details = {
+                        "task": "sample",
+                        "argv": argv,
+                        "checkpoint": {
+                            "path": args.pretrained_model_name_or_path,
+                            "sha256": settings["checkpoint_sha256"],
+                        },
+                        "num_classes": pipeline.transformer.config.num_classes,
+                    }
+                    for output in outputs.values():
+                        output.finish(**details)
     return [json.loads((folder / MANIFEST).read_text()) for folder in folders.values()]
 
 
@@ -530,10 +562,7 @@ def _sample_chunks(
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if errors := find_errors(args):
-        parser.error("\n".join(errors))
+    args = parse_args(argv)
     end_with_launcher()
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))])
     check_processes(accelerator)

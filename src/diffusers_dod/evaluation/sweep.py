@@ -4,13 +4,18 @@ Guidance scales x steps x solvers x averages of the weights, and the stages of e
 
     python -m diffusers_dod.evaluation.sweep --pretrained_model_name_or_path checkpoints/dod-desk \\
         --reference textures:20000:101 --resolution 32 --extractor training/desk/texture_features.py:extractor \\
-        --num_images 1200 --guidance_scales 1 2 3 4 --num_inference_steps 10 20 --seeds 0 1 --output_dir outputs/sweep
+        --metrics fid accuracy --num_images 1200 --first_stage_guidance_scales 1 3 --guidance_scales 1 2 3 4 \\
+        --num_inference_steps 10 20 --seeds 0 1 --output_dir outputs/sweep
 
-    output_dir/settings/      results of each setting and seed: what a run that was stopped need not do again
-    output_dir/sweep.json     all numbers; `sweep.md` has them as a table
+    output_dir/settings/      results of each stage, setting and seed: what a run that was stopped need not do again
+    output_dir/sweep.json     all numbers, as `<metric>/stage-<n>/<average>/<steps>/<solver>/<scales>`
+    output_dir/sweep.md       all numbers as a table
     output_dir/*.png          FID against scale and against compute, precision against recall (needs matplotlib)
 
-Every setting is sampled by [`sample`](sample.html) and judged by [`evaluate`](evaluate.html), in one process.
+Scales are those of all stages up to the one that is judged, such as `1:3`: stage 1 at one of
+`--first_stage_guidance_scales`, all later ones at one of `--guidance_scales`. With one stage there are only the first;
+without a latent embedder both options mean the only stage. Every setting is sampled by [`sample`](sample.html) and
+judged as [`evaluate`](evaluate.html) does, in one process.
 """
 
 import argparse
@@ -25,21 +30,35 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
-from scipy import stats
 
-from ..checks import check_at_least, check_number
+from ..checks import attempt, check_at_least, check_number
 from ..losses import DoDJointModel
 from ..pipeline_dod import DoDPipeline
-from ..scheduling_dod import SOLVERS
+from ..scheduling_dod import SOLVERS, DoDFlowMatchScheduler
 from ..training.checkpoints import STATE_FOLDER
 from . import evaluate, sample
 from .compute import count_model, sampling_compute
-from .results import as_metric, checkpoint_sha256, file_sha256, read_results, write_results
+from .images import open_images
+from .metrics import mean_interval
+from .options import DTYPES
+from .results import (
+    as_metric,
+    check_output,
+    checkpoint_sha256,
+    file_sha256,
+    in_use,
+    read_results,
+    replacing,
+    write_results,
+)
 
 
 PIPELINE = "pipeline"  # the average that a checkpoint's pipeline has
 NAMES = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "precision", "recall": "recall"}
+NAMES |= {"accuracy": "accuracy"}
+SCALES = ("first_stage_guidance_scales", "guidance_scales")
 
 
 def write_average(checkpoint: Path, name: str, folder: Path) -> None:
@@ -61,7 +80,8 @@ def write_average(checkpoint: Path, name: str, folder: Path) -> None:
         raise ValueError(f"`averages` must be among {found} of {checkpoint}, got {name!r}.")
     pipeline = DoDPipeline.from_pretrained(checkpoint)
     DoDJointModel(pipeline.transformer, pipeline.latent_embedder).load_state_dict(load_file(path))
-    pipeline.save_pretrained(folder)
+    with replacing(folder) as unfinished:
+        pipeline.save_pretrained(unfinished)
 
 
 def mean_over_seeds(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -75,163 +95,203 @@ def mean_over_seeds(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
         `dict`: The mean, with Student's 95 % interval of it; of a single seed the number as it is.
     """
     values = [metric["value"] for metric in metrics]
-    if len(values) == 1:
-        return as_metric(values[0], metrics[0]["interval"], seeds=values)
-    quantile = stats.t.ppf(0.975, len(values) - 1)
-    mean, error = np.mean(values), np.std(values, ddof=1) / np.sqrt(len(values))
-    return as_metric(mean, (mean - quantile * error, mean + quantile * error), seeds=values)
+    interval = mean_interval(values) if len(values) > 1 else metrics[0]["interval"]
+    return as_metric(np.mean(values), interval, seeds=values)
 
 
-def run_setting(args: argparse.Namespace, checkpoint: Path, setting: dict[str, Any], seed: int) -> dict[int, dict]:
+def format_scales(scales: Sequence[float]) -> str:
+    """The guidance `scales` of stages in one word that tells all numbers apart, such as `1:5.5`."""
+    return ":".join(np.format_float_positional(scale, trim="-") for scale in scales)
+
+
+def list_scales(args: argparse.Namespace, has_embedder: bool) -> list[list[float]]:
     """
-    Samples and judges all stages of one setting, unless that has been done.
+    The guidance scales of all stages, of each setting.
 
     Args:
         args (`argparse.Namespace`): The options of the command.
-        checkpoint (`Path`): The pipeline.
-        setting (`dict`): `average`, `num_inference_steps`, `solver` and `guidance_scale`.
-        seed (`int`): Seed of the samples.
+        has_embedder (`bool`): Whether the pipeline has a latent embedder.
 
     Returns:
-        `dict[int, dict]`: The metrics of each stage, as results hold them.
-
-    Raises:
-        `ValueError`: the options of sampling and judging do not fit.
+        `list[list[float]]`: One scale for each stage.
     """
-    name = "_".join(f"{value}" for value in setting.values()) + f"_{seed}"
-    samples = args.output_dir / "samples" / name
-    num_stages = args.num_stages
-    paths = {stage: args.output_dir / "settings" / f"{name}_stage-{stage}.json" for stage in range(1, num_stages + 1)}
-    judged = ["--extractor", args.extractor, "--metrics", *args.metrics, "--num_groups", str(args.num_groups)]
-    judged += ["--batch_size", str(args.batch_size), "--reference", args.reference]
-    judged += ["--trust_extractor"] * args.trust_extractor
-    judged += ["--resolution", str(args.resolution)] if args.resolution is not None else []
-    if not all(path.exists() for path in paths.values()):
-        scale = setting["guidance_scale"]
-        sampling = ["--pretrained_model_name_or_path", str(checkpoint), "--output_dir", str(samples), "--all_stages"]
-        sampling += ["--num_images", str(args.num_images), "--batch_size", str(args.batch_size), "--format", "npz"]
-        sampling += ["--labels", args.labels, "--seed", str(seed), "--dtype", args.dtype]
-        sampling += ["--num_stages", str(num_stages), "--num_inference_steps", str(setting["num_inference_steps"])]
-        sampling += ["--stage_solvers", *[setting["solver"]] * num_stages]
-        sampling += ["--guidance_scale", str(scale)]
-        sampling += ["--first_stage_guidance_scale", str(args.first_stage_guidance_scale)]
-        sample.main(sampling)
-        for stage, path in paths.items():
-            archive = samples / f"stage-{stage}" / sample.ARCHIVE
-            evaluate.main([str(archive), *judged, "--output_file", str(path)])
-        if not args.keep_samples:
-            shutil.rmtree(samples)
-            if not any(samples.parent.iterdir()):
-                samples.parent.rmdir()
-    return {stage: read_results(path)["metrics"] for stage, path in paths.items()}
+    if not has_embedder:
+        return [[scale] for scale in args.guidance_scales or args.first_stage_guidance_scales]
+    later_scales = args.guidance_scales if args.num_stages > 1 else [None]
+    grid = itertools.product(args.first_stage_guidance_scales, later_scales)
+    return [[first] + [later] * (args.num_stages - 1) for first, later in grid]
 
 
-def check_folder(args: argparse.Namespace) -> None:
+def evaluate_argv(args: argparse.Namespace, samples: str) -> list[str]:
     """
-    Makes sure that all settings in a folder are of one sweep.
+    The arguments of [`evaluate`] for samples of the sweep.
 
     Args:
-        args (`argparse.Namespace`): The options of the command.
+        args (`argparse.Namespace`): The options of the sweep.
+        samples (`str`): Where the samples are.
 
-    Raises:
-        `ValueError`: the folder is that of another checkpoint, or of other options than those that are swept over.
+    Returns:
+        `list[str]`: The arguments.
     """
-    names = ("reference", "extractor", "metrics", "resolution", "num_groups", "num_images", "batch_size", "labels")
-    names += ("dtype", "num_stages", "first_stage_guidance_scale")
-    options = {name: getattr(args, name) for name in names}
-    checkpoint = Path(args.pretrained_model_name_or_path)
-    options["checkpoint_sha256"] = checkpoint_sha256(checkpoint)
-    files = {
-        "extractor_sha256": args.extractor.rpartition(":")[0] or args.extractor,
-        "reference_sha256": args.reference,
-    }
-    files |= {
-        f"{average}_sha256": str(checkpoint / STATE_FOLDER / f"ema-{average}.safetensors")
-        for average in args.averages
-        if average != PIPELINE
-    }
-    options |= {name: file_sha256(Path(file)) if Path(file).is_file() else None for name, file in files.items()}
-    path = args.output_dir / "options.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    for name, value in options.items():
-        if found.get(name, value) != value:  # a sweep may go on with more averages
-            raise ValueError(
-                f"`output_dir` must be the folder of a sweep with `{name}` = {value!r}, got {args.output_dir} with "
-                f"{found[name]!r}: use another one."
-            )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(".options.json.unfinished")
-    unfinished.write_text(json.dumps(found | options, indent=2) + "\n")
-    os.replace(unfinished, path)
+    argv = [samples, "--extractor", args.extractor, "--metrics", *args.metrics]
+    argv += ["--num_groups", str(args.num_groups), "--batch_size", str(args.batch_size), "--device", args.device]
+    for name in ("reference", "resolution"):
+        argv += [] if getattr(args, name) is None else [f"--{name}", str(getattr(args, name))]
+    return argv + ["--trust_extractor"] * args.trust_extractor
 
 
-def sweep(args: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+class Sweep:
     """
-    Runs all settings.
+    Samples and judges settings, but for what has been done.
 
     Args:
         args (`argparse.Namespace`): What [`parse_args`] returns.
 
-    Returns:
-        `tuple[dict, list[dict]]`: The numbers by `<metric>/<stage>/<setting>`, and a row of all that belongs together
-        for each stage of each setting.
-
     Raises:
-        `ValueError`: see [`check_folder`], [`run_setting`] and [`write_average`].
+        `ImportError`, `OSError`: see [`Evaluator`].
+        `ValueError`: see [`Evaluator`]; or the folder is that of another sweep.
     """
-    check_folder(args)
-    checkpoint = Path(args.pretrained_model_name_or_path)
-    pipelines = {}
-    for average in args.averages:
-        pipelines[average] = checkpoint
-        if average != PIPELINE:
-            pipelines[average] = args.output_dir / "pipelines" / average
-            if not (pipelines[average] / "model_index.json").exists():
-                write_average(checkpoint, average, pipelines[average])
-    pipeline = DoDPipeline.from_pretrained(checkpoint)
-    cost = count_model(pipeline)
-    metrics: dict[str, dict[str, Any]] = {}
-    rows = []
-    grid = itertools.product(args.averages, args.num_inference_steps, args.solvers, args.guidance_scales)
-    for average, num_steps, solver, scale in grid:
-        setting = {
-            "average": average,
-            "num_inference_steps": num_steps,
-            "solver": solver,
-            "guidance_scale": scale,
-        }
-        of_seeds = [run_setting(args, pipelines[average], setting, seed) for seed in args.seeds]
-        for stage in range(1, args.num_stages + 1):
-            scales = ([args.first_stage_guidance_scale] + [scale] * stage)[:stage]
-            if pipeline.latent_embedder is None:
-                scales = [scale]
-            elif stage == 1 and scale != args.guidance_scales[0]:
-                continue  # it is the same for all scales of later stages
-            compute = None
-            if solver != "dopri5":
-                compute = sampling_compute(pipeline, [num_steps] * stage, scales, [solver] * stage, cost=cost)["flops"]
-            row = {
-                **setting,
-                "guidance_scale": scales[-1],
-                "stage": stage,
-                "gflops": None if compute is None else compute / 1e9,
-            }
-            label = "/".join(str(value) for value in (f"stage-{stage}", average, num_steps, solver, scales[-1]))
-            for name in of_seeds[0][stage]:
-                row[name] = mean_over_seeds([found[stage][name] for found in of_seeds])
-                metrics[f"{name}/{label}"] = row[name]
-            rows.append(row)
-    return metrics, rows
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.checkpoint = Path(args.pretrained_model_name_or_path)
+        self.evaluator = evaluate.Evaluator(evaluate.parse_args(evaluate_argv(args, "samples")))
+        device = torch.device(args.device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # which accelerate then takes
+        self.accelerator = Accelerator(cpu=device.type == "cpu")
+        self._check_folder()
+
+    def _check_folder(self) -> None:
+        """Makes sure that all settings in the folder are of one sweep."""
+        args = self.args
+        names = ("extractor", "metrics", "resolution", "num_groups", "num_images", "batch_size", "labels", "dtype")
+        options = {name: getattr(args, name) for name in names}
+        options["extractor_sha256"] = self.evaluator.extractor_sha256
+        options["reference"] = self.evaluator.reference and self.evaluator.reference.data
+        options["checkpoint_sha256"] = checkpoint_sha256(self.checkpoint)
+        for average in args.averages:
+            path = self.checkpoint / STATE_FOLDER / f"ema-{average}.safetensors"
+            options[f"{average}_sha256"] = file_sha256(path) if path.is_file() else None
+        path = args.output_dir / "options.json"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        for name, value in options.items():
+            if found.get(name, value) != value:  # a sweep may go on with more averages
+                raise ValueError(
+                    f"`output_dir` must be the folder of a sweep with `{name}` = {value!r}, got {args.output_dir} "
+                    f"with {found[name]!r}: use another one."
+                )
+        with replacing(path) as unfinished:
+            unfinished.write_text(json.dumps(found | options, indent=2) + "\n")
+
+    def pipeline_folder(self, average: str) -> Path:
+        """The pipeline with an `average` of the weights, which is written if need be; see [`write_average`]."""
+        if average == PIPELINE:
+            return self.checkpoint
+        folder = self.args.output_dir / "pipelines" / average
+        if not folder.exists():
+            write_average(self.checkpoint, average, folder)
+        return folder
+
+    def run_setting(
+        self, average: str, num_inference_steps: int, solver: str, scales: Sequence[float], seed: int
+    ) -> dict[int, dict[str, dict[str, Any]]]:
+        """
+        Samples and judges all stages of one setting, but for those that have been judged.
+
+        Args:
+            average (`str`): The average of the weights.
+            num_inference_steps (`int`): Steps of each stage.
+            solver (`str`): Of all stages; the class of the checkpoint's scheduler if that has no solvers.
+            scales (`Sequence[float]`): Guidance scale of each stage.
+            seed (`int`): Seed of the samples.
+
+        Returns:
+            `dict[int, dict]`: The metrics of each stage, as results hold them.
+
+        Raises:
+            `ValueError`: the options of sampling and judging do not fit.
+        """
+        args = self.args
+        paths = {}
+        for stage in range(1, len(scales) + 1):
+            parts = (average, num_inference_steps, solver, format_scales(scales[:stage]).replace(":", "-"), seed)
+            paths[stage] = args.output_dir / "settings" / f"{'_'.join(map(str, parts))}_stage-{stage}.json"
+        missing = [stage for stage, path in paths.items() if not path.exists()]
+        if missing:
+            scales = scales[: missing[-1]]
+            samples = args.output_dir / "samples" / paths[missing[-1]].stem
+            argv = ["--pretrained_model_name_or_path", str(self.pipeline_folder(average)), "--all_stages"]
+            argv += ["--num_images", str(args.num_images), "--batch_size", str(args.batch_size), "--format", "npz"]
+            argv += ["--labels", args.labels, "--seed", str(seed), "--dtype", args.dtype]
+            argv += ["--num_stages", str(len(scales)), "--num_inference_steps", str(num_inference_steps)]
+            argv += ["--stage_solvers", *[solver] * len(scales)] if solver in SOLVERS else []
+            argv += ["--stage_guidance_scales", *map(str, scales), "--output_dir", str(samples)]
+            sample.sample(sample.parse_args(argv), argv, self.accelerator)
+            for stage in missing:
+                archive = str(samples / f"stage-{stage}" / sample.ARCHIVE)
+                metrics, data = self.evaluator.evaluate(open_images(archive, args.resolution))
+                argv = [*evaluate_argv(args, archive), "--output_file", str(paths[stage])]
+                self.evaluator.write(paths[stage], argv, metrics, data)
+            if not args.keep_samples:
+                shutil.rmtree(samples)
+                if not any(samples.parent.iterdir()):
+                    samples.parent.rmdir()
+        return {stage: read_results(path)["metrics"] for stage, path in paths.items()}
+
+    def run(self) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+        """
+        Runs all settings.
+
+        Returns:
+            `tuple[dict, list[dict]]`: The numbers by `<metric>/<stage>/<setting>`, and a row of all that belongs
+            together for each stage of each setting.
+
+        Raises:
+            `ValueError`: see [`Sweep.run_setting`] and [`write_average`].
+        """
+        args = self.args
+        pipeline = DoDPipeline.from_pretrained(self.checkpoint)
+        side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+        self.evaluator.check((side, side), pipeline.transformer.config.num_classes)  # before anything is sampled
+        cost = count_model(pipeline)
+        metrics: dict[str, dict[str, Any]] = {}
+        rows: dict[str, dict[str, Any]] = {}
+        all_scales = list_scales(args, pipeline.latent_embedder is not None)
+        grid = itertools.product(args.averages, args.num_inference_steps, args.solvers, all_scales)
+        for average, num_steps, solver, scales in grid:
+            of_seeds = [self.run_setting(average, num_steps, solver, scales, seed) for seed in args.seeds]
+            for stage in range(1, args.num_stages + 1):
+                label = f"stage-{stage}/{average}/{num_steps}/{solver}/{format_scales(scales[:stage])}"
+                if label in rows:
+                    continue  # it is the same for all scales of later stages
+                row = rows[label] = {
+                    "average": average,
+                    "num_inference_steps": num_steps,
+                    "solver": solver,
+                    "scales": format_scales(scales[:stage]),
+                    "scale": scales[stage - 1],
+                    "stage": stage,
+                    "gflops": None,
+                }
+                if solver != "dopri5":
+                    solvers = [solver] * stage if solver in SOLVERS else None
+                    found = sampling_compute(pipeline, [num_steps] * stage, scales[:stage], solvers, cost=cost)
+                    row["gflops"] = found["flops"] / 1e9
+                for name in of_seeds[0][stage]:
+                    row[name] = mean_over_seeds([found[stage][name] for found in of_seeds])
+                    metrics[f"{name}/{label}"] = row[name]
+        return metrics, list(rows.values())
 
 
 def to_table(rows: Sequence[dict[str, Any]]) -> str:
     """The `rows` of a sweep as a table in Markdown."""
     names = [name for name in NAMES if name in rows[0]]
-    header = ["stage", "average", "steps", "solver", "scale", "GFLOPs", *(NAMES[name] for name in names)]
+    header = ["stage", "average", "steps", "solver", "scales", "GFLOPs", *(NAMES[name] for name in names)]
     lines = ["| " + " | ".join(header) + " |", "| ---: | --- | ---: | --- | ---: |" + " ---: |" * (len(names) + 1)]
     for row in rows:
         cells = [str(row["stage"]), row["average"], str(row["num_inference_steps"]), row["solver"]]
-        cells += [f"{row['guidance_scale']:g}", "-" if row["gflops"] is None else f"{row['gflops']:.4g}"]
+        cells += [row["scales"], "-" if row["gflops"] is None else f"{row['gflops']:.4g}"]
         for name in names:
             interval = row[name]["interval"]
             half = "" if interval is None else f" ± {(interval[1] - interval[0]) / 2:.2g}"
@@ -261,12 +321,12 @@ def draw_plots(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     plots = {
-        "fid_scale": ("guidance_scale", "fid", "guidance scale", "FID", "num_inference_steps"),
-        "fid_gflops": ("gflops", "fid", "GFLOPs of an image", "FID", "guidance_scale"),
-        "precision_recall": ("recall", "precision", "recall", "precision", "num_inference_steps"),
+        "fid_scale": ("scale", "fid", "guidance scale of the stage", "FID"),
+        "fid_gflops": ("gflops", "fid", "GFLOPs of an image", "FID"),
+        "precision_recall": ("recall", "precision", "recall", "precision"),
     }
     paths = []
-    for file, (x, y, x_label, y_label, constant) in plots.items():
+    for file, (x, y, x_label, y_label) in plots.items():
         if y not in rows[0] or (x not in rows[0]):
             continue
         figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
@@ -275,7 +335,13 @@ def draw_plots(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
             point = [row[name]["value"] if isinstance(row[name], dict) else row[name] for name in (x, y)]
             if point[0] is None:
                 continue
-            parts = [f"stage {row['stage']}", row["average"], row["solver"], f"{constant}: {row[constant]:g}"]
+            if x == "gflops":
+                constant = f"scales {row['scales']}"
+            else:  # a line goes along the scales of a stage
+                constant = f"{row['num_inference_steps']} steps"
+                if row["stage"] > 1:
+                    constant += f", stage 1 at {row['scales'].split(':')[0]}"
+            parts = [f"stage {row['stage']}", row["average"], row["solver"], constant]
             half = 0.0 if row[y]["interval"] is None else (row[y]["interval"][1] - row[y]["interval"][0]) / 2
             lines.setdefault(", ".join(part for part in parts if part != PIPELINE), []).append((*point, half))
         for label, points in lines.items():
@@ -296,26 +362,32 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="Folder of the pipeline.")
-    parser.add_argument("--reference", required=True, help="See the command `evaluate`, as the next five.")
+    parser.add_argument("--reference", help="See the command `evaluate`, as the next six.")
     parser.add_argument("--extractor", required=True)
     parser.add_argument("--trust_extractor", action="store_true")
     parser.add_argument("--metrics", nargs="+", default=["fid"], choices=evaluate.METRICS)
     parser.add_argument("--resolution", type=int)
     parser.add_argument("--num_groups", type=int, default=10)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--num_images", type=int, default=10_000, help="Of each setting and seed.")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--labels", default="balanced", choices=sample.LABELS)
-    parser.add_argument("--dtype", default="float32", choices=list(sample.DTYPES))
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="With several, intervals are of their mean.")
     parser.add_argument("--num_stages", type=int, help="All of them are judged; the checkpoint's by default.")
     parser.add_argument(
-        "--guidance_scales", type=float, nargs="+", help="From stage 2 on; the checkpoint's by default."
+        "--first_stage_guidance_scales", type=float, nargs="+", help="Of stage 1, 1 by default where others follow."
     )
-    parser.add_argument("--first_stage_guidance_scale", type=float, default=1.0)
+    parser.add_argument(
+        "--guidance_scales",
+        type=float,
+        nargs="+",
+        help="From stage 2 on, or of the only stage without a LEM; the checkpoint's by default.",
+    )
     parser.add_argument(
         "--num_inference_steps", type=int, nargs="+", help="Of each stage; the checkpoint's by default."
     )
-    parser.add_argument("--solvers", nargs="+", default=["euler"], choices=SOLVERS)
+    parser.add_argument("--solvers", nargs="+", choices=SOLVERS, help="Of all stages; the checkpoint's by default.")
     parser.add_argument(
         "--averages",
         nargs="+",
@@ -328,11 +400,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _fill_in_defaults(args: argparse.Namespace, config: dict[str, Any], scheduler: dict[str, Any]) -> None:
+    """Gives options that are not given the values of a checkpoint, whose configs these are."""
+    has_embedder = config["latent_embedder"][0] is not None
+    if args.num_stages is None:
+        args.num_stages = config["default_num_stages"] if has_embedder else 1
+    if has_embedder:
+        args.first_stage_guidance_scales = args.first_stage_guidance_scales or [1.0]
+    has_default_scale = args.num_stages > 1 or not args.first_stage_guidance_scales
+    if args.guidance_scales is None and has_default_scale:
+        args.guidance_scales = [config["default_guidance_scale"]]
+    args.num_inference_steps = args.num_inference_steps or [config["default_num_inference_steps"]]
+    args.solvers = args.solvers or [scheduler.get("solver", scheduler["_class_name"])]
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The options in `argv`, with the checkpoint's defaults; all errors are reported at once, as `argparse` does."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    errors = []
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error(f"The command must run in one process, got {os.environ['WORLD_SIZE']}.")
     checkpoint = Path(args.pretrained_model_name_or_path)
@@ -340,31 +425,30 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error(f"`pretrained_model_name_or_path` must be the folder of a pipeline, got {checkpoint}.")
     config = DoDPipeline.load_config(checkpoint)
     has_embedder = config["latent_embedder"][0] is not None
-    if args.num_stages is None:
-        args.num_stages = config["default_num_stages"] if has_embedder else 1
-    args.guidance_scales = args.guidance_scales or [config["default_guidance_scale"]]
-    args.num_inference_steps = args.num_inference_steps or [config["default_num_inference_steps"]]
-    for name in ("num_images", "batch_size", "num_stages"):
-        try:
-            check_at_least(name, getattr(args, name), 2 if name == "num_images" else 1)
-        except ValueError as error:
-            errors.append(str(error))
-    for name, check in {"num_inference_steps": check_at_least, "seeds": check_at_least}.items():
-        for value in getattr(args, name):
-            try:
-                check(name, value, 0 if name == "seeds" else 1)
-            except ValueError as error:
-                errors.append(str(error))
-    for value in [*args.guidance_scales, args.first_stage_guidance_scale]:
-        try:
-            check_number("guidance_scales", value, 0)
-        except ValueError as error:
-            errors.append(str(error))
-    for name in ("seeds", "guidance_scales", "num_inference_steps", "solvers", "averages", "metrics"):
-        if len(set(getattr(args, name))) < len(getattr(args, name)):
-            errors.append(f"`{name}` must hold different values, got {getattr(args, name)}.")
+    _fill_in_defaults(args, config, DoDFlowMatchScheduler.load_config(checkpoint, subfolder="scheduler"))
+    errors = evaluate.find_errors(evaluate.build_parser().parse_args(evaluate_argv(args, "samples")))
+    attempt(errors, check_at_least, "num_images", args.num_images, max(2, args.num_groups))
+    attempt(errors, check_at_least, "num_stages", args.num_stages, 1)
+    for value in args.num_inference_steps:
+        attempt(errors, check_at_least, "num_inference_steps", value, 1)
+    for value in args.seeds:
+        attempt(errors, check_number, "seeds", value, 0, 2**64, open_maximum=True)
+    for name in SCALES:
+        for value in getattr(args, name) or ():
+            attempt(errors, check_number, name, value, 0)
+    for name in (*SCALES, "num_inference_steps", "solvers", "averages", "seeds"):
+        values = getattr(args, name) or []
+        if len(set(values)) < len(values):
+            errors.append(f"`{name}` must hold different values, got {values}.")
     if args.num_stages > 1 and not has_embedder:
         errors.append(f"`num_stages` must be 1 without a latent embedder, got {args.num_stages}.")
+    if args.num_stages == 1 and args.first_stage_guidance_scales and args.guidance_scales:
+        errors.append(
+            "`guidance_scales` must not be given for one stage, whose scales are `first_stage_guidance_scales`, "
+            f"got {args.guidance_scales}."
+        )
+    attempt(errors, check_output, "output_dir", args.output_dir, is_folder=True)
+    attempt(errors, check_output, "output_file", args.output_file)
     if errors:
         parser.error("\n".join(errors))
     return args
@@ -374,25 +458,22 @@ def main(argv: list[str] | None = None) -> None:
     """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    metrics, rows = sweep(args)
-    table = to_table(rows)
-    (args.output_dir / "sweep.md").write_text(table + "\n")
-    print(table)
-    try:
-        draw_plots(rows, args.output_dir)
-    except ImportError:
-        print("No plots: drawing them needs matplotlib.", file=sys.stderr)
-    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "output_file")}
-    write_results(
-        args.output_file or args.output_dir / "sweep.json",
-        "sweep",
-        argv,
-        metrics,
-        {"name": args.reference, "num_samples": args.num_images},
-        settings,
-        "cuda" if torch.cuda.is_available() else "cpu",
-        args.pretrained_model_name_or_path,
-    )
+    with in_use(args.output_dir):
+        sweep = Sweep(args)
+        metrics, rows = sweep.run()
+        table = to_table(rows)
+        (args.output_dir / "sweep.md").write_text(table + "\n")
+        print(table)
+        try:
+            draw_plots(rows, args.output_dir)
+        except ImportError:
+            print("No plots: drawing them needs matplotlib.", file=sys.stderr)
+        settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "output_file")}
+        settings["extractor_sha256"] = sweep.evaluator.extractor_sha256
+        reference = sweep.evaluator.reference
+        data = {"name": args.reference, "num_samples": args.num_images, "reference": reference and reference.data}
+        path = args.output_file or args.output_dir / "sweep.json"
+        write_results(path, "sweep", argv, metrics, data, settings, args.device, args.pretrained_model_name_or_path)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from tqdm.auto import tqdm
 from ..pipeline_dod import DoDPipeline
 from ..training.data import Pictures, to_pixels
 from .options import read_batches
+from .results import replacing
 
 
 FEATURES = ("lem", "random_lem", "latents")
@@ -111,10 +111,8 @@ def write_tokens(path: Path, tokens: dict[str, torch.Tensor], settings: dict[str
         tokens (`dict[str, torch.Tensor]`): What [`compute_tokens`] returns.
         settings (`dict`): What they depend on, which JSON can hold.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    save_file(tokens, unfinished, metadata={"settings": json.dumps(settings, sort_keys=True)})
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        save_file(tokens, unfinished, metadata={"settings": json.dumps(settings, sort_keys=True)})
 
 
 def read_tokens(path: Path, settings: dict[str, Any]) -> dict[str, torch.Tensor]:

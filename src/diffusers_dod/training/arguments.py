@@ -4,14 +4,13 @@
 import argparse
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from diffusers.optimization import SchedulerType
 
-from ..checks import check_at_least, check_number
+from ..checks import attempt, check_at_least, check_number
 from ..presets import PRESETS
 from .encode_latents import add_data_arguments, find_data_errors
 from .finetuning import TRAINABLE_PARAMETERS
@@ -25,6 +24,8 @@ LOCAL_OPTIONS += ("fid_extractor", "fid_reference")
 LOCAL_OPTIONS += ("push_to_hub", "push_every", "push_training_state", "hub_model_id", "hub_token")
 # What it does not name where it is a folder of this machine.
 PLACES = ("dataset_name", "pretrained_model_name_or_path", "pretrained_vae_name_or_path", "repa_model_name_or_path")
+REPA_OPTIONS = ("repa_weight", "repa_layer", "repa_prior_weight", "repa_stop_step")
+STORAGE_OPTIONS = ("latents_dir", "latents_dtype", "max_aspect_ratio", "shard_size", "encoding_batch_size")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 # Diffusers' piecewise constant one needs rules of its own.
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
@@ -279,13 +280,6 @@ def find_errors(args: argparse.Namespace) -> list[str]:
         `list[str]`: A message for each that is out of range or does not fit another one.
     """
     errors: list[str] = []
-
-    def attempt(check: Callable, *arguments: Any, **kwargs: Any) -> None:
-        try:
-            check(*arguments, **kwargs)
-        except (TypeError, ValueError) as error:
-            errors.append(str(error))
-
     for name in (
         "train_batch_size",
         "gradient_accumulation_steps",
@@ -294,9 +288,9 @@ def find_errors(args: argparse.Namespace) -> list[str]:
         "validation_steps",
         "checkpointing_steps",
     ):
-        attempt(check_at_least, name, getattr(args, name), 1)
+        attempt(errors, check_at_least, name, getattr(args, name), 1)
     for name in ("lr_warmup_steps", "validation_seed", "max_nonfinite_steps"):
-        attempt(check_at_least, name, getattr(args, name), 0)
+        attempt(errors, check_at_least, name, getattr(args, name), 0)
     for name in (
         "patch_size",
         "num_latent_tokens",
@@ -306,30 +300,30 @@ def find_errors(args: argparse.Namespace) -> list[str]:
         "push_every",
     ):
         if getattr(args, name) is not None:
-            attempt(check_at_least, name, getattr(args, name), 1)
+            attempt(errors, check_at_least, name, getattr(args, name), 1)
     for name in ("learning_rate", "latent_embedder_learning_rate", "max_grad_norm", "adam_epsilon"):
         if getattr(args, name) is not None:
-            attempt(check_number, name, getattr(args, name), 0, open_minimum=True)
+            attempt(errors, check_number, name, getattr(args, name), 0, open_minimum=True)
     for name in ("adam_beta1", "adam_beta2"):
-        attempt(check_number, name, getattr(args, name), 0, 1, open_maximum=True)
+        attempt(errors, check_number, name, getattr(args, name), 0, 1, open_maximum=True)
     for name in ("label_dropout_prob", "prior_dropout_prob"):
-        attempt(check_number, name, getattr(args, name), 0, 1)
+        attempt(errors, check_number, name, getattr(args, name), 0, 1)
     for decay in args.ema_decay:
-        attempt(check_number, "ema_decay", decay, 0, 1)
+        attempt(errors, check_number, "ema_decay", decay, 0, 1)
     for width in args.ema_sigma_rel:
-        attempt(check_number, "ema_sigma_rel", width, 0, 12**-0.5, open_minimum=True, open_maximum=True)
+        attempt(errors, check_number, "ema_sigma_rel", width, 0, 12**-0.5, open_minimum=True, open_maximum=True)
     for name in ("ema_decay", "ema_sigma_rel"):
         if len(set(getattr(args, name))) < len(getattr(args, name)):
             errors.append(f"`{name}` must hold different numbers, got {getattr(args, name)}.")
-    attempt(check_number, "adam_weight_decay", args.adam_weight_decay, 0)
-    attempt(check_number, "logit_mean", args.logit_mean, -math.inf)
+    attempt(errors, check_number, "adam_weight_decay", args.adam_weight_decay, 0)
+    attempt(errors, check_number, "logit_mean", args.logit_mean, -math.inf)
     for name in ("logit_std", "time_shift"):
-        attempt(check_number, name, getattr(args, name), 0, open_minimum=True)
-    attempt(check_at_least, "repa_layer", args.repa_layer, 1)
+        attempt(errors, check_number, name, getattr(args, name), 0, open_minimum=True)
+    attempt(errors, check_at_least, "repa_layer", args.repa_layer, 1)
     if args.repa_stop_step is not None:
-        attempt(check_at_least, "repa_stop_step", args.repa_stop_step, 1)
+        attempt(errors, check_at_least, "repa_stop_step", args.repa_stop_step, 1)
     for name in ("repa_weight", "repa_prior_weight"):
-        attempt(check_number, name, getattr(args, name), 0)
+        attempt(errors, check_number, name, getattr(args, name), 0)
     if args.repa_prior_weight > 0 and PRESETS[args.preset].latent_embedder_config is None:
         errors.append(
             f"`repa_prior_weight` must be 0 for `preset` {args.preset!r}, which has no latent embedder, "
@@ -343,11 +337,15 @@ def find_errors(args: argparse.Namespace) -> list[str]:
     num_layers = PRESETS[args.preset].transformer_config["num_layers"]
     if args.repa_model_name_or_path is not None and args.repa_layer > num_layers:
         errors.append(f"`repa_layer` must be at most the {num_layers} blocks of the preset, got {args.repa_layer}.")
-    if args.streaming and (args.latents_dir is not None or args.max_aspect_ratio is not None):
-        errors.append(
-            "`latents_dir` and `max_aspect_ratio` must not be given with `streaming`, "
-            f"got {args.latents_dir} and {args.max_aspect_ratio}."
-        )
+    defaults = build_parser()
+    for names, is_used, condition in (
+        (REPA_OPTIONS, args.repa_model_name_or_path is not None, "with `repa_model_name_or_path` only"),
+        (STORAGE_OPTIONS, not args.streaming, "without `streaming` only, which stores no latents"),
+    ):
+        given = {name: getattr(args, name) for name in names if getattr(args, name) != defaults.get_default(name)}
+        if given and not is_used:
+            values = " and ".join(map(str, given.values()))
+            errors.append(f"{' and '.join(f'`{name}`' for name in given)} must be given {condition}, got {values}.")
     if args.class_names_file is not None and not args.class_names_file.is_file():
         errors.append(f"`class_names_file` must be a file, got {args.class_names_file}.")
     if args.class_names_file is not None and not args.streaming:
@@ -357,14 +355,14 @@ def find_errors(args: argparse.Namespace) -> list[str]:
             "`push_every` and `push_training_state` must be given with `push_to_hub` only, "
             f"got {args.push_every} and {args.push_training_state}."
         )
-    attempt(check_at_least, "fid_num_samples", args.fid_num_samples, 2)
+    attempt(errors, check_at_least, "fid_num_samples", args.fid_num_samples, 2)
     if (args.fid_extractor is None) != (args.fid_reference is None):
         errors.append(
             "`fid_extractor` and `fid_reference` must be given together, "
             f"got {args.fid_extractor!r} and {args.fid_reference}."
         )
     if args.validation_guidance_scale is not None:
-        attempt(check_number, "validation_guidance_scale", args.validation_guidance_scale, 0)
+        attempt(errors, check_number, "validation_guidance_scale", args.validation_guidance_scale, 0)
     errors += find_data_errors(args, source_is_needed=args.latents_dir is None)
     overrides = args.num_latent_tokens or args.latent_token_dim or args.latent_embedder_learning_rate
     if overrides and PRESETS[args.preset].latent_embedder_config is None:

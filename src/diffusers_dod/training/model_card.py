@@ -3,53 +3,56 @@
 
 import json
 import logging
+import math
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..evaluation.cards import CARD, CURVES, METRICS, fill_card, read_model
 from .arguments import PLACES, to_recipe
+from .checkpoints import list_checkpoints
 from .metrics import EVALUATIONS
 from .plot_metrics import plot_metrics
 
 
 logger = logging.getLogger(__name__)
 
-RECIPE, CURVES = "recipe.yaml", "curves.png"
+RECIPE = "recipe.yaml"
 CARD_FILES = (RECIPE, CURVES)  # what is written beside the card
 
 
-def _evaluation(folder: Path) -> dict[str, float] | None:
-    """The latest line of evaluations, if there is one."""
-    path = folder / EVALUATIONS
+def _read_evaluation(args: Namespace) -> dict[str, dict[str, Any]]:
+    """The latest line of evaluations, if there is one, in the form of results."""
+    path = args.output_dir / EVALUATIONS
     lines = path.read_text().splitlines() if path.exists() else []
-    return json.loads(lines[-1]) if lines else None
+    if not lines:
+        return {}
+    line = json.loads(lines[-1])
+    is_public = args.dataset_name is not None and not Path(args.dataset_name).exists()
+    return {
+        EVALUATIONS: {
+            "task": "train",
+            "data": {"name": args.dataset_name if is_public else "own pictures", "num_samples": line["num_samples"]},
+            "settings": {"extractor": args.fid_extractor, "step": line["step"]},
+            "metrics": {
+                name: {"value": value, "interval": None}
+                for name, value in line.items()
+                if name.startswith("fid_stage_") and math.isfinite(value)
+            },
+        }
+    }
 
 
-def _model_index(args: Namespace, evaluation: dict[str, float]) -> list[EvalResult]:
-    dataset = args.dataset_name if args.dataset_name and not Path(args.dataset_name).exists() else "own pictures"
-    return [
-        EvalResult(
-            task_type="unconditional-image-generation",
-            dataset_type=dataset,
-            dataset_name=dataset,
-            metric_type="fid",
-            metric_name=f"Fréchet distance of stage {name.rsplit('_', 1)[1]}, {evaluation['num_samples']:,} samples, "
-            f"features of {Path(args.fid_extractor).name}",
-            metric_value=round(value, 4),
-        )
-        for name, value in evaluation.items()
-        if name.startswith("fid_stage_")
-    ]
-
-
-def _draw_curves(folder: Path) -> bool:
+def _draw_curves(folder: Path) -> None:
+    metrics = folder / METRICS
+    if not metrics.exists() or metrics.stat().st_size == 0:
+        return
     try:
         plot_metrics([folder], folder / CURVES, smoothing=10)
     except ImportError:
         logger.warning("The model card has no curves: drawing them needs matplotlib.")
-    return (folder / CURVES).exists()
 
 
 def write_model_card(
@@ -57,7 +60,6 @@ def write_model_card(
     class_names: tuple[str, ...] | None = None,
     images_per_step: int | None = None,
     step: int = 0,
-    note: str = "",
 ) -> str:
     """
     Writes `README.md` into the folder of a run, and beside it the recipe and, if there are metrics, their curves.
@@ -67,7 +69,6 @@ def write_model_card(
         class_names (`tuple[str]`, *optional*): Names of the classes, once they are known.
         images_per_step (`int`, *optional*): Samples per optimizer step over all processes, once they are known.
         step (`int`, defaults to 0): Number of finished steps.
-        note (`str`, defaults to `""`): Text that goes in front of the recipe.
 
     Returns:
         `str`: The card.
@@ -76,79 +77,23 @@ def write_model_card(
     recipe = yaml.safe_dump(to_recipe(args), sort_keys=False)
     left_out = [name for name in PLACES if getattr(args, name) is not None and Path(getattr(args, name)).exists()]
     if left_out:
-        recipe = (
-            f"# To be given as well, since the run had folders of its machine for it: {', '.join(left_out)}\n{recipe}"
-        )
+        recipe += f"# To be given as well, since the run had folders of its machine for it: {', '.join(left_out)}\n"
     (folder / RECIPE).write_text(recipe)
-    evaluation = _evaluation(folder) if step > 0 else None
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        license="apache-2.0",
-        tags=["diffusion-on-diffusion", "diffusers_dod", "rectified-flow", "class-conditional"],
-        model_name=folder.resolve().name if evaluation else None,
-        eval_results=_model_index(args, evaluation) if evaluation else None,
+    if step > 0:
+        _draw_curves(folder)
+    pipelines = [folder, *reversed(list_checkpoints(folder))]
+    saved = next((path for path in pipelines if (path / "model_index.json").exists()), None)
+    card = fill_card(
+        args,
+        folder / RECIPE,
+        path="path/or/hub-id",
+        name=folder.resolve().name,
+        step=step,
+        images_per_step=images_per_step,
+        class_names=class_names or (),
+        folder=folder,
+        model=None if saved is None or step == 0 else read_model(saved)[0],
+        results=_read_evaluation(args) if step > 0 else None,
     )
-    lines = [
-        f"# {args.preset}, {args.resolution} x {args.resolution}",
-        "",
-        "A class-conditional generator after *Diffusion Models Need Visual Priors for Image Generation*.",
-        note,
-    ]
-    samples = sorted((folder / "samples").glob("step-*.png"))
-    if samples:
-        lines += [
-            f"![samples](samples/{samples[-1].name})",
-            "",
-            "One column per class, and for each sample one row per stage, the first one on top.",
-            "",
-        ]
-    lines += [
-        "```python",
-        "import diffusers_dod  # noqa: F401, registers the pipeline",
-        "from diffusers import DiffusionPipeline",
-        "",
-        'pipe = DiffusionPipeline.from_pretrained("path/or/hub-id")',
-        f"image = pipe(class_labels=[0]{', num_stages=2' if args.preset.startswith('DoD') else ''}).images[0]",
-        "```",
-        "",
-        "## Training",
-        "",
-    ]
-    if class_names is not None:
-        shown = ", ".join(class_names[:20]) + (", ..." if len(class_names) > 20 else "")
-        lines.append(f"- {len(class_names)} classes: {shown}")
-    of = "" if step == args.max_train_steps else f" of {args.max_train_steps:,}"
-    images = "" if images_per_step is None else f" of {images_per_step} images ({step * images_per_step:,} in all)"
-    lines += [
-        f"- {step:,}{of} steps{images}; the weights are their average (EMA)",
-        "",
-        f"`{RECIPE}`, for `accelerate launch training/train_dod.py --config {RECIPE} --output_dir ...`:",
-        "",
-        "```yaml",
-        recipe.strip(),
-        "```",
-        "",
-    ]
-    metrics = folder / "metrics.jsonl"
-    if step > 0 and metrics.exists() and metrics.stat().st_size > 0 and _draw_curves(folder):
-        lines += [f"![curves]({CURVES})", ""]
-    if evaluation:
-        lines += [
-            f"## Fréchet distance after {evaluation['step']:,} steps",
-            "",
-            f"Of {evaluation['num_samples']:,} samples, features of `{Path(args.fid_extractor).name}`. So few samples "
-            "make it larger than many would; it compares steps and stages of one run.",
-            "",
-            "| stage | distance |",
-            "|---:|---:|",
-            *(
-                f"| {name.rsplit('_', 1)[1]} | {value:.3f} |"
-                for name, value in evaluation.items()
-                if name.startswith("fid_stage_")
-            ),
-            "",
-        ]
-    card = ModelCard("---\n" + data.to_yaml() + "\n---\n\n" + "\n".join(lines))
-    card.save(folder / "README.md")
+    card.save(folder / CARD)
     return str(card)

@@ -285,7 +285,7 @@ class Trainer:
         else:
             raise ValueError(
                 "`repa_model_name_or_path` must be given with square pictures, or with latents that "
-                "`encode_latents.py` has stored features beside, got neither."
+                f"`encode_latents.py` has stored features beside, got latents without them in {self.latents.folder}."
             )
 
     def _build_batches(self, state: dict | None) -> Iterator[dict]:

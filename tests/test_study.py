@@ -1,0 +1,102 @@
+"""The study: its commands are those of the package, and its page is made of its results."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import says
+
+from diffusers_dod.evaluation.results import as_metric, write_results
+from diffusers_dod.training.arguments import parse_args
+
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "training" / "study"))
+import report  # noqa: E402
+import study  # noqa: E402
+
+
+STUDY = study.load_study()
+EVALUATIONS = [
+    (run, step, name)
+    for run in STUDY["runs"]
+    for step, names in study.evaluations_of(STUDY, run).items()
+    for name in names
+]
+
+
+@pytest.mark.parametrize("run", STUDY["runs"])
+def test_runs_are_what_the_trainer_takes(run, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    args = parse_args(study.training_argv(STUDY, run))
+    assert args.output_dir == study.OUTPUTS / run and args.ema_decay == STUDY["common"]["ema_decay"]
+    for step in study.evaluations_of(STUDY, run):
+        assert step <= args.max_train_steps and step % args.checkpointing_steps == 0
+
+
+@pytest.mark.parametrize("run,step,name", EVALUATIONS)
+def test_evaluations_are_what_the_commands_take(run, step, name):
+    module, *argv = study.evaluation_argv(STUDY, run, step, name)
+    args = importlib.import_module(module).build_parser().parse_args(argv)
+    assert args.output_file == study.result_file(run, step, name)
+
+
+def test_every_part_of_the_plan_is_of_a_run():
+    assert {run for part in STUDY["plan"] for run in part["runs"]} == set(STUDY["runs"])
+    assert {name for _, _, name in EVALUATIONS} == set(STUDY["evaluations"])
+
+
+def test_work_that_is_done_or_taken_is_left_to_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "OUTPUTS", tmp_path)
+    done, worked = {"b"}, []
+
+    def work(name):
+        worked.append(name)
+        study.work_off(["a", "b", "c"], done.__contains__, worked.append)  # another process at the same time
+
+    study.work_off(["a", "b"], done.__contains__, work)
+    assert worked == ["a", "c"]
+
+
+def write(folder: Path, run: str, **metrics: float) -> None:
+    found = {name: as_metric(value, (value - 1, value + 1)) for name, value in metrics.items()}
+    write_results(folder / f"{run}-8000" / "reconstruction.json", "reconstruction", [], found, {}, {}, "cpu")
+
+
+def test_numbers_of_one_run_and_of_several(tmp_path):
+    for run, value in (("dod-seed0", 1.0), ("dod-seed1", 2.0), ("dod-seed2", 6.0), ("dod-n2", 7.0)):
+        write(tmp_path, run, rfid_scale_1=value)
+    results = report.Results(tmp_path)
+    assert results.find("dod-n2", "rfid_scale_1") == (7.0, 1.0)  # half of its own interval
+    mean, half = results.find(report.DOD, "rfid_scale_1")
+    # Student's quantile for two degrees of freedom, and the standard error of the three values.
+    assert (mean, half) == pytest.approx((3.0, 4.302653 * 7**0.5 / 3**0.5))
+    assert results.find("dod-n8", "rfid_scale_1") is None and report.show(None) == "-"
+    assert report.show((3.0, 0.25)) == "3.00 ± 0.25" and report.show((0.5, 0.01), 1, percent=True) == "50.0 ± 1.0"
+
+
+def test_best_scales(tmp_path):
+    label = "fid/stage-2/pipeline/20/euler/1:"
+    metrics = {f"{label}{scale}": as_metric(fid) for scale, fid in (("2", 5.0), ("3", 4.0), ("4", 4.5))}
+    write_results(tmp_path / "dod-n2-8000" / "stage2.json", "sweep", [], metrics, {}, {}, "cpu")
+    results = report.Results(tmp_path)
+    assert results.best("dod-n2", "1:", ["2", "3", "4", "5.5"]) == "1:3"
+    assert results.best("dod-n8", "1:", ["2", "3"]) is None
+
+
+def test_the_page_has_the_tables_of_the_results(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = report.PAGE.read_text()
+    assert report.fill_page(page, report.Results(report.RESULTS)) == page
+
+
+def test_a_page_must_have_places_for_all_tables(tmp_path):
+    with pytest.raises(ValueError, match=says("stages", "got ['dropout']")):
+        report.fill_page("<!-- table: dropout -->\n<!-- end -->", report.Results(tmp_path))
+
+
+def test_plots(tmp_path):
+    write(tmp_path, "dod-n2", rfid_scale_1=3.0, rfid_scale_3=2.0)
+    report.draw_plots(report.Results(tmp_path), tmp_path)
+    assert (tmp_path / "study.png").stat().st_size > 10_000

@@ -1,0 +1,284 @@
+"""
+Writes the tables and plots of docs/study.md from docs/results/study:
+
+    python training/study/report.py
+
+A table stands between `<!-- table: name -->` and `<!-- end -->`, and nothing else of the page is changed. Numbers are
+means over runs that differ in their seed alone, with half of Student's 95 % interval, or of one run, with half of the
+interval that its own samples give. A dash is a number that has not been measured.
+"""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from study import RESULTS
+
+from diffusers_dod.evaluation.compute import sampling_compute
+from diffusers_dod.evaluation.metrics import mean_interval
+from diffusers_dod.evaluation.results import read_results
+from diffusers_dod.presets import PRESETS
+from diffusers_dod.training.cost import format_table
+
+
+PAGE = Path("docs/study.md")
+IMAGES = Path("docs/images")
+DOD = ("dod-seed0", "dod-seed1", "dod-seed2")
+FITV2 = ("fitv2-seed0", "fitv2-seed1", "fitv2-seed2")
+STEPS = 8000
+IMAGES_PER_STEP = 64
+COLOURS = {"stage 1": "#0072B2", "stage 2": "#D55E00", "stage 3": "#009E73", "FiTv2": "#555555"}
+
+Number = tuple[float, float] | None  # with half of its 95 % interval
+
+
+class Results:
+    """
+    All numbers of the study.
+
+    Args:
+        folder (`Path`): Where the result files are, in one folder for each checkpoint.
+    """
+
+    def __init__(self, folder: Path):
+        self.metrics: dict[str, dict[str, dict]] = {}
+        for file in sorted(folder.glob("*/*.json")):
+            self.metrics.setdefault(file.parent.name, {}).update(read_results(file)["metrics"])
+
+    def find(self, runs: str | tuple[str, ...], name: str, step: int = STEPS) -> Number:
+        """The metric `name` of the checkpoints of `runs` after `step` steps; of those runs that have it."""
+        runs = (runs,) if isinstance(runs, str) else runs
+        found = [of_run[name] for run in runs if name in (of_run := self.metrics.get(f"{run}-{step}", {}))]
+        if not found:
+            return None
+        values = [metric["value"] for metric in found]
+        interval = mean_interval(values) if len(values) > 1 else found[0]["interval"]
+        return float(np.mean(values)), 0.0 if interval is None else (interval[1] - interval[0]) / 2
+
+    def stage(self, runs: str | tuple[str, ...], name: str, scales: str, step: int = STEPS, steps: int = 20) -> Number:
+        """A metric of the samples of the last stage with guidance `scales`, such as `1:3`, at `steps` steps each."""
+        label = f"{name}/stage-{scales.count(':') + 1}/pipeline/{steps}/euler/{scales}"
+        return self.find(runs, label, step)
+
+    def best(self, runs: str | tuple[str, ...], prefix: str, choices: list[str], **options) -> str | None:
+        """The scales with the smallest FID among `prefix` followed by each of `choices`."""
+        numbers = {prefix + choice: self.stage(runs, "fid", prefix + choice, **options) for choice in choices}
+        numbers = {scales: number[0] for scales, number in numbers.items() if number is not None}
+        return min(numbers, key=numbers.get) if numbers else None
+
+
+def show(number: Number, digits: int = 2, percent: bool = False) -> str:
+    """A number as a cell of a table."""
+    if number is None:
+        return "-"
+    value, half = (100 * part for part in number) if percent else number
+    return f"{value:.{digits}f}" + (f" ± {half:.{digits}f}" if half else "")
+
+
+def samples_row(results: Results, label: str, runs, scales: str | None, **options) -> list[str]:
+    """FID, IS and accuracy of samples."""
+    if scales is None:
+        return [label, "-", "-", "-", "-"]
+    numbers = [results.stage(runs, name, scales, **options) for name in ("fid", "is", "accuracy")]
+    return [label, scales, show(numbers[0]), show(numbers[1]), show(numbers[2], 1, percent=True)]
+
+
+SCALES = ["1", "2", "3", "4", "5.5"]
+LATER = ["2", "3", "4", "5.5"]
+
+
+def stages_table(results: Results) -> str:
+    """Claim a."""
+    rows = [samples_row(results, "stage 1", DOD, scales) for scales in SCALES]
+    rows += [samples_row(results, "stage 2", DOD, f"1:{scale}") for scale in LATER]
+    rows += [samples_row(results, "stage 3", DOD, f"1:{scale}:{scale}") for scale in ("3", "4")]
+    rows += [samples_row(results, "stage 2, both guided", DOD, f"3:{scale}") for scale in ("2", "3", "4")]
+    return format_table(["", "scales", "FID", "IS", "recognised, %"], rows)
+
+
+def reconstruction_table(results: Results) -> str:
+    """Claim b."""
+    rows = []
+    for label, name in [("autoencoder alone", "autoencoder")] + [(f"scale {s}", f"scale_{s}") for s in SCALES]:
+        numbers = [results.find(DOD, f"{metric}_{name}") for metric in ("rfid", "psnr", "ssim")]
+        rows.append([label, show(numbers[0]), show(numbers[1], 1), show(numbers[2], 3)])
+    return format_table(["", "rFID", "PSNR, dB", "SSIM"], rows)
+
+
+def ablation_rows(results: Results, runs: dict[str, str | tuple[str, ...]]) -> list[list[str]]:
+    """A row for each of `runs`, with the columns of the paper's Tables 2 and 3."""
+    rows = []
+    for label, names in runs.items():
+        best = results.best(names, "1:", LATER)
+        best_reconstruction = min(
+            (scale for scale in SCALES if results.find(names, f"rfid_scale_{scale}")),
+            key=lambda scale: results.find(names, f"rfid_scale_{scale}")[0],
+            default="3",
+        )
+        rows.append(
+            [
+                label,
+                show(results.stage(names, "fid", "1")),
+                show(results.stage(names, "fid", "4")),
+                "-" if best is None else f"{show(results.stage(names, 'fid', best))} ({best})",
+                "-" if best is None else show(results.stage(names, "is", best)),
+                show(results.find(names, f"rfid_scale_{best_reconstruction}")),
+                show(results.find(names, f"psnr_scale_{best_reconstruction}"), 1),
+                show(results.find(names, f"ssim_scale_{best_reconstruction}"), 3),
+                show(results.find(names, "top1_lem"), 1, percent=True),
+                show(results.find(names, "knn_lem"), 1, percent=True),
+            ]
+        )
+    return rows
+
+
+ABLATION_HEADER = ["FID S1", "FID S1 at 4", "FID S2 (scales)", "IS S2", "rFID", "PSNR", "SSIM", "top-1, %", "k-NN, %"]
+
+
+def tokens_table(results: Results) -> str:
+    """Claim c."""
+    runs = {"2 (16)": "dod-n2", "4 (32)": DOD, "8 (64)": "dod-n8", "32 (256)": "dod-n32"}
+    return format_table(["tokens (numbers)", *ABLATION_HEADER], ablation_rows(results, runs))
+
+
+def dropout_table(results: Results) -> str:
+    """Claim d."""
+    runs = {"0.25": "dod-ps25", "0.5": DOD, "0.75": "dod-ps75"}
+    return format_table(["p_s", *ABLATION_HEADER], ablation_rows(results, runs))
+
+
+def compute_table(results: Results) -> str:
+    """Claim e."""
+    rows = []
+    for label, runs, preset, first, choices in (
+        ("FiTv2, guided", FITV2, "FiTv2-Desk", "", ["2", "3", "4"]),
+        ("DoD, stage 1 guided", DOD, "DoD-Desk", "", ["2", "3", "4"]),
+        ("DoD, stage 2", DOD, "DoD-Desk", "1:", ["3", "4"]),
+    ):
+        for steps in (10, 20, 40) if not first else (10, 20):
+            scales = results.best(runs, first, choices, steps=steps)
+            if scales is None:
+                continue
+            numbers = [float(scale) for scale in scales.split(":")]
+            cost = sampling_compute(PRESETS[preset], [steps] * len(numbers), numbers)["flops"]
+            number = show(results.stage(runs, "fid", scales, steps=steps))
+            rows.append((cost, [label, " + ".join([str(steps)] * len(numbers)), scales, f"{cost / 1e9:.3f}", number]))
+    return format_table(["", "steps", "scales", "GFLOPs", "FID"], [row for _, row in sorted(rows)])
+
+
+def training_table(results: Results) -> str:
+    """Claim f."""
+    rows = []
+    for step in (2000, 4000, 6000, 8000):
+        fitv2, first = results.best(FITV2, "", ["3", "4"], step=step), results.best(DOD, "", ["3", "4"], step=step)
+        second = results.best(DOD, "1:", ["3", "4"], step=step)
+        row = [f"{step * IMAGES_PER_STEP:,}", show(results.stage(FITV2, "fid", "1", step=step))]
+        row.append(show(results.stage(DOD, "fid", "1", step=step)))
+        for runs, scales in ((FITV2, fitv2), (DOD, first), (DOD, second)):
+            row.append("-" if scales is None else f"{show(results.stage(runs, 'fid', scales, step=step))} ({scales})")
+        rows.append(row)
+    header = ["images", "FiTv2", "DoD, stage 1", "FiTv2 (scale)", "DoD, stage 1 (scale)", "DoD, stage 2 (scales)"]
+    return format_table(header, rows)
+
+
+def class_table(results: Results) -> str:
+    """What the tokens say of the class."""
+    rows = []
+    for label, runs in (("with classes", DOD), ("without classes", "dod-unconditional")):
+        row = [label]
+        for features in ("lem", "random_lem", "latents"):
+            row += [show(results.find(runs, f"{name}_{features}"), 1, percent=True) for name in ("top1", "knn")]
+        rows.append(row)
+    header = [
+        f"{features}, {name}, %" for features in ("LEM", "untrained LEM", "latents") for name in ("top-1", "k-NN")
+    ]
+    return format_table(["DoD trained", *header], rows)
+
+
+def draw_plots(results: Results, folder: Path) -> None:
+    """FID by scale of each stage, rFID by scale, and FID by images seen, as `study_*.png` in `folder`."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+
+    def draw(axis: plt.Axes, label: str, points: dict[float, Number], **style) -> None:
+        points = {x: number for x, number in points.items() if number is not None}
+        if points:
+            ys, halves = zip(*points.values(), strict=True)
+            axis.errorbar(list(points), ys, yerr=halves, marker="o", markersize=4, capsize=3, label=label, **style)
+
+    for label, prefix, runs in (("stage 1", "", DOD), ("stage 2", "1:", DOD), ("FiTv2", "", FITV2)):
+        scales = [scale for scale in SCALES if float(scale) > 1 or not prefix]
+        points = {float(scale): results.stage(runs, "fid", prefix + scale) for scale in scales}
+        draw(axes[0], label, points, color=COLOURS[label])
+    axes[0].set(xlabel="guidance scale of the last stage", ylabel="FID", title="Samples")
+    for label, runs, colour in (("2 tokens", "dod-n2", "#56B4E9"), ("4", DOD, "#D55E00"), ("8", "dod-n8", "#009E73")):
+        points = {float(scale): results.find(runs, f"rfid_scale_{scale}") for scale in SCALES}
+        draw(axes[1], label, points, color=colour)
+    points = {float(scale): results.find("dod-n32", f"rfid_scale_{scale}") for scale in SCALES}
+    draw(axes[1], "32, no compression", points, color="#555555")
+    axes[1].set(xlabel="guidance scale", ylabel="rFID", title="Real pictures from their priors")
+    for label, prefix, runs in (("stage 1", "", DOD), ("stage 2", "1:", DOD), ("FiTv2", "", FITV2)):
+        steps = (2000, 4000, 6000, 8000)
+        best = {step: results.best(runs, prefix, ["3", "4"], step=step) for step in steps}
+        points = {
+            step * IMAGES_PER_STEP / 1000: results.stage(runs, "fid", scales, step=step)
+            for step, scales in best.items()
+            if scales is not None
+        }
+        draw(axes[2], label, points, color=COLOURS[label])
+    axes[2].set(xlabel="images seen, thousands", ylabel="FID at the best scale", title="Training")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.set_ylim(bottom=0)
+        if axis.has_data():
+            axis.legend(fontsize=8)
+    figure.savefig(folder / "study.png", dpi=110)
+    plt.close(figure)
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "stages": stages_table,
+    "reconstruction": reconstruction_table,
+    "tokens": tokens_table,
+    "dropout": dropout_table,
+    "compute": compute_table,
+    "training": training_table,
+    "class": class_table,
+}
+
+
+def fill_page(page: str, results: Results) -> str:
+    """
+    Puts the tables into a page.
+
+    Args:
+        page (`str`): The page, with the places of the tables.
+        results (`Results`): The numbers.
+
+    Returns:
+        `str`: The page with all of its tables.
+
+    Raises:
+        `ValueError`: the page has another set of tables.
+    """
+    names = re.findall(r"<!-- table: ([\w-]+) -->", page)
+    if sorted(names) != sorted(TABLES):
+        raise ValueError(f"`page` must have places for the tables {sorted(TABLES)}, got {sorted(names)}.")
+    for name, make in TABLES.items():
+        start = f"<!-- table: {name} -->"
+        pattern = re.escape(start) + r".*?<!-- end -->"
+        page = re.sub(pattern, lambda _: f"{start}\n{make(results)}\n<!-- end -->", page, flags=re.DOTALL)  # noqa: B023
+    return page
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    results = Results(RESULTS)
+    PAGE.write_text(fill_page(PAGE.read_text(), results))
+    draw_plots(results, IMAGES)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""
+Trains and evaluates what `study.yaml` names; docs/study.md is made of the results.
+
+    python training/study/study.py train [RUN ...]
+    python training/study/study.py evaluate [RUN ...]
+    python training/study/report.py
+
+Both go on where they were stopped, and any number of processes can work side by side: each takes the next run, or the
+next checkpoint, that no other one has. Checkpoints go to `outputs/study`, results to `docs/results/study`.
+"""
+
+import argparse
+import fcntl
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+ROOT = Path(__file__).parents[2]
+OUTPUTS = Path("outputs/study")
+RESULTS = Path("docs/results/study")
+LATENTS = OUTPUTS / "latents"
+
+
+def load_study() -> dict[str, Any]:
+    """The content of `study.yaml`."""
+    return yaml.safe_load((Path(__file__).parent / "study.yaml").read_text())
+
+
+def to_argv(options: dict[str, Any]) -> list[str]:
+    """Options of a command as its arguments: a list has several values, `True` is a flag."""
+    argv = []
+    for name, value in options.items():
+        argv.append(f"--{name}")
+        if value is not True:
+            argv += map(str, value if isinstance(value, list) else [value])
+    return argv
+
+
+def training_argv(study: dict[str, Any], run: str) -> list[str]:
+    """Arguments of training/train_dod.py for a run."""
+    places = {"latents_dir": LATENTS, "pretrained_vae_name_or_path": study["vae"], "output_dir": OUTPUTS / run}
+    return to_argv({**study["common"], **study["runs"][run], **places})
+
+
+def result_file(run: str, step: int, evaluation: str) -> Path:
+    """Where the result of an evaluation of the checkpoint of `run` after `step` steps goes."""
+    return RESULTS / f"{run}-{step}" / f"{evaluation}.json"
+
+
+def evaluation_argv(study: dict[str, Any], run: str, step: int, evaluation: str) -> list[str]:
+    """Module and arguments of an evaluation of the checkpoint of `run` after `step` steps."""
+    options = dict(study["evaluations"][evaluation])
+    module = options.pop("module")
+    argv = ["--pretrained_model_name_or_path", str(OUTPUTS / run / f"checkpoint-{step}"), *to_argv(options)]
+    if module == "sweep":
+        argv += ["--output_dir", str(OUTPUTS / run / f"sweep-{step}")]
+    return [f"diffusers_dod.evaluation.{module}", *argv, "--output_file", str(result_file(run, step, evaluation))]
+
+
+def evaluations_of(study: dict[str, Any], run: str) -> dict[int, list[str]]:
+    """The evaluations of each checkpoint of `run`, by its number of steps."""
+    evaluations: dict[int, list[str]] = {}
+    for part in study["plan"]:
+        for step in part["steps"] if run in part["runs"] else []:
+            evaluations.setdefault(step, []).extend(part["evaluations"])
+    return evaluations
+
+
+def work_off(names: list[str], is_done: Callable[[str], bool], work: Callable[[str], None]) -> None:
+    """Does what is not done in order, each by one of the processes that do so at the same time."""
+    locks = OUTPUTS / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        with open(locks / name, "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # another process is at it
+            if not is_done(name):
+                print(name, flush=True)
+                work(name)
+
+
+def train(runs: list[str]) -> None:
+    """Trains `runs`, one after the other."""
+    study = load_study()
+
+    def train_run(run: str) -> None:
+        argv = training_argv(study, run)
+        if list((OUTPUTS / run).glob("checkpoint-*")):
+            argv += ["--resume_from_checkpoint", "latest"]
+        subprocess.run([sys.executable, "training/train_dod.py", *argv], check=True)
+
+    data = {**study["data"], "pretrained_vae_name_or_path": study["vae"], "latents_dir": LATENTS}
+    subprocess.run([sys.executable, "training/encode_latents.py", *to_argv(data)], check=True)
+    work_off(runs, lambda run: (OUTPUTS / run / "model_index.json").is_file(), train_run)
+
+
+def evaluate(runs: list[str]) -> None:
+    """Evaluates those checkpoints of `runs` that are there."""
+    study = load_study()
+    jobs = {f"{run}-{step}": (run, step, names) for run in runs for step, names in evaluations_of(study, run).items()}
+
+    def is_done(checkpoint: str) -> bool:
+        run, step, names = jobs[checkpoint]
+        is_there = (OUTPUTS / run / f"checkpoint-{step}").is_dir()
+        return not is_there or all(result_file(run, step, name).is_file() for name in names)
+
+    def evaluate_checkpoint(checkpoint: str) -> None:
+        run, step, names = jobs[checkpoint]
+        for name in names:
+            if not result_file(run, step, name).is_file():
+                subprocess.run([sys.executable, "-m", *evaluation_argv(study, run, step, name)], check=True)
+
+    work_off(list(jobs), is_done, evaluate_checkpoint)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["train", "evaluate"])
+    parser.add_argument("runs", nargs="*", help="Some of the runs; all by default.")
+    args = parser.parse_args()
+    runs = list(load_study()["runs"])
+    unknown = set(args.runs) - set(runs)
+    if unknown:
+        parser.error(f"`runs` must be among {runs}, got {sorted(unknown)}.")
+    {"train": train, "evaluate": evaluate}[args.command](args.runs or runs)
+
+
+if __name__ == "__main__":
+    main()
