@@ -13,12 +13,9 @@ from ..checks import attempt, check_at_least
 from ..pipeline_dod import DoDPipeline
 from ..seeding import stateless_generator
 from ..training.data import Pictures, load_pictures
-from ..training.latents import TRANSFORM
+from ..training.latents import DTYPES, TRANSFORM
 from .images import picture_identity
 from .results import check_output
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:

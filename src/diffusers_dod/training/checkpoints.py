@@ -6,7 +6,6 @@ A checkpoint is written into a hidden folder, hashed, flushed to disk and rename
 taken up again. `checkpoint-<step>/` is itself a `DoDPipeline` folder with the EMA weights, next to `training_state/`.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..evaluation.results import file_sha256
 from .ema import averaged_parameters
 from .models import set_learning_rates
 from .processes import sharded_like, whole
@@ -30,14 +30,6 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE_FOLDER = "training_state"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:
@@ -73,7 +65,7 @@ def find_damage(checkpoint: Path) -> str | None:
     if missing := sorted(set(hashes) - present):
         return f"files are missing: {', '.join(missing)}"
     for name, expected in hashes.items():
-        if _sha256(checkpoint / name) != expected:
+        if file_sha256(checkpoint / name) != expected:
             return f"{name} does not have the hash that the manifest states"
     return None
 
@@ -108,7 +100,7 @@ def save_checkpoint(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     write(unfinished)
-    hashes = {str(path.relative_to(unfinished)): _sha256(path) for path in _files(unfinished)}
+    hashes = {str(path.relative_to(unfinished)): file_sha256(path) for path in _files(unfinished)}
     (unfinished / MANIFEST).write_text(json.dumps({"step": step, "sha256": hashes}, indent=2) + "\n")
     for path in unfinished.rglob("*"):
         _flush(path)

@@ -29,7 +29,7 @@ from .alignment import VisionFeatures
 from .buckets import bucket_sizes, encode_buckets
 from .data import Pictures, load_pictures
 from .latents import (
-    LATENT_DTYPES,
+    DTYPES,
     ON_BAD_IMAGE,
     SHARD_SIZE,
     LatentDataset,
@@ -71,7 +71,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--latents_dir", type=Path, help="Folder of the latents; the trainer's default is `latents` in `--output_dir`."
     )
-    data.add_argument("--latents_dtype", default="float32", choices=list(LATENT_DTYPES), help="Of latents on disk.")
+    data.add_argument("--latents_dtype", default="float32", choices=list(DTYPES), help="Of latents on disk.")
     data.add_argument(
         "--on_bad_image",
         default="error",

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from ..autoencoders import Autoencoder, encode_moments
 from ..checks import check_choice
+from ..evaluation.results import file_sha256
 from .data import Pictures, to_pixels
 
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-LATENT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ON_BAD_IMAGE = ("error", "skip")
 SHARD_SIZE = 4096
 TRANSFORM = "ADM centre crop"
@@ -59,12 +60,6 @@ class BadImagesError(ValueError):
             "`on_bad_image` = 'skip'."
         )
         self.bad = bad
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of the file at `path`."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of_weights(weights: dict[str, torch.Tensor]) -> str:
@@ -107,7 +102,7 @@ def latent_settings(
     Returns:
         `dict`: The settings, which JSON can hold.
     """
-    check_choice("latents_dtype", latents_dtype, tuple(LATENT_DTYPES))
+    check_choice("latents_dtype", latents_dtype, tuple(DTYPES))
     settings = {
         "pictures": pictures.fingerprint,
         "num_pictures": len(pictures.dataset),
@@ -250,7 +245,7 @@ def encode_latents(
     folder.mkdir(parents=True, exist_ok=True)
     settings = {**latent_settings(pictures, vae, random_flip, latents_dtype, vision), "shard_size": shard_size}
     device = next(vae.parameters()).device if vae is not None else torch.device("cpu")
-    dtype = LATENT_DTYPES[latents_dtype]
+    dtype = DTYPES[latents_dtype]
     num_pictures = len(pictures.dataset)
     shards = range(process_index, -(-num_pictures // shard_size), num_processes)
     todo = [shard for shard in shards if not _is_done(folder, shard, settings, on_bad_image)]
@@ -297,7 +292,7 @@ def encode_latents(
             "settings": settings,
             "num_samples": len(tensors["labels"]) if tensors else 0,
             "latent_shape": list(tensors["mean"].shape[2:]) if tensors else None,
-            "sha256": sha256_of(path),
+            "sha256": file_sha256(path),
             "bad_images": bad,
         }
         _write_json(path.with_suffix(".json"), note)
@@ -375,7 +370,7 @@ def find_damaged_shards(folder: Path) -> list[str]:
     return [
         shard["file"]
         for shard in shards
-        if not (folder / shard["file"]).is_file() or sha256_of(folder / shard["file"]) != shard["sha256"]
+        if not (folder / shard["file"]).is_file() or file_sha256(folder / shard["file"]) != shard["sha256"]
     ]
 
 
