@@ -125,6 +125,7 @@ def ablation_rows(results: Results, runs: dict[str, str | tuple[str, ...]]) -> l
                 show(results.stage(names, "fid", "4")),
                 "-" if best is None else f"{show(results.stage(names, 'fid', best))} ({best})",
                 "-" if best is None else show(results.stage(names, "is", best)),
+                show(results.stage(names, "fid", "3:3")),
                 show(results.find(names, f"rfid_scale_{best_reconstruction}")),
                 show(results.find(names, f"psnr_scale_{best_reconstruction}"), 1),
                 show(results.find(names, f"ssim_scale_{best_reconstruction}"), 3),
@@ -135,7 +136,8 @@ def ablation_rows(results: Results, runs: dict[str, str | tuple[str, ...]]) -> l
     return rows
 
 
-ABLATION_HEADER = ["FID S1", "FID S1 at 4", "FID S2 (scales)", "IS S2", "rFID", "PSNR", "SSIM", "top-1, %", "k-NN, %"]
+ABLATION_HEADER = ["FID S1", "FID S1 at 4", "FID S2 (scales)", "IS S2", "FID S2 at 3:3"]
+ABLATION_HEADER += ["rFID", "PSNR", "SSIM", "top-1, %", "k-NN, %"]
 
 
 def tokens_table(results: Results) -> str:
@@ -157,6 +159,7 @@ def compute_table(results: Results) -> str:
         ("FiTv2, guided", FITV2, "FiTv2-Desk", "", ["2", "3", "4"]),
         ("DoD, stage 1 guided", DOD, "DoD-Desk", "", ["2", "3", "4"]),
         ("DoD, stage 2", DOD, "DoD-Desk", "1:", ["3", "4"]),
+        ("DoD, both stages guided", DOD, "DoD-Desk", "3:", ["2", "3"]),
     ):
         for steps in (10, 20, 40) if not first else (10, 20):
             scales = results.best(runs, first, choices, steps=steps)
@@ -175,12 +178,12 @@ def training_table(results: Results) -> str:
     for step in (2000, 4000, 6000, 8000):
         fitv2, first = results.best(FITV2, "", ["3", "4"], step=step), results.best(DOD, "", ["3", "4"], step=step)
         second = results.best(DOD, "1:", ["3", "4"], step=step)
-        row = [f"{step * IMAGES_PER_STEP:,}", show(results.stage(FITV2, "fid", "1", step=step))]
-        row.append(show(results.stage(DOD, "fid", "1", step=step)))
+        row = [f"{step * IMAGES_PER_STEP:,}"]
+        row += [show(results.stage(runs, "fid", "1", step=step)) for runs in (FITV2, DOD)]
         for runs, scales in ((FITV2, fitv2), (DOD, first), (DOD, second)):
             row.append("-" if scales is None else f"{show(results.stage(runs, 'fid', scales, step=step))} ({scales})")
-        rows.append(row)
-    header = ["images", "FiTv2", "DoD, stage 1", "FiTv2 (scale)", "DoD, stage 1 (scale)", "DoD, stage 2 (scales)"]
+        rows.append([*row, show(results.stage(DOD, "fid", "3:3", step=step))])
+    header = ["images", "FiTv2", "DoD S1", "FiTv2 (scale)", "DoD S1 (scale)", "DoD S2 (scales)", "DoD S2 at 3:3"]
     return format_table(header, rows)
 
 
