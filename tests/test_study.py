@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import says
+from helpers import says, tiny_pipeline
 
 from diffusers_dod.evaluation.results import as_metric, write_results
 from diffusers_dod.training.arguments import parse_args
@@ -74,6 +74,20 @@ def test_numbers_of_one_run_and_of_several(tmp_path):
     assert (mean, half) == pytest.approx((3.0, 4.302653 * 7**0.5 / 3**0.5))
     assert results.find("dod-n8", "rfid_scale_1") is None and report.show(None) == "-"
     assert report.show((3.0, 0.25)) == "3.00 ± 0.25" and report.show((0.5, 0.01), 1, percent=True) == "50.0 ± 1.0"
+
+
+def test_results_of_other_options_or_weights_do_not_count(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline().save_pretrained(study.OUTPUTS / "dod-n2" / "checkpoint-8000")
+    job = (STUDY, "dod-n2", 8000, "linear_probe")
+    assert not study.has_result(*job)
+    _, *argv = study.evaluation_argv(*job)
+    for given, weights, expected in ((argv, "these", True), (argv[:-2], "these", False), (argv, "others", False)):
+        checkpoint = {"path": "x", "sha256": weights}
+        if weights == "these":
+            checkpoint = study.OUTPUTS / "dod-n2" / "checkpoint-8000"
+        write_results(study.result_file(*job[1:]), "linear_probe", given, {}, {}, {}, "cpu", checkpoint)
+        assert study.has_result(*job) is expected
 
 
 def test_best_scales(tmp_path):

@@ -20,10 +20,11 @@ from diffusers_dod.evaluation.extractors import (
     load_extractor,
 )
 from diffusers_dod.evaluation.frechet import feature_statistics, frechet_distance
-from diffusers_dod.evaluation.images import draw_indices, open_images
+from diffusers_dod.evaluation.images import DatasetImages, draw_indices, open_images
 from diffusers_dod.evaluation.metrics import RunningInceptionScore, precision_recall, wilson_interval
 from diffusers_dod.evaluation.reproduce import reproduce
 from diffusers_dod.evaluation.results import file_sha256, read_results
+from diffusers_dod.training.data import Pictures
 from diffusers_dod.training.textures import TextureDataset
 
 
@@ -98,7 +99,8 @@ def test_all_metrics_against_what_they_are_made_of(world, capsys):
     assert metrics["is"]["value"] == pytest.approx(np.exp(divergence), rel=1e-5)
     counts = precision_recall(*features)
     assert (metrics["precision"]["value"], metrics["recall"]["value"]) == (counts.precision, counts.recall)
-    for name in ("fid", "sfid", "precision", "recall"):
+    assert metrics["recall"]["interval"] is None  # all of the reference is compared with the same samples
+    for name in ("fid", "sfid", "precision"):
         low, high = metrics[name]["interval"]
         assert low < metrics[name]["value"] < high
     assert metrics["is"]["interval"] is None and metrics["is"]["num_splits"] == 1
@@ -115,7 +117,7 @@ def test_all_metrics_against_what_they_are_made_of(world, capsys):
     assert results["settings"]["extractor_sha256"] == extractor_sha256(
         f"{world / 'colours.py'}:everything", everything
     )
-    assert data["selection"] == "all, in order"
+    assert data["selection"] == "all"
 
 
 def test_results_can_be_computed_again(world, tmp_path):
@@ -162,6 +164,11 @@ def test_samples_that_are_drawn_from_sorted_ones_have_splits_of_all_classes(tmp_
     assert summary.inception_score.result().splits == pytest.approx(expected.result().splits)
     assert len(expected.result().splits) == 4 and min(expected.result().splits) > 3
     assert summary.num_correct == 120
+    # All pictures of a data set are taken in a random order as well.
+    rows = [{"image": picture, "label": label} for picture, label in zip(pictures, labels, strict=True)]
+    pictures = DatasetImages("sorted", Pictures(rows, tuple("abcd"), "sorted", 4))
+    splits = evaluate.compute_features(pictures, extractor, 7).inception_score.result().splits
+    assert len(splits) == 7 and min(splits) > 2.5
 
 
 def test_saved_statistics_take_the_place_of_their_pictures(world, tmp_path):
@@ -299,6 +306,7 @@ def test_what_does_not_fit_is_refused(world, tmp_path):
     np.savez(tmp_path / "plain.npz", mu=np.zeros(6), sigma=np.eye(6))
     np.savez(tmp_path / "wide.npz", mu=np.zeros(7), sigma=np.eye(7))
     np.savez(tmp_path / "other.npz", mu=np.zeros(6), sigma=np.eye(6), extractor="inception")
+    np.savez(tmp_path / "infinite.npz", mu=np.zeros(6), sigma=np.diag([np.nan, np.inf, 1, 1, 1, 1]))
     own = f"{world / 'colours.py'}:everything"
     np.savez(tmp_path / "changed.npz", mu=np.zeros(6), sigma=np.eye(6), extractor=own, extractor_sha256="abc")
     np.save(tmp_path / "array.npy", np.zeros(3))
@@ -306,6 +314,8 @@ def test_what_does_not_fit_is_refused(world, tmp_path):
     refusals = [
         (("--num_samples", 61), ("`num_samples`", "60 pictures", "got 61")),
         (("--num_samples", 9), ("`num_samples`", "from 10", "got 9")),
+        (("--num_samples", 3, "--num_groups", 2), ("`num_samples`", "from 4", "`num_groups` 2", "got 3")),
+        (("--reference", tmp_path / "infinite.npz"), ("`reference`", "finite `sigma`", "2 numbers")),
         (("--reference", tmp_path / "small.npz"), ("`reference`", "(32, 32)", "(16, 16)")),
         (("--reference", tmp_path / "mean.npz"), ("`reference`", "`sigma`", "['mu']")),
         (("--reference", tmp_path / "plain.npz", "--metrics", "sfid"), ("`reference`", "`mu_s`", "['mu', 'sigma']")),

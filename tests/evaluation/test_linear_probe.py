@@ -2,6 +2,7 @@
 """The probe on features of known worth, nearest neighbours by hand, the tokens, their file, and the command."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -324,6 +325,9 @@ def test_folders(checkpoint, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=says("`train_data_dir`", "pictures", str(tmp_path / "empty"))):
         linear_probe.main([*argv, "--test_data_dir", str(tmp_path / "empty")])
+    shutil.copytree(tmp_path / "train", tmp_path / "copy")
+    with pytest.raises(ValueError, match=says("`test_data_dir`", "other pictures", "copy")):
+        linear_probe.main([*argv, "--test_data_dir", str(tmp_path / "copy")])
     with pytest.raises(ValueError, match=says("at most the 8", "9")):
         linear_probe.main([*argv, "--test_data_dir", str(tmp_path / "val"), "--num_test_pictures", "9"])
 

@@ -329,10 +329,7 @@ def test_intervals_of_shares():
         with pytest.raises(ValueError, match=says(name)):
             wilson_interval(*arguments)
     ours = PrecisionRecall(30, 100, 50, 50)
-    assert ours.interval("precision") == wilson_interval(0.3, 100)
-    assert ours.interval("recall")[0] < 1 and ours.interval("recall")[1] == 1
-    with pytest.raises(ValueError, match=says("`which`", "'recall'", "got 'f1'")):
-        ours.interval("f1")
+    assert ours.precision_interval() == wilson_interval(0.3, 100)
 
 
 def test_what_precision_and_recall_refuse(sets):

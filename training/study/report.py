@@ -4,8 +4,8 @@ Writes the tables and plots of docs/study.md from docs/results/study:
     python training/study/report.py
 
 A table stands between `<!-- table: name -->` and `<!-- end -->`, and nothing else of the page is changed. Numbers are
-means over runs that differ in their seed alone, with half of Student's 95 % interval, or of one run, with half of the
-interval that its own samples give. A dash is a number that has not been measured.
+means over runs that differ in their seed alone, with half of Student's 95 % interval, or of one run, with that of its
+own samples. A dash is a number that has not been measured.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from study import RESULTS
 
 from diffusers_dod.evaluation.compute import sampling_compute
 from diffusers_dod.evaluation.metrics import mean_interval
-from diffusers_dod.evaluation.results import read_results
+from diffusers_dod.evaluation.results import as_metric, half_width, read_results
 from diffusers_dod.presets import PRESETS
 from diffusers_dod.training.cost import format_table
 
@@ -56,7 +56,8 @@ class Results:
             return None
         values = [metric["value"] for metric in found]
         interval = mean_interval(values) if len(values) > 1 else found[0]["interval"]
-        return float(np.mean(values)), 0.0 if interval is None else (interval[1] - interval[0]) / 2
+        mean = as_metric(np.mean(values), interval)
+        return mean["value"], half_width(mean)
 
     def stage(self, runs: str | tuple[str, ...], name: str, scales: str, step: int = STEPS, steps: int = 20) -> Number:
         """A metric of the samples of the last stage with guidance `scales`, such as `1:3`, at `steps` steps each."""
@@ -158,8 +159,8 @@ def compute_table(results: Results) -> str:
     for label, runs, preset, first, choices in (
         ("FiTv2, guided", FITV2, "FiTv2-Desk", "", ["2", "3", "4"]),
         ("DoD, stage 1 guided", DOD, "DoD-Desk", "", ["2", "3", "4"]),
-        ("DoD, stage 2", DOD, "DoD-Desk", "1:", ["3", "4"]),
-        ("DoD, both stages guided", DOD, "DoD-Desk", "3:", ["2", "3"]),
+        ("DoD, stage 2", DOD, "DoD-Desk", "1:", ["2", "3", "4"]),
+        ("DoD, both stages guided", DOD, "DoD-Desk", "3:", ["2", "3", "4"]),
     ):
         for steps in (10, 20, 40) if not first else (10, 20):
             scales = results.best(runs, first, choices, steps=steps)

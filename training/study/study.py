@@ -19,6 +19,8 @@ from typing import Any
 
 import yaml
 
+from diffusers_dod.evaluation.results import checkpoint_sha256, read_results
+
 
 ROOT = Path(__file__).parents[2]
 OUTPUTS = Path("outputs/study")
@@ -60,6 +62,19 @@ def evaluation_argv(study: dict[str, Any], run: str, step: int, evaluation: str)
     if module == "sweep":
         argv += ["--output_dir", str(OUTPUTS / run / f"sweep-{step}")]
     return [f"diffusers_dod.evaluation.{module}", *argv, "--output_file", str(result_file(run, step, evaluation))]
+
+
+def has_result(study: dict[str, Any], run: str, step: int, evaluation: str) -> bool:
+    """Whether there is a result of these very options and weights."""
+    file = result_file(run, step, evaluation)
+    if not file.is_file():
+        return False
+    results = read_results(file)
+    checkpoint = checkpoint_sha256(OUTPUTS / run / f"checkpoint-{step}")
+    return (
+        results["argv"] == evaluation_argv(study, run, step, evaluation)[1:]
+        and results["checkpoint"]["sha256"] == checkpoint
+    )
 
 
 def evaluations_of(study: dict[str, Any], run: str) -> dict[int, list[str]]:
@@ -106,16 +121,18 @@ def evaluate(runs: list[str]) -> None:
     study = load_study()
     jobs = {f"{run}-{step}": (run, step, names) for run in runs for step, names in evaluations_of(study, run).items()}
 
-    def is_done(checkpoint: str) -> bool:
+    def find_missing(checkpoint: str) -> list[list[str]]:
         run, step, names = jobs[checkpoint]
-        is_there = (OUTPUTS / run / f"checkpoint-{step}").is_dir()
-        return not is_there or all(result_file(run, step, name).is_file() for name in names)
+        if not (OUTPUTS / run / f"checkpoint-{step}").is_dir():
+            return []
+        return [evaluation_argv(study, run, step, name) for name in names if not has_result(study, run, step, name)]
+
+    def is_done(checkpoint: str) -> bool:
+        return not find_missing(checkpoint)
 
     def evaluate_checkpoint(checkpoint: str) -> None:
-        run, step, names = jobs[checkpoint]
-        for name in names:
-            if not result_file(run, step, name).is_file():
-                subprocess.run([sys.executable, "-m", *evaluation_argv(study, run, step, name)], check=True)
+        for argv in find_missing(checkpoint):
+            subprocess.run([sys.executable, "-m", *argv], check=True)
 
     work_off(list(jobs), is_done, evaluate_checkpoint)
 

@@ -38,7 +38,7 @@ from .extractors import (
     load_statistics,
 )
 from .frechet import frechet_distance
-from .images import ImageSource, draw_indices, open_images
+from .images import DatasetImages, ImageSource, draw_indices, open_images
 from .metrics import (
     ReferenceManifold,
     RunningInceptionScore,
@@ -112,7 +112,7 @@ def compute_features(
         `ValueError`: there are too few pictures, one cannot be read, or features are not finite.
     """
     check_at_least("num_groups", num_groups, 1)
-    indices = draw_indices(len(images), num_images)
+    indices = draw_indices(len(images), num_images, shuffle=isinstance(images, DatasetImages))
     places = np.argsort(indices)  # in the random order, of the pictures in the order in which they are read
     groups = torch.randperm(len(places), generator=stateless_generator(len(places))).numpy() % num_groups
     summary = FeatureSummary({}, RunningInceptionScore())
@@ -372,10 +372,11 @@ class Evaluator:
         """
         args, reference = self.args, self.reference
         num_samples = len(samples) if num_samples is None else num_samples
-        if not max(2, args.num_groups) <= num_samples <= len(samples):
+        minimum = max(4 if args.num_groups == 2 else 2, args.num_groups)  # two are left without any of the groups
+        if not minimum <= num_samples <= len(samples):
             raise ValueError(
-                f"`num_samples` must be an integer from {max(2, args.num_groups)}, for `num_groups` "
-                f"{args.num_groups}, to the {len(samples)} pictures of {samples.name!r}, got {num_samples}."
+                f"`num_samples` must be an integer from {minimum}, for `num_groups` {args.num_groups}, to the "
+                f"{len(samples)} pictures of {samples.name!r}, got {num_samples}."
             )
         self.check(samples.resolution, samples.num_classes, samples.labels)
         if num_samples < PUBLISHED_NUM_SAMPLES and {"fid", "sfid"} & set(args.metrics):
@@ -394,7 +395,7 @@ class Evaluator:
         data = {
             "name": samples.name,
             "num_samples": num_samples,
-            "selection": "all, in order" if num_samples == len(samples) else f"at random out of {len(samples)}",
+            "selection": "all" if num_samples == len(samples) else f"at random out of {len(samples)}",
             "samples": samples.data,
             "reference": None if reference is None else reference.data,
         }
@@ -470,8 +471,8 @@ class Evaluator:
                 metrics[metric] = as_metric(share, interval)
             else:
                 counts = self.reference.manifold.compare(summary.features)
-                for name in ("precision", "recall"):
-                    metrics[name] = as_metric(getattr(counts, name), counts.interval(name) if has_intervals else None)
+                interval = counts.precision_interval() if has_intervals else None
+                metrics |= {"precision": as_metric(counts.precision, interval), "recall": as_metric(counts.recall)}
         return metrics
 
     def write(

@@ -241,7 +241,7 @@ def load_statistics(path: Path, suffix: str = "", argument: str = "fid_reference
 
     Raises:
         `OSError`: the file cannot be read.
-        `ValueError`: it does not have them, or in other shapes.
+        `ValueError`: it does not have them, or in other shapes, or they are not finite.
     """
     names = [f"mu{suffix}", f"sigma{suffix}"]
     try:
@@ -258,6 +258,12 @@ def load_statistics(path: Path, suffix: str = "", argument: str = "fid_reference
             f"`{argument}` must have `{names[0]}` (d,) and `{names[1]}` (d, d), got {path} with {mean.shape} and "
             f"{covariance.shape}."
         )
+    for name, array in zip(names, arrays, strict=True):
+        if not np.isfinite(array).all():
+            number = int((~np.isfinite(array)).sum())
+            raise ValueError(
+                f"`{argument}` must have a finite `{name}`, got {path} with {number} numbers that are not."
+            )
     return mean, covariance
 
 

@@ -28,7 +28,7 @@ OTHER_SUFFIXES = (".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TEXTURE_RESOLUTION = 32
 
 
-def draw_indices(num_available: int, num_images: int | None = None) -> np.ndarray:
+def draw_indices(num_available: int, num_images: int | None = None, shuffle: bool = False) -> np.ndarray:
     """
     Which pictures to take where not all are wanted: the first ones of a random order that depends on the number of
     pictures alone.
@@ -36,6 +36,9 @@ def draw_indices(num_available: int, num_images: int | None = None) -> np.ndarra
     Args:
         num_available (`int`): How many there are.
         num_images (`int`, *optional*): How many to take.
+        shuffle (`bool`, defaults to `False`):
+            Whether all of them are taken in that order as well: data sets are often sorted by class, and then the
+            splits of an Inception Score would hold a few classes each.
 
     Returns:
         `np.ndarray` of shape `(num_images,)`: Different indices in that order; all, from 0 on, if all are taken.
@@ -47,7 +50,7 @@ def draw_indices(num_available: int, num_images: int | None = None) -> np.ndarra
     check_at_least("num_images", num_images, 1)
     if num_images > num_available:
         raise ValueError(f"`num_images` must be at most the {num_available} pictures there are, got {num_images}.")
-    if num_images == num_available:
+    if num_images == num_available and not shuffle:
         return np.arange(num_available)
     return torch.randperm(num_available, generator=stateless_generator(num_available))[:num_images].numpy()
 

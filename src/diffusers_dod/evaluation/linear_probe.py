@@ -327,6 +327,11 @@ def main(argv: list[str] | None = None) -> None:
                 "`test_data_dir` must have the classes of `train_data_dir`, "
                 f"got {len(test_pictures.class_names)} and {len(pictures.class_names)} that are not the same."
             )
+        if test_data["pictures"] == data["pictures"]:
+            raise ValueError(
+                "`test_data_dir` must hold other pictures than `train_data_dir`, "
+                f"got the same in {args.test_data_dir} and {args.train_data_dir}."
+            )
         train_indices.sort()
         test_indices.sort()
 

@@ -384,12 +384,12 @@ class PrecisionRecall:
         """Share of the reference within the manifold of the samples."""
         return self.num_recalled / self.num_reference
 
-    def interval(self, which: str, confidence: float = 0.95) -> tuple[float, float]:
+    def precision_interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """
-        The [`wilson_interval`] of a share: of precision with the reference, of recall with the samples as given.
+        The [`wilson_interval`] of precision, for other samples against the same reference. Recall has none: all
+        reference pictures are compared with the same samples, so their counts say nothing of how it varies.
 
         Args:
-            which (`str`): `"precision"` or `"recall"`.
             confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
 
         Returns:
@@ -398,14 +398,7 @@ class PrecisionRecall:
         Raises:
             `ValueError`: an argument is out of range.
         """
-        counts = {
-            "precision": (self.num_precise, self.num_samples),
-            "recall": (self.num_recalled, self.num_reference),
-        }
-        if which not in counts:
-            raise ValueError(f"`which` must be one of {', '.join(map(repr, counts))}, got {which!r}.")
-        number, total = counts[which]
-        return wilson_interval(number / total, total, confidence)
+        return wilson_interval(self.precision, self.num_samples, confidence)
 
 
 def _squared_distances(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

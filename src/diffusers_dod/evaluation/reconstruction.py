@@ -40,6 +40,7 @@ from .results import (
     check_output,
     checkpoint_sha256,
     describe_versions,
+    half_width,
     read_results,
     write_results,
 )
@@ -304,7 +305,7 @@ def to_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
             metric = metrics.get(f"{kind}_{name}")
             cell = missing if metric is None else f"{metric['value']:.{digits}f}"
             if metric is not None and metric["interval"] is not None:
-                cell += f" ± {metric['interval'][1] - metric['value']:.{digits}f}"
+                cell += f" ± {half_width(metric):.{digits}f}"
             cells.append(cell)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

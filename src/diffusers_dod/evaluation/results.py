@@ -222,6 +222,11 @@ def as_metric(value: float, interval: tuple[float, float] | None = None, **detai
     }
 
 
+def half_width(metric: dict[str, Any]) -> float:
+    """How far the interval of `metric`, what [`as_metric`] returns, reaches from the number, at the longer side."""
+    return 0.0 if metric["interval"] is None else max(abs(end - metric["value"]) for end in metric["interval"])
+
+
 def write_results(
     path: Path,
     task: str,

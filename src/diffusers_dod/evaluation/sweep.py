@@ -48,6 +48,7 @@ from .results import (
     check_output,
     checkpoint_sha256,
     file_sha256,
+    half_width,
     in_use,
     read_results,
     replacing,
@@ -293,8 +294,7 @@ def to_table(rows: Sequence[dict[str, Any]]) -> str:
         cells = [str(row["stage"]), row["average"], str(row["num_inference_steps"]), row["solver"]]
         cells += [row["scales"], "-" if row["gflops"] is None else f"{row['gflops']:.4g}"]
         for name in names:
-            interval = row[name]["interval"]
-            half = "" if interval is None else f" ± {(interval[1] - interval[0]) / 2:.2g}"
+            half = "" if row[name]["interval"] is None else f" ± {half_width(row[name]):.2g}"
             cells.append(f"{row[name]['value']:.4g}{half}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -342,7 +342,7 @@ def draw_plots(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
                 if row["stage"] > 1:
                     constant += f", stage 1 at {row['scales'].split(':')[0]}"
             parts = [f"stage {row['stage']}", row["average"], row["solver"], constant]
-            half = 0.0 if row[y]["interval"] is None else (row[y]["interval"][1] - row[y]["interval"][0]) / 2
+            half = half_width(row[y])
             lines.setdefault(", ".join(part for part in parts if part != PIPELINE), []).append((*point, half))
         for label, points in lines.items():
             xs, ys, halves = np.array(sorted(points) if x != "recall" else points).T
