@@ -6,7 +6,8 @@ Computes a published number again, from the file that came with it, and says whe
 
 The commands and their arguments are those in the file, with its paths, relative to where it is called; samples are
 drawn again. It ends with the exit code 1 if a number does not agree, and refuses another checkpoint than the published
-one. Where the file names code, an extractor, it is run with `--trust_extractor` only; another one is warned of.
+one; another extractor, other samples and other data are warned of. An extractor other than `inception` is code that
+the file names, and is run with `--trust_extractor` only.
 """
 
 import argparse
@@ -15,19 +16,21 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..checks import check_number
-from . import sample
-from .extractors import extractor_file
+from . import evaluate, sample
+from .extractors import INCEPTION, extractor_file
 from .results import check_output, checkpoint_sha256, file_sha256, read_results
 
 
 TASKS = ("evaluate", "reconstruction", "linear_probe", "sweep", "compute")
 # What a command writes or keeps goes into a folder of its own, so that nothing is read back and nothing overwritten.
 OUTPUTS = ("--output_file", "--output_dir", "--cache_dir", "--save_statistics", "--grid_file")
-CODE = (".py", ".pt", ".ts")
+# What tells pictures and statistics from others, wherever they lie.
+IDENTITIES = ("sha256", "fingerprint", "pictures")
 
 
 def compare(published: dict[str, Any], measured: dict[str, Any], rtol: float) -> list[dict[str, Any]]:
@@ -51,24 +54,42 @@ def compare(published: dict[str, Any], measured: dict[str, Any], rtol: float) ->
     return rows
 
 
-def _redirect(argv: list[str], folder: Path) -> list[str]:
-    """Arguments whose outputs go to `folder`."""
-    redirected = list(argv)
+def _read_values(argv: list[str]) -> Iterator[tuple[int, str, str]]:
+    """The index of each word that may hold the value of an option, the option, and the value."""
     for index, word in enumerate(argv):
         option, equals, value = word.partition("=")
-        if option not in OUTPUTS:
-            continue
-        target = folder / f"{option.removeprefix('--')}{Path(value if equals else argv[index + 1]).suffix}"
         if equals:
-            redirected[index] = f"{option}={target}"
-        else:
-            redirected[index + 1] = str(target)
+            yield index, option, value
+        elif index + 1 < len(argv):
+            yield index + 1, word, argv[index + 1]
+
+
+def _redirect(argv: list[str], folder: Path) -> list[str]:
+    """Arguments whose outputs go to `folder`, under the names of their options; files keep their suffix."""
+    redirected = list(argv)
+    for index, option, value in _read_values(argv):
+        if option in OUTPUTS:
+            suffix = "" if option.endswith("_dir") else Path(value).suffix
+            target = folder / f"{option.removeprefix('--')}{suffix}"
+            redirected[index] = f"{argv[index].removesuffix(value)}{target}"
     return redirected
 
 
+def _replace_samples(argv: list[str], samples: Path) -> list[str]:
+    """Arguments of [`evaluate`] with other samples, whatever else in them is spelled as the old ones."""
+    parser = evaluate.build_parser()
+    name = parser.parse_args(argv).samples
+    for index in (index for index, word in enumerate(argv) if word == name):
+        replaced = [*argv[:index], str(samples), *argv[index + 1 :]]
+        if parser.parse_args(replaced).samples == str(samples):
+            return replaced
+    raise ValueError(f"`argv` must name the samples in a word of its own, got {argv}.")
+
+
 def _check_code(path: Path, argv: list[str]) -> None:
-    """Raises if a command would run code out of a file that it names."""
-    found = [word for word in argv if word.partition(":")[0].endswith(CODE) or word.startswith("--trust")]
+    """Raises if a command would run code that it names."""
+    found = [value for _, option, value in _read_values(argv) if option == "--extractor" and value != INCEPTION]
+    found += [word for word in argv if word.startswith("--trust")]
     if found:
         raise ValueError(
             f"`trust_extractor` must be given, since {path} has the code of {', '.join(found)} run, got none: read it "
@@ -86,6 +107,25 @@ def _check_extractor(published: dict[str, Any], measured: dict[str, Any]) -> Non
             warnings.warn(f"The extractor {name!r} is not the published one.", stacklevel=3)
 
 
+def _find_identities(data: dict[str, Any], name: str = "data") -> dict[str, Any]:
+    """What identifies data, by the place of it in results; a manifest says of its samples what they say themselves."""
+    found = {}
+    for key, value in data.items():
+        if isinstance(value, dict) and key != "manifest":
+            found |= _find_identities(value, f"{name}.{key}")
+        elif key in IDENTITIES:
+            found[f"{name}.{key}"] = value
+    return found
+
+
+def _check_data(published: dict[str, Any], measured: dict[str, Any]) -> None:
+    """Warns of other data than the published ones."""
+    found = _find_identities(measured["data"])
+    for name, wanted in _find_identities(published["data"]).items():
+        if found.get(name) != wanted:
+            warnings.warn(f"`{name}` is not the published {wanted!r}, got {found.get(name)!r}.", stacklevel=3)
+
+
 def reproduce(
     path: Path, rtol: float, output_file: Path | None = None, trust_extractor: bool = False
 ) -> list[dict[str, Any]]:
@@ -96,7 +136,7 @@ def reproduce(
         path (`Path`): The file of results.
         rtol (`float`): See [`compare`].
         output_file (`Path`, *optional*): Where the new results go.
-        trust_extractor (`bool`, defaults to `False`): Whether code in a file that the results name may be run.
+        trust_extractor (`bool`, defaults to `False`): Whether code that the results name may be run.
 
     Returns:
         `list[dict]`: What [`compare`] returns.
@@ -128,7 +168,7 @@ def reproduce(
             again = folder / "samples" / "output_dir"
             if "--all_stages" in manifest["argv"]:
                 again /= f"stage-{manifest['settings']['stage']}"
-            argv = [str(again) if word == samples["name"] else word for word in argv]
+            argv = _replace_samples(argv, again)
         target = Path(argv[argv.index("--output_file") + 1])
         importlib.import_module(f"{__package__}.{published['task']}").main(argv)
         if output_file is not None:
@@ -136,6 +176,7 @@ def reproduce(
             shutil.copyfile(target, output_file)
         measured = read_results(target)
         _check_extractor(published, measured)
+        _check_data(published, measured)
         return compare(published, measured, rtol)
 
 
