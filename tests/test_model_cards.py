@@ -160,12 +160,19 @@ def test_a_training_run_fills_a_card(tmp_path):
     first = write(tmp_path / "a.json", metrics, checkpoint=folder, extractor="some/features.py:name", num_stages=2)
     second = write(tmp_path / "b.json", {"fid": as_metric(5.125)}, checkpoint=folder, extractor="inception")
     texts = {"description": "Of stripes.", "hardware": "a GPU", "license": "mit", "datasets": ["me/stripes"]}
+    texts["repo_id"] = "me/dod"
     source = save(tmp_path / "own.yaml", desk(pipeline=str(folder), results=[first, second], num_processes=4) | texts)
     cards.main([str(source)])
     assert (tmp_path / "own.md").read_text() == (folder / "README.md").read_text()
     card = ModelCard.load(folder / "README.md")
     assert "no weights" not in card.text and "256 images (5,120,000 in all)" in card.text
-    for text in ("Of stripes.", "on a GPU", "![curves](curves.png)", "![samples](samples/step-0000002.png)"):
+    for text in (
+        "Of stripes.",
+        "on a GPU",
+        'from_pretrained("me/dod")',
+        "![curves](curves.png)",
+        "![samples](samples/step-0000002.png)",
+    ):
         assert text in card.text
     assert "| all | 4.25 [4, 4.5] | 11.5 | 0.75 |" in card.text and "| all | 5.125 |" in card.text
     assert card.text.count("features of `features.py:name` in place of Inception's") == 1

@@ -65,6 +65,7 @@ SETTINGS += ("first_stage_guidance_scale", "stage_guidance_scales", "guidance_in
 SOURCES = {
     "recipe": str,
     "pipeline": str,
+    "repo_id": str,
     "results": list,
     "num_processes": int,
     "license": str,
@@ -514,8 +515,8 @@ def fill_card(
         results (`Mapping[str, Mapping]`, *optional*): What [`read_results`] returns for each file, by its name.
         with_cost (`bool`, defaults to `False`): Whether the FLOPs of training and sampling are counted, which takes
             seconds and needs `images_per_step` and `model`.
-        texts (`Mapping[str, Any]`, *optional*): `license`, `datasets`, `hardware`, `description`, `data`, `training`,
-            `limitations` and `paper` of the file of a card, see docs/model_cards.md.
+        texts (`Mapping[str, Any]`, *optional*): `repo_id`, `license`, `datasets`, `hardware`, `description`, `data`,
+            `training`, `limitations` and `paper` of the file of a card, see docs/model_cards.md.
 
     Returns:
         `ModelCard`: The card.
@@ -555,7 +556,7 @@ def fill_card(
         has_embedder=(model or PRESETS[args.preset]).latent_embedder_config is not None,
         is_trained=step > 0,
         samples=f"samples/{drawn[-1].name}" if drawn else None,
-        path=path,
+        path=texts.get("repo_id", path),
         label=json.dumps(class_names[0], ensure_ascii=False) if class_names else 0,
         architecture=None if model is None else _architecture(model),
         data=texts.get("data") or f"{pictures}.",
