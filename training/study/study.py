@@ -112,7 +112,10 @@ def train(runs: list[str]) -> None:
         subprocess.run([sys.executable, "training/train_dod.py", *argv], check=True)
 
     data = {**study["data"], "pretrained_vae_name_or_path": study["vae"], "latents_dir": LATENTS}
-    subprocess.run([sys.executable, "training/encode_latents.py", *to_argv(data)], check=True)
+    OUTPUTS.mkdir(parents=True, exist_ok=True)
+    with open(OUTPUTS / "latents.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for the latents, and find them complete
+        subprocess.run([sys.executable, "training/encode_latents.py", *to_argv(data)], check=True)
     work_off(runs, lambda run: (OUTPUTS / run / "model_index.json").is_file(), train_run)
 
 
