@@ -99,6 +99,32 @@ def test_best_scales(tmp_path):
     assert results.best("dod-n8", "1:", ["2", "3"]) is None
 
 
+def test_differences_are_taken_seed_by_seed(tmp_path):
+    for run, (first, second) in zip(report.DOD, ((10.0, 9.0), (20.0, 18.0), (30.0, 27.0)), strict=True):
+        scales = {"1": first, "1:3": second}
+        metrics = {report.stage_label("fid", scale): as_metric(fid) for scale, fid in scales.items()}
+        write_results(tmp_path / f"{run}-8000" / "stage2.json", "sweep", [], metrics, {}, {}, "cpu")
+    results = report.Results(tmp_path)
+    mean, half = results.difference((report.DOD, "1:3", 20), (report.DOD, "1", 20))
+    assert (mean, half) == pytest.approx((-2.0, 4.302653 / 3**0.5))
+    assert results.difference((report.DOD, "1:3", 20), (report.DOD, "1", 40)) is None
+    row = next(line for line in report.differences_table(results).splitlines() if "unguided" in line)
+    assert "1:3 - 1 " in row and "-2.00 ± 2.48" in row
+
+
+def test_other_ways_to_guide_stand_by_themselves(tmp_path):
+    label = report.stage_label("fid", "1:3")
+    for file, null_condition, fid in (("stage2", "class_and_prior", 5.0), ("null-class", "class", 4.0)):
+        path = tmp_path / "dod-seed0-8000" / f"{file}.json"
+        settings = {"null_condition": null_condition}
+        write_results(path, "sweep", [], {label: as_metric(fid)}, {}, settings, "cpu")
+    results = report.Results(tmp_path)
+    assert results.stage("dod-seed0", "fid", "1:3")[0] == 5
+    assert results.stage("dod-seed0", "fid", "1:3", null_condition="class")[0] == 4
+    cells = [line.split("|")[4].strip() for line in report.guidance_table(results).splitlines()]
+    assert cells[-3:] == ["5.00", "4.00", "-"]
+
+
 def test_the_page_has_the_tables_of_the_results(monkeypatch):
     monkeypatch.chdir(ROOT)
     page = report.PAGE.read_text()

@@ -313,6 +313,27 @@ def test_another_average_of_a_training_checkpoint(tmp_path, checkpoint, extracto
         run(tmp_path / "other", trained, extractor, "--averages", "none", "--metrics", "fid")
 
 
+def test_how_it_is_guided_is_handed_on(tmp_path, finished, checkpoint, extractor, capsys):
+    def sweep_with(name: str, *options: object) -> tuple[dict[str, float], list[str]]:
+        capsys.readouterr()
+        results = run(tmp_path / name, checkpoint, extractor, *fixed, *options)
+        last_row = capsys.readouterr().out.splitlines()[-1]
+        return {label: metric["value"] for label, metric in results["metrics"].items()}, last_row.split(" | ")
+
+    fixed = ["--guidance_scales", 3, "--num_inference_steps", 2, "--metrics", "fid"]
+    first, last = "fid/stage-1/pipeline/2/euler/1", "fid/stage-2/pipeline/2/euler/1:3"
+    values, row = sweep_with("default")
+    without_prior, row_without_prior = sweep_with("class", "--null_condition", "class")
+    never, row_never = sweep_with("never", "--guidance_interval", 0, 0)
+    assert values[first] == without_prior[first] == never[first]
+    assert len({values[last], without_prior[last], never[last]}) == 3
+    unguided = read_results(finished / "settings" / "pipeline_2_euler_1-1_0_stage-2.json")["metrics"]["fid"]["value"]
+    assert never[last] == pytest.approx(unguided, abs=1e-6)
+    assert float(row_never[5]) < float(row[5]) and row_without_prior[5] == "-"
+    with pytest.raises(ValueError, match=says("`output_dir`", "`null_condition` = 'prior'", "with 'class'")):
+        sweep_with("class", "--null_condition", "prior")
+
+
 def test_intervals_of_seeds():
     two = sweep.mean_over_seeds([as_metric(1.0, (0.5, 1.5)), as_metric(3.0)])
     assert two["value"] == 2 and two["interval"] == pytest.approx([2 - 12.706, 2 + 12.706], rel=1e-4)
@@ -332,6 +353,7 @@ def test_intervals_of_seeds():
         (["--device", "nowhere", "--metrics", "is"], ["`device`", "'nowhere'", "`reference` must not be given"]),
         (["--num_groups", 20], ["`num_images`", ">= 20, got 10"]),
         (["--num_inference_steps", 0], ["`num_inference_steps`", ">= 1, got 0"]),
+        (["--guidance_power", -1], ["`guidance_power`", "in (0, inf), got -1"]),
     ],
 )
 def test_bad_options(tmp_path, checkpoint, extractor, capsys, arguments, fragments):

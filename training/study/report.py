@@ -30,9 +30,16 @@ DOD = ("dod-seed0", "dod-seed1", "dod-seed2")
 FITV2 = ("fitv2-seed0", "fitv2-seed1", "fitv2-seed2")
 STEPS = 8000
 IMAGES_PER_STEP = 64
+PAPER = "class_and_prior"  # the null condition of the paper
 COLOURS = {"stage 1": "#0072B2", "stage 2": "#D55E00", "stage 3": "#009E73", "FiTv2": "#555555"}
 
 Number = tuple[float, float] | None  # with half of its 95 % interval
+
+
+def stage_label(name: str, scales: str, steps: int = 20, null_condition: str = PAPER) -> str:
+    """The label of a metric of the last stage with guidance `scales`, such as `1:3`, at `steps` steps each."""
+    label = f"{name}/stage-{scales.count(':') + 1}/pipeline/{steps}/euler/{scales}"
+    return label if null_condition == PAPER else f"{null_condition}/{label}"
 
 
 class Results:
@@ -46,12 +53,21 @@ class Results:
     def __init__(self, folder: Path):
         self.metrics: dict[str, dict[str, dict]] = {}
         for file in sorted(folder.glob("*/*.json")):
-            self.metrics.setdefault(file.parent.name, {}).update(read_results(file)["metrics"])
+            results = read_results(file)
+            null = results["settings"].get("null_condition", PAPER)
+            metrics = {
+                name if null == PAPER else f"{null}/{name}": found for name, found in results["metrics"].items()
+            }
+            self.metrics.setdefault(file.parent.name, {}).update(metrics)
+
+    def find_all(self, runs: str | tuple[str, ...], name: str, step: int = STEPS) -> list[dict]:
+        """The metric `name` of the checkpoints of `runs` after `step` steps, of each of those that have it."""
+        runs = (runs,) if isinstance(runs, str) else runs
+        return [of_run[name] for run in runs if name in (of_run := self.metrics.get(f"{run}-{step}", {}))]
 
     def find(self, runs: str | tuple[str, ...], name: str, step: int = STEPS) -> Number:
-        """The metric `name` of the checkpoints of `runs` after `step` steps; of those runs that have it."""
-        runs = (runs,) if isinstance(runs, str) else runs
-        found = [of_run[name] for run in runs if name in (of_run := self.metrics.get(f"{run}-{step}", {}))]
+        """The mean of what [`find_all`] finds."""
+        found = self.find_all(runs, name, step)
         if not found:
             return None
         values = [metric["value"] for metric in found]
@@ -59,10 +75,21 @@ class Results:
         mean = as_metric(np.mean(values), interval)
         return mean["value"], half_width(mean)
 
-    def stage(self, runs: str | tuple[str, ...], name: str, scales: str, step: int = STEPS, steps: int = 20) -> Number:
-        """A metric of the samples of the last stage with guidance `scales`, such as `1:3`, at `steps` steps each."""
-        label = f"{name}/stage-{scales.count(':') + 1}/pipeline/{steps}/euler/{scales}"
-        return self.find(runs, label, step)
+    def stage(self, runs: str | tuple[str, ...], name: str, scales: str, step: int = STEPS, **options) -> Number:
+        """A metric of the samples of the last stage, see [`stage_label`]."""
+        return self.find(runs, stage_label(name, scales, **options), step)
+
+    def difference(self, one: tuple, other: tuple) -> Number:
+        """By how much the FID of `one` is above that of `other`, both (runs, scales, steps), seed by seed."""
+        values = []
+        for runs, scales, steps in (one, other):
+            found = self.find_all(runs, stage_label("fid", scales, steps))
+            values.append([metric["value"] for metric in found])
+        if not all(len(of_one) == len(DOD) for of_one in values):
+            return None
+        differences = np.subtract(*values)
+        mean = as_metric(np.mean(differences), mean_interval(differences.tolist()))
+        return mean["value"], half_width(mean)
 
     def best(self, runs: str | tuple[str, ...], prefix: str, choices: list[str], **options) -> str | None:
         """The scales with the smallest FID among `prefix` followed by each of `choices`."""
@@ -98,6 +125,46 @@ def stages_table(results: Results) -> str:
     rows += [samples_row(results, "stage 3", DOD, f"1:{scale}:{scale}") for scale in ("3", "4")]
     rows += [samples_row(results, "stage 2, both guided", DOD, f"3:{scale}") for scale in ("2", "3", "4")]
     return format_table(["", "scales", "FID", "IS", "recognised, %"], rows)
+
+
+def differences_table(results: Results) -> str:
+    """What claims a and e compare, seed by seed."""
+    first, second = results.best(DOD, "", SCALES), results.best(DOD, "1:", LATER)
+    both, fitv2 = results.best(DOD, "3:", ["2", "3", "4"]), results.best(FITV2, "", SCALES)
+    long_first, long_fitv2 = (results.best(runs, "", ["2", "3", "4"], steps=40) for runs in (DOD, FITV2))
+    rows = []
+    for label, one, other in (
+        ("stage 2 - stage 1, unguided", (DOD, second, 20), (DOD, "1", 20)),
+        ("stage 2 - stage 1, guided", (DOD, second, 20), (DOD, first, 20)),
+        ("stage 2, both guided - stage 1, guided", (DOD, both, 20), (DOD, first, 20)),
+        ("stage 2, both guided - stage 1, guided, 40 steps", (DOD, both, 20), (DOD, long_first, 40)),
+        ("stage 3 - stage 2", (DOD, "1:3:3", 20), (DOD, "1:3", 20)),
+        ("stage 2 - FiTv2, guided, 40 steps", (DOD, second, 20), (FITV2, long_fitv2, 40)),
+        ("stage 2, both guided - FiTv2, guided, 40 steps", (DOD, both, 20), (FITV2, long_fitv2, 40)),
+        ("stage 1, guided - FiTv2, guided", (DOD, first, 20), (FITV2, fitv2, 20)),
+    ):
+        number = None if None in (one[1], other[1]) else results.difference(one, other)
+        rows.append([label, "-" if number is None else f"{one[1]} - {other[1]}", show(number)])
+    return format_table(["", "scales", "difference of FID"], rows)
+
+
+def guidance_table(results: Results) -> str:
+    """Stage 2 of one run, guided away from several null conditions."""
+    rows = []
+    for label, null_condition in (
+        ("(null class, S)", PAPER),
+        ("(null class, prior)", "class"),
+        ("(class, S)", "prior"),
+    ):
+        row = [label]
+        for scales in ("1:2", "1:3", "1:4"):
+            numbers = [
+                results.stage(DOD[0], name, scales, null_condition=null_condition) for name in ("fid", "accuracy")
+            ]
+            row += [show(numbers[0]), show(numbers[1], 1, percent=True)]
+        rows.append(row)
+    header = [cell for scales in ("1:2", "1:3", "1:4") for cell in (f"FID, {scales}", "recognised, %")]
+    return format_table(["guided away from", *header], rows)
 
 
 def reconstruction_table(results: Results) -> str:
@@ -244,6 +311,8 @@ def draw_plots(results: Results, folder: Path) -> None:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "stages": stages_table,
+    "differences": differences_table,
+    "guidance": guidance_table,
     "reconstruction": reconstruction_table,
     "tokens": tokens_table,
     "dropout": dropout_table,

@@ -60,7 +60,8 @@ def evaluation_argv(study: dict[str, Any], run: str, step: int, evaluation: str)
     module = options.pop("module")
     argv = ["--pretrained_model_name_or_path", str(OUTPUTS / run / f"checkpoint-{step}"), *to_argv(options)]
     if module == "sweep":
-        argv += ["--output_dir", str(OUTPUTS / run / f"sweep-{step}")]
+        guided = f"-{options['null_condition']}" if "null_condition" in options else ""
+        argv += ["--output_dir", str(OUTPUTS / run / f"sweep-{step}{guided}")]  # a folder is of one way to guide
     return [f"diffusers_dod.evaluation.{module}", *argv, "--output_file", str(result_file(run, step, evaluation))]
 
 

@@ -68,8 +68,9 @@ LABELS = ("random", "balanced")
 # Options under the names that the pipeline's call has for them.
 CALL_OPTIONS = ("num_stages", "num_inference_steps", "guidance_scale", "first_stage_guidance_scale")
 CALL_OPTIONS += ("stage_inference_steps", "stage_solvers", "stage_guidance_scales")
-CALL_OPTIONS += ("null_condition", "prior_guidance_scale", "guidance_channels", "guidance_interval", "guidance_power")
-CALL_OPTIONS += ("guidance_rescale", "guidance_cosine_threshold", "height", "width")
+GUIDANCE_OPTIONS = ("null_condition", "prior_guidance_scale", "guidance_channels", "guidance_interval")
+GUIDANCE_OPTIONS += ("guidance_power", "guidance_rescale", "guidance_cosine_threshold")
+CALL_OPTIONS += (*GUIDANCE_OPTIONS, "height", "width")
 
 
 def draw_labels(kind: str, seed: int, num_images: int, num_classes: int) -> np.ndarray:
@@ -365,6 +366,30 @@ class SampleFolder:
             shutil.rmtree(self._chunks, ignore_errors=True)
 
 
+def add_guidance_arguments(parser: argparse._ActionsContainer) -> None:
+    """Adds what [`Guidance`] is made of, by the names of the pipeline's call, to `parser`."""
+    parser.add_argument("--null_condition", default="class_and_prior", choices=NULL_CONDITIONS)
+    parser.add_argument("--prior_guidance_scale", type=float)
+    parser.add_argument("--guidance_channels", type=int)
+    parser.add_argument("--guidance_interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"))
+    parser.add_argument("--guidance_power", type=float)
+    parser.add_argument("--guidance_rescale", type=float, default=0.0)
+    parser.add_argument("--guidance_cosine_threshold", type=float)
+
+
+def build_guidance(args: argparse.Namespace) -> Guidance:
+    """What the options of [`add_guidance_arguments`] say; raises as [`Guidance`] does."""
+    return Guidance(
+        null_condition=args.null_condition,
+        prior_scale=args.prior_guidance_scale,
+        channels=args.guidance_channels,
+        interval=tuple(args.guidance_interval),
+        power=args.guidance_power,
+        rescale=args.guidance_rescale,
+        cosine_threshold=args.guidance_cosine_threshold,
+    )
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command, without what they must be."""
     parser = argparse.ArgumentParser(
@@ -393,13 +418,7 @@ def build_parser() -> argparse.ArgumentParser:
     call.add_argument("--stage_inference_steps", type=int, nargs="+", help="One for each stage.")
     call.add_argument("--stage_solvers", nargs="+", choices=SOLVERS, help="One for each stage.")
     call.add_argument("--stage_guidance_scales", type=float, nargs="+", help="One for each stage.")
-    call.add_argument("--null_condition", default="class_and_prior", choices=NULL_CONDITIONS)
-    call.add_argument("--prior_guidance_scale", type=float)
-    call.add_argument("--guidance_channels", type=int)
-    call.add_argument("--guidance_interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"))
-    call.add_argument("--guidance_power", type=float)
-    call.add_argument("--guidance_rescale", type=float, default=0.0)
-    call.add_argument("--guidance_cosine_threshold", type=float)
+    add_guidance_arguments(call)
     call.add_argument("--height", type=int, help="In pixels, as `--width`; the trained size by default.")
     call.add_argument("--width", type=int)
     return parser
@@ -431,17 +450,7 @@ def find_errors(args: argparse.Namespace) -> list[str]:
         for value in values_of(name):
             attempt(errors, check_number, name, value, 0)
     attempt(errors, check_number, "seed", args.seed, 0, 2**64, open_maximum=True)
-    attempt(
-        errors,
-        Guidance,
-        null_condition=args.null_condition,
-        prior_scale=args.prior_guidance_scale,
-        channels=args.guidance_channels,
-        interval=tuple(args.guidance_interval),
-        power=args.guidance_power,
-        rescale=args.guidance_rescale,
-        cosine_threshold=args.guidance_cosine_threshold,
-    )
+    attempt(errors, build_guidance, args)
     attempt(errors, check_output, "output_dir", args.output_dir, is_folder=True)
     if args.num_stages is not None:
         for name in ("stage_inference_steps", "stage_solvers", "stage_guidance_scales"):

@@ -34,6 +34,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from ..checks import attempt, check_at_least, check_number
+from ..guidance import Guidance
 from ..losses import DoDJointModel
 from ..pipeline_dod import DoDPipeline
 from ..scheduling_dod import SOLVERS, DoDFlowMatchScheduler
@@ -141,6 +142,22 @@ def evaluate_argv(args: argparse.Namespace, samples: str) -> list[str]:
     return argv + ["--trust_extractor"] * args.trust_extractor
 
 
+def guidance_argv(args: argparse.Namespace) -> list[str]:
+    """The options of [`add_guidance_arguments`] in `args` as arguments."""
+    argv = []
+    for name in sample.GUIDANCE_OPTIONS:
+        value = getattr(args, name)
+        if value is not None:
+            argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return argv
+
+
+def has_known_cost(guidance: Guidance) -> bool:
+    """Whether [`sampling_compute`] tells what `guidance` costs."""
+    has_paper_condition = guidance.null_condition == "class_and_prior" and guidance.prior_scale is None
+    return has_paper_condition and guidance.cosine_threshold is None
+
+
 class Sweep:
     """
     Samples and judges settings, but for what has been done.
@@ -167,7 +184,7 @@ class Sweep:
         """Makes sure that all settings in the folder are of one sweep."""
         args = self.args
         names = ("extractor", "metrics", "resolution", "num_groups", "num_images", "batch_size", "labels", "dtype")
-        options = {name: getattr(args, name) for name in names}
+        options = {name: getattr(args, name) for name in (*names, *sample.GUIDANCE_OPTIONS)}
         options["extractor_sha256"] = self.evaluator.extractor_sha256
         options["reference"] = self.evaluator.reference and self.evaluator.reference.data
         options["checkpoint_sha256"] = checkpoint_sha256(self.checkpoint)
@@ -227,7 +244,7 @@ class Sweep:
             argv += ["--labels", args.labels, "--seed", str(seed), "--dtype", args.dtype]
             argv += ["--num_stages", str(len(scales)), "--num_inference_steps", str(num_inference_steps)]
             argv += ["--stage_solvers", *[solver] * len(scales)] if solver in SOLVERS else []
-            argv += ["--stage_guidance_scales", *map(str, scales), "--output_dir", str(samples)]
+            argv += ["--stage_guidance_scales", *map(str, scales), *guidance_argv(args), "--output_dir", str(samples)]
             sample.sample(sample.parse_args(argv), argv, self.accelerator)
             for stage in missing:
                 archive = str(samples / f"stage-{stage}" / sample.ARCHIVE)
@@ -275,9 +292,12 @@ class Sweep:
                     "stage": stage,
                     "gflops": None,
                 }
-                if solver != "dopri5":
+                if solver != "dopri5" and has_known_cost(sample.build_guidance(args)):
                     solvers = [solver] * stage if solver in SOLVERS else None
-                    found = sampling_compute(pipeline, [num_steps] * stage, scales[:stage], solvers, cost=cost)
+                    interval = tuple(args.guidance_interval)
+                    found = sampling_compute(
+                        pipeline, [num_steps] * stage, scales[:stage], solvers, interval, cost=cost
+                    )
                     row["gflops"] = found["flops"] / 1e9
                 for name in of_seeds[0][stage]:
                     row[name] = mean_over_seeds([found[stage][name] for found in of_seeds])
@@ -327,14 +347,13 @@ def draw_plots(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     }
     paths = []
     for file, (x, y, x_label, y_label) in plots.items():
-        if y not in rows[0] or (x not in rows[0]):
+        known = [row for row in rows if row.get(x) is not None and y in row]
+        if not known:
             continue
         figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
         lines: dict[str, list[tuple]] = {}
-        for row in rows:
+        for row in known:
             point = [row[name]["value"] if isinstance(row[name], dict) else row[name] for name in (x, y)]
-            if point[0] is None:
-                continue
             if x == "gflops":
                 constant = f"scales {row['scales']}"
             else:  # a line goes along the scales of a stage
@@ -394,6 +413,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=[PIPELINE],
         help=f"Averages of a training checkpoint, e.g. decay-0.9999; `{PIPELINE}` is its own.",
     )
+    sample.add_guidance_arguments(parser.add_argument_group("guidance", "The same for all settings of a folder."))
     parser.add_argument("--keep_samples", action="store_true", help="Keep the images of every setting.")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--output_file", type=Path, help="`sweep.json` in `--output_dir` by default.")
@@ -436,6 +456,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for name in SCALES:
         for value in getattr(args, name) or ():
             attempt(errors, check_number, name, value, 0)
+    attempt(errors, sample.build_guidance, args)
     for name in (*SCALES, "num_inference_steps", "solvers", "averages", "seeds"):
         values = getattr(args, name) or []
         if len(set(values)) < len(values):
