@@ -9,12 +9,16 @@ SHA-256; *.safetensors go through LFS, as on the real Hub. Requests can be made 
 import base64
 import hashlib
 import json
+import os
 import re
 import secrets
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 
 @dataclass
@@ -102,6 +106,26 @@ class Hub:
             failure.release.set()
         self.server.shutdown()
         self.server.server_close()
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """The environment of processes whose `huggingface_hub` takes this for the Hub, with its cache in `home`."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        switched_off = dict.fromkeys(("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY"), "1")
+        return {
+            **kept,
+            **switched_off,
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "NO_PROXY": "127.0.0.1,localhost",
+        }
+
+    def set_environment(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+        """Gives this process, and those that it starts, [`environment`]."""
+        environment = self.environment(home)
+        for name in set(os.environ) - set(environment):
+            monkeypatch.delenv(name)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
 
     def repo(self, repo_id: str) -> Repo:
         if repo_id not in self.repos:

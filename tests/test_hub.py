@@ -1,7 +1,6 @@
 """Up to the Hub and down again, by the real client against a server on the loopback interface."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,15 +67,7 @@ print("offline done", flush=True)
 def run_client(folder: Path) -> Hub:
     """Runs the client in `folder`, where `local` is the pipeline to upload; returns the server, stopped by then."""
     with Hub() as hub, (folder / "errors").open("w") as errors:
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))},
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(folder / "home"),
-            "HF_TOKEN": "hf_dummy",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1",
-        }
+        environment = {**hub.environment(folder / "home"), "HF_TOKEN": "hf_dummy"}
         client = subprocess.Popen(
             [sys.executable, "-c", CLIENT, *(folder / name for name in ("local", "exported", "pictures", "trained"))],
             stdin=subprocess.PIPE,

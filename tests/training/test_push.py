@@ -28,20 +28,9 @@ COMMIT = f"POST /api/models/{REPO}/commit/"
 def hub(monkeypatch, tmp_path, caplog):
     """A server that the client's processes take for the Hub; no token gets into a log or a file."""
     caplog.set_level(logging.INFO)
-    for name in list(os.environ):
-        if name.startswith(("HF_", "HUGGING")):
-            monkeypatch.delenv(name)
     tokens = {TOKEN: "write", f"{TOKEN}ToRead": "read"}
     with Hub(tokens=tokens) as hub:
-        environment = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1,localhost",
-        }
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
+        hub.set_environment(monkeypatch, tmp_path / "home")
         yield hub
     assert TOKEN not in caplog.text
     assert not any(TOKEN.encode() in content for content in hub.contents.values())

@@ -3,7 +3,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -47,19 +46,8 @@ def pictures(tmp_path_factory) -> Path:
 def hub(monkeypatch, tmp_path, caplog, capfd):
     """A server that the client's processes take for the Hub; the token gets into no output, log or file."""
     caplog.set_level(logging.INFO)
-    for name in list(os.environ):
-        if name.startswith(("HF_", "HUGGING")):
-            monkeypatch.delenv(name)
     with Hub(tokens={TOKEN: "write"}) as hub:
-        environment = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1,localhost",
-        }
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
+        hub.set_environment(monkeypatch, tmp_path / "home")
         yield hub
     assert TOKEN not in caplog.text + "".join(capfd.readouterr())
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
