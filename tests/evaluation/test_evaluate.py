@@ -21,7 +21,13 @@ from diffusers_dod.evaluation.extractors import (
 )
 from diffusers_dod.evaluation.frechet import feature_statistics, frechet_distance
 from diffusers_dod.evaluation.images import DatasetImages, draw_indices, open_images
-from diffusers_dod.evaluation.metrics import RunningInceptionScore, precision_recall, wilson_interval
+from diffusers_dod.evaluation.metrics import (
+    RunningInceptionScore,
+    RunningStatistics,
+    fid_interval,
+    precision_recall,
+    wilson_interval,
+)
 from diffusers_dod.evaluation.reproduce import reproduce
 from diffusers_dod.evaluation.results import file_sha256, read_results
 from diffusers_dod.training.data import Pictures
@@ -437,6 +443,41 @@ def test_what_extractors_must_give():
     check_extractor(lambda pictures: PictureFeatures(FLAT(pictures)), 3, 8, "cpu")
     with pytest.raises(ValueError, match=says("(2, 4)", "got (2, 3)")):
         check_extractor(FLAT, 4, 8, "cpu")
+
+
+def test_balanced_classes_are_dealt_out_evenly():
+    rng = np.random.default_rng(0)
+    labels = np.arange(1200) % 12
+    groups = evaluate.assign_groups(1200, 10, labels)
+    assert all(np.bincount(groups[labels == label], minlength=10).tolist() == [10] * 10 for label in range(12))
+    assert not np.array_equal(groups, np.arange(1200) // 12 % 10)  # but at random within a class
+    for others in (None, rng.integers(0, 12, 1200)):  # classes by chance belong to what is random
+        random = evaluate.assign_groups(1200, 10, others)
+        assert np.bincount(random).tolist() == [120] * 10
+        assert max(np.ptp(np.bincount(random[labels == label], minlength=10)) for label in range(12)) > 5
+    one_each = evaluate.assign_groups(25, 10, rng.permutation(25))
+    assert sorted(np.bincount(one_each).tolist()) == [2] * 5 + [3] * 5
+
+
+def test_intervals_of_balanced_samples_are_as_wide_as_other_samples_lie_apart():
+    rng = np.random.default_rng(1)
+    means = 3 * rng.normal(size=(12, 6))
+    reference = (means.mean(axis=0) + 1, np.cov(means.T) + np.eye(6))
+    labels = np.arange(600) % 12
+    halves, distances = {True: [], False: []}, []
+    for _ in range(80):
+        rows = means[labels] + rng.normal(size=(600, 6))
+        distances.append(frechet_distance(*feature_statistics(rows), *reference))
+        for is_known, of_kind in halves.items():
+            groups = evaluate.assign_groups(600, 10, labels if is_known else None)
+            parts = [RunningStatistics() for _ in range(10)]
+            for group, part in enumerate(parts):
+                part.update(rows[groups == group])
+            low, high = fid_interval(parts, reference)
+            of_kind.append((high - low) / 2 / 2.2622)  # Student's t of 9 degrees of freedom
+    expected = np.std(distances, ddof=1)
+    assert np.mean(halves[True]) == pytest.approx(expected, rel=0.25)
+    assert np.mean(halves[False]) > 2 * expected
 
 
 def test_features_are_those_of_the_pictures_in_order(world):

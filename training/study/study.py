@@ -58,6 +58,8 @@ def evaluation_argv(study: dict[str, Any], run: str, step: int, evaluation: str)
     """Module and arguments of an evaluation of the checkpoint of `run` after `step` steps."""
     options = dict(study["evaluations"][evaluation])
     module = options.pop("module")
+    if module != "linear_probe":  # noise of its own for each training, so that their spread contains its chance
+        options["seeds" if module == "sweep" else "seed"] = study["runs"][run]["seed"]
     argv = ["--pretrained_model_name_or_path", str(OUTPUTS / run / f"checkpoint-{step}"), *to_argv(options)]
     if module == "sweep":
         guided = f"-{options['null_condition']}" if "null_condition" in options else ""

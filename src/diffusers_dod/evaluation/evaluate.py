@@ -72,7 +72,7 @@ class FeatureSummary:
 
     Args:
         statistics (`dict[str, list[RunningStatistics]]`):
-            Those of the `features` and, where there are any, the `spatial_features`, in random groups.
+            Those of the `features` and, where there are any, the `spatial_features`, in groups.
         inception_score ([`RunningInceptionScore`]): Of the logits, where there are any.
         num_correct (`int`, defaults to 0): Pictures whose largest logit is that of their class.
         features (`np.ndarray` of shape `(n, d)`, *optional*): The features of all pictures, in fp32.
@@ -82,6 +82,29 @@ class FeatureSummary:
     inception_score: RunningInceptionScore
     num_correct: int = 0
     features: np.ndarray | None = None
+
+
+def assign_groups(num_images: int, num_groups: int, labels: np.ndarray | None = None) -> np.ndarray:
+    """
+    Deals pictures out to the groups of a jackknife at random, the same for the same arguments.
+
+    Where all classes occur equally often, as in samples of balanced labels, that is no chance, and each group gets an
+    equal share of each class. Random groups would count how the classes vary from group to group as an error of the
+    sampling, and make an interval several times too wide where features tell classes apart.
+
+    Args:
+        num_images (`int`): How many pictures.
+        num_groups (`int`): How many groups, of sizes that differ by at most one.
+        labels (`np.ndarray` of shape `(num_images,)`, *optional*): Their class ids, where these are known.
+
+    Returns:
+        `np.ndarray` of shape `(num_images,)`: The group of each picture.
+    """
+    order = torch.randperm(num_images, generator=stateless_generator(num_images)).numpy()
+    if labels is not None and np.ptp(np.unique(labels, return_counts=True)[1]) <= 1:
+        by_class = np.lexsort((order, labels))
+        order[by_class] = np.arange(num_images)
+    return order % num_groups
 
 
 def compute_features(
@@ -102,7 +125,7 @@ def compute_features(
         batch_size (`int`, defaults to 64): Pictures at a time.
         device (`torch.device` or `str`, defaults to `"cpu"`): Where the extractor takes pictures.
         num_images (`int`, *optional*): How many pictures, as [`draw_indices`] draws them; all if not given.
-        num_groups (`int`, defaults to 1): Random groups of the statistics, a function of the number of pictures alone.
+        num_groups (`int`, defaults to 1): Groups of the statistics, see [`assign_groups`].
         keep_features (`bool`, defaults to `False`): Whether to keep the features of all pictures.
 
     Returns:
@@ -114,7 +137,8 @@ def compute_features(
     check_at_least("num_groups", num_groups, 1)
     indices = draw_indices(len(images), num_images, shuffle=isinstance(images, DatasetImages))
     places = np.argsort(indices)  # in the random order, of the pictures in the order in which they are read
-    groups = torch.randperm(len(places), generator=stateless_generator(len(places))).numpy() % num_groups
+    known = None if images.labels is None else images.labels[indices[places]]
+    groups = assign_groups(len(places), num_groups, known)
     summary = FeatureSummary({}, RunningInceptionScore())
     kept, start = [], 0
     progress = tqdm(total=len(places), desc=images.name, unit="images", disable=None)

@@ -151,8 +151,8 @@ def jackknife_interval(
     any, is neither removed nor part of the interval. A bootstrap would repeat samples, which adds a bias.
 
     Args:
-        groups (`list`): The samples in g >= 2 random groups of about the same size. Groups that differ, as by class,
-            make the interval too wide.
+        groups (`list`): The samples in g >= 2 random groups of about the same size. Groups that differ more than by
+            chance, as by class, make the interval too wide.
         estimate (`Callable[[list], float]`): The number, of all groups or of all but one.
         confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
 
@@ -228,7 +228,7 @@ def fid_interval(
     are hardly more samples than features, the interval is rough.
 
     Args:
-        groups (`list[RunningStatistics]`): The samples in g >= 2 random groups of about the same size; 10 is usual.
+        groups (`list[RunningStatistics]`): The samples in g >= 2 groups as [`assign_groups`] makes them; 10 is usual.
         reference (`tuple[np.ndarray, np.ndarray]`): Mean and covariance of the reference.
         confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
 
