@@ -30,16 +30,16 @@ DOD = ("dod-seed0", "dod-seed1", "dod-seed2")
 FITV2 = ("fitv2-seed0", "fitv2-seed1", "fitv2-seed2")
 STEPS = 8000
 IMAGES_PER_STEP = 64
-PAPER = "class_and_prior"  # the null condition of the paper
+DEFAULT = "class_and_prior"  # the null condition of the pipeline
 COLOURS = {"stage 1": "#0072B2", "stage 2": "#D55E00", "stage 3": "#009E73", "FiTv2": "#555555"}
 
 Number = tuple[float, float] | None  # with half of its 95 % interval
 
 
-def stage_label(name: str, scales: str, steps: int = 20, null_condition: str = PAPER) -> str:
+def stage_label(name: str, scales: str, steps: int = 20, null_condition: str = DEFAULT) -> str:
     """The label of a metric of the last stage with guidance `scales`, such as `1:3`, at `steps` steps each."""
     label = f"{name}/stage-{scales.count(':') + 1}/pipeline/{steps}/euler/{scales}"
-    return label if null_condition == PAPER else f"{null_condition}/{label}"
+    return label if null_condition == DEFAULT else f"{null_condition}/{label}"
 
 
 class Results:
@@ -54,9 +54,9 @@ class Results:
         self.metrics: dict[str, dict[str, dict]] = {}
         for file in sorted(folder.glob("*/*.json")):
             results = read_results(file)
-            null = results["settings"].get("null_condition", PAPER)
+            null = results["settings"].get("null_condition", DEFAULT)
             metrics = {
-                name if null == PAPER else f"{null}/{name}": found for name, found in results["metrics"].items()
+                name if null == DEFAULT else f"{null}/{name}": found for name, found in results["metrics"].items()
             }
             self.metrics.setdefault(file.parent.name, {}).update(metrics)
 
@@ -71,7 +71,8 @@ class Results:
         if not found:
             return None
         values = [metric["value"] for metric in found]
-        interval = mean_interval(values) if len(values) > 1 else found[0]["interval"]
+        is_spread = np.ptp(values) > 1e-9 * abs(np.mean(values))  # or it does not depend on the training
+        interval = mean_interval(values) if is_spread else found[0]["interval"]
         mean = as_metric(np.mean(values), interval)
         return mean["value"], half_width(mean)
 
@@ -104,6 +105,12 @@ def show(number: Number, digits: int = 2, percent: bool = False) -> str:
         return "-"
     value, half = (100 * part for part in number) if percent else number
     return f"{value:.{digits}f}" + (f" ± {half:.{digits}f}" if half else "")
+
+
+def show_at(results: Results, runs: str | tuple[str, ...], scales: str | None, **options) -> str:
+    """The FID at guidance `scales`, which stand beside it, as a cell of a table."""
+    number = None if scales is None else results.stage(runs, "fid", scales, **options)
+    return show(number) if number is None else f"{show(number)} ({scales})"
 
 
 def samples_row(results: Results, label: str, runs, scales: str | None, **options) -> list[str]:
@@ -152,7 +159,7 @@ def guidance_table(results: Results) -> str:
     """Stage 2 of one run, guided away from several null conditions."""
     rows = []
     for label, null_condition in (
-        ("(null class, S)", PAPER),
+        ("(null class, S)", DEFAULT),
         ("(null class, prior)", "class"),
         ("(class, S)", "prior"),
     ):
@@ -165,6 +172,26 @@ def guidance_table(results: Results) -> str:
         rows.append(row)
     header = [cell for scales in ("1:2", "1:3", "1:4") for cell in (f"FID, {scales}", "recognised, %")]
     return format_table(["guided away from", *header], rows)
+
+
+def longer_table(results: Results) -> str:
+    """The stages of one run, after more steps of training."""
+    rows = []
+    for step in (STEPS, 20000):
+        best = [results.best(DOD[0], prefix, scales, step=step) for prefix, scales in (("", SCALES), ("1:", LATER))]
+        best += ["1:3:3", results.best(DOD[0], "3:", ["2", "3", "4"], step=step)]
+        cells = [show_at(results, DOD[0], scales, step=step) for scales in ("1", *best)]
+        rows.append([f"{step:,}", *cells])
+    return format_table(["steps", "stage 1", "stage 1, guided", "stage 2", "stage 3", "stage 2, both guided"], rows)
+
+
+def baseline_table(results: Results) -> str:
+    """Learning rates of the baseline."""
+    rows = []
+    for rate, run in (("5e-4", "fitv2-lr5e-4"), ("1e-3", FITV2[0]), ("2e-3", "fitv2-lr2e-3")):
+        best = results.best(run, "", ["3", "4"], step=4000)
+        rows.append([rate, *(show_at(results, run, scales, step=4000) for scales in ("1", best))])
+    return format_table(["learning rate", "FID, unguided", "FID, guided"], rows)
 
 
 def reconstruction_table(results: Results) -> str:
@@ -180,7 +207,7 @@ def ablation_rows(results: Results, runs: dict[str, str | tuple[str, ...]]) -> l
     """A row for each of `runs`, with the columns of the paper's Tables 2 and 3."""
     rows = []
     for label, names in runs.items():
-        best = results.best(names, "1:", LATER)
+        first, second = results.best(names, "", ["3", "4"]), results.best(names, "1:", LATER)
         best_reconstruction = min(
             (scale for scale in SCALES if results.find(names, f"rfid_scale_{scale}")),
             key=lambda scale: results.find(names, f"rfid_scale_{scale}")[0],
@@ -190,9 +217,8 @@ def ablation_rows(results: Results, runs: dict[str, str | tuple[str, ...]]) -> l
             [
                 label,
                 show(results.stage(names, "fid", "1")),
-                show(results.stage(names, "fid", "4")),
-                "-" if best is None else f"{show(results.stage(names, 'fid', best))} ({best})",
-                "-" if best is None else show(results.stage(names, "is", best)),
+                *(show_at(results, names, scales) for scales in (first, second)),
+                "-" if second is None else show(results.stage(names, "is", second)),
                 show(results.stage(names, "fid", "3:3")),
                 show(results.find(names, f"rfid_scale_{best_reconstruction}")),
                 show(results.find(names, f"psnr_scale_{best_reconstruction}"), 1),
@@ -204,19 +230,19 @@ def ablation_rows(results: Results, runs: dict[str, str | tuple[str, ...]]) -> l
     return rows
 
 
-ABLATION_HEADER = ["FID S1", "FID S1 at 4", "FID S2 (scales)", "IS S2", "FID S2 at 3:3"]
+ABLATION_HEADER = ["FID S1", "FID S1, guided (scale)", "FID S2 (scales)", "IS S2", "FID S2 at 3:3"]
 ABLATION_HEADER += ["rFID", "PSNR", "SSIM", "top-1, %", "k-NN, %"]
 
 
 def tokens_table(results: Results) -> str:
     """Claim c."""
-    runs = {"2 (16)": "dod-n2", "4 (32)": DOD, "8 (64)": "dod-n8", "32 (256)": "dod-n32"}
+    runs = {"2 (16)": "dod-n2", "4 (32)": DOD[0], "8 (64)": "dod-n8", "32 (256)": "dod-n32", "4, three seeds": DOD}
     return format_table(["tokens (numbers)", *ABLATION_HEADER], ablation_rows(results, runs))
 
 
 def dropout_table(results: Results) -> str:
     """Claim d."""
-    runs = {"0.25": "dod-ps25", "0.5": DOD, "0.75": "dod-ps75"}
+    runs = {"0.25": "dod-ps25", "0.5": DOD[0], "0.75": "dod-ps75", "0.5, three seeds": DOD}
     return format_table(["p_s", *ABLATION_HEADER], ablation_rows(results, runs))
 
 
@@ -249,7 +275,7 @@ def training_table(results: Results) -> str:
         row = [f"{step * IMAGES_PER_STEP:,}"]
         row += [show(results.stage(runs, "fid", "1", step=step)) for runs in (FITV2, DOD)]
         for runs, scales in ((FITV2, fitv2), (DOD, first), (DOD, second)):
-            row.append("-" if scales is None else f"{show(results.stage(runs, 'fid', scales, step=step))} ({scales})")
+            row.append(show_at(results, runs, scales, step=step))
         rows.append([*row, show(results.stage(DOD, "fid", "3:3", step=step))])
     header = ["images", "FiTv2", "DoD S1", "FiTv2 (scale)", "DoD S1 (scale)", "DoD S2 (scales)", "DoD S2 at 3:3"]
     return format_table(header, rows)
@@ -279,10 +305,11 @@ def draw_plots(results: Results, folder: Path) -> None:
             ys, halves = zip(*points.values(), strict=True)
             axis.errorbar(list(points), ys, yerr=halves, marker="o", markersize=4, capsize=3, label=label, **style)
 
-    for label, prefix, runs in (("stage 1", "", DOD), ("stage 2", "1:", DOD), ("FiTv2", "", FITV2)):
+    lines = {"stage 1, 20 steps": ("", DOD), "stage 2, 20 + 20 steps": ("1:", DOD), "FiTv2, 20 steps": ("", FITV2)}
+    for label, (prefix, runs) in lines.items():
         scales = [scale for scale in SCALES if float(scale) > 1 or not prefix]
         points = {float(scale): results.stage(runs, "fid", prefix + scale) for scale in scales}
-        draw(axes[0], label, points, color=COLOURS[label])
+        draw(axes[0], label, points, color=COLOURS[label.split(",")[0]])
     axes[0].set(xlabel="guidance scale of the last stage", ylabel="FID", title="Samples")
     for label, runs, colour in (("2 tokens", "dod-n2", "#56B4E9"), ("4", DOD, "#D55E00"), ("8", "dod-n8", "#009E73")):
         points = {float(scale): results.find(runs, f"rfid_scale_{scale}") for scale in SCALES}
@@ -290,7 +317,7 @@ def draw_plots(results: Results, folder: Path) -> None:
     points = {float(scale): results.find("dod-n32", f"rfid_scale_{scale}") for scale in SCALES}
     draw(axes[1], "32, no compression", points, color="#555555")
     axes[1].set(xlabel="guidance scale", ylabel="rFID", title="Real pictures from their priors")
-    for label, prefix, runs in (("stage 1", "", DOD), ("stage 2", "1:", DOD), ("FiTv2", "", FITV2)):
+    for label, (prefix, runs) in lines.items():
         steps = (2000, 4000, 6000, 8000)
         best = {step: results.best(runs, prefix, ["3", "4"], step=step) for step in steps}
         points = {
@@ -298,7 +325,7 @@ def draw_plots(results: Results, folder: Path) -> None:
             for step, scales in best.items()
             if scales is not None
         }
-        draw(axes[2], label, points, color=COLOURS[label])
+        draw(axes[2], label, points, color=COLOURS[label.split(",")[0]])
     axes[2].set(xlabel="images seen, thousands", ylabel="FID at the best scale", title="Training")
     for axis in axes:
         axis.grid(alpha=0.3)
@@ -313,6 +340,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "stages": stages_table,
     "differences": differences_table,
     "guidance": guidance_table,
+    "longer": longer_table,
+    "baseline": baseline_table,
     "reconstruction": reconstruction_table,
     "tokens": tokens_table,
     "dropout": dropout_table,
