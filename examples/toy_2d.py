@@ -120,13 +120,14 @@ def main(argv: list[str] | None = None) -> None:
     data, other_data = draw_data(class_labels), draw_data(class_labels)
     noise = torch.randn(2, *data.shape)  # of each stage
     stage_1 = sample(model, noise[0], class_labels)
+    its_stage_1 = sample(without_bottleneck, noise[0], class_labels)
     stage_2 = {scale: sample(model, noise[1], class_labels, scale, stage_1) for scale in (1, 2, 4)}
     panels = {
         "data": other_data,
         "stage 1": stage_1,
         "stage 1, guidance scale 2": sample(model, noise[0], class_labels, 2),
         **{f"stage 2, guidance scale {scale}": points for scale, points in stage_2.items()},
-        "stage 2, scale 2, no bottleneck": sample(without_bottleneck, noise[1], class_labels, 2, stage_1),
+        "stage 2, scale 2, no bottleneck": sample(without_bottleneck, noise[1], class_labels, 2, its_stage_1),
     }
 
     figure = Figure(figsize=(11, 6.6), layout="constrained")
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     axes = list(figure.subplots(2, 4, subplot_kw=form).flat)
     colors = [COLORS[label] for label in class_labels]
     ax = axes.pop(3)
-    ax.set(title="from stage 1 (dots) to stage 2", xlabel="at guidance scale 2, before the data")
+    ax.set(title="from stage 1 (dots) to stage 2", xlabel="at guidance scale 2; data in grey")
     ax.scatter(*data.T, s=1, c="#E4E4E4", linewidths=0)
     for index in range(0, len(data), max(1, args.num_samples // 80)):
         line = torch.stack([stage_1[index], stage_2[2][index]])

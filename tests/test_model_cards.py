@@ -157,6 +157,7 @@ def test_a_training_run_fills_a_card(tmp_path):
     for step in (1, 2):
         (folder / "samples" / f"step-000000{step}.png").touch()
     metrics = {"fid": as_metric(4.25, (4.0, 4.5)), "is": as_metric(11.5), "accuracy": as_metric(0.75)}
+    metrics["precision"] = as_metric(0.5)
     first = write(tmp_path / "a.json", metrics, checkpoint=folder, extractor="some/features.py:name", num_stages=2)
     second = write(tmp_path / "b.json", {"fid": as_metric(5.125)}, checkpoint=folder, extractor="inception")
     texts = {"description": "Of stripes.", "hardware": "a GPU", "license": "mit", "datasets": ["me/stripes"]}
@@ -174,7 +175,7 @@ def test_a_training_run_fills_a_card(tmp_path):
         "![samples](samples/step-0000002.png)",
     ):
         assert text in card.text
-    assert "| all | 4.25 [4, 4.5] | 11.5 | 0.75 |" in card.text and "| all | 5.125 |" in card.text
+    assert "| all | 4.25 [4, 4.5] | 11.5 | 0.75 | 0.5 |" in card.text and "| all | 5.125 |" in card.text
     assert card.text.count("features of `features.py:name` in place of Inception's") == 1
     assert (card.data.license, card.data.datasets, card.data.model_name) == ("mit", ["me/stripes"], "own")
     entries = card.data.eval_results
@@ -182,11 +183,12 @@ def test_a_training_run_fills_a_card(tmp_path):
         ("fid", 4.25),
         ("inception_score", 11.5),
         ("accuracy", 0.75),
+        ("improved_precision", 0.5),
         ("fid", 5.125),
     ]
     assert entries[0].metric_name == "FID, 1,200 samples, features of features.py:name (95 %: 4 to 4.5)"
-    assert entries[3].metric_name == "FID, 1,200 samples"
-    assert entries[0].metric_config == "num_stages 2" and entries[3].metric_config is None
+    assert entries[4].metric_name == "FID, 1,200 samples"
+    assert entries[0].metric_config == "num_stages 2" and entries[4].metric_config is None
     assert {(entry.dataset_type, entry.dataset_name) for entry in entries} == {("me/stripes", "textures:20:1")}
 
 
@@ -218,6 +220,19 @@ def test_a_run_that_was_stopped_says_so(tmp_path):
     card = cards.build_card(desk(pipeline=str(folder)), "name")
     assert "- 300 of " in card.text and "300 steps" not in card.text
     assert "Nothing has been evaluated." in card.text and "no weights" not in card.text
+
+
+def test_a_checkpoint_says_after_how_many_steps(tmp_path):
+    folder = Path(shutil.copytree(DESK, tmp_path / "checkpoint-700"))
+    (folder / "manifest.json").write_text(
+        '{"step": 700, "sha256": {}}'
+    )  # beside metrics, which may be of a later step
+    card = cards.build_card(desk(pipeline=str(folder)), "name")
+    assert "- 700 of " in card.text and "44,800 images" in card.text
+    (folder / "manifest.json").unlink()
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match=says("`pipeline`", "manifest.json or metrics.jsonl", "checkpoint-700")):
+        cards.build_card(desk(pipeline=str(folder)), "name")
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused

@@ -26,6 +26,7 @@ from ..latent_embedding import LatentEmbeddingModule
 from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS, Preset
 from ..training.arguments import build_parser, read_config
+from ..training.checkpoints import MANIFEST
 from ..training.cost import _find_preset, format_table, training_cost
 from ..training.data import TEXTURES
 from ..transformer_dod import DoDTransformer2DModel
@@ -48,6 +49,8 @@ METRIC_NAMES = {
 }
 METRIC_NAMES |= {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "knn": "k-NN accuracy"}
 HUB_METRIC_TYPES = {"is": "inception_score"}  # where the Hub has another name
+# Those of images; the Hub's `precision` and `recall` are of classifiers.
+HUB_METRIC_TYPES |= {"precision": "improved_precision", "recall": "improved_recall"}
 
 # Tasks of results: a heading, and what the rows of their table are.
 TASKS = {
@@ -109,9 +112,7 @@ One column per class, and for each sample one row per stage, the first one on to
 
 ## Use
 
-{% if not is_trained %}
-With a folder that the training below has written:
-{% endif %}
+With `diffusers_dod` installed{% if not is_trained %}, and a folder that the training below has written{% endif %}:
 
 ```python
 from diffusers_dod import DoDPipeline
@@ -190,8 +191,8 @@ Nothing has been measured: this section is empty until a training run fills it.
 {% endfor %}
 
 {% if has_commands %}
-In brackets 95 % confidence intervals. `python -m diffusers_dod.evaluation.reproduce` computes the numbers of a file
-again.
+In brackets 95 % confidence intervals. Paths on this card are those of the repository of `diffusers_dod`.
+`python -m diffusers_dod.evaluation.reproduce` computes the numbers of a file again.
 {% endif %}
 
 {% if paper %}
@@ -634,6 +635,20 @@ def _check_model(model: Preset, args: argparse.Namespace) -> None:
         raise ValueError(f"`pipeline` must be of the recipe's preset {args.preset}, {expected}, got one with {found}.")
 
 
+def _read_step(folder: Path) -> int:
+    """After how many steps of training the pipeline in `folder` was saved."""
+    if (folder / MANIFEST).exists():  # a checkpoint
+        return json.loads((folder / MANIFEST).read_text())["step"]
+    metrics = folder / METRICS  # a run
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    if not lines:
+        raise ValueError(
+            f"`pipeline` must be a folder whose {MANIFEST} or {METRICS} says how long it was trained, "
+            f"got {str(folder)!r}."
+        )
+    return json.loads(lines[-1])["step"]
+
+
 def build_card(sources: Mapping[str, Any], name: str) -> ModelCard:
     """
     Fills the card of a model.
@@ -662,9 +677,7 @@ def build_card(sources: Mapping[str, Any], name: str) -> ModelCard:
         checkpoint = checkpoint_sha256(folder)
         model, class_names = read_model(folder)
         _check_model(model, args)
-        metrics = folder / METRICS
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        step = json.loads(lines[-1])["step"] if lines else args.max_train_steps
+        step = _read_step(folder)
     else:
         model, _ = _find_preset(args)
     results = {file: read_results(Path(file)) for file in sources.get("results", ())}

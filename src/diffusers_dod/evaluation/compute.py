@@ -204,7 +204,7 @@ def sampling_compute(
 ) -> dict[str, Any]:
     """
     What it costs to sample the latents of one image from stage 1 on. Arguments that a call of [`DoDPipeline`] has as
-    well mean the same here and have the same defaults; the null condition is that of the paper, (null class, S).
+    well mean the same here and have the same defaults; the null condition is the default, (null class, S).
 
     Args:
         model ([`Preset`] or [`DoDPipeline`]): The model.

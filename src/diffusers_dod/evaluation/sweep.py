@@ -154,8 +154,8 @@ def guidance_argv(args: argparse.Namespace) -> list[str]:
 
 def has_known_cost(guidance: Guidance) -> bool:
     """Whether [`sampling_compute`] tells what `guidance` costs."""
-    has_paper_condition = guidance.null_condition == "class_and_prior" and guidance.prior_scale is None
-    return has_paper_condition and guidance.cosine_threshold is None
+    has_default_condition = guidance.null_condition == "class_and_prior" and guidance.prior_scale is None
+    return has_default_condition and guidance.cosine_threshold is None
 
 
 class Sweep:
