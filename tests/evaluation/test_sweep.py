@@ -334,6 +334,23 @@ def test_how_it_is_guided_is_handed_on(tmp_path, finished, checkpoint, extractor
         sweep_with("class", "--null_condition", "prior")
 
 
+def test_the_reference_is_computed_once_for_all_processes(tmp_path, checkpoint, extractor, monkeypatch):
+    names = []
+
+    def count(images, *arguments, function=evaluate.compute_features, **options):
+        names.append(images.name)
+        return function(images, *arguments, **options)
+
+    monkeypatch.setattr(evaluate, "compute_features", count)
+    options = ["--num_stages", 1, "--num_inference_steps", 1, "--metrics", "fid"]
+    first = run(tmp_path / "run", checkpoint, extractor, *options, "--first_stage_guidance_scales", 1)
+    again = run(tmp_path / "run", checkpoint, extractor, *options, "--first_stage_guidance_scales", 1, 2)
+    alone = run(tmp_path / "other", checkpoint, extractor, *options, "--first_stage_guidance_scales", 2)
+    assert names.count("textures:24:5") == 2 and len(names) == 2 + 3
+    assert first["metrics"].items() < again["metrics"].items()
+    assert alone["metrics"].items() < again["metrics"].items()
+
+
 def test_intervals_of_seeds():
     two = sweep.mean_over_seeds([as_metric(1.0, (0.5, 1.5)), as_metric(3.0)])
     assert two["value"] == 2 and two["interval"] == pytest.approx([2 - 12.706, 2 + 12.706], rel=1e-4)

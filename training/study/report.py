@@ -129,7 +129,7 @@ def stages_table(results: Results) -> str:
     """Claim a."""
     rows = [samples_row(results, "stage 1", DOD, scales) for scales in SCALES]
     rows += [samples_row(results, "stage 2", DOD, f"1:{scale}") for scale in LATER]
-    rows += [samples_row(results, "stage 3", DOD, f"1:{scale}:{scale}") for scale in ("3", "4")]
+    rows.append(samples_row(results, "stage 3", DOD, "1:3:3"))
     rows += [samples_row(results, "stage 2, both guided", DOD, f"3:{scale}") for scale in ("2", "3", "4")]
     return format_table(["", "scales", "FID", "IS", "recognised, %"], rows)
 
@@ -138,7 +138,7 @@ def differences_table(results: Results) -> str:
     """What claims a and e compare, seed by seed."""
     first, second = results.best(DOD, "", SCALES), results.best(DOD, "1:", LATER)
     both, fitv2 = results.best(DOD, "3:", ["2", "3", "4"]), results.best(FITV2, "", SCALES)
-    long_first, long_fitv2 = (results.best(runs, "", ["2", "3", "4"], steps=40) for runs in (DOD, FITV2))
+    long_first, long_fitv2 = (results.best(runs, "", ["3", "4"], steps=40) for runs in (DOD, FITV2))
     rows = []
     for label, one, other in (
         ("stage 2 - stage 1, unguided", (DOD, second, 20), (DOD, "1", 20)),
@@ -250,10 +250,10 @@ def compute_table(results: Results) -> str:
     """Claim e."""
     rows = []
     for label, runs, preset, first, choices in (
-        ("FiTv2, guided", FITV2, "FiTv2-Desk", "", ["2", "3", "4"]),
-        ("DoD, stage 1 guided", DOD, "DoD-Desk", "", ["2", "3", "4"]),
-        ("DoD, stage 2", DOD, "DoD-Desk", "1:", ["2", "3", "4"]),
-        ("DoD, both stages guided", DOD, "DoD-Desk", "3:", ["2", "3", "4"]),
+        ("FiTv2, guided", FITV2, "FiTv2-Desk", "", ["3", "4"]),
+        ("DoD, stage 1 guided", DOD, "DoD-Desk", "", ["3", "4"]),
+        ("DoD, stage 2", DOD, "DoD-Desk", "1:", ["3", "4"]),
+        ("DoD, both stages guided", DOD, "DoD-Desk", "3:", ["3", "4"]),
     ):
         for steps in (10, 20, 40) if not first else (10, 20):
             scales = results.best(runs, first, choices, steps=steps)
@@ -269,7 +269,7 @@ def compute_table(results: Results) -> str:
 def training_table(results: Results) -> str:
     """Claim f."""
     rows = []
-    for step in (2000, 4000, 6000, 8000):
+    for step in (2000, 4000, 8000):
         fitv2, first = results.best(FITV2, "", ["3", "4"], step=step), results.best(DOD, "", ["3", "4"], step=step)
         second = results.best(DOD, "1:", ["3", "4"], step=step)
         row = [f"{step * IMAGES_PER_STEP:,}"]
@@ -284,10 +284,14 @@ def training_table(results: Results) -> str:
 def class_table(results: Results) -> str:
     """What the tokens say of the class."""
     rows = []
-    for label, runs in (("with classes", DOD), ("without classes", "dod-unconditional")):
+    for label, runs, step in (
+        ("with classes, 8,000 steps", DOD, STEPS),
+        ("with classes, 4,000 steps", DOD[0], 4000),
+        ("without classes, 4,000 steps", "dod-unconditional", 4000),
+    ):
         row = [label]
         for features in ("lem", "random_lem", "latents"):
-            row += [show(results.find(runs, f"{name}_{features}"), 1, percent=True) for name in ("top1", "knn")]
+            row += [show(results.find(runs, f"{name}_{features}", step), 1, percent=True) for name in ("top1", "knn")]
         rows.append(row)
     header = [
         f"{features}, {name}, %" for features in ("LEM", "untrained LEM", "latents") for name in ("top-1", "k-NN")
@@ -318,7 +322,7 @@ def draw_plots(results: Results, folder: Path) -> None:
     draw(axes[1], "32, no compression", points, color="#555555")
     axes[1].set(xlabel="guidance scale", ylabel="rFID", title="Real pictures from their priors")
     for label, (prefix, runs) in lines.items():
-        steps = (2000, 4000, 6000, 8000)
+        steps = (2000, 4000, 8000)
         best = {step: results.best(runs, prefix, ["3", "4"], step=step) for step in steps}
         points = {
             step * IMAGES_PER_STEP / 1000: results.stage(runs, "fid", scales, step=step)

@@ -213,6 +213,9 @@ class Reference:
         self.statistics: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.manifold: ReferenceManifold | None = None
         self.images: ImageSource | None = None
+        #: A file that keeps the statistics of these pictures for other processes with the same reference and extractor.
+        self.cache: Path | None = None
+        self._extractor = (extractor, extractor_sha256)
         names = _read_names(name) if name.endswith(".npz") else set()
         has_statistics = bool(names & {"mu", "sigma"})
         if has_statistics:
@@ -250,7 +253,14 @@ class Reference:
         needs_manifold = "precision_recall" in self.metrics
         if wanted <= self.statistics.keys() and (self.manifold is not None or not needs_manifold):
             return
+        cache = None if needs_manifold else self.cache
+        if cache is not None and cache.exists():
+            for features in wanted:
+                self.statistics[features] = load_statistics(cache, SUFFIXES[features], "reference")
+            return
         summary = compute_features(self.images, extractor, batch_size, device, keep_features=needs_manifold)
+        if cache is not None:
+            save_statistics(cache, summary, *self._extractor)
         for features in wanted - self.statistics.keys():
             self.statistics[features] = merge_statistics(summary.statistics[features]).result()
         if needs_manifold:

@@ -7,6 +7,7 @@ Guidance scales x steps x solvers x averages of the weights, and the stages of e
         --metrics fid accuracy --num_images 1200 --first_stage_guidance_scales 1 3 --guidance_scales 1 2 3 4 \\
         --num_inference_steps 10 20 --seeds 0 1 --output_dir outputs/sweep
 
+    output_dir/reference.npz  statistics of the reference, unless its pictures are needed
     output_dir/settings/      results of each stage, setting and seed: what a run that was stopped need not do again
     output_dir/sweep.json     all numbers, as `<metric>/stage-<n>/<average>/<steps>/<solver>/<scales>`
     output_dir/sweep.md       all numbers as a table
@@ -179,6 +180,8 @@ class Sweep:
             torch.cuda.set_device(device)  # which accelerate then takes
         self.accelerator = Accelerator(cpu=device.type == "cpu")
         self._check_folder()
+        if self.evaluator.reference is not None:
+            self.evaluator.reference.cache = args.output_dir / "reference.npz"
 
     def _check_folder(self) -> None:
         """Makes sure that all settings in the folder are of one sweep."""
