@@ -213,7 +213,7 @@ class Reference:
         self.statistics: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.manifold: ReferenceManifold | None = None
         self.images: ImageSource | None = None
-        #: A file that keeps the statistics of these pictures for other processes with the same reference and extractor.
+        #: A file that keeps the statistics for other processes with the same pictures and extractor.
         self.cache: Path | None = None
         self._extractor = (extractor, extractor_sha256)
         names = _read_names(name) if name.endswith(".npz") else set()
