@@ -378,7 +378,18 @@ def add_guidance_arguments(parser: argparse._ActionsContainer) -> None:
 
 
 def build_guidance(args: argparse.Namespace) -> Guidance:
-    """What the options of [`add_guidance_arguments`] say; raises as [`Guidance`] does."""
+    """
+    How the options say that predictions are guided.
+
+    Args:
+        args (`argparse.Namespace`): The options of [`add_guidance_arguments`].
+
+    Returns:
+        [`Guidance`].
+
+    Raises:
+        `ValueError`, `TypeError`: see [`Guidance`].
+    """
     return Guidance(
         null_condition=args.null_condition,
         prior_scale=args.prior_guidance_scale,
