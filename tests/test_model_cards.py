@@ -224,9 +224,7 @@ def test_a_run_that_was_stopped_says_so(tmp_path):
 
 def test_a_checkpoint_says_after_how_many_steps(tmp_path):
     folder = Path(shutil.copytree(DESK, tmp_path / "checkpoint-700"))
-    (folder / "manifest.json").write_text(
-        '{"step": 700, "sha256": {}}'
-    )  # beside metrics, which may be of a later step
+    (folder / "manifest.json").write_text('{"step": 700, "sha256": {}}')  # the metrics may be of a later step
     card = cards.build_card(desk(pipeline=str(folder)), "name")
     assert "- 700 of " in card.text and "44,800 images" in card.text
     (folder / "manifest.json").unlink()
