@@ -66,9 +66,9 @@ class Results:
         return [of_run[name] for run in runs if name in (of_run := self.metrics.get(f"{run}-{step}", {}))]
 
     def find(self, runs: str | tuple[str, ...], name: str, step: int = STEPS) -> Number:
-        """The mean of what [`find_all`] finds."""
+        """The mean of what [`find_all`] finds, once all `runs` have it."""
         found = self.find_all(runs, name, step)
-        if not found:
+        if len(found) < (1 if isinstance(runs, str) else len(runs)):
             return None
         values = [metric["value"] for metric in found]
         is_spread = np.ptp(values) > 1e-9 * abs(np.mean(values))  # or it does not depend on the training
