@@ -19,13 +19,13 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from evaluate import judge, real_pixels
-from texture_classifier import HELD_OUT_SEED, TextureClassifier
+from texture_classifier import HELD_OUT_SEED
+from texture_features import extractor
 from tqdm.auto import tqdm
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline
 from diffusers_dod.evaluation.frechet import feature_statistics, frechet_distance
-from diffusers_dod.training.textures import TEXTURE_CLASSES
+from diffusers_dod.training.textures import TEXTURE_CLASSES, TextureDataset
 
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -49,7 +49,6 @@ TOLERANCES = (0.3, 0.1, 0.03, 0.01)
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", default="checkpoints/dod-desk")
-    parser.add_argument("--classifier", type=Path, default=Path("checkpoints/texture-classifier"))
     parser.add_argument("--solvers", nargs="+", default=list(SOLVERS), choices=list(SOLVERS))
     parser.add_argument("--num_evaluations", nargs="+", type=int, default=[4, 8, 16, 32])
     parser.add_argument("--guidance_scale", type=float, default=3.0)
@@ -63,8 +62,14 @@ def parse_args() -> argparse.Namespace:
 
 
 @torch.no_grad()
-def run(pipeline: DoDPipeline, steps: int | None, args: argparse.Namespace) -> tuple[torch.Tensor, float, float]:
-    """Pixels (n, 3, 32, 32) in [-1, 1], and the mean and the largest number of evaluations of a sample."""
+def statistics(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of the features of `pictures` (n, 3, 32, 32) in uint8."""
+    chunks = torch.from_numpy(pictures).split(250)
+    return feature_statistics(torch.cat([extractor(chunk).features for chunk in chunks]).numpy())
+
+
+def run(pipeline: DoDPipeline, steps: int | None, args: argparse.Namespace) -> tuple[np.ndarray, float, float]:
+    """Pictures (n, 3, 32, 32) in uint8, and the mean and the largest number of evaluations of a sample."""
     images, evaluations = [], []
     labels = np.arange(args.num_samples) % len(TEXTURE_CLASSES)
     for indices in np.array_split(np.arange(args.num_samples), -(-args.num_samples // args.batch_size)):
@@ -77,10 +82,10 @@ def run(pipeline: DoDPipeline, steps: int | None, args: argparse.Namespace) -> t
             sample_indices=indices.tolist(),
             output_type="pt",
         )
-        images.append(output.images * 2 - 1)
+        images.append((output.images * 255).round().to(torch.uint8))
         evaluations.append(output.statistics[0].num_evaluations.double())
     evaluations = torch.cat(evaluations)
-    return torch.cat(images), evaluations.mean().item(), evaluations.max().item()
+    return torch.cat(images).numpy(), evaluations.mean().item(), evaluations.max().item()
 
 
 def plot(results: list[dict], path: Path) -> None:
@@ -115,7 +120,6 @@ def main() -> None:
         if report["settings"] != settings:
             raise ValueError(f"`output_file` must hold results of the settings {settings}, got {report['settings']}.")
         results = report["results"]
-    classifier = TextureClassifier.load(args.classifier)
     pipeline = DoDPipeline.from_pretrained(args.pipeline)
     pipeline.set_progress_bar_config(disable=True)
     reference = None
@@ -129,12 +133,14 @@ def main() -> None:
         todo += [(name, scheduler, *number) for number in numbers if number not in done]
     for name, scheduler, rtol, steps in tqdm(todo):
         if reference is None:
-            reference = feature_statistics(judge(classifier, real_pixels(args.num_reference, HELD_OUT_SEED))[0])
+            dataset = TextureDataset(args.num_reference, seed=HELD_OUT_SEED)
+            pictures = np.stack([dataset[index]["image"] for index in range(args.num_reference)])
+            reference = statistics(pictures.transpose(0, 3, 1, 2))
         if rtol is not None:
             scheduler = DoDFlowMatchScheduler.from_config(scheduler.config, rtol=rtol, atol=rtol / 100)
         pipeline.scheduler = scheduler
-        pixels, mean_evaluations, max_evaluations = run(pipeline, steps, args)
-        fid = frechet_distance(*feature_statistics(judge(classifier, pixels)[0]), *reference)
+        pictures, mean_evaluations, max_evaluations = run(pipeline, steps, args)
+        fid = frechet_distance(*statistics(pictures), *reference)
         row = {"solver": name, "steps": steps, "rtol": rtol, "num_evaluations": mean_evaluations}
         results.append({**row, "max_num_evaluations": max_evaluations, "fid": fid})
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
