@@ -27,6 +27,7 @@ from diffusers_dod.training.cost import format_table
 PAGE = Path("docs/study.md")
 IMAGES = Path("docs/images")
 DOD = ("dod-seed0", "dod-seed1", "dod-seed2")
+OFTEN = ("dod-ps25", "dod-ps25-seed1", "dod-ps25-seed2")  # DoD that has its prior more often: p_s = 0.25
 FITV2 = ("fitv2-seed0", "fitv2-seed1", "fitv2-seed2")
 STEPS = 8000
 IMAGES_PER_STEP = 64
@@ -138,6 +139,7 @@ def differences_table(results: Results) -> str:
     """What claims a and e compare, seed by seed."""
     first, second = results.best(DOD, "", SCALES), results.best(DOD, "1:", LATER)
     both, fitv2 = results.best(DOD, "3:", ["2", "3", "4"]), results.best(FITV2, "", SCALES)
+    often_first, often_second = results.best(OFTEN, "", ["3", "4"]), results.best(OFTEN, "1:", ["3", "4"])
     long_first, long_fitv2 = (results.best(runs, "", ["3", "4"], steps=40) for runs in (DOD, FITV2))
     rows = []
     for label, one, other in (
@@ -149,6 +151,10 @@ def differences_table(results: Results) -> str:
         ("stage 2 - FiTv2, guided, 40 steps", (DOD, second, 20), (FITV2, long_fitv2, 40)),
         ("stage 2, both guided - FiTv2, guided, 40 steps", (DOD, both, 20), (FITV2, long_fitv2, 40)),
         ("stage 1, guided - FiTv2, guided", (DOD, first, 20), (FITV2, fitv2, 20)),
+        ("p_s 0.25: stage 2 - stage 1, guided", (OFTEN, often_second, 20), (OFTEN, often_first, 20)),
+        ("p_s 0.25: stage 2, both guided - stage 1, guided", (OFTEN, "3:3", 20), (OFTEN, often_first, 20)),
+        ("p_s 0.25: stage 2 - FiTv2, guided, 40 steps", (OFTEN, often_second, 20), (FITV2, long_fitv2, 40)),
+        ("p_s 0.25: stage 2, both guided - FiTv2, guided, 40 steps", (OFTEN, "3:3", 20), (FITV2, long_fitv2, 40)),
     ):
         number = None if None in (one[1], other[1]) else results.difference(one, other)
         rows.append([label, "-" if number is None else f"{one[1]} - {other[1]}", show(number)])
@@ -242,7 +248,8 @@ def tokens_table(results: Results) -> str:
 
 def dropout_table(results: Results) -> str:
     """Claim d."""
-    runs = {"0.25": "dod-ps25", "0.5": DOD[0], "0.75": "dod-ps75", "0.5, three seeds": DOD}
+    runs = {"0.25": OFTEN[0], "0.5": DOD[0], "0.75": "dod-ps75"}
+    runs |= {"0.25, three seeds": OFTEN, "0.5, three seeds": DOD}
     return format_table(["p_s", *ABLATION_HEADER], ablation_rows(results, runs))
 
 
@@ -254,6 +261,8 @@ def compute_table(results: Results) -> str:
         ("DoD, stage 1 guided", DOD, "DoD-Desk", "", ["3", "4"]),
         ("DoD, stage 2", DOD, "DoD-Desk", "1:", ["3", "4"]),
         ("DoD, both stages guided", DOD, "DoD-Desk", "3:", ["3", "4"]),
+        ("DoD of p_s 0.25, stage 2", OFTEN, "DoD-Desk", "1:", ["3", "4"]),
+        ("DoD of p_s 0.25, both stages guided", OFTEN, "DoD-Desk", "3:", ["3", "4"]),
     ):
         for steps in (10, 20, 40) if not first else (10, 20):
             scales = results.best(runs, first, choices, steps=steps)
