@@ -9,13 +9,14 @@ own samples. A dash is a number that has not been measured.
 """
 
 import argparse
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from study import RESULTS
+from study import METRICS, RESULTS
 
 from diffusers_dod.evaluation.compute import sampling_compute
 from diffusers_dod.evaluation.metrics import mean_interval
@@ -32,7 +33,7 @@ FITV2 = ("fitv2-seed0", "fitv2-seed1", "fitv2-seed2")
 STEPS = 8000
 IMAGES_PER_STEP = 64
 DEFAULT = "class_and_prior"  # the null condition of the pipeline
-COLOURS = {"stage 1": "#0072B2", "stage 2": "#D55E00", "stage 3": "#009E73", "FiTv2": "#555555"}
+COLOURS = {"stage 1": "#0072B2", "stage 2": "#D55E00", "stage 2 of p_s 0.25": "#009E73", "FiTv2": "#555555"}
 
 Number = tuple[float, float] | None  # with half of its 95 % interval
 
@@ -60,6 +61,10 @@ class Results:
                 name if null == DEFAULT else f"{null}/{name}": found for name, found in results["metrics"].items()
             }
             self.metrics.setdefault(file.parent.name, {}).update(metrics)
+        self.trainings = {
+            file.parent.name: [json.loads(line) for line in file.read_text().splitlines()]
+            for file in folder.glob(f"*/{METRICS}")
+        }
 
     def find_all(self, runs: str | tuple[str, ...], name: str, step: int = STEPS) -> list[dict]:
         """The metric `name` of the checkpoints of `runs` after `step` steps, of each of those that have it."""
@@ -76,6 +81,13 @@ class Results:
         interval = mean_interval(values) if is_spread else found[0]["interval"]
         mean = as_metric(np.mean(values), interval)
         return mean["value"], half_width(mean)
+
+    def gap(self, run: str, window: int = 10) -> tuple[list[int], np.ndarray]:
+        """Images seen, and by how much the loss is higher without a prior, over `window` lines of a training."""
+        lines = [line for line in self.trainings.get(run, []) if line["step"] <= STEPS]
+        gaps = np.array([line["loss_without_prior"] - line["loss_with_prior"] for line in lines])
+        images = [line["step"] * IMAGES_PER_STEP for line in lines][window - 1 :]
+        return images, np.convolve(gaps, np.full(window, 1 / window), mode="valid") if images else gaps[:0]
 
     def stage(self, runs: str | tuple[str, ...], name: str, scales: str, step: int = STEPS, **options) -> Number:
         """A metric of the samples of the last stage, see [`stage_label`]."""
@@ -309,8 +321,9 @@ def class_table(results: Results) -> str:
 
 
 def draw_plots(results: Results, folder: Path) -> None:
-    """FID by scale of each stage, rFID by scale, and FID by images seen, as `study_*.png` in `folder`."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    """FID and rFID by scale, FID and the worth of the prior in training by images seen: `study.png` in `folder`."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    axes = axes.flat
 
     def draw(axis: plt.Axes, label: str, points: dict[float, Number], **style) -> None:
         points = {x: number for x, number in points.items() if number is not None}
@@ -318,7 +331,8 @@ def draw_plots(results: Results, folder: Path) -> None:
             ys, halves = zip(*points.values(), strict=True)
             axis.errorbar(list(points), ys, yerr=halves, marker="o", markersize=4, capsize=3, label=label, **style)
 
-    lines = {"stage 1, 20 steps": ("", DOD), "stage 2, 20 + 20 steps": ("1:", DOD), "FiTv2, 20 steps": ("", FITV2)}
+    lines = {"stage 1, 20 steps": ("", DOD), "stage 2, 20 + 20 steps": ("1:", DOD)}
+    lines |= {"stage 2 of p_s 0.25": ("1:", OFTEN), "FiTv2, 20 steps": ("", FITV2)}
     for label, (prefix, runs) in lines.items():
         scales = [scale for scale in SCALES if float(scale) > 1 or not prefix]
         points = {float(scale): results.stage(runs, "fid", prefix + scale) for scale in scales}
@@ -340,6 +354,17 @@ def draw_plots(results: Results, folder: Path) -> None:
         }
         draw(axes[2], label, points, color=COLOURS[label.split(",")[0]])
     axes[2].set(xlabel="images seen, thousands", ylabel="FID at the best scale", title="Training")
+    for share, run, colour in (
+        ("0.25", OFTEN[0], "#009E73"),
+        ("0.5", DOD[0], "#D55E00"),
+        ("0.75", "dod-ps75", "#0072B2"),
+    ):
+        images, gaps = results.gap(run)
+        if images:
+            axes[3].plot(np.array(images) / 1000, gaps, color=colour, label=f"p_s {share}")
+    axes[3].set(
+        xlabel="images seen, thousands", ylabel="loss without prior - loss with prior", title="Worth of a prior"
+    )
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.set_ylim(bottom=0)

@@ -11,6 +11,7 @@ next checkpoint, that no other one has. Checkpoints go to `outputs/study`, resul
 
 import argparse
 import fcntl
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 OUTPUTS = Path("outputs/study")
 RESULTS = Path("docs/results/study")
 LATENTS = OUTPUTS / "latents"
+METRICS = "metrics.jsonl"  # of a training
 
 
 def load_study() -> dict[str, Any]:
@@ -104,6 +106,11 @@ def work_off(names: list[str], is_done: Callable[[str], bool], work: Callable[[s
                 work(name)
 
 
+def is_trained(run: str) -> bool:
+    """Whether the training of `run` has ended."""
+    return (OUTPUTS / run / "model_index.json").is_file()
+
+
 def train(runs: list[str]) -> None:
     """Trains `runs`, one after the other."""
     study = load_study()
@@ -119,7 +126,10 @@ def train(runs: list[str]) -> None:
     with open(OUTPUTS / "latents.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for the latents, and find them complete
         subprocess.run([sys.executable, "training/encode_latents.py", *to_argv(data)], check=True)
-    work_off(runs, lambda run: (OUTPUTS / run / "model_index.json").is_file(), train_run)
+    work_off(runs, is_trained, train_run)
+    for run in filter(is_trained, runs):
+        (RESULTS / run).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(OUTPUTS / run / METRICS, RESULTS / run / METRICS)
 
 
 def evaluate(runs: list[str]) -> None:
