@@ -1,6 +1,7 @@
 """The study: its commands are those of the package, and its page is made of its results."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -134,6 +135,20 @@ def test_the_page_has_the_tables_of_the_results(monkeypatch):
 def test_a_page_must_have_places_for_all_tables(tmp_path):
     with pytest.raises(ValueError, match=says("stages", "got ['dropout']")):
         report.fill_page("<!-- table: dropout -->\n<!-- end -->", report.Results(tmp_path))
+
+
+def test_worth_of_a_prior(tmp_path):
+    losses = [(100, 2.0, 2.0), (200, 2.0, 1.5), (300, 1.5, 0.5), (9000, 9.0, 0.0)]  # the last one is too late
+    lines = [
+        json.dumps({"step": step, "loss_without_prior": without, "loss_with_prior": given})
+        for step, without, given in losses
+    ]
+    (tmp_path / "dod-n2").mkdir()
+    (tmp_path / "dod-n2" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    images, gaps = report.Results(tmp_path).gap("dod-n2", window=2)
+    assert images == [200 * 64, 300 * 64] and gaps.tolist() == [0.25, 0.75]
+    images, gaps = report.Results(tmp_path).gap("dod-n8")
+    assert images == [] and gaps.size == 0
 
 
 def test_plots(tmp_path):

@@ -195,14 +195,18 @@ def guidance_table(results: Results) -> str:
 
 
 def longer_table(results: Results) -> str:
-    """The stages of one run, after more steps of training."""
+    """The stages of one run and its baseline, after more steps of training."""
     rows = []
     for step in (STEPS, 20000):
         best = [results.best(DOD[0], prefix, scales, step=step) for prefix, scales in (("", SCALES), ("1:", LATER))]
         best += ["1:3:3", results.best(DOD[0], "3:", ["2", "3", "4"], step=step)]
         cells = [show_at(results, DOD[0], scales, step=step) for scales in ("1", *best)]
+        for steps in (20, 40):
+            scales = results.best(FITV2[0], "", ["3", "4"], step=step, steps=steps)
+            cells.append(show_at(results, FITV2[0], scales, step=step, steps=steps))
         rows.append([f"{step:,}", *cells])
-    return format_table(["steps", "stage 1", "stage 1, guided", "stage 2", "stage 3", "stage 2, both guided"], rows)
+    header = ["stage 1", "stage 1, guided", "stage 2", "stage 3", "stage 2, both guided"]
+    return format_table(["trained", *header, "FiTv2, guided", "FiTv2, guided, 40 steps"], rows)
 
 
 def baseline_table(results: Results) -> str:
