@@ -60,6 +60,15 @@ def test_work_that_is_done_or_taken_is_left_to_others(tmp_path, monkeypatch):
     assert worked == ["a", "c"]
 
 
+def test_a_run_is_trained_when_it_has_all_of_its_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "OUTPUTS", tmp_path)
+    for step, trained in ((4000, False), (8000, True)):
+        (tmp_path / "dod-n2" / f"checkpoint-{step}").mkdir(parents=True)
+        assert study.is_trained(STUDY, "dod-n2") is trained
+    (tmp_path / "dod-seed0" / "checkpoint-8000").mkdir(parents=True)
+    assert not study.is_trained(STUDY, "dod-seed0")  # more steps than the others
+
+
 def write(folder: Path, run: str, **metrics: float) -> None:
     found = {name: as_metric(value, (value - 1, value + 1)) for name, value in metrics.items()}
     write_results(folder / f"{run}-8000" / "reconstruction.json", "reconstruction", [], found, {}, {}, "cpu")

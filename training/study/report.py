@@ -16,13 +16,14 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from study import METRICS, RESULTS
+from study import RESULTS
 
 from diffusers_dod.evaluation.compute import sampling_compute
 from diffusers_dod.evaluation.metrics import mean_interval
 from diffusers_dod.evaluation.results import as_metric, half_width, read_results
 from diffusers_dod.presets import PRESETS
 from diffusers_dod.training.cost import format_table
+from diffusers_dod.training.metrics import METRICS
 
 
 PAGE = Path("docs/study.md")

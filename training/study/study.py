@@ -15,19 +15,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from diffusers_dod.evaluation.results import checkpoint_sha256, read_results
+from diffusers_dod.training.metrics import METRICS
 
 
 ROOT = Path(__file__).parents[2]
 OUTPUTS = Path("outputs/study")
 RESULTS = Path("docs/results/study")
 LATENTS = OUTPUTS / "latents"
-METRICS = "metrics.jsonl"  # of a training
 
 
 def load_study() -> dict[str, Any]:
@@ -106,14 +107,16 @@ def work_off(names: list[str], is_done: Callable[[str], bool], work: Callable[[s
                 work(name)
 
 
-def is_trained(run: str) -> bool:
-    """Whether the training of `run` has ended."""
-    return (OUTPUTS / run / "model_index.json").is_file()
+def is_trained(study: dict[str, Any], run: str) -> bool:
+    """Whether `run` has all of its steps."""
+    steps = {**study["common"], **study["runs"][run]}["max_train_steps"]
+    return (OUTPUTS / run / f"checkpoint-{steps}").is_dir()
 
 
 def train(runs: list[str]) -> None:
     """Trains `runs`, one after the other."""
     study = load_study()
+    is_done = partial(is_trained, study)
 
     def train_run(run: str) -> None:
         argv = training_argv(study, run)
@@ -126,8 +129,8 @@ def train(runs: list[str]) -> None:
     with open(OUTPUTS / "latents.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for the latents, and find them complete
         subprocess.run([sys.executable, "training/encode_latents.py", *to_argv(data)], check=True)
-    work_off(runs, is_trained, train_run)
-    for run in filter(is_trained, runs):
+    work_off(runs, is_done, train_run)
+    for run in filter(is_done, runs):
         (RESULTS / run).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(OUTPUTS / run / METRICS, RESULTS / run / METRICS)
 

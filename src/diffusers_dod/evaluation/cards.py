@@ -29,6 +29,7 @@ from ..training.arguments import build_parser, read_config
 from ..training.checkpoints import MANIFEST
 from ..training.cost import _find_preset, format_table, training_cost
 from ..training.data import TEXTURES
+from ..training.metrics import METRICS
 from ..transformer_dod import DoDTransformer2DModel
 from .compute import sampling_compute
 from .results import checkpoint_sha256, read_results
@@ -36,7 +37,6 @@ from .results import checkpoint_sha256, read_results
 
 CARD = "README.md"
 CURVES = "curves.png"
-METRICS = "metrics.jsonl"
 
 # Kinds of metrics as cards show them; a name in results may go on after `_` or `/`, with what it is of.
 METRIC_NAMES = {

@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 
-EVALUATIONS = "evaluations.jsonl"  # beside `metrics.jsonl`: what is computed of samples
+METRICS = "metrics.jsonl"  # of a run, in its folder
+EVALUATIONS = "evaluations.jsonl"  # beside it: what is computed of samples
 NUM_TIME_BINS = 4  # parts of [0, 1] whose losses are logged apart
 
 

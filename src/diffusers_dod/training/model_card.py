@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from ..evaluation.cards import CARD, CURVES, METRICS, fill_card, read_model
+from ..evaluation.cards import CARD, CURVES, fill_card, read_model
 from .arguments import PLACES, to_recipe
 from .checkpoints import list_checkpoints
-from .metrics import EVALUATIONS
+from .metrics import EVALUATIONS, METRICS
 from .plot_metrics import plot_metrics
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .metrics import EVALUATIONS
+from .metrics import EVALUATIONS, METRICS
 
 
 PANELS = {
@@ -45,7 +45,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, float | None]]:
     Raises:
         `ValueError`: it has no metrics.
     """
-    paths = [run_dir / name for name in ("metrics.jsonl", EVALUATIONS)]
+    paths = [run_dir / name for name in (METRICS, EVALUATIONS)]
     metrics, evaluations = (
         [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else [] for path in paths
     )

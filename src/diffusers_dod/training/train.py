@@ -59,7 +59,7 @@ from .ema import PowerFunctionEMA, averaged_parameters
 from .encode_latents import encode_data, load_autoencoder, open_pictures
 from .foreign_latents import open_latents
 from .latents import LatentDataset, Latents, check_settings, describe_autoencoder, pictures_of
-from .metrics import EVALUATIONS, TrainingMetrics, append_line, drop_metrics_after
+from .metrics import EVALUATIONS, METRICS, TrainingMetrics, append_line, drop_metrics_after
 from .model_card import CARD_FILES, write_model_card
 from .models import build_models, build_optimizer, set_learning_rates, use_fast_attention
 from .processes import (
@@ -229,7 +229,7 @@ class Trainer:
         self.step = self.num_nonfinite_steps = self.nonfinite_in_a_row = 0
         state = self._resume()
         self.metrics = TrainingMetrics(
-            args.output_dir / "metrics.jsonl", accelerator, self.images_per_step, self.step, state.get("metric_sums")
+            args.output_dir / METRICS, accelerator, self.images_per_step, self.step, state.get("metric_sums")
         )
         self.batches = self._build_batches(state.get("stream"))
 
@@ -625,7 +625,7 @@ class Trainer:
         """
         args, accelerator = self.args, self.accelerator
         if accelerator.is_main_process:
-            for name in ("metrics.jsonl", EVALUATIONS):
+            for name in (METRICS, EVALUATIONS):
                 drop_metrics_after(args.output_dir / name, self.step)
         if args.report_to:
             settings = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
@@ -677,7 +677,7 @@ class Trainer:
     def _push(self, message: str) -> None:
         folder = self.args.output_dir
         write_model_card(self.args, self.class_names, self.images_per_step, self.step)
-        names = ("README.md", "metrics.jsonl", EVALUATIONS, "samples", *CARD_FILES)
+        names = ("README.md", METRICS, EVALUATIONS, "samples", *CARD_FILES)
         self.pusher.push(self.checkpoint, [folder / name for name in names], message, self.args.push_training_state)
 
     def finish(self) -> None:
