@@ -199,11 +199,20 @@ def test_grids_are_tables_and_no_metadata(tmp_path):
         "precision/stage-1/pipeline/20/euler/1": as_metric(0.5),
         "fid/stage-2/pipeline/20/euler/1:3": as_metric(4.75),
     }
-    card = cards.build_card(desk(results=[write(tmp_path / "sweep.json", metrics, "sweep")]), "name")
+    results = [write(tmp_path / f"sweep{len(seeds)}.json", metrics, "sweep", seeds=seeds) for seeds in ([0], [0, 1])]
+    card = cards.build_card(desk(results=results), "name")
+    assert "sweep1.json`: 1,200 samples; data" in card.text
+    assert "sweep2.json`: 1,200 samples of each of 2 seeds; data" in card.text
     assert "| FID | precision |" in card.text
     assert "| stage-1, pipeline, 20, euler, 1 | 13 [12.5, 13.5] | 0.5 |" in card.text
     assert "| stage-2, pipeline, 20, euler, 1:3 | 4.75 |  |" in card.text
     assert card.data.eval_results is None and "model-index" not in str(card)
+
+
+def test_how_a_run_was_optimized(tmp_path):
+    sources = {"recipe": save(tmp_path / "recipe.yaml", {"preset": "DoD-B", "lr_scheduler": "cosine"})}
+    assert "AdamW, learning rate 0.0001, cosine schedule, weight decay 0." in cards.build_card(sources, "name").text
+    assert ", linear schedule, 200 steps of warm-up, weight decay 0, fp32." in cards.build_card(desk(), "name").text
 
 
 def test_a_plain_fit_has_neither_stages_nor_a_prior():

@@ -330,6 +330,8 @@ def _caption(name: str, results: Mapping[str, Any]) -> str:
     data, settings, features = results["data"], _settings(results), _features(results)
     counts = {"num_samples": "samples", "num_pictures": "pictures", "num_test": "pictures to test with"}
     parts = [f"{data[key]:,} {what}" for key, what in counts.items() if data.get(key) is not None]
+    if len(seeds := results["settings"].get("seeds", [])) > 1:
+        parts[0] += f" of each of {len(seeds)} seeds"
     parts += [f"data: {_dataset(results)}", settings]
     lines = [f"`{name}`: {'; '.join(part for part in parts if part)}."]
     if features is not None:
@@ -478,9 +480,11 @@ def _optimizer(args: argparse.Namespace) -> str:
         {"adamw": "AdamW", "adamw_8bit": "AdamW with moments of 8 bits"}[args.optimizer]: True,
         f"learning rate {args.learning_rate:g}": True,
         f"that of the LEM {args.latent_embedder_learning_rate}": args.latent_embedder_learning_rate is not None,
+        f"{args.lr_scheduler.replace('_', ' ')} schedule": "constant" not in args.lr_scheduler,
         f"{args.lr_warmup_steps:,} steps of warm-up": args.lr_warmup_steps > 0,
         f"weight decay {args.adam_weight_decay:g}": True,
-        f"mixed precision {args.mixed_precision}": args.mixed_precision is not None,
+        f"mixed precision {args.mixed_precision}": args.mixed_precision not in (None, "no"),
+        "fp32": args.mixed_precision == "no",
     }
     return ", ".join(part for part, is_shown in parts.items() if is_shown)
 
