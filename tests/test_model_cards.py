@@ -166,7 +166,7 @@ def test_a_training_run_fills_a_card(tmp_path):
     cards.main([str(source)])
     assert (tmp_path / "own.md").read_text() == (folder / "README.md").read_text()
     card = ModelCard.load(folder / "README.md")
-    assert "no weights" not in card.text and "256 images (5,120,000 in all)" in card.text
+    assert "no weights" not in card.text and "256 images (10,240,000 in all)" in card.text
     for text in (
         "Of stripes.",
         "on a GPU",
