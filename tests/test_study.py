@@ -83,7 +83,29 @@ def test_numbers_of_one_run_and_of_several(tmp_path):
     # Student's quantile for two degrees of freedom, and the standard error of the three values.
     assert (mean, half) == pytest.approx((3.0, 4.302653 * 7**0.5 / 3**0.5))
     assert results.find("dod-n8", "rfid_scale_1") is None and report.show(None) == "-"
+    assert results.find(report.OFTEN, "rfid_scale_1") is None
     assert report.show((3.0, 0.25)) == "3.00 ± 0.25" and report.show((0.5, 0.01), 1, percent=True) == "50.0 ± 1.0"
+
+
+def test_until_all_of_several_runs_are_there_the_first_one_stands_alone(tmp_path):
+    write(tmp_path, "dod-seed0", rfid_scale_1=1.0, rfid_scale_2=0.5)
+    write(tmp_path, "dod-seed1", rfid_scale_1=2.0)
+    results = report.Results(tmp_path)
+    assert results.group(report.DOD) == ("dod-seed0",) and results.find(report.DOD, "rfid_scale_1") == (1.0, 1.0)
+    write(tmp_path, "dod-seed2", rfid_scale_1=6.0)
+    results = report.Results(tmp_path)
+    assert results.group(report.DOD) == report.DOD and results.find(report.DOD, "rfid_scale_1")[0] == 3
+    assert results.find(report.DOD, "rfid_scale_2") is None  # which one of three has
+    assert results.find("dod-seed0", "rfid_scale_2") == (0.5, 1.0)
+
+
+def test_a_folder_is_of_one_checkpoint(tmp_path):
+    for name, overrides in (("one", {}), ("other", {"latent_embedder": None})):
+        tiny_pipeline(**overrides).save_pretrained(tmp_path / "outputs" / name)
+        file = tmp_path / "results" / "dod-n2-8000" / f"{name}.json"
+        write_results(file, "sweep", [], {}, {}, {}, "cpu", tmp_path / "outputs" / name)
+    with pytest.raises(ValueError, match=says("dod-n2-8000", "one checkpoint", "other.json")):
+        report.Results(tmp_path / "results")
 
 
 def test_results_of_other_options_or_weights_do_not_count(tmp_path, monkeypatch):
@@ -115,11 +137,10 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
         metrics = {report.stage_label("fid", scale): as_metric(fid) for scale, fid in scales.items()}
         write_results(tmp_path / f"{run}-8000" / "stage2.json", "sweep", [], metrics, {}, {}, "cpu")
     results = report.Results(tmp_path)
-    mean, half = results.difference((report.DOD, "1:3", 20), (report.DOD, "1", 20))
-    assert (mean, half) == pytest.approx((-2.0, 4.302653 / 3**0.5))
-    assert results.difference((report.DOD, "1:3", 20), (report.DOD, "1", 40)) is None
+    assert results.differences((report.DOD, "1:3", 20), (report.DOD, "1", 20)) == [-1.0, -2.0, -3.0]
+    assert results.differences((report.DOD, "1:3", 20), (report.DOD, "1", 40)) == []
     row = next(line for line in report.differences_table(results).splitlines() if "unguided" in line)
-    assert "1:3 - 1 " in row and "-2.00 ± 2.48" in row
+    assert "1:3 - 1 " in row and "-2.00 ± 2.48" in row and "-1.00, -2.00, -3.00" in row
 
 
 def test_other_ways_to_guide_stand_by_themselves(tmp_path):

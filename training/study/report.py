@@ -5,7 +5,8 @@ Writes the tables and plots of docs/study.md from docs/results/study:
 
 A table stands between `<!-- table: name -->` and `<!-- end -->`, and nothing else of the page is changed. Numbers are
 means over runs that differ in their seed alone, with half of Student's 95 % interval, or of one run, with that of its
-own samples. A dash is a number that has not been measured.
+own samples. Until all of them have been evaluated, they are of the first one. A dash is a number that has not been
+measured.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from diffusers_dod.evaluation.compute import sampling_compute
 from diffusers_dod.evaluation.metrics import mean_interval
 from diffusers_dod.evaluation.results import as_metric, half_width, read_results
 from diffusers_dod.presets import PRESETS
-from diffusers_dod.training.cost import format_table
+from diffusers_dod.training.cost import format_table, training_cost
 from diffusers_dod.training.metrics import METRICS
 
 
@@ -33,6 +34,7 @@ OFTEN = ("dod-ps25", "dod-ps25-seed1", "dod-ps25-seed2")  # DoD that has its pri
 FITV2 = ("fitv2-seed0", "fitv2-seed1", "fitv2-seed2")
 STEPS = 8000
 IMAGES_PER_STEP = 64
+LATENT_SHAPE, NUM_CLASSES = (4, 8, 8), 12
 DEFAULT = "class_and_prior"  # the null condition of the pipeline
 COLOURS = {"stage 1": "#0072B2", "stage 2": "#D55E00", "stage 2 of p_s 0.25": "#009E73", "FiTv2": "#555555"}
 
@@ -51,12 +53,21 @@ class Results:
 
     Args:
         folder (`Path`): Where the result files are, in one folder for each checkpoint.
+
+    Raises:
+        `ValueError`: a folder has results of several checkpoints.
     """
 
     def __init__(self, folder: Path):
         self.metrics: dict[str, dict[str, dict]] = {}
+        checkpoints: dict[str, str] = {}
         for file in sorted(folder.glob("*/*.json")):
             results = read_results(file)
+            sha256 = (results["checkpoint"] or {}).get("sha256")
+            if checkpoints.setdefault(file.parent.name, sha256) != sha256:
+                raise ValueError(
+                    f"All results in `{file.parent}` must be of one checkpoint, got another in {file.name}."
+                )
             null = results["settings"].get("null_condition", DEFAULT)
             metrics = {
                 name if null == DEFAULT else f"{null}/{name}": found for name, found in results["metrics"].items()
@@ -67,16 +78,19 @@ class Results:
             for file in folder.glob(f"*/{METRICS}")
         }
 
-    def find_all(self, runs: str | tuple[str, ...], name: str, step: int = STEPS) -> list[dict]:
-        """The metric `name` of the checkpoints of `runs` after `step` steps, of each of those that have it."""
+    def group(self, runs: str | tuple[str, ...], step: int = STEPS) -> tuple[str, ...]:
+        """Those of `runs` whose numbers after `step` steps are shown: all if all have some, else the first one."""
         runs = (runs,) if isinstance(runs, str) else runs
-        return [of_run[name] for run in runs if name in (of_run := self.metrics.get(f"{run}-{step}", {}))]
+        return runs if all(f"{run}-{step}" in self.metrics for run in runs) else runs[:1]
+
+    def find_all(self, runs: tuple[str, ...], name: str, step: int = STEPS) -> list[dict]:
+        """The metric `name` of the checkpoints of `runs` after `step` steps; empty if one of them lacks it."""
+        found = [self.metrics.get(f"{run}-{step}", {}).get(name) for run in runs]
+        return [] if None in found else found
 
     def find(self, runs: str | tuple[str, ...], name: str, step: int = STEPS) -> Number:
-        """The mean of what [`find_all`] finds; that of the first of `runs` alone until all have it."""
-        found = self.find_all(runs, name, step)
-        if not isinstance(runs, str) and len(found) < len(runs):
-            found = self.find_all(runs[0], name, step)
+        """The mean of the metric `name` over the [`group`] of `runs`, if all of it have it."""
+        found = self.find_all(self.group(runs, step), name, step)
         if not found:
             return None
         values = [metric["value"] for metric in found]
@@ -96,17 +110,12 @@ class Results:
         """A metric of the samples of the last stage, see [`stage_label`]."""
         return self.find(runs, stage_label(name, scales, **options), step)
 
-    def difference(self, one: tuple, other: tuple) -> Number:
-        """By how much the FID of `one` is above that of `other`, both (runs, scales, steps), seed by seed."""
+    def differences(self, one: tuple, other: tuple) -> list[float]:
+        """By how much the FID of `one` is above that of `other`, both (runs, scales, steps), of each seed."""
         values = []
         for runs, scales, steps in (one, other):
-            found = self.find_all(runs, stage_label("fid", scales, steps))
-            values.append([metric["value"] for metric in found])
-        if not all(len(of_one) == len(DOD) for of_one in values):
-            return None
-        differences = np.subtract(*values)
-        mean = as_metric(np.mean(differences), mean_interval(differences.tolist()))
-        return mean["value"], half_width(mean)
+            values.append([metric["value"] for metric in self.find_all(runs, stage_label("fid", scales, steps))])
+        return np.subtract(*values).tolist() if all(values) else []
 
     def best(self, runs: str | tuple[str, ...], prefix: str, choices: list[str], **options) -> str | None:
         """The scales with the smallest FID among `prefix` followed by each of `choices`."""
@@ -138,7 +147,8 @@ def samples_row(results: Results, label: str, runs, scales: str | None, **option
 
 
 SCALES = ["1", "2", "3", "4", "5.5"]
-LATER = ["2", "3", "4", "5.5"]
+LATER = ["1", "2", "3", "4", "5.5"]
+BRIEF = ["3", "4"]  # what all models and numbers of steps have
 
 
 def stages_table(results: Results) -> str:
@@ -152,28 +162,33 @@ def stages_table(results: Results) -> str:
 
 def differences_table(results: Results) -> str:
     """What claims a and e compare, seed by seed."""
-    first, second = results.best(DOD, "", SCALES), results.best(DOD, "1:", LATER)
-    both, fitv2 = results.best(DOD, "3:", ["2", "3", "4"]), results.best(FITV2, "", SCALES)
-    often_first, often_second = results.best(OFTEN, "", ["3", "4"]), results.best(OFTEN, "1:", ["3", "4"])
-    long_first, long_fitv2 = (results.best(runs, "", ["3", "4"], steps=40) for runs in (DOD, FITV2))
+    first, second = results.best(DOD, "", BRIEF), results.best(DOD, "1:", BRIEF)
+    often_first, often_second = results.best(OFTEN, "", BRIEF), results.best(OFTEN, "1:", BRIEF)
+    fitv2 = results.best(FITV2, "", BRIEF)
+    long_first, long_fitv2 = (results.best(runs, "", BRIEF, steps=40) for runs in (DOD, FITV2))
     rows = []
     for label, one, other in (
         ("stage 2 - stage 1, unguided", (DOD, second, 20), (DOD, "1", 20)),
         ("stage 2 - stage 1, guided", (DOD, second, 20), (DOD, first, 20)),
-        ("stage 2, both guided - stage 1, guided", (DOD, both, 20), (DOD, first, 20)),
-        ("stage 2, both guided - stage 1, guided, 40 steps", (DOD, both, 20), (DOD, long_first, 40)),
+        ("stage 2 - stage 1, guided, 40 steps", (DOD, second, 20), (DOD, long_first, 40)),
+        ("stage 2, both guided - stage 1, guided", (DOD, "3:3", 20), (DOD, first, 20)),
+        ("stage 2, both guided - stage 1, guided, 40 steps", (DOD, "3:3", 20), (DOD, long_first, 40)),
         ("stage 3 - stage 2", (DOD, "1:3:3", 20), (DOD, "1:3", 20)),
-        ("stage 2 - FiTv2, guided, 40 steps", (DOD, second, 20), (FITV2, long_fitv2, 40)),
-        ("stage 2, both guided - FiTv2, guided, 40 steps", (DOD, both, 20), (FITV2, long_fitv2, 40)),
         ("stage 1, guided - FiTv2, guided", (DOD, first, 20), (FITV2, fitv2, 20)),
+        ("stage 2 - FiTv2, guided, 40 steps", (DOD, second, 20), (FITV2, long_fitv2, 40)),
+        ("stage 2, both guided - FiTv2, guided, 40 steps", (DOD, "3:3", 20), (FITV2, long_fitv2, 40)),
         ("p_s 0.25: stage 2 - stage 1, guided", (OFTEN, often_second, 20), (OFTEN, often_first, 20)),
         ("p_s 0.25: stage 2, both guided - stage 1, guided", (OFTEN, "3:3", 20), (OFTEN, often_first, 20)),
         ("p_s 0.25: stage 2 - FiTv2, guided, 40 steps", (OFTEN, often_second, 20), (FITV2, long_fitv2, 40)),
         ("p_s 0.25: stage 2, both guided - FiTv2, guided, 40 steps", (OFTEN, "3:3", 20), (FITV2, long_fitv2, 40)),
     ):
-        number = None if None in (one[1], other[1]) else results.difference(one, other)
-        rows.append([label, "-" if number is None else f"{one[1]} - {other[1]}", show(number)])
-    return format_table(["", "scales", "difference of FID"], rows)
+        found = [] if None in (one[1], other[1]) else results.differences(one, other)
+        number, of_each = "-", "-"
+        if found:
+            number = show((np.mean(found), half_width(as_metric(np.mean(found), mean_interval(found)))))
+            of_each = ", ".join(f"{value:.2f}" for value in found)
+        rows.append([label, f"{one[1]} - {other[1]}" if found else "-", number, of_each])
+    return format_table(["", "scales", "difference of FID", "of each seed"], rows)
 
 
 def guidance_table(results: Results) -> str:
@@ -199,11 +214,11 @@ def longer_table(results: Results) -> str:
     """The stages of one run and its baseline, after more steps of training."""
     rows = []
     for step in (STEPS, 20000):
-        best = [results.best(DOD[0], prefix, scales, step=step) for prefix, scales in (("", SCALES), ("1:", LATER))]
-        best += ["1:3:3", results.best(DOD[0], "3:", ["2", "3", "4"], step=step)]
+        best = [results.best(DOD[0], prefix, scales, step=step) for prefix, scales in (("", BRIEF), ("1:", BRIEF))]
+        best += ["1:3:3", "3:3"]
         cells = [show_at(results, DOD[0], scales, step=step) for scales in ("1", *best)]
         for steps in (20, 40):
-            scales = results.best(FITV2[0], "", ["3", "4"], step=step, steps=steps)
+            scales = results.best(FITV2[0], "", BRIEF, step=step, steps=steps)
             cells.append(show_at(results, FITV2[0], scales, step=step, steps=steps))
         rows.append([f"{step:,}", *cells])
     header = ["stage 1", "stage 1, guided", "stage 2", "stage 3", "stage 2, both guided"]
@@ -214,7 +229,7 @@ def baseline_table(results: Results) -> str:
     """Learning rates of the baseline."""
     rows = []
     for rate, run in (("5e-4", "fitv2-lr5e-4"), ("1e-3", FITV2[0]), ("2e-3", "fitv2-lr2e-3")):
-        best = results.best(run, "", ["3", "4"], step=4000)
+        best = results.best(run, "", BRIEF, step=4000)
         rows.append([rate, *(show_at(results, run, scales, step=4000) for scales in ("1", best))])
     return format_table(["learning rate", "FID, unguided", "FID, guided"], rows)
 
@@ -232,10 +247,10 @@ def ablation_rows(results: Results, runs: dict[str, str | tuple[str, ...]]) -> l
     """A row for each of `runs`, with the columns of the paper's Tables 2 and 3."""
     rows = []
     for label, names in runs.items():
-        if not isinstance(names, str) and len(results.find_all(names, stage_label("fid", "3:3"))) < len(names):
+        if not isinstance(names, str) and results.group(names) != names:
             continue  # the row of the first one is there already
-        first, second = results.best(names, "", ["3", "4"]), results.best(names, "1:", LATER)
-        best_reconstruction = min(
+        first, second = results.best(names, "", BRIEF), results.best(names, "1:", BRIEF)
+        scale = min(
             (scale for scale in SCALES if results.find(names, f"rfid_scale_{scale}")),
             key=lambda scale: results.find(names, f"rfid_scale_{scale}")[0],
             default="3",
@@ -247,18 +262,20 @@ def ablation_rows(results: Results, runs: dict[str, str | tuple[str, ...]]) -> l
                 *(show_at(results, names, scales) for scales in (first, second)),
                 "-" if second is None else show(results.stage(names, "is", second)),
                 show(results.stage(names, "fid", "3:3")),
-                show(results.find(names, f"rfid_scale_{best_reconstruction}")),
-                show(results.find(names, f"psnr_scale_{best_reconstruction}"), 1),
-                show(results.find(names, f"ssim_scale_{best_reconstruction}"), 3),
-                show(results.find(names, "top1_lem"), 1, percent=True),
-                show(results.find(names, "knn_lem"), 1, percent=True),
+                rfid if (rfid := show(results.find(names, f"rfid_scale_{scale}"))) == "-" else f"{rfid} ({scale})",
+                show(results.find(names, f"psnr_scale_{scale}"), 1),
+                show(results.find(names, f"ssim_scale_{scale}"), 3),
+                *(
+                    show(results.find(names, name), 1, percent=True)
+                    for name in ("top1_lem", "top1_random_lem", "knn_lem")
+                ),
             ]
         )
     return rows
 
 
 ABLATION_HEADER = ["FID S1", "FID S1, guided (scale)", "FID S2 (scales)", "IS S2", "FID S2 at 3:3"]
-ABLATION_HEADER += ["rFID", "PSNR", "SSIM", "top-1, %", "k-NN, %"]
+ABLATION_HEADER += ["rFID (scale)", "PSNR", "SSIM", "top-1, %", "untrained, top-1, %", "k-NN, %"]
 
 
 def tokens_table(results: Results) -> str:
@@ -278,12 +295,12 @@ def compute_table(results: Results) -> str:
     """Claim e."""
     rows = []
     for label, runs, preset, first, choices in (
-        ("FiTv2, guided", FITV2, "FiTv2-Desk", "", ["3", "4"]),
-        ("DoD, stage 1 guided", DOD, "DoD-Desk", "", ["3", "4"]),
-        ("DoD, stage 2", DOD, "DoD-Desk", "1:", ["3", "4"]),
-        ("DoD, both stages guided", DOD, "DoD-Desk", "3:", ["3", "4"]),
-        ("DoD of p_s 0.25, stage 2", OFTEN, "DoD-Desk", "1:", ["3", "4"]),
-        ("DoD of p_s 0.25, both stages guided", OFTEN, "DoD-Desk", "3:", ["3", "4"]),
+        ("FiTv2, guided", FITV2, "FiTv2-Desk", "", BRIEF),
+        ("DoD, stage 1 guided", DOD, "DoD-Desk", "", BRIEF),
+        ("DoD, stage 2", DOD, "DoD-Desk", "1:", BRIEF),
+        ("DoD, both stages guided", DOD, "DoD-Desk", "3:", ["3"]),
+        ("DoD of p_s 0.25, stage 2", OFTEN, "DoD-Desk", "1:", BRIEF),
+        ("DoD of p_s 0.25, both stages guided", OFTEN, "DoD-Desk", "3:", ["3"]),
     ):
         for steps in (10, 20, 40) if not first else (10, 20):
             scales = results.best(runs, first, choices, steps=steps)
@@ -296,12 +313,34 @@ def compute_table(results: Results) -> str:
     return format_table(["", "steps", "scales", "GFLOPs", "FID"], [row for _, row in sorted(rows)])
 
 
+def training_compute_table(results: Results) -> str:
+    """What trainings of one seed cost, and what came of it."""
+    rows = []
+    for label, run, preset, dropout, step in (
+        ("FiTv2", FITV2[0], "FiTv2-Desk", 0.5, STEPS),
+        ("FiTv2", FITV2[0], "FiTv2-Desk", 0.5, 10000),
+        ("FiTv2", FITV2[0], "FiTv2-Desk", 0.5, 12000),
+        ("DoD, p_s 0.75", "dod-ps75", "DoD-Desk", 0.75, STEPS),
+        ("DoD, p_s 0.5", DOD[0], "DoD-Desk", 0.5, STEPS),
+        ("DoD, p_s 0.25", OFTEN[0], "DoD-Desk", 0.25, STEPS),
+    ):
+        cost = training_cost(PRESETS[preset], LATENT_SHAPE, NUM_CLASSES, prior_dropout_prob=dropout)
+        parameters = (cost.backbone_parameters + cost.latent_embedder_parameters) / 1e6
+        teraflops = cost.training_flops * IMAGES_PER_STEP * step / 1e12
+        best = [results.best(run, prefix, BRIEF, step=step) for prefix in ("", "1:")]
+        cells = [show_at(results, run, scales, step=step) for scales in best]
+        cells.append(show(results.stage(run, "fid", "3:3", step=step)))
+        rows.append([label, f"{parameters:.1f} M", f"{step:,}", f"{teraflops:.1f}", *cells])
+    header = ["", "parameters", "steps", "TFLOPs", "FID, guided (scale)", "FID S2 (scales)", "FID S2 at 3:3"]
+    return format_table(header, rows)
+
+
 def training_table(results: Results) -> str:
     """Claim f."""
     rows = []
     for step in (2000, 4000, 8000):
-        fitv2, first = results.best(FITV2, "", ["3", "4"], step=step), results.best(DOD, "", ["3", "4"], step=step)
-        second = results.best(DOD, "1:", ["3", "4"], step=step)
+        fitv2, first = results.best(FITV2, "", BRIEF, step=step), results.best(DOD, "", BRIEF, step=step)
+        second = results.best(DOD, "1:", BRIEF, step=step)
         row = [f"{step * IMAGES_PER_STEP:,}"]
         row += [show(results.stage(runs, "fid", "1", step=step)) for runs in (FITV2, DOD)]
         for runs, scales in ((FITV2, fitv2), (DOD, first), (DOD, second)):
@@ -343,26 +382,29 @@ def draw_plots(results: Results, folder: Path) -> None:
     lines = {"stage 1, 20 steps": ("", DOD), "stage 2, 20 + 20 steps": ("1:", DOD)}
     lines |= {"stage 2 of p_s 0.25": ("1:", OFTEN), "FiTv2, 20 steps": ("", FITV2)}
     for label, (prefix, runs) in lines.items():
-        scales = [scale for scale in SCALES if float(scale) > 1 or not prefix]
-        points = {float(scale): results.stage(runs, "fid", prefix + scale) for scale in scales}
+        points = {float(scale): results.stage(runs, "fid", prefix + scale) for scale in SCALES}
         draw(axes[0], label, points, color=COLOURS[label.split(",")[0]])
     axes[0].set(xlabel="guidance scale of the last stage", ylabel="FID", title="Samples")
-    for label, runs, colour in (("2 tokens", "dod-n2", "#56B4E9"), ("4", DOD, "#D55E00"), ("8", "dod-n8", "#009E73")):
-        points = {float(scale): results.find(runs, f"rfid_scale_{scale}") for scale in SCALES}
+    for label, run, colour in (
+        ("2 tokens", "dod-n2", "#56B4E9"),
+        ("4", DOD[0], "#D55E00"),
+        ("8", "dod-n8", "#009E73"),
+        ("32, no compression", "dod-n32", "#555555"),
+    ):
+        points = {float(scale): results.find(run, f"rfid_scale_{scale}") for scale in SCALES}
         draw(axes[1], label, points, color=colour)
-    points = {float(scale): results.find("dod-n32", f"rfid_scale_{scale}") for scale in SCALES}
-    draw(axes[1], "32, no compression", points, color="#555555")
     axes[1].set(xlabel="guidance scale", ylabel="rFID", title="Real pictures from their priors")
+    lines["stage 2 of p_s 0.25, seed 0"] = (lines.pop("stage 2 of p_s 0.25")[0], OFTEN[0])
     for label, (prefix, runs) in lines.items():
         steps = (2000, 4000, 8000)
-        best = {step: results.best(runs, prefix, ["3", "4"], step=step) for step in steps}
+        best = {step: results.best(runs, prefix, BRIEF, step=step) for step in steps}
         points = {
             step * IMAGES_PER_STEP / 1000: results.stage(runs, "fid", scales, step=step)
             for step, scales in best.items()
             if scales is not None
         }
         draw(axes[2], label, points, color=COLOURS[label.split(",")[0]])
-    axes[2].set(xlabel="images seen, thousands", ylabel="FID at the best scale", title="Training")
+    axes[2].set(xlabel="images seen, thousands", ylabel="FID, the better of scales 3 and 4", title="Training")
     for share, run, colour in (
         ("0.25", OFTEN[0], "#009E73"),
         ("0.5", DOD[0], "#D55E00"),
@@ -394,6 +436,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "dropout": dropout_table,
     "compute": compute_table,
     "training": training_table,
+    "training-compute": training_compute_table,
     "class": class_table,
 }
 

@@ -116,23 +116,21 @@ def is_trained(study: dict[str, Any], run: str) -> bool:
 def train(runs: list[str]) -> None:
     """Trains `runs`, one after the other."""
     study = load_study()
-    is_done = partial(is_trained, study)
 
     def train_run(run: str) -> None:
         argv = training_argv(study, run)
         if list((OUTPUTS / run).glob("checkpoint-*")):
             argv += ["--resume_from_checkpoint", "latest"]
         subprocess.run([sys.executable, "training/train_dod.py", *argv], check=True)
+        (RESULTS / run).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(OUTPUTS / run / METRICS, RESULTS / run / METRICS)
 
     data = {**study["data"], "pretrained_vae_name_or_path": study["vae"], "latents_dir": LATENTS}
     OUTPUTS.mkdir(parents=True, exist_ok=True)
     with open(OUTPUTS / "latents.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for the latents, and find them complete
         subprocess.run([sys.executable, "training/encode_latents.py", *to_argv(data)], check=True)
-    work_off(runs, is_done, train_run)
-    for run in filter(is_done, runs):
-        (RESULTS / run).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(OUTPUTS / run / METRICS, RESULTS / run / METRICS)
+    work_off(runs, partial(is_trained, study), train_run)
 
 
 def evaluate(runs: list[str]) -> None:
