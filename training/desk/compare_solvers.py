@@ -1,7 +1,7 @@
 """
 FID of the desk-size checkpoint against evaluations of the model, for every solver, as a table and a plot.
 
-    python training/desk/compare_solvers.py --output_file docs/results/solvers.json --plot docs/images/solvers.png
+    python training/desk/compare_solvers.py --output_file outputs/solvers.json --plot outputs/solvers.png
 
 One guided stage at a scale of 3; all solvers start from the same noise. An evaluation is one of the guided velocity.
 About an hour on one CPU core. Settings that the output file has already are not run again.
@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline
 from diffusers_dod.evaluation.frechet import feature_statistics, frechet_distance
+from diffusers_dod.evaluation.results import checkpoint_sha256
 from diffusers_dod.training.textures import TEXTURE_CLASSES, TextureDataset
 
 
@@ -114,6 +115,7 @@ def plot(results: list[dict], path: Path) -> None:
 def main() -> None:
     args = parse_args()
     settings = {name: getattr(args, name) for name in ("guidance_scale", "num_samples", "num_reference", "seed")}
+    settings["checkpoint_sha256"] = checkpoint_sha256(args.pipeline)
     results = []
     if args.output_file.exists():
         report = json.loads(args.output_file.read_text())

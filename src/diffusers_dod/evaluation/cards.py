@@ -191,7 +191,8 @@ Nothing has been measured: this section is empty until a training run fills it.
 {% endfor %}
 
 {% if has_commands %}
-In brackets 95 % confidence intervals. Paths on this card are those of the repository of `diffusers_dod`.
+In brackets 95 % confidence intervals, of sampling or of the pictures and not of training. Paths on this card are
+those of the repository of `diffusers_dod`.
 `python -m diffusers_dod.evaluation.reproduce` computes the numbers of a file again.
 {% endif %}
 
@@ -330,7 +331,7 @@ def _caption(name: str, results: Mapping[str, Any]) -> str:
     data, settings, features = results["data"], _settings(results), _features(results)
     counts = {"num_samples": "samples", "num_pictures": "pictures", "num_test": "pictures to test with"}
     parts = [f"{data[key]:,} {what}" for key, what in counts.items() if data.get(key) is not None]
-    if len(seeds := results["settings"].get("seeds", [])) > 1:
+    if results["task"] == "sweep" and len(seeds := results["settings"].get("seeds", [])) > 1:
         parts[0] += f" of each of {len(seeds)} seeds"
     parts += [f"data: {_dataset(results)}", settings]
     lines = [f"`{name}`: {'; '.join(part for part in parts if part)}."]

@@ -395,7 +395,7 @@ def main(argv: list[str] | None = None) -> None:
             "learning_rates": args.learning_rates,
             "num_epochs": args.num_epochs,
             "probe_batch_size": args.probe_batch_size,
-            "seeds": [args.seed, args.seed + args.num_seeds - 1],
+            "seeds": list(range(args.seed, args.seed + args.num_seeds)),
             "validation_share": VALIDATION_SHARE,
             "knn": f"k = {args.num_neighbors}, cosine of standardised features, temperature 0.07",
             "batch_size": args.batch_size,
