@@ -139,7 +139,7 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
     results = report.Results(tmp_path)
     assert results.differences((report.DOD, "1:3", 20), (report.DOD, "1", 20)) == [-1.0, -2.0, -3.0]
     assert results.differences((report.DOD, "1:3", 20), (report.DOD, "1", 40)) == []
-    row = next(line for line in report.differences_table(results).splitlines() if "unguided" in line)
+    row = next(line for line in report.differences_table(results).splitlines() if "stage 1, unguided" in line)
     assert "1:3 - 1 " in row and "-2.00 ± 2.48" in row and "-1.00, -2.00, -3.00" in row
 
 

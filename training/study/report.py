@@ -168,6 +168,7 @@ def differences_table(results: Results) -> str:
     long_first, long_fitv2 = (results.best(runs, "", BRIEF, steps=40) for runs in (DOD, FITV2))
     rows = []
     for label, one, other in (
+        ("stage 2 - stage 1, both unguided", (DOD, "1:1", 20), (DOD, "1", 20)),
         ("stage 2 - stage 1, unguided", (DOD, second, 20), (DOD, "1", 20)),
         ("stage 2 - stage 1, guided", (DOD, second, 20), (DOD, first, 20)),
         ("stage 2 - stage 1, guided, 40 steps", (DOD, second, 20), (DOD, long_first, 40)),
