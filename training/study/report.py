@@ -147,14 +147,13 @@ def samples_row(results: Results, label: str, runs, scales: str | None, **option
 
 
 SCALES = ["1", "2", "3", "4", "5.5"]
-LATER = ["1", "2", "3", "4", "5.5"]
 BRIEF = ["3", "4"]  # what all models and numbers of steps have
 
 
 def stages_table(results: Results) -> str:
     """Claim a."""
     rows = [samples_row(results, "stage 1", DOD, scales) for scales in SCALES]
-    rows += [samples_row(results, "stage 2", DOD, f"1:{scale}") for scale in LATER]
+    rows += [samples_row(results, "stage 2", DOD, f"1:{scale}") for scale in SCALES]
     rows.append(samples_row(results, "stage 3", DOD, "1:3:3"))
     rows += [samples_row(results, "stage 2, both guided", DOD, f"3:{scale}") for scale in ("2", "3", "4")]
     return format_table(["", "scales", "FID", "IS", "recognised, %"], rows)
@@ -251,11 +250,8 @@ def ablation_rows(results: Results, runs: dict[str, str | tuple[str, ...]]) -> l
         if not isinstance(names, str) and results.group(names) != names:
             continue  # the row of the first one is there already
         first, second = results.best(names, "", BRIEF), results.best(names, "1:", BRIEF)
-        scale = min(
-            (scale for scale in SCALES if results.find(names, f"rfid_scale_{scale}")),
-            key=lambda scale: results.find(names, f"rfid_scale_{scale}")[0],
-            default="3",
-        )
+        rfids = {scale: number for scale in SCALES if (number := results.find(names, f"rfid_scale_{scale}"))}
+        scale = min(rfids, key=rfids.get, default=None)
         rows.append(
             [
                 label,
@@ -263,7 +259,7 @@ def ablation_rows(results: Results, runs: dict[str, str | tuple[str, ...]]) -> l
                 *(show_at(results, names, scales) for scales in (first, second)),
                 "-" if second is None else show(results.stage(names, "is", second)),
                 show(results.stage(names, "fid", "3:3")),
-                rfid if (rfid := show(results.find(names, f"rfid_scale_{scale}"))) == "-" else f"{rfid} ({scale})",
+                "-" if scale is None else f"{show(rfids[scale])} ({scale})",
                 show(results.find(names, f"psnr_scale_{scale}"), 1),
                 show(results.find(names, f"ssim_scale_{scale}"), 3),
                 *(
