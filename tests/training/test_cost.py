@@ -351,13 +351,13 @@ def test_a_saved_model_is_described_by_its_configs(tmp_path, is_plain):
 
 def test_a_saved_model_out_of_reach_is_assumed(tmp_path):
     args = options(tmp_path, *RUN, "--pretrained_model_name_or_path", tmp_path / "no-model")
-    preset, assumptions = cost._find_preset(args)
+    preset, assumptions = cost.find_preset(args)
     assert preset == TINY["Tiny"] and "a model of the preset's size" in assumptions[0]
 
 
 def test_other_latent_tokens(tmp_path):
     args = options(tmp_path, *RUN, "--num_latent_tokens", 6)
-    assert cost._find_preset(args)[0].latent_embedder_config == LEM | {"num_latent_tokens": 6}
+    assert cost.find_preset(args)[0].latent_embedder_config == LEM | {"num_latent_tokens": 6}
 
 
 def rows(text: str) -> list[str]:

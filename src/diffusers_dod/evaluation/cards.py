@@ -27,7 +27,7 @@ from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS, Preset
 from ..training.arguments import build_parser, read_config
 from ..training.checkpoints import MANIFEST
-from ..training.cost import _find_preset, format_table, training_cost
+from ..training.cost import find_preset, format_table, training_cost
 from ..training.data import TEXTURES
 from ..training.metrics import METRICS
 from ..transformer_dod import DoDTransformer2DModel
@@ -684,7 +684,7 @@ def build_card(sources: Mapping[str, Any], name: str) -> ModelCard:
         _check_model(model, args)
         step = _read_step(folder)
     else:
-        model, _ = _find_preset(args)
+        model, _ = find_preset(args)
     results = {file: read_results(Path(file)) for file in sources.get("results", ())}
     for file, content in results.items():
         found = (content.get("checkpoint") or {}).get("sha256")

@@ -363,8 +363,13 @@ def training_cost(
     )
 
 
-def _find_preset(args: argparse.Namespace) -> tuple[Preset, list[str]]:
-    """The model that the options name, out of configs alone, and what is assumed of it."""
+def find_preset(args: argparse.Namespace) -> tuple[Preset, list[str]]:
+    """
+    The model that the options name, out of configs alone, and what is assumed of it.
+
+    Args:
+        args (`argparse.Namespace`): The options of `training/train_dod.py`.
+    """
     preset, assumptions = PRESETS[args.preset], []
     if args.pretrained_model_name_or_path is not None:
         path = args.pretrained_model_name_or_path
@@ -426,7 +431,7 @@ def _run_cost(
     args: argparse.Namespace, gradient_checkpointing: bool
 ) -> tuple[TrainingCost, tuple[int, int, int], list[str]]:
     """What the options cost, for latents of which shape, and under which assumptions."""
-    preset, model_assumptions = _find_preset(args)
+    preset, model_assumptions = find_preset(args)
     latent_shape, num_classes, data_assumptions = _find_latents(args)
     cost = training_cost(
         preset,
