@@ -225,13 +225,20 @@ def longer_table(results: Results) -> str:
     return format_table(["trained", *header, "FiTv2, guided", "FiTv2, guided, 40 steps"], rows)
 
 
-def baseline_table(results: Results) -> str:
-    """Learning rates of the baseline."""
-    rows = []
-    for rate, run in (("5e-4", "fitv2-lr5e-4"), ("1e-3", FITV2[0]), ("2e-3", "fitv2-lr2e-3")):
-        best = results.best(run, "", BRIEF, step=4000)
-        rows.append([rate, *(show_at(results, run, scales, step=4000) for scales in ("1", best))])
-    return format_table(["learning rate", "FID, unguided", "FID, guided"], rows)
+def learning_rates_table(results: Results) -> str:
+    """Both models with other learning rates."""
+    step, rows = 4000, []
+    runs = {
+        ("FiTv2", "5e-4"): "fitv2-lr5e-4",
+        ("FiTv2", "1e-3"): FITV2[0],
+        ("FiTv2", "2e-3"): "fitv2-lr2e-3",
+        ("DoD", "1e-3 (LEM 5e-4)"): DOD[0],
+        ("DoD", "2e-3 (LEM 1e-3)"): "dod-lr2e-3",
+    }
+    for label, run in runs.items():
+        best = [results.best(run, prefix, BRIEF, step=step) for prefix in ("", "1:")]
+        rows.append([*label, *(show_at(results, run, scales, step=step) for scales in ("1", *best, "3:3"))])
+    return format_table(["", "learning rate", "stage 1", "stage 1, guided", "stage 2", "stage 2, both guided"], rows)
 
 
 def reconstruction_table(results: Results) -> str:
@@ -427,7 +434,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "differences": differences_table,
     "guidance": guidance_table,
     "longer": longer_table,
-    "baseline": baseline_table,
+    "learning-rates": learning_rates_table,
     "reconstruction": reconstruction_table,
     "tokens": tokens_table,
     "dropout": dropout_table,
