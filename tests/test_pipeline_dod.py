@@ -729,6 +729,7 @@ def test_saving_without_an_optional_component(tmp_path, missing):
         (np.array([3, 1]), [3, 1]),
         ([[3], [1]], [3, 1]),
         (torch.tensor([[3], [1]]), [3, 1]),
+        ([3, None], [3, 10]),
     ],
     ids=repr,
 )
@@ -775,7 +776,6 @@ BAD_CALLS = [
     ("class_labels", dict(class_labels=1.5), TypeError, "an int, a str", "got 1.5"),
     ("class_labels", dict(class_labels=[1, 2.0]), TypeError, "integers or names", "got 2.0"),
     ("class_labels", dict(class_labels=None), TypeError, "an int, a str", "got None"),
-    ("class_labels", dict(class_labels=[None]), TypeError, "integers or names", "got None"),
     ("class_labels", dict(class_labels={1}), TypeError, "an int, a str", "got {1}"),
     (
         "class_labels",

@@ -427,19 +427,20 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
 
     # ------------------------------------------------------------------------------------------------- inputs
 
-    def get_label_ids(self, class_labels: int | str | Sequence[int | str] | torch.Tensor) -> list[int]:
+    def get_label_ids(self, class_labels: int | str | Sequence[int | str | None] | torch.Tensor) -> list[int]:
         """
         Class labels as a list of ids.
 
         Args:
-            class_labels (`int`, `str`, `list` or `torch.Tensor`): Ids in [0, num_classes - 1] or names of `id2label`.
+            class_labels (`int`, `str`, `list` or `torch.Tensor`):
+                Ids in [0, num_classes - 1] or names of `id2label`; `None` in a list is the null class.
 
         Returns:
-            `list[int]`: One id per label, a single label too.
+            `list[int]`: One id per label, a single label too; `num_classes` is the null class.
 
         Raises:
             `ValueError`: an id is out of range, a name is unknown or fits several ids, or the list is empty.
-            `TypeError`: a label is neither an integer nor a name.
+            `TypeError`: a label is neither an integer nor a name nor `None`.
         """
         if isinstance(class_labels, (torch.Tensor, np.ndarray)):
             if isinstance(class_labels, torch.Tensor):
@@ -464,8 +465,10 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
             raise ValueError(f"`class_labels` must hold at least one label, got {class_labels!r}.")
         return [self._get_label_id(label) for label in class_labels]
 
-    def _get_label_id(self, label: int | str) -> int:
+    def _get_label_id(self, label: int | str | None) -> int:
         num_classes = self.transformer.config.num_classes
+        if label is None:
+            return num_classes
         if isinstance(label, str):
             ids = self.label2ids.get(label, [])
             if len(ids) > 1:
@@ -484,7 +487,7 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
         if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
             raise TypeError(f"`class_labels` must be integers or names, got {label!r} of type {type(label).__name__}.")
         if not 0 <= label < num_classes:
-            null = " (the null class, which is not a class to sample)" if label == num_classes else ""
+            null = " (the null class, `None` in a list)" if label == num_classes else ""
             raise ValueError(f"`class_labels` must be in [0, {num_classes - 1}], got {label}{null}.")
         return int(label)
 
@@ -827,7 +830,7 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str] | torch.Tensor,
+        class_labels: int | str | Sequence[int | str | None] | torch.Tensor,
         num_stages: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -869,7 +872,8 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
 
         Args:
             class_labels (`int`, `str`, `list` or `torch.Tensor`):
-                Class ids in [0, num_classes - 1] or names of `id2label`.
+                Class ids in [0, num_classes - 1] or names of `id2label`. `None` in a list is the null class: an
+                image of no class in particular, known to a transformer that was trained with label dropout.
             num_stages (`int`, *optional*): Number of stages, >= 1; the checkpoint's default if not given.
             num_inference_steps (`int`, *optional*):
                 Number of intervals of each stage, >= 1. Solvers of higher order evaluate the model several times per

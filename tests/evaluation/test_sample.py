@@ -18,6 +18,7 @@ from helpers import fresh_accelerator, says, tiny_pipeline
 from PIL import Image
 
 from diffusers_dod import DoDPipeline
+from diffusers_dod.evaluation.images import open_images
 from diffusers_dod.evaluation.results import checkpoint_sha256, file_sha256, in_use
 from diffusers_dod.evaluation.sample import SampleFolder, draw_labels, main, to_uint8
 
@@ -449,6 +450,24 @@ def test_the_images_of_both_formats_are_equal(checkpoint, tmp_path):
     assert read_labels(tmp_path / "png") == read_labels(tmp_path / "npz") == [0, 1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("name", ["png", "npz"])
+def test_samples_of_no_class(checkpoint, tmp_path, name):
+    options = ("--format", name, "--labels", "null")
+    run(checkpoint, tmp_path / name, *options, "--num_images", "3")
+    run(checkpoint, tmp_path / name, *options)  # goes on with the others
+    pipeline = DoDPipeline.from_pretrained(checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+    expected = [
+        pipeline([None] * len(part), seed=5, sample_indices=part, output_type="np").images
+        for part in (range(3), range(3, 6), range(6, 7))
+    ]
+    np.testing.assert_array_equal(read_images(tmp_path / name), np.round(255 * np.concatenate(expected)))
+    samples = open_images(str(tmp_path / name))
+    assert samples.labels is None and len(samples) == 7
+    assert json.loads((tmp_path / name / "manifest.json").read_text())["labels"] is None
+    assert not (tmp_path / name / "labels.txt").exists()
+
+
 def test_options_reach_the_pipeline(checkpoint, tmp_path):
     options = "--stage_inference_steps 1 3 --stage_solvers heun euler_maruyama --stage_guidance_scales 1.5 3"
     options += " --guidance_interval 0.1 0.9 --guidance_rescale 0.5 --null_condition class --num_images 3"
@@ -505,6 +524,7 @@ def test_labels():
     assert labels.dtype == np.int64 and (np.bincount(labels, minlength=10) > 230).all()  # 300 each, deviation 16
     assert (draw_labels("random", 0, 100, 10) == labels[:100]).all()
     assert (draw_labels("random", 1, 3000, 10) == labels).mean() < 0.2
+    assert draw_labels("null", 0, 7, 3) is None
 
 
 def test_memory_is_that_of_a_chunk(tmp_path):

@@ -210,6 +210,22 @@ def guidance_table(results: Results) -> str:
     return format_table(["guided away from", *header], rows)
 
 
+def unconditional_table(results: Results) -> str:
+    """Models that know no classes."""
+    dod, fitv2 = "dod-unconditional", "fitv2-unconditional"
+    rows = []
+    for label, run, scales, steps in (
+        ("FiTv2", fitv2, "1", 20),
+        ("FiTv2, 40 steps", fitv2, "1", 40),
+        ("DoD, stage 1", dod, "1", 20),
+        ("DoD, stage 1, 40 steps", dod, "1", 40),
+        *(("DoD, stage 2", dod, f"1:{scale}", 20) for scale in SCALES),
+    ):
+        numbers = [results.stage(run, name, scales, steps=steps) for name in ("fid", "is")]
+        rows.append([label, scales, *map(show, numbers)])
+    return format_table(["", "scales", "FID", "IS"], rows)
+
+
 def longer_table(results: Results) -> str:
     """The stages of one run and its baseline, after more steps of training."""
     rows = []
@@ -290,7 +306,7 @@ def tokens_table(results: Results) -> str:
 
 def dropout_table(results: Results) -> str:
     """Claim d."""
-    runs = {"0.25": OFTEN[0], "0.5": DOD[0], "0.75": "dod-ps75"}
+    runs = {"0.25": OFTEN[0], "0.5": DOD[0], "0.75": "dod-ps75", "1, no prior at all": "dod-ps100"}
     runs |= {"0.25, three seeds": OFTEN, "0.5, three seeds": DOD}
     return format_table(["p_s", *ABLATION_HEADER], ablation_rows(results, runs))
 
@@ -433,6 +449,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "stages": stages_table,
     "differences": differences_table,
     "guidance": guidance_table,
+    "unconditional": unconditional_table,
     "longer": longer_table,
     "learning-rates": learning_rates_table,
     "reconstruction": reconstruction_table,

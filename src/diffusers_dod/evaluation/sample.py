@@ -63,7 +63,7 @@ FORMAT = 1
 SETTINGS = "settings.json"
 ARCHIVE = "samples.npz"
 ROUNDING = "round(255 x)"
-LABELS = ("random", "balanced")
+LABELS = ("random", "balanced", "null")
 
 # Options under the names that the pipeline's call has for them.
 CALL_OPTIONS = ("num_stages", "num_inference_steps", "guidance_scale", "first_stage_guidance_scale")
@@ -73,19 +73,22 @@ GUIDANCE_OPTIONS += ("guidance_power", "guidance_rescale", "guidance_cosine_thre
 CALL_OPTIONS += (*GUIDANCE_OPTIONS, "height", "width")
 
 
-def draw_labels(kind: str, seed: int, num_images: int, num_classes: int) -> np.ndarray:
+def draw_labels(kind: str, seed: int, num_images: int, num_classes: int) -> np.ndarray | None:
     """
     The class of each image, which depends on its index and the seed alone.
 
     Args:
-        kind (`str`): `"random"`, uniform and independent, or `"balanced"`, all classes in turn.
+        kind (`str`):
+            `"random"`, uniform and independent, `"balanced"`, all classes in turn, or `"null"`, no class for any.
         seed (`int`): Seed of the random ones.
         num_images (`int`): Number N of images.
         num_classes (`int`): Number of classes.
 
     Returns:
-        `np.ndarray` of shape `(N,)`: Class ids in int64.
+        `np.ndarray` of shape `(N,)`: Class ids in int64; `None` for no class.
     """
+    if kind == "null":
+        return None
     if kind == "balanced":
         return np.arange(num_images) % num_classes
     draws = [torch.randint(num_classes, (), generator=stateless_generator(seed, i)) for i in range(num_images)]
@@ -163,10 +166,10 @@ class SampleFolder:
     Args:
         folder (`Path`): Where images and manifest go.
         settings (`dict`): What images depend on, with `num_images`, `batch_size` and `format`.
-        labels (`np.ndarray` of shape `(N,)`): The class of each image.
+        labels (`np.ndarray` of shape `(N,)`): The class of each image; `None` if they have none.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], labels: np.ndarray):
+    def __init__(self, folder: Path, settings: dict[str, Any], labels: np.ndarray | None):
         self.folder = folder
         self.settings = settings
         self.labels = labels
@@ -260,16 +263,17 @@ class SampleFolder:
         if len(versions) > 1:
             logger.warning(f"The samples in {self.folder} were computed by {len(versions)} versions or devices.")
         is_png = self.settings["format"] == "png"
-        if is_png:
-            self._publish(self.folder / LABELS_FILE, lambda file: file.write(self._labels_text()))
-        else:
+        if not is_png:
             self._publish(self.folder / ARCHIVE, self._write_archive)
+        elif self.labels is not None:
+            self._publish(self.folder / LABELS_FILE, lambda file: file.write(self._labels_text()))
+        labels = LABELS_FILE if is_png else f"arr_1 of {ARCHIVE}"
         manifest = {
             "format": FORMAT,
             **details,
             "num_images": self.settings["num_images"],
             "images": "*.png" if is_png else f"arr_0 of {ARCHIVE}",
-            "labels": LABELS_FILE if is_png else f"arr_1 of {ARCHIVE}",
+            "labels": None if self.labels is None else labels,
             "sha256": self._find_sha256(),
             "settings": self.settings,
             "versions": versions,
@@ -290,7 +294,8 @@ class SampleFolder:
                     f"`output_dir` must hold samples with `{name}` = {wanted!r}, got {value!r} in {self.folder}: "
                     "remove it, or use another folder."
                 )
-        return SampleFolder(self.folder, found, self.labels[: found["num_images"]])
+        labels = None if self.labels is None else self.labels[: found["num_images"]]
+        return SampleFolder(self.folder, found, labels)
 
     def _unpack(self, versions: list[dict[str, str | None]]) -> None:
         """Makes chunks out of an archive again, for others to join them."""
@@ -334,7 +339,7 @@ class SampleFolder:
         try:
             if self.settings["format"] == "npz":
                 return file_sha256(self.folder / ARCHIVE)
-            if (self.folder / LABELS_FILE).read_bytes() != self._labels_text():
+            if self.labels is not None and (self.folder / LABELS_FILE).read_bytes() != self._labels_text():
                 return None
             return file_sha256(*(path for chunk in range(self.num_chunks) for path in self._chunk_files(chunk)))
         except FileNotFoundError:
@@ -349,8 +354,9 @@ class SampleFolder:
                 np.lib.format.write_array_header_1_0(array, header)
                 for chunk in range(self.num_chunks):
                     array.write(np.load(self._chunk_files(chunk)[0]).data)
-            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as array:
-                np.lib.format.write_array(array, self.labels)
+            if self.labels is not None:
+                with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as array:
+                    np.lib.format.write_array(array, self.labels)
 
     def _publish(self, path: Path, write: Callable[[io.BufferedIOBase], Any]) -> None:
         """Writes a file that is there as a whole or not at all."""
@@ -411,7 +417,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_images", type=int, default=50_000)
     parser.add_argument("--batch_size", type=int, default=64, help="Images in a chunk, the unit of the work.")
     parser.add_argument(
-        "--labels", default="random", choices=LABELS, help="Uniform and independent, or all classes in turn."
+        "--labels",
+        default="random",
+        choices=LABELS,
+        help="Uniform and independent, all classes in turn, or no class at all (the null class).",
     )
     parser.add_argument("--seed", type=int, default=0, help="Of noise and random labels.")
     parser.add_argument("--format", default="png", choices=("png", "npz"), help="A PNG file each, or ADM's archive.")
@@ -564,8 +573,9 @@ def _sample_chunks(
             with together():
                 for chunk in dealt[accelerator.process_index :][:1]:
                     indices = first.indices(chunk)
+                    known = first.labels is not None
                     stages = pipeline(
-                        [int(label) for label in first.labels[indices.start : indices.stop]],
+                        first.labels[indices.start : indices.stop] if known else [None] * len(indices),
                         seed=args.seed,
                         sample_indices=indices,
                         output_type="np",
