@@ -463,7 +463,7 @@ def test_samples_of_no_class(checkpoint, tmp_path, name):
     ]
     np.testing.assert_array_equal(read_images(tmp_path / name), np.round(255 * np.concatenate(expected)))
     samples = open_images(str(tmp_path / name))
-    assert samples.labels is None and len(samples) == 7
+    assert samples.labels is None and samples.num_classes is None and len(samples) == 7
     assert json.loads((tmp_path / name / "manifest.json").read_text())["labels"] is None
     assert not (tmp_path / name / "labels.txt").exists()
 

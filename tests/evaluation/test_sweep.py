@@ -207,6 +207,7 @@ def test_a_sweep_that_is_killed_goes_on(tmp_path, checkpoint, extractor, finishe
         (["--reference", "textures:24:5", "--resolution", 8], ["`reference`", "(16, 16)", "got (8, 8)"]),
         (["--metrics", "fid", "sfid"], ["`extractor`", "`spatial_features` for `sfid`"]),
         (["--metrics", "fid", "accuracy"], ["`extractor`", "4 classes", "got 10"]),
+        (["--metrics", "fid", "accuracy", "--labels", "null"], ["`samples`", "class ids", "got none"]),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_sampled(tmp_path, extractor, monkeypatch, options, fragments):

@@ -543,7 +543,7 @@ def sample(args: argparse.Namespace, argv: list[str], accelerator: Accelerator) 
                             "path": args.pretrained_model_name_or_path,
                             "sha256": settings["checkpoint_sha256"],
                         },
-                        "num_classes": pipeline.transformer.config.num_classes,
+                        "num_classes": None if labels is None else pipeline.transformer.config.num_classes,
                     }
                     for output in outputs.values():
                         output.finish(**details)

@@ -274,7 +274,8 @@ class Sweep:
         args = self.args
         pipeline = DoDPipeline.from_pretrained(self.checkpoint)
         side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
-        self.evaluator.check((side, side), pipeline.transformer.config.num_classes)  # before anything is sampled
+        num_classes = None if args.labels == "null" else pipeline.transformer.config.num_classes
+        self.evaluator.check((side, side), num_classes)  # before anything is sampled
         cost = count_model(pipeline)
         metrics: dict[str, dict[str, Any]] = {}
         rows: dict[str, dict[str, Any]] = {}
