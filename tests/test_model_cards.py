@@ -176,7 +176,7 @@ def test_a_training_run_fills_a_card(tmp_path):
     ):
         assert text in card.text
     assert "| all | 4.25 [4, 4.5] | 11.5 | 0.75 | 0.5 |" in card.text and "| all | 5.125 |" in card.text
-    assert card.text.count("features of `features.py:name` in place of Inception's") == 1
+    assert card.text.count("features of `features.py:name`, not Inception's") == 1
     assert (card.data.license, card.data.datasets, card.data.model_name) == ("mit", ["me/stripes"], "own")
     entries = card.data.eval_results
     assert [(entry.metric_type, entry.metric_value) for entry in entries] == [

@@ -167,18 +167,19 @@ def test_a_page_must_have_places_for_all_tables(tmp_path):
         report.fill_page("<!-- table: dropout -->\n<!-- end -->", report.Results(tmp_path))
 
 
-def test_worth_of_a_prior(tmp_path):
-    losses = [(100, 2.0, 2.0), (200, 2.0, 1.5), (300, 1.5, 0.5), (9000, 9.0, 0.0)]  # the last one is too late
+def test_losses_of_a_training(tmp_path):
+    losses = [(100, 2.0, None), (200, 1.0, None), (300, 0.5, None), (9000, 9.0, None)]  # the last one is too late
     lines = [
         json.dumps({"step": step, "loss_without_prior": without, "loss_with_prior": given})
         for step, without, given in losses
     ]
     (tmp_path / "dod-n2").mkdir()
     (tmp_path / "dod-n2" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    images, gaps = report.Results(tmp_path).gap("dod-n2", window=2)
-    assert images == [200 * 64, 300 * 64] and gaps.tolist() == [0.25, 0.75]
-    images, gaps = report.Results(tmp_path).gap("dod-n8")
-    assert images == [] and gaps.size == 0
+    images, values = report.Results(tmp_path).losses("dod-n2", "loss_without_prior", window=2)
+    assert images == [200 * 64, 300 * 64] and values.tolist() == [1.5, 0.75]
+    for run, name in (("dod-n2", "loss_with_prior"), ("dod-n8", "loss_without_prior")):
+        images, values = report.Results(tmp_path).losses(run, name)
+        assert images == [] and values.size == 0
 
 
 def test_plots(tmp_path):

@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         return Image.fromarray(render_texture(TEXTURE_CLASSES.index(name), PICTURE_SEED, side)[0])
 
     rows, titles = trajectory(pipe, "bricks")
-    row_titles = ["stage 1: $x_σ$", "predicted $x_0$", "stage 2: $x_σ$", "predicted $x_0$"]
+    row_titles = ["stage 1: $x_σ$", "stage 1: predicted $x_0$", "stage 2: $x_σ$", "stage 2: predicted $x_0$"]
     draw_grid(args.output_dir / "how_trajectory.png", rows, row_titles, titles)
 
     names, scales = ["checks", "marble"], [1.0, 2.0, 3.0, 5.0, 8.0]

@@ -458,7 +458,7 @@ class DoDPipeline(DiffusionPipeline, DoDLoraLoaderMixin):
             class_labels = [class_labels]
         elif not isinstance(class_labels, (list, tuple)):
             raise TypeError(
-                "`class_labels` must be an int, a str, a list of them or a tensor, "
+                "`class_labels` must be an int, a str, a list of them (`None` in it is the null class) or a tensor, "
                 f"got {class_labels!r} of type {type(class_labels).__name__}."
             )
         if len(class_labels) == 0:

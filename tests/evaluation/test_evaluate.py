@@ -385,7 +385,7 @@ FLAT = Flat()
 def test_inception_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(
-        ImportError, match=says("torch-fidelity", "torchvision", "pip install diffusers-dod[evaluation]")
+        ImportError, match=says("torch-fidelity", "torchvision", "pip install 'diffusers-dod[evaluation]'")
     ):
         load_extractor("inception")
 

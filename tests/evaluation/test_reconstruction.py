@@ -25,6 +25,7 @@ from diffusers_dod.evaluation.reconstruction import (
     ssim,
 )
 from diffusers_dod.evaluation.results import read_results
+from diffusers_dod.guidance import NULL_CONDITIONS
 from diffusers_dod.seeding import stateless_noise
 from diffusers_dod.training.textures import TEXTURE_CLASSES, TextureDataset
 
@@ -302,6 +303,24 @@ def test_the_command(checkpoint, tmp_path, capsys, pipeline):
     ]
     reconstruction.main(again)
     assert read_results(tmp_path / "again.json")["metrics"] == first["metrics"]
+
+
+def test_what_the_null_condition_lacks(checkpoint, tmp_path, pipeline):
+    found = {}
+    for condition in NULL_CONDITIONS:
+        more = ["--guidance_scales", "3", "--null_condition", condition, "--num_inference_steps", "2"]
+        reconstruction.main(arguments(checkpoint, tmp_path / f"{condition}.json", *more))
+        results = read_results(tmp_path / f"{condition}.json")
+        assert results["settings"]["null_condition"] == condition
+        pictures, indices, _ = open_pictures(parse_args(results["argv"]), 26)
+        call = {"num_inference_steps": 2, "null_condition": condition}
+        pairs = [
+            (reconstruct(pipeline, images, labels, places, 3.0, 0, **call), images.numpy())
+            for places, images, labels in read_batches(pictures, sorted(indices), 8)
+        ]
+        found[condition] = results["metrics"]["psnr_scale_3"]["value"]
+        assert found[condition] == pytest.approx(compare(pairs).psnr.mean(), rel=1e-12)
+    assert len(set(found.values())) == 3
 
 
 def rows_of(path) -> list[str]:

@@ -96,11 +96,15 @@ def plot(results: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for index, name in enumerate(SOLVERS):
+    twins = {"FlowMatchEuler": "euler", "FlowMatchHeun": "heun"}  # the same method has the same colour
+    colours = dict(zip([name for name in SOLVERS if name not in twins], plt.colormaps["tab10"].colors, strict=False))
+    for name in SOLVERS:
         points = sorted((row["num_evaluations"], row["fid"]) for row in results if row["solver"] == name)
         if points:
-            style = {"marker": "o", "linestyle": "-" if name.islower() else "--", "color": f"C{index % 7}"}
-            axes.plot(*zip(*points, strict=True), label=name, markersize=4, linewidth=1.2, **style)
+            ours = {"linestyle": "-", "markersize": 4}
+            style = ours if name.islower() else {"linestyle": "--", "markersize": 8, "markerfacecolor": "none"}
+            style |= {"marker": "o", "linewidth": 1.2, "color": colours[twins.get(name, name)]}
+            axes.plot(*zip(*points, strict=True), label=name, **style)
     axes.set(xscale="log", yscale="log", xlabel="evaluations of the guided velocity", ylabel="FID (texture features)")
     ticks = [4, 8, 16, 32, 64]
     axes.set_xticks(ticks, ticks)

@@ -99,12 +99,12 @@ class Results:
         mean = as_metric(np.mean(values), interval)
         return mean["value"], half_width(mean)
 
-    def gap(self, run: str, window: int = 10) -> tuple[list[int], np.ndarray]:
-        """Images seen, and by how much the loss is higher without a prior, over `window` lines of a training."""
-        lines = [line for line in self.trainings.get(run, []) if line["step"] <= STEPS]
-        gaps = np.array([line["loss_without_prior"] - line["loss_with_prior"] for line in lines])
+    def losses(self, run: str, name: str, window: int = 10) -> tuple[list[int], np.ndarray]:
+        """Images seen, and means of the loss `name` over `window` lines of a training; nothing where it has none."""
+        lines = [line for line in self.trainings.get(run, []) if line["step"] <= STEPS and line[name] is not None]
         images = [line["step"] * IMAGES_PER_STEP for line in lines][window - 1 :]
-        return images, np.convolve(gaps, np.full(window, 1 / window), mode="valid") if images else gaps[:0]
+        values = np.array([line[name] for line in lines])
+        return images, np.convolve(values, np.full(window, 1 / window), mode="valid") if images else values[:0]
 
     def stage(self, runs: str | tuple[str, ...], name: str, scales: str, step: int = STEPS, **options) -> Number:
         """A metric of the samples of the last stage, see [`stage_label`]."""
@@ -389,12 +389,13 @@ def class_table(results: Results) -> str:
 
 
 def draw_plots(results: Results, folder: Path) -> None:
-    """FID and rFID by scale, FID and the worth of the prior in training by images seen: `study.png` in `folder`."""
+    """FID and rFID by scale, FID and the losses in training by images seen: `study.png` in `folder`."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     axes = axes.flat
 
-    def draw(axis: plt.Axes, label: str, points: dict[float, Number], **style) -> None:
-        points = {x: number for x, number in points.items() if number is not None}
+    def draw(axis: plt.Axes, label: str, points: dict[float, Number], shift: float = 0, **style) -> None:
+        # Lines are shifted against each other, so that their intervals do not cover each other.
+        points = {x + shift * len(axis.containers): number for x, number in points.items() if number is not None}
         if points:
             ys, halves = zip(*points.values(), strict=True)
             axis.errorbar(list(points), ys, yerr=halves, marker="o", markersize=4, capsize=3, label=label, **style)
@@ -403,7 +404,7 @@ def draw_plots(results: Results, folder: Path) -> None:
     lines |= {"stage 2 of p_s 0.25": ("1:", OFTEN), "FiTv2, 20 steps": ("", FITV2)}
     for label, (prefix, runs) in lines.items():
         points = {float(scale): results.stage(runs, "fid", prefix + scale) for scale in SCALES}
-        draw(axes[0], label, points, color=COLOURS[label.split(",")[0]])
+        draw(axes[0], label, points, shift=0.06, color=COLOURS[label.split(",")[0]])
     axes[0].set(xlabel="guidance scale of the last stage", ylabel="FID", title="Samples")
     for label, run, colour in (
         ("2 tokens", "dod-n2", "#56B4E9"),
@@ -423,22 +424,25 @@ def draw_plots(results: Results, folder: Path) -> None:
             for step, scales in best.items()
             if scales is not None
         }
-        draw(axes[2], label, points, color=COLOURS[label.split(",")[0]])
+        draw(axes[2], label, points, shift=5, color=COLOURS[label.split(",")[0]])
     axes[2].set(xlabel="images seen, thousands", ylabel="FID, the better of scales 3 and 4", title="Training")
     for share, run, colour in (
         ("0.25", OFTEN[0], "#009E73"),
         ("0.5", DOD[0], "#D55E00"),
         ("0.75", "dod-ps75", "#0072B2"),
+        ("1", "dod-ps100", "#555555"),
     ):
-        images, gaps = results.gap(run)
-        if images:
-            axes[3].plot(np.array(images) / 1000, gaps, color=colour, label=f"p_s {share}")
-    axes[3].set(
-        xlabel="images seen, thousands", ylabel="loss without prior - loss with prior", title="Worth of a prior"
-    )
+        for name, style in (("without", "--"), ("with", "-")):
+            images, values = results.losses(run, f"loss_{name}_prior")
+            if images:
+                label = f"p_s {share}, {name} a prior"
+                axes[3].plot(np.array(images) / 1000, values, linestyle=style, color=colour, label=label)
+    axes[3].set(xlabel="images seen, thousands", ylabel="training loss", title="What a prior tells")
     for axis in axes:
         axis.grid(alpha=0.3)
+    for axis in axes[:3]:
         axis.set_ylim(bottom=0)
+    for axis in axes:
         if axis.has_data():
             axis.legend(fontsize=8)
     figure.savefig(folder / "study.png", dpi=110)

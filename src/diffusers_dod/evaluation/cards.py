@@ -62,7 +62,7 @@ TASKS = {
 }
 HUB_TASKS = ("evaluate", "train")  # of one setting each: their numbers are the `model-index`
 SETTINGS = ("num_stages", "num_inference_steps", "stage_inference_steps", "stage_solvers", "guidance_scale")
-SETTINGS += ("first_stage_guidance_scale", "stage_guidance_scales", "guidance_interval", "dtype")
+SETTINGS += ("first_stage_guidance_scale", "stage_guidance_scales", "guidance_interval", "seed", "dtype")
 
 # Names in the file of a card.
 SOURCES = {
@@ -112,7 +112,7 @@ One column per class, and for each sample one row per stage, the first one on to
 
 ## Use
 
-With `diffusers_dod` installed{% if not is_trained %}, and a folder that the training below has written{% endif %}:
+After installing `diffusers_dod`{% if not is_trained %} and running the training below{% endif %}:
 
 ```python
 from diffusers_dod import DoDPipeline
@@ -122,8 +122,8 @@ image = pipe(class_labels=[{{ label }}]{% if has_embedder %}, num_stages=2{% end
 ```
 
 {% if has_embedder -%}
-`guidance_scale` is that from stage 2 on, `first_stage_guidance_scale` that of stage 1, and `return_stages=True`
-returns the images of every stage.
+`guidance_scale` applies from stage 2 on and `first_stage_guidance_scale` to stage 1; `return_stages=True` also returns
+the images of every stage.
 {% endif -%}
 Meant for research on class-conditional generation.
 
@@ -155,7 +155,7 @@ Meant for research on class-conditional generation.
 `{{ recipe_path }}`, for
 
 ```bash
-accelerate launch training/train_dod.py --config {{ recipe_path }} {{ data_option }}--output_dir ...
+accelerate launch {{ launch_option }}training/train_dod.py --config {{ recipe_path }} {{ data_option }}--output_dir ...
 ```
 
 has these options, and the trainer's defaults for all others:
@@ -224,9 +224,8 @@ emissions were not measured.
 
 ## Limitations and biases
 
-- It draws the classes of its training pictures, about in their size, and takes no text.
-- What its training pictures over- or underrepresent, its images do as well. Nothing on this card says how often it
-  repeats training pictures.
+- It generates only the classes that it was trained on, at about the size of its training pictures, and takes no text.
+- It reproduces the imbalances of its training pictures. Nothing on this card says how often it repeats them.
 - Guidance makes images more typical and less diverse. Numbers hold for the settings beside them only.
 {%- if limitations %}
 - {{ limitations }}
@@ -336,7 +335,9 @@ def _caption(name: str, results: Mapping[str, Any]) -> str:
     parts += [f"data: {_dataset(results)}", settings]
     lines = [f"`{name}`: {'; '.join(part for part in parts if part)}."]
     if features is not None:
-        lines.append(f"With the features of `{features}` in place of Inception's: they compare with no other numbers.")
+        lines.append(
+            f"Computed on the features of `{features}`, not Inception's: not comparable with published numbers."
+        )
     if results["task"] == "train":
         lines.append("So few samples make it larger than many would; it compares steps and stages of one run.")
     return "\n".join(lines)
@@ -574,6 +575,7 @@ def fill_card(
         prior_dropout=f"{100 * args.prior_dropout_prob:g}",
         label_dropout=f"{100 * args.label_dropout_prob:g}",
         time=None if run is None or not images_per_step else _training_time(run / METRICS, images_per_step),
+        launch_option=f"--multi_gpu --num_processes {args.num_processes} " if (args.num_processes or 1) > 1 else "",
         data_option="" if args.dataset_name else "--train_data_dir ... ",
         recipe_path=recipe.name if recipe.parent == folder else recipe.as_posix(),
         recipe=re.sub(r"\A(#.*\n)+", "", recipe.read_text(encoding="utf-8")).strip(),

@@ -286,7 +286,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--extractor",
         required=True,
-        help="`inception` (pip install diffusers-dod[evaluation]), `package.module:attribute`, `file.py:attribute`, "
+        help="`inception` (pip install 'diffusers-dod[evaluation]'), `package.module:attribute`, `file.py:attribute`, "
         "or a TorchScript file.",
     )
     parser.add_argument("--trust_extractor", action="store_true", help="Let a TorchScript file run what it holds.")

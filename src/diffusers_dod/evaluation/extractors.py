@@ -96,7 +96,7 @@ class InceptionFeatures(torch.nn.Module):
         except (ImportError, RuntimeError) as error:  # the latter from a torchvision of another torch
             raise ImportError(
                 "The extractor 'inception' needs torch-fidelity, and the torchvision that belongs to the installed "
-                f"torch: `pip install diffusers-dod[evaluation]`. {error}"
+                f"torch: `pip install 'diffusers-dod[evaluation]'`. {error}"
             ) from error
         try:
             self.model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])

@@ -27,6 +27,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..checks import attempt, check_at_least, check_number
+from ..guidance import NULL_CONDITIONS
 from ..pipeline_dod import DoDPipeline
 from ..scheduling_dod import SOLVERS
 from ..training.data import to_pixels
@@ -112,7 +113,7 @@ def _structural_similarity() -> Callable:
     try:
         from skimage.metrics import structural_similarity
     except ImportError as error:
-        raise ImportError("SSIM needs scikit-image: `pip install diffusers-dod[evaluation]`.") from error
+        raise ImportError("SSIM needs scikit-image: `pip install 'diffusers-dod[evaluation]'`.") from error
     return structural_similarity
 
 
@@ -318,6 +319,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_picture_arguments(parser)
     parser.add_argument("--guidance_scales", type=float, nargs="+", help="The checkpoint's default if not given.")
+    parser.add_argument(
+        "--null_condition",
+        default="class_and_prior",
+        choices=NULL_CONDITIONS,
+        help="What the null condition of guidance lacks; one by one they say what rFID gains from.",
+    )
     parser.add_argument("--num_inference_steps", type=int, help="The checkpoint's default if not given.")
     parser.add_argument("--solver", choices=SOLVERS, help="The checkpoint's if not given; the paper's is dopri5.")
     parser.add_argument("--extractor", help="Of the features of rFID; no rFID without one.")
@@ -391,6 +398,7 @@ def main(argv: list[str] | None = None) -> None:
     scales |= {f"scale_{scale:g}": scale for scale in args.guidance_scales}
     call = {
         "seed": args.seed,
+        "null_condition": args.null_condition,
         "num_inference_steps": args.num_inference_steps,
         "stage_solvers": None if args.solver is None else [args.solver],
     }
@@ -402,6 +410,7 @@ def main(argv: list[str] | None = None) -> None:
         "data": data,
         "settings": {
             "class_labels": "those of the pictures",
+            "null_condition": args.null_condition,
             "num_inference_steps": args.num_inference_steps or pipeline.config.default_num_inference_steps,
             "scheduler": {name: value for name, value in pipeline.scheduler.config.items() if name[0] != "_"},
             "solver": args.solver,

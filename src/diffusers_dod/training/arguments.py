@@ -132,7 +132,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         "--optimizer",
         default="adamw",
         choices=OPTIMIZERS,
-        help="AdamW, or torchao's with moments of 8 bits (needs `pip install diffusers-dod[quantization]`).",
+        help="AdamW, or torchao's with moments of 8 bits (needs `pip install 'diffusers-dod[quantization]'`).",
     )
     optimization.add_argument("--lr_scheduler", default="constant_with_warmup", choices=LR_SCHEDULERS)
     optimization.add_argument("--lr_warmup_steps", type=int, default=0, help="In optimizer steps.")

@@ -172,7 +172,7 @@ def build_optimizer(args: argparse.Namespace, model: DoDJointModel) -> torch.opt
         from torchao.optim import AdamW8bit
     except ImportError as error:
         raise ImportError(
-            "`optimizer` 'adamw_8bit' needs torchao: `pip install diffusers-dod[quantization]`."
+            "`optimizer` 'adamw_8bit' needs torchao: `pip install 'diffusers-dod[quantization]'`."
         ) from error
     for group in groups:
         group["lr"] = torch.tensor(group["lr"])  # a number would be compiled into the step
