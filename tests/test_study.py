@@ -137,10 +137,59 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
         metrics = {report.stage_label("fid", scale): as_metric(fid) for scale, fid in scales.items()}
         write_results(tmp_path / f"{run}-8000" / "stage2.json", "sweep", [], metrics, {}, {}, "cpu")
     results = report.Results(tmp_path)
-    assert results.differences((report.DOD, "1:3", 20), (report.DOD, "1", 20)) == [-1.0, -2.0, -3.0]
-    assert results.differences((report.DOD, "1:3", 20), (report.DOD, "1", 40)) == []
-    row = next(line for line in report.differences_table(results).splitlines() if "stage 1, unguided" in line)
+    second, first = ((report.DOD, report.stage_label("fid", scales)) for scales in ("1:3", "1"))
+    assert results.differences(second, first) == [-1.0, -2.0, -3.0]
+    assert results.differences(second, first, step=4000) == []
+    assert results.differences(second, (report.DOD, report.stage_label("fid", "1", 40))) == []
+    row = next(line for line in report.differences_table(results).splitlines() if "unguided stage 1" in line)
     assert "1:3 - 1 " in row and "-2.00 ± 2.48" in row and "-1.00, -2.00, -3.00" in row
+
+
+def cells(table: str, row: int) -> list[str]:
+    return [cell.strip() for cell in table.splitlines()[2 + row].split("|")[1:-1]]
+
+
+def test_differences_of_dropout_training_and_scales(tmp_path):
+    """Each table takes its own runs, steps and metrics."""
+
+    def write_seeds(runs, step, **fids):
+        for number, run in enumerate(runs):
+            metrics = {
+                report.stage_label("fid", scales): as_metric(fid * (number + 1)) for scales, fid in fids.items()
+            }
+            if runs is report.DOD and step == 8000:
+                metrics |= {f"rfid_scale_{scale}": as_metric(float(scale)) for scale in (2, 3, 4)}
+            write_results(tmp_path / f"{run}-{step}" / "stage.json", "sweep", [], metrics, {}, {}, "cpu")
+
+    write_seeds(report.DOD, 8000, **{"1": 9.0, "3": 4.0, "1:3": 5.0, "3:3": 3.0})
+    write_seeds(report.OFTEN, 8000, **{"1": 10.0, "3": 3.0, "1:3": 7.0, "3:3": 3.5})
+    write_seeds(report.DOD, 2000, **{"4": 40.0, "1:4": 41.0, "3:3": 42.0})
+    write_seeds(report.FITV2, 2000, **{"3": 30.0, "4": 31.0})
+    results = report.Results(tmp_path)
+    table = report.dropout_differences_table(results)
+    assert cells(table, 0)[:2] == ["stage 1", "1"] and cells(table, 0)[3] == "1.00, 2.00, 3.00"
+    assert cells(table, 1)[1::2] == ["3", "-1.00, -2.00, -3.00"]
+    assert cells(table, 3)[1::2] == ["3:3", "0.50, 1.00, 1.50"]
+    table = report.training_differences_table(results)
+    assert cells(table, 0) == [
+        "128,000",
+        "DoD, stage 1 - FiTv2, guided",
+        "4 - 3",
+        "20.00 ± 24.84",
+        "10.00, 20.00, 30.00",
+    ]
+    assert cells(table, 2)[2::2] == ["3:3 - 3", "12.00, 24.00, 36.00"] and cells(table, 3)[2:] == ["-", "-", "-"]
+    table = report.reconstruction_differences_table(results)
+    assert [cells(table, row)[2] for row in (0, 1)] == ["-1.00, -1.00, -1.00", "1.00, 1.00, 1.00"]
+
+
+def test_stage_1_with_one_task_and_with_two(tmp_path):
+    for run, fid in (("fitv2-seed0", 1.0), ("dod-ps100", 2.0), ("dod-seed0", 3.0)):
+        metrics = {report.stage_label("fid", scales): as_metric(fid * 10 + int(scales)) for scales in ("1", "3", "4")}
+        write_results(tmp_path / f"{run}-4000" / "stage1.json", "sweep", [], metrics, {}, {}, "cpu")
+    table = report.tasks_table(report.Results(tmp_path))
+    assert cells(table, 1) == ["256,000", "11.00", "21.00", "31.00", "13.00 (3)", "23.00 (3)", "33.00 (3)"]
+    assert set(cells(table, 0)[1:]) == {"-"}
 
 
 def test_other_ways_to_guide_stand_by_themselves(tmp_path):

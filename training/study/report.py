@@ -110,11 +110,9 @@ class Results:
         """A metric of the samples of the last stage, see [`stage_label`]."""
         return self.find(runs, stage_label(name, scales, **options), step)
 
-    def differences(self, one: tuple, other: tuple) -> list[float]:
-        """By how much the FID of `one` is above that of `other`, both (runs, scales, steps), of each seed."""
-        values = []
-        for runs, scales, steps in (one, other):
-            values.append([metric["value"] for metric in self.find_all(runs, stage_label("fid", scales, steps))])
+    def differences(self, one: tuple, other: tuple, step: int = STEPS) -> list[float]:
+        """By how much a metric of `one` is above that of `other`, both (runs, name), of each seed."""
+        values = [[metric["value"] for metric in self.find_all(runs, name, step)] for runs, name in (one, other)]
         return np.subtract(*values).tolist() if all(values) else []
 
     def best(self, runs: str | tuple[str, ...], prefix: str, choices: list[str], **options) -> str | None:
@@ -159,6 +157,14 @@ def stages_table(results: Results) -> str:
     return format_table(["", "scales", "FID", "IS", "recognised, %"], rows)
 
 
+def difference_cells(found: list[float]) -> list[str]:
+    """The mean of differences and each of them."""
+    if not found:
+        return ["-", "-"]
+    number = show((np.mean(found), half_width(as_metric(np.mean(found), mean_interval(found)))))
+    return [number, ", ".join(f"{value:.2f}" for value in found)]
+
+
 def differences_table(results: Results) -> str:
     """What claims a and e compare, seed by seed."""
     first, second = results.best(DOD, "", BRIEF), results.best(DOD, "1:", BRIEF)
@@ -168,9 +174,10 @@ def differences_table(results: Results) -> str:
     rows = []
     for label, one, other in (
         ("stage 2 - stage 1, both unguided", (DOD, "1:1", 20), (DOD, "1", 20)),
-        ("stage 2 - stage 1, unguided", (DOD, second, 20), (DOD, "1", 20)),
+        ("stage 2 - unguided stage 1, as in the paper", (DOD, second, 20), (DOD, "1", 20)),
         ("stage 2 - stage 1, guided", (DOD, second, 20), (DOD, first, 20)),
         ("stage 2 - stage 1, guided, 40 steps", (DOD, second, 20), (DOD, long_first, 40)),
+        ("stage 2, both guided - stage 2", (DOD, "3:3", 20), (DOD, "1:3", 20)),
         ("stage 2, both guided - stage 1, guided", (DOD, "3:3", 20), (DOD, first, 20)),
         ("stage 2, both guided - stage 1, guided, 40 steps", (DOD, "3:3", 20), (DOD, long_first, 40)),
         ("stage 3 - stage 2", (DOD, "1:3:3", 20), (DOD, "1:3", 20)),
@@ -182,12 +189,12 @@ def differences_table(results: Results) -> str:
         ("p_s 0.25: stage 2 - FiTv2, guided, 40 steps", (OFTEN, often_second, 20), (FITV2, long_fitv2, 40)),
         ("p_s 0.25: stage 2, both guided - FiTv2, guided, 40 steps", (OFTEN, "3:3", 20), (FITV2, long_fitv2, 40)),
     ):
-        found = [] if None in (one[1], other[1]) else results.differences(one, other)
-        number, of_each = "-", "-"
-        if found:
-            number = show((np.mean(found), half_width(as_metric(np.mean(found), mean_interval(found)))))
-            of_each = ", ".join(f"{value:.2f}" for value in found)
-        rows.append([label, f"{one[1]} - {other[1]}" if found else "-", number, of_each])
+        found = []
+        if None not in (one[1], other[1]):
+            found = results.differences(
+                *((runs, stage_label("fid", scales, steps)) for runs, scales, steps in (one, other))
+            )
+        rows.append([label, f"{one[1]} - {other[1]}" if found else "-", *difference_cells(found)])
     return format_table(["", "scales", "difference of FID", "of each seed"], rows)
 
 
@@ -245,16 +252,33 @@ def learning_rates_table(results: Results) -> str:
     """Both models with other learning rates."""
     step, rows = 4000, []
     runs = {
-        ("FiTv2", "5e-4"): "fitv2-lr5e-4",
-        ("FiTv2", "1e-3"): FITV2[0],
-        ("FiTv2", "2e-3"): "fitv2-lr2e-3",
-        ("DoD", "1e-3 (LEM 5e-4)"): DOD[0],
-        ("DoD", "2e-3 (LEM 1e-3)"): "dod-lr2e-3",
+        ("FiTv2", "5e-4", "0"): "fitv2-lr5e-4",
+        ("FiTv2", "1e-3", "0"): FITV2[0],
+        ("FiTv2", "2e-3", "0"): "fitv2-lr2e-3",
+        ("DoD", "1e-3 (LEM 5e-4)", "0"): DOD[0],
+        ("DoD", "2e-3 (LEM 1e-3)", "0"): "dod-lr2e-3",
+        ("FiTv2", "1e-3", "1"): FITV2[1],
+        ("FiTv2", "2e-3", "1"): "fitv2-lr2e-3-seed1",
+        ("DoD", "1e-3 (LEM 5e-4)", "1"): DOD[1],
+        ("DoD", "2e-3 (LEM 1e-3)", "1"): "dod-lr2e-3-seed1",
     }
     for label, run in runs.items():
         best = [results.best(run, prefix, BRIEF, step=step) for prefix in ("", "1:")]
         rows.append([*label, *(show_at(results, run, scales, step=step) for scales in ("1", *best, "3:3"))])
-    return format_table(["", "learning rate", "stage 1", "stage 1, guided", "stage 2", "stage 2, both guided"], rows)
+    header = ["stage 1", "stage 1, guided", "stage 2", "stage 2, both guided"]
+    return format_table(["", "learning rate", "seed", *header], rows)
+
+
+def tasks_table(results: Results) -> str:
+    """Stage 1 with fewer blocks, and with half of the pictures."""
+    rows = []
+    for step in (2000, 4000, STEPS):
+        runs = (FITV2[0], "dod-ps100", DOD[0])
+        cells = [show(results.stage(run, "fid", "1", step=step)) for run in runs]
+        cells += [show_at(results, run, results.best(run, "", BRIEF, step=step), step=step) for run in runs]
+        rows.append([f"{step * IMAGES_PER_STEP:,}", *cells])
+    models = ["FiTv2", "DoD, never a prior", "DoD"]
+    return format_table(["images", *models, *(f"{model}, guided" for model in models)], rows)
 
 
 def reconstruction_table(results: Results) -> str:
@@ -264,6 +288,15 @@ def reconstruction_table(results: Results) -> str:
         numbers = [results.find(DOD, f"{metric}_{name}") for metric in ("rfid", "psnr", "ssim")]
         rows.append([label, show(numbers[0]), show(numbers[1], 1), show(numbers[2], 3)])
     return format_table(["", "rFID", "PSNR, dB", "SSIM"], rows)
+
+
+def reconstruction_differences_table(results: Results) -> str:
+    """rFID at the scales around the best one, seed by seed."""
+    rows = []
+    for scale in ("2", "4"):
+        found = results.differences((DOD, f"rfid_scale_{scale}"), (DOD, "rfid_scale_3"))
+        rows.append([f"scale {scale} - scale 3", *difference_cells(found)])
+    return format_table(["", "difference of rFID", "of each seed"], rows)
 
 
 def ablation_rows(results: Results, runs: dict[str, str | tuple[str, ...]]) -> list[list[str]]:
@@ -309,6 +342,22 @@ def dropout_table(results: Results) -> str:
     runs = {"0.25": OFTEN[0], "0.5": DOD[0], "0.75": "dod-ps75", "1, no prior at all": "dod-ps100"}
     runs |= {"0.25, three seeds": OFTEN, "0.5, three seeds": DOD}
     return format_table(["p_s", *ABLATION_HEADER], ablation_rows(results, runs))
+
+
+def dropout_differences_table(results: Results) -> str:
+    """What a lower p_s changes, seed by seed."""
+    rows = []
+    for label, scales in (
+        ("stage 1", "1"),
+        ("stage 1, guided", results.best(DOD, "", BRIEF)),
+        ("stage 2", results.best(DOD, "1:", BRIEF)),
+        ("stage 2, both guided", "3:3"),
+    ):
+        found = []
+        if scales is not None:
+            found = results.differences(*((runs, stage_label("fid", scales)) for runs in (OFTEN, DOD)))
+        rows.append([label, scales or "-", *difference_cells(found)])
+    return format_table(["p_s 0.25 - p_s 0.5", "scales", "difference of FID", "of each seed"], rows)
 
 
 def compute_table(results: Results) -> str:
@@ -370,6 +419,27 @@ def training_table(results: Results) -> str:
     return format_table(header, rows)
 
 
+def training_differences_table(results: Results) -> str:
+    """What claim f compares, seed by seed."""
+    rows = []
+    for step in (2000, 4000, STEPS):
+        fitv2, first = results.best(FITV2, "", BRIEF, step=step), results.best(DOD, "", BRIEF, step=step)
+        second = results.best(DOD, "1:", BRIEF, step=step)
+        for label, one, other in (
+            ("DoD, stage 1 - FiTv2, guided", (DOD, first), (FITV2, fitv2)),
+            ("DoD, stage 2 - FiTv2, guided", (DOD, second), (FITV2, fitv2)),
+            ("DoD, both stages guided - FiTv2, guided", (DOD, "3:3"), (FITV2, fitv2)),
+        ):
+            found = []
+            if None not in (one[1], other[1]):
+                found = results.differences(
+                    *((runs, stage_label("fid", scales)) for runs, scales in (one, other)), step=step
+                )
+            scales = f"{one[1]} - {other[1]}" if found else "-"
+            rows.append([f"{step * IMAGES_PER_STEP:,}", label, scales, *difference_cells(found)])
+    return format_table(["images", "", "scales", "difference of FID", "of each seed"], rows)
+
+
 def class_table(results: Results) -> str:
     """What the tokens say of the class."""
     rows = []
@@ -377,6 +447,7 @@ def class_table(results: Results) -> str:
         ("with classes, 8,000 steps", DOD, STEPS),
         ("with classes, 4,000 steps", DOD[0], 4000),
         ("without classes, 4,000 steps", "dod-unconditional", 4000),
+        ("without classes, 8,000 steps", "dod-unconditional", STEPS),
     ):
         row = [label]
         for features in ("lem", "random_lem", "latents"):
@@ -456,11 +527,15 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "unconditional": unconditional_table,
     "longer": longer_table,
     "learning-rates": learning_rates_table,
+    "tasks": tasks_table,
     "reconstruction": reconstruction_table,
+    "reconstruction-differences": reconstruction_differences_table,
     "tokens": tokens_table,
     "dropout": dropout_table,
+    "dropout-differences": dropout_differences_table,
     "compute": compute_table,
     "training": training_table,
+    "training-differences": training_differences_table,
     "training-compute": training_compute_table,
     "class": class_table,
 }
