@@ -162,7 +162,7 @@ def difference_cells(found: list[float]) -> list[str]:
     if not found:
         return ["-", "-"]
     number = show((np.mean(found), half_width(as_metric(np.mean(found), mean_interval(found)))))
-    return [number, ", ".join(f"{value:.2f}" for value in found)]
+    return [number, ", ".join(f"{round(value, 2) + 0.0:.2f}" for value in found)]  # no -0.00
 
 
 def differences_table(results: Results) -> str:
