@@ -94,7 +94,8 @@ def sample_indices(pipe: DoDPipeline, indices, solver: str, **kwargs) -> DoDPipe
 
 
 def tolerance_of(solver: str) -> float:
-    return 10 * DoDFlowMatchScheduler().config.rtol if solver == "dopri5" else 1e-4
+    """By how much the rounding in another batch may change latents of 1 to 4; in dopri5 it changes step sizes too."""
+    return 30 * DoDFlowMatchScheduler().config.rtol if solver == "dopri5" else 1e-4
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -106,6 +107,8 @@ def test_an_image_does_not_depend_on_its_batch(pipe, solver, chunks):
     for stage, latents in enumerate(together.stage_latents):
         joined = torch.cat([part.stage_latents[stage] for part in parts])
         assert_near(joined, latents[order], tolerance_of(solver))
+        counts = [part.statistics[stage].num_evaluations for part in parts]  # dopri5 takes the same steps
+        assert torch.equal(torch.cat(counts), together.statistics[stage].num_evaluations[order])
 
 
 @pytest.mark.parametrize(

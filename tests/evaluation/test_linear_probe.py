@@ -101,12 +101,15 @@ def test_few_classes_have_no_top_5():
 
 @pytest.mark.filterwarnings("always:The best of")
 def test_a_best_learning_rate_at_the_end_of_the_sweep_is_said(recwarn):
-    data = (*draw(600, 0, signal=1.5), *draw(300, 1, signal=1.5))
-    at_end, within, equal = [1e-6, 1e-4, 100.0], [100.0, 10.0, 1e-2], [1e-8, 1e-7, 1e-6]
+    # Mixed features in two epochs: 31 % of 400 pictures at 0.1, 21 to 22 % at the others, so that no rounding decides.
+    mixing = torch.randn(20, 20, generator=torch.Generator().manual_seed(5))
+    (train, labels), (test, test_labels) = draw(4000, 0, signal=1.0), draw(300, 1, signal=1.0)
+    data = ((train - 100) @ mixing, labels, (test - 100) @ mixing, test_labels)
+    at_end, within, equal = [1e-6, 0.1, 1e-4], [100.0, 0.1, 1e-4], [1e-8, 1e-7, 1e-6]
     for rates, is_said in ((at_end, True), (within, False), (equal, False)):
         recwarn.clear()
-        probe(*data, **{**PROBE, "learning_rates": rates, "seeds": [0]})
-        assert ["`learning_rates` is at their end, 100" in str(entry.message) for entry in recwarn] == [True] * is_said
+        probe(*data, **{**PROBE, "learning_rates": rates, "seeds": [0], "num_epochs": 2})
+        assert ["`learning_rates` is at their end, 0.1" in str(entry.message) for entry in recwarn] == [True] * is_said
 
 
 def test_the_split():
