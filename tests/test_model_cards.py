@@ -62,7 +62,13 @@ def test_every_card_has_its_sources():
     assert sorted(Path("model_cards").glob("*.md")) == [path.with_suffix(".md") for path in SOURCES]
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in ("dod-s", "dod-xl")))
+        for path in SOURCES
+    ],
+)
 def test_building_gives_the_same_card(source):
     sources = cards.read_sources(source)
     card = str(cards.build_card(sources, source.stem))

@@ -448,6 +448,7 @@ def test_compiles_as_one_graph_and_only_once(name, fresh_compiler):
             torch.testing.assert_close(output, run(model, name, seed=seed))
 
 
+@pytest.mark.slow
 @every_case
 @torch.no_grad()
 def test_one_dynamic_graph_serves_every_size(name, fresh_compiler):
@@ -482,6 +483,7 @@ def test_repeated_blocks_are_compiled_once(name, fresh_compiler):
         assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 @every_case
 @torch.no_grad()
 def test_exports_for_every_size(name):

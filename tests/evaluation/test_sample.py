@@ -225,6 +225,7 @@ def test_an_unfinished_run_goes_on_with_more_images(checkpoint, tmp_path, monkey
     assert contents(tmp_path / "samples") == contents(tmp_path / "expected")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_format", ["png", "npz"])
 def test_a_run_that_is_killed_while_it_goes_on_with_more_images(checkpoint, tmp_path, monkeypatch, image_format):
     """Before each of its files in turn is put in its place; then either number of images can follow, or is refused."""

@@ -815,6 +815,7 @@ def test_arguments_that_do_not_fit(arguments, fragments, capsys):
 MANY = "--dataset_name textures --num_train_samples 4200 --resolution 8 --latents_dtype float16".split()
 
 
+@pytest.mark.slow
 def test_two_processes_of_the_command_write_the_files_of_one(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     launch += ["--log_dir", str(tmp_path / "logs"), str(Path(__file__).parents[2] / "training" / "encode_latents.py")]

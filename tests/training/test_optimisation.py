@@ -60,6 +60,7 @@ def test_averages_follow_the_raw_weights(finished):
     assert len({tensors[key].sum().item() for tensors in differing.values()}) == 3
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_averages(finished, tmp_path):
     run = train(tmp_path / "run", *AVERAGES, "--max_train_steps", 2)
     train(run, *AVERAGES, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")

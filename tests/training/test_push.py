@@ -168,6 +168,7 @@ def test_the_newest_one_waits(hub, run, caplog):
 # What may pass
 
 
+@pytest.mark.slow
 def test_errors_that_may_pass(hub, run, caplog):
     hub.repos[REPO] = Repo()
     failures = {

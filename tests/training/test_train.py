@@ -227,6 +227,7 @@ def test_resuming_after_a_crash(tmp_path, data, finished):
     assert without_speed(read_metrics(run)) == without_speed(read_metrics(finished))
 
 
+@pytest.mark.slow
 def test_resuming_with_a_schedule_of_the_learning_rate(tmp_path, pictures):
     """A cosine with warm-up: the first step after the interruption has its own rate, not that of the first step."""
     arguments = ["--train_data_dir", pictures, "--resolution", 8]

@@ -113,6 +113,7 @@ def test_a_run_is_pushed_and_goes_on_from_its_repository(hub, wait, pictures, tm
     assert hub.repos[REPO].messages[len(messages) :] == ["Start of training", "End of training"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [503, "hold"])
 def test_a_hub_that_fails_later_does_not_stop_the_training(hub, wait, pictures, tmp_path, caplog, kind):
     wait(0.5, max_attempts=2)

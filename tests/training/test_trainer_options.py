@@ -281,11 +281,13 @@ def test_projectors_are_in_no_pipeline_and_no_average(aligned):
     assert names == average.keys()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_its_alignment_in_the_same_step(aligned, pictures, repa, tmp_path):
     ours = resume(aligned, tmp_path / "run", 1, "--train_data_dir", pictures, *repa)
     assert_same(ours, aligned, 4)
 
 
+@pytest.mark.slow
 def test_stored_features_give_the_same_losses(aligned, features, repa, tmp_path):
     """Within the precision of half a float."""
     ours = run(tmp_path / "run", "--latents_dir", features, *repa)
@@ -330,6 +332,7 @@ def test_what_alignment_refuses(aligned, features, pictures, vision, repa, capsy
 # Buckets
 
 
+@pytest.mark.slow
 def test_buckets(pictures, vae, tmp_path):
     """Encoded by the trainer or by the command for it: the same run, which goes on as if it had not been stopped."""
     data = ["--train_data_dir", pictures, "--resolution", 16, "--max_aspect_ratio", 2]
@@ -414,6 +417,7 @@ def test_the_card_has_the_last_distances(evaluated):
     assert "Fréchet distance after 3 steps" in card.text
 
 
+@pytest.mark.slow
 def test_evaluations_of_a_resumed_run_come_once(evaluated, distances, tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in (evaluated / "samples").iterdir()}
     ours = resume(evaluated, tmp_path / "run", 2, *distances, "--max_train_steps", 3)
@@ -422,6 +426,7 @@ def test_evaluations_of_a_resumed_run_come_once(evaluated, distances, tmp_path):
     assert [after[name] != before[name] for name in sorted(before)] == [False, True]  # only the third step's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_torn", [True, False])
 def test_samples_that_a_crash_prevented_are_drawn_by_the_resumed_run(evaluated, distances, tmp_path, is_torn):
     """The checkpoint of a step is there before its samples."""
