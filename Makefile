@@ -55,7 +55,7 @@ bench: install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_training.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_encoding.py --num_pictures 8
 
-# The runs, results, tables and plots of docs/study.md: hours, and goes on where it was stopped.
+# The runs, results, tables and plots of docs/study.md: about a day of one core, and resumes where it stopped.
 study: install
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python training/study/study.py train
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python training/study/study.py evaluate
