@@ -307,6 +307,7 @@ def test_weights_in_low_precision_are_folded_in_fp32(convert):
     assert_same(transformer, fitv2_to_dod({name: weight.float() for name, weight in half.items()}))
 
 
+@pytest.mark.slow
 def test_command_line_in_a_process_of_its_own(tmp_path):
     save_file(SOURCE, tmp_path / "fitv2.safetensors")
     command = [sys.executable, "-m", "diffusers_dod.conversion", "--checkpoint_path", "fitv2.safetensors"]

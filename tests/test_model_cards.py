@@ -215,6 +215,7 @@ def test_grids_are_tables_and_no_metadata(tmp_path):
     assert card.data.eval_results is None and "model-index" not in str(card)
 
 
+@pytest.mark.slow
 def test_how_a_run_was_optimized(tmp_path):
     sources = {"recipe": save(tmp_path / "recipe.yaml", {"preset": "DoD-B", "lr_scheduler": "cosine"})}
     assert "AdamW, learning rate 0.0001, cosine schedule, weight decay 0." in cards.build_card(sources, "name").text

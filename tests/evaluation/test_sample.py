@@ -153,6 +153,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("image_format", "stages", "num_files"),
     [

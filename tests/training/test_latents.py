@@ -725,6 +725,7 @@ def trained(output_dir: Path, *arguments) -> dict[str, bytes]:
     return load_file(output_dir / "checkpoint-2" / "training_state" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_training_from_latents_alone_is_training_from_the_pictures(tmp_path, data, vae_folder):
     from_pictures = trained(tmp_path / "pictures", *data)
     encode(*data, "--latents_dir", tmp_path / "latents")

@@ -163,6 +163,7 @@ def test_too_many_of_them_end_the_run_with_a_report(tmp_path, spoil):
     assert report["nonfinite_gradients"] == ["transformer.x_embedder.bias"]
 
 
+@pytest.mark.slow
 def test_good_steps_in_between_start_the_count_anew(tmp_path, spoil):
     spoil({1, 3, 5})
     run = train(tmp_path / "run", "--max_train_steps", 6, "--max_nonfinite_steps", 1)
@@ -173,6 +174,7 @@ def test_good_steps_in_between_start_the_count_anew(tmp_path, spoil):
 # -------------------------------------------------------------------------------------------------------------- speed
 
 
+@pytest.mark.slow
 def test_blocks_are_compiled_when_asked_for(tmp_path, monkeypatch):
     compiled = []
     for cls in (DoDTransformer2DModel, LatentEmbeddingModule):

@@ -96,6 +96,7 @@ def test_sigterm_saves_and_ends_all_processes(tmp_path, launcher, target, code):
         assert "exitcode  : 143" in output
 
 
+@pytest.mark.slow
 def test_exit_code(tmp_path, monkeypatch):
     """What the trainer itself ends with: 143, after a checkpoint that goes on as if nothing had happened."""
     from diffusers_dod.training import train as training

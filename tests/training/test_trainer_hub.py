@@ -149,6 +149,7 @@ def test_a_finished_run_is_refused_untouched(hub, pictures, tmp_path):
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_a_run_without_metrics_is_pushed(hub, wait, pictures, tmp_path):
     """It is resumed before its first line, and beside an evaluation of which a crash has left a half."""
     wait(60)

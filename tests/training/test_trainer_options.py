@@ -391,6 +391,7 @@ def distance(features: np.ndarray) -> float:
     return float(((mean - [0.4, 0.5, 0.6]) ** 2).sum() + np.trace(cov) + np.trace(other) - 2 * roots)
 
 
+@pytest.mark.slow
 def test_distances_are_those_of_the_checkpoint(evaluated):
     lines = lines_of(evaluated / "evaluations.jsonl")
     assert [line["step"] for line in lines] == [2, 3]
@@ -543,6 +544,7 @@ class ScalingAccelerator(accelerate.Accelerator):
             self.scaler.unscale_(prepared.optimizer)
 
 
+@pytest.mark.slow
 def test_scaled_gradients(pictures, tmp_path, monkeypatch):
     data = ["--train_data_dir", pictures, "--preset", "FiTv2-Desk", "--train_batch_size", 2]
     data += ["--gradient_accumulation_steps", 2, "--checkpointing_steps", 1]
@@ -574,6 +576,7 @@ def test_half_precision_without_a_scaler_is_refused(pictures, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "expected"),
     [(["--logit_mean", -8], "0.00_0.25"), (["--logit_mean", 8], "0.75_1.00"), (["--time_shift", 1e4], "0.75_1.00")],
