@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""Diffusers' autoencoders seen alike: pixels in [-1, 1] to normalised latents, and back."""
+"""One interface to Diffusers' autoencoders: pixels in [-1, 1] to normalised latents, and back."""
 
 from typing import TypeAlias
 
@@ -12,7 +12,7 @@ Autoencoder: TypeAlias = AutoencoderKL | AutoencoderDC | AutoencoderRAE
 
 
 def _is_rae(vae: Autoencoder) -> bool:
-    # By its config, as compiled and remote classes are others.
+    # Told by the config, as compiled models and remote code have other classes.
     return "encoder_input_size" in vae.config
 
 
@@ -31,7 +31,7 @@ def spatial_factor(vae: Autoencoder) -> int:
 
 def check_image_size(vae: Autoencoder, height: int, width: int) -> None:
     """
-    Raises unless an autoencoder takes images of a size.
+    Raises unless an autoencoder takes images of this size.
 
     Args:
         vae ([`Autoencoder`]): The autoencoder.
@@ -39,7 +39,7 @@ def check_image_size(vae: Autoencoder, height: int, width: int) -> None:
         width (`int`): Width of the images in pixels.
 
     Raises:
-        `ValueError`: an `AutoencoderRAE`, which has one size, has another one.
+        `ValueError`: an `AutoencoderRAE` takes one size only, and this is another one.
     """
     if not _is_rae(vae):
         return
@@ -52,14 +52,14 @@ def check_image_size(vae: Autoencoder, height: int, width: int) -> None:
 
 def latent_statistics(vae: Autoencoder, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Mean and standard deviation by which an autoencoder's latents are normalised.
+    Mean and standard deviation that normalise an autoencoder's latents.
 
-    They are `latents_mean` and `latents_std` of its config where it has both, else `shift_factor` and 1 /
+    They are `latents_mean` and `latents_std` of its config if it has both, else `shift_factor` and 1 /
     `scaling_factor`. An `AutoencoderRAE` normalises its latents itself.
 
     Args:
         vae ([`Autoencoder`]): The autoencoder.
-        latents (`torch.Tensor`): Any tensor of the device and dtype that the statistics should have.
+        latents (`torch.Tensor`): Any tensor with the wanted device and dtype.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Mean and standard deviation of shape `(1, C, 1, 1)`, or `(1, 1, 1, 1)`.
@@ -76,10 +76,10 @@ def latent_statistics(vae: Autoencoder, latents: torch.Tensor) -> tuple[torch.Te
 
 def normalize_latents(latents: torch.Tensor, vae: Autoencoder) -> torch.Tensor:
     """
-    Latents of the autoencoder -> latents of the transformer, by [`latent_statistics`].
+    Normalises latents of an autoencoder for the transformer, by [`latent_statistics`].
 
     Args:
-        latents (`torch.Tensor` of shape `(B, C, h, w)`): What the autoencoder's encoder returns.
+        latents (`torch.Tensor` of shape `(B, C, h, w)`): Latents from the autoencoder's encoder.
         vae ([`Autoencoder`]): The autoencoder.
 
     Returns:
@@ -90,14 +90,14 @@ def normalize_latents(latents: torch.Tensor, vae: Autoencoder) -> torch.Tensor:
 
 
 def denormalize_latents(latents: torch.Tensor, vae: Autoencoder) -> torch.Tensor:
-    """The inverse of [`normalize_latents`]: `latents` (B, C, h, w) of the transformer -> what `vae` decodes."""
+    """The inverse of [`normalize_latents`]: `latents` (B, C, h, w) of the transformer -> latents for `vae`."""
     mean, std = latent_statistics(vae, latents)
     return latents * std + mean
 
 
 def encode_moments(pixels: torch.Tensor, vae: Autoencoder | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    The posterior of pictures.
+    Mean and standard deviation of an autoencoder's posterior of images.
 
     Args:
         pixels (`torch.Tensor` of shape `(B, 3, H, W)`): Pixels in [-1, 1].
@@ -108,7 +108,7 @@ def encode_moments(pixels: torch.Tensor, vae: Autoencoder | None) -> tuple[torch
         in fp32; the second is `None` for a deterministic autoencoder.
 
     Raises:
-        `ValueError`: an `AutoencoderRAE` has another size.
+        `ValueError`: an `AutoencoderRAE` takes images of another size.
     """
     if vae is None:
         return pixels.float(), None
@@ -125,7 +125,7 @@ def encode_moments(pixels: torch.Tensor, vae: Autoencoder | None) -> tuple[torch
 
 def decode_pixels(latents: torch.Tensor, vae: Autoencoder | None) -> torch.Tensor:
     """
-    Pictures of normalised latents.
+    Decodes normalised latents to images.
 
     Args:
         latents (`torch.Tensor` of shape `(B, C, h, w)`): Normalised latents.

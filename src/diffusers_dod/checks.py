@@ -9,9 +9,7 @@ from typing import Any
 
 def check_type(name: str, value: Any, types: type | tuple[type, ...]) -> None:
     """
-    Raises a `TypeError` that names the argument `name` unless `value` is of one of `types`.
-
-    A bool is not a number here.
+    Raises a `TypeError` that names the argument `name` unless `value` has one of `types`. A bool is no number here.
     """
     types = types if isinstance(types, tuple) else (types,)
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
@@ -22,16 +20,16 @@ def check_type(name: str, value: Any, types: type | tuple[type, ...]) -> None:
 
 def check_at_least(name: str, value: Any, minimum: int) -> None:
     """
-    Raises unless an argument is an integer of at least some minimum.
+    Raises unless an argument is an integer of at least `minimum`.
 
     Args:
         name (`str`): Name of the argument, for the message.
-        value (`Any`): What was received.
-        minimum (`int`): The least that is accepted.
+        value (`Any`): The value received.
+        minimum (`int`): The least value accepted.
 
     Raises:
         `TypeError`: the value is no integer.
-        `ValueError`: it is less than the minimum.
+        `ValueError`: the value is less than the minimum.
     """
     check_type(name, value, Integral)
     if value < minimum:
@@ -51,15 +49,15 @@ def check_number(
 
     Args:
         name (`str`): Name of the argument, for the message.
-        value (`Any`): What was received.
+        value (`Any`): The value received.
         minimum (`float`): Lower end of the interval.
-        maximum (`float`, defaults to `math.inf`): Upper end of the interval; infinity itself is never accepted.
-        open_minimum (`bool`, defaults to `False`): Whether the lower end is left out.
-        open_maximum (`bool`, defaults to `False`): Whether the upper end is left out.
+        maximum (`float`, defaults to `math.inf`): Upper end of the interval. Infinity itself is never accepted.
+        open_minimum (`bool`, defaults to `False`): Whether the lower end is excluded.
+        open_maximum (`bool`, defaults to `False`): Whether the upper end is excluded.
 
     Raises:
         `TypeError`: the value is no number.
-        `ValueError`: it is outside the interval or not finite.
+        `ValueError`: the value is outside the interval or not finite.
     """
     check_type(name, value, Real)
     above = value > minimum if open_minimum else value >= minimum
@@ -78,13 +76,13 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def attempt(errors: list[str], check: Callable, *arguments: Any, **kwargs: Any) -> None:
     """
-    Calls a check and notes what it finds wrong, so that all errors can be reported at once.
+    Calls a check and collects the message of its error, so that all errors can be reported at once.
 
     Args:
-        errors (`list[str]`): Where the message of a `TypeError` or a `ValueError` goes.
-        check (`Callable`): What raises one.
-        arguments (`Any`): Its arguments.
-        kwargs (`Any`): Those that have names.
+        errors (`list[str]`): List that gets the message of a `TypeError` or a `ValueError`.
+        check (`Callable`): The check.
+        arguments (`Any`): Arguments of the check.
+        kwargs (`Any`): Keyword arguments of the check.
     """
     try:
         check(*arguments, **kwargs)

@@ -1,12 +1,13 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-Turns FiTv2 checkpoints into pipelines, and back.
+Converts FiTv2 checkpoints to pipelines, and back.
 
     python -m diffusers_dod.conversion --checkpoint_path FiTv2_XL/model_ema.safetensors \
         --config config_fitv2_xl.yaml --vae path/to/sd-vae-ft-ema --output_dir fitv2-xl
     python -m diffusers_dod.conversion --to fitv2 --checkpoint_path fitv2-xl --output_dir fitv2-xl-original
 
-The first writes a complete [`DoDPipeline`] of one stage, the second `model.safetensors` and `config.json` for FiT.
+The first command writes a complete [`DoDPipeline`] of one stage. The second one writes `model.safetensors` and
+`config.json` for FiT.
 """
 
 import argparse
@@ -32,8 +33,8 @@ from .transformer_dod import DoDTransformer2DModel
 
 logger = logging.get_logger(__name__)
 
-# FiTv2's layers -> ours, each with a weight and, but for the class table, a bias; `{}` is the index of the block. The
-# rows of several layers together are the rows of those on the other side together.
+# FiTv2's layers -> ours; `{}` is the index of the block. Each layer has a weight and a bias, the class table only a
+# weight. Where a side names several layers, their rows are concatenated.
 _CLASS_TABLE = "y_embedder.embedding_table"
 _NAMES = {
     ("x_embedder.proj",): ("x_embedder",),
@@ -50,19 +51,19 @@ _NAMES = {
     ("final_layer.adaLN_modulation.1",): ("adaln_out",),
     ("final_layer.linear",): ("proj_out",),
 }
-# What a DoD has beyond a FiTv2.
+# Weights that a DoD has and a FiTv2 has not.
 _PRIORS = ("sample_token", *(f"prior_proj.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")))
 
-# Where checkpoints keep their weights: in files of these names (FiT's releases, and the folders of its training, where
-# `accelerate` numbers the models and the second is the EMA), or in one file under these keys.
+# Checkpoints keep their weights in files of these names, or in one file under these keys. FiT's releases and the
+# folders of its training have such files. In the latter `accelerate` numbers the models, and the second is the EMA.
 _FILES = {
     "ema": ("model_ema.safetensors", "model_ema.bin", "model_1.safetensors", "pytorch_model_1.bin"),
     "model": ("model.safetensors", "pytorch_model.bin"),
 }
 _KEYS = {"ema": ("ema", "ema_model"), "model": ("model", "state_dict", "module")}
-_PREFIXES = ("module.", "_orig_mod.")  # of a model inside DistributedDataParallel or torch.compile
+_PREFIXES = ("module.", "_orig_mod.")  # added by DistributedDataParallel and torch.compile
 
-# Settings of FiT's configs that a DoD transformer must find as they are here, and what FiT takes where one is missing.
+# Settings of FiT's configs: the value that a DoD transformer requires, and FiT's default for a missing one.
 _FIT_SETTINGS = {
     # name             required      FiT's default
     "use_sit": (True, False),
@@ -80,7 +81,7 @@ _FIT_SETTINGS = {
     "time_shifting": (1, 1),
 }
 _FIT_TRANSPORT = {"path_type": "Linear", "prediction": "velocity"}  # required, and FiT's default
-# FiT's name and default of what is a size -> ours.
+# FiT's names of sizes -> FiT's default and our name.
 _FIT_SIZES = {
     "depth": (28, "num_layers"),
     "num_heads": (16, "num_attention_heads"),
@@ -91,7 +92,7 @@ _FIT_SIZES = {
 }
 
 
-Pair = tuple[list[str], list[str]]  # names of the same weights in the one model and in the other
+Pair = tuple[list[str], list[str]]  # names of the same weights in one model and in the other
 
 
 def _abbreviate(names: Sequence[str], number: int = 5) -> str:
@@ -99,7 +100,7 @@ def _abbreviate(names: Sequence[str], number: int = 5) -> str:
 
 
 def _pairs(num_blocks: int) -> list[Pair]:
-    """The names of FiTv2's weights next to those of ours."""
+    """Pairs of names: FiTv2's weights and ours."""
     return [
         tuple([f"{name.format(index)}.{kind}" for name in names] for names in pair)
         for pair in _NAMES.items()
@@ -124,7 +125,7 @@ def _check_names(state_dict: Mapping[str, torch.Tensor], names: Sequence[str], m
 
 
 def _rename(state_dict: Mapping[str, torch.Tensor], pairs: Sequence[Pair], model: str) -> dict[str, torch.Tensor]:
-    """Weights under the second names of `pairs` from those of `model` under the first, each of which is used once."""
+    """Renames weights of `model` from the first to the second names of `pairs`; each weight is used once."""
     _check_names(state_dict, [name for names, _ in pairs for name in names], model)
     renamed = {}
     for names, new_names in pairs:
@@ -135,7 +136,7 @@ def _rename(state_dict: Mapping[str, torch.Tensor], pairs: Sequence[Pair], model
 
 
 def _check_is_fitv2(state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Raises a `ValueError` with what differs if these are the weights of another model than a FiTv2."""
+    """Raises a `ValueError` unless these are weights of a FiTv2; the message lists the differences."""
     is_lora = any(
         f"{name}.weight" in state_dict for name in ("global_adaLN_modulation.1", "blocks.0.adaLN_modulation.2")
     )
@@ -169,10 +170,10 @@ def _check_is_fitv2(state_dict: Mapping[str, torch.Tensor]) -> None:
 
 def reverse_time(weight: torch.Tensor) -> torch.Tensor:
     """
-    Rewrites the first Linear of the time MLP, on the features [cos(f t), sin(f t)], for the time 1 - t.
+    Rewrites the first Linear of the time MLP for the time 1 - t. Its inputs are the features [cos(f t), sin(f t)].
 
     cos(f (1 - t)) and sin(f (1 - t)) are combinations of cos(f t) and sin(f t), so the new weight gives exactly the
-    old output. Applying it twice gives the weight back. Computed in fp64.
+    old output. Applying the function twice gives the weight back. It computes in fp64.
 
     Args:
         weight (`torch.Tensor` of shape `(d, 2n)`): The weight for n frequencies f, the cosines first.
@@ -189,7 +190,7 @@ def reverse_time(weight: torch.Tensor) -> torch.Tensor:
     return reversed_weight.to(weight.dtype)
 
 
-# What differs in value, under our names. Each change is its own inverse.
+# Weights whose values differ, under our names. Each change is its own inverse.
 _CHANGES = {
     "time_embed.mlp.linear_1.weight": reverse_time,
     "proj_out.weight": torch.neg,
@@ -202,12 +203,12 @@ def fitv2_to_dod(state_dict: dict[str, torch.Tensor], prior_embed_dim: int | Non
     Maps the weights of a FiTv2 model to [`DoDTransformer2DModel`].
 
     FiTv2 predicts data - noise at the time t = 1 - sigma. Both differences are absorbed into the weights: the last
-    Linear changes its sign, and the first one of the time MLP is rewritten by [`reverse_time`].
+    Linear changes its sign, and [`reverse_time`] rewrites the first Linear of the time MLP.
 
     Args:
         state_dict (`dict`): FiTv2's weights under its own names.
         prior_embed_dim (`int`, *optional*):
-            Adds what a DoD has beyond a FiTv2, see [`add_prior_projection`].
+            Width of visual priors. If given, the weights get S and a projection by [`add_prior_projection`].
 
     Returns:
         `dict`: Weights for a `DoDTransformer2DModel` of the same size and `prior_embed_dim`.
@@ -224,13 +225,13 @@ def fitv2_to_dod(state_dict: dict[str, torch.Tensor], prior_embed_dim: int | Non
 
 def dod_to_fitv2(state_dict: dict[str, torch.Tensor], drop_priors: bool = False) -> dict[str, torch.Tensor]:
     """
-    Maps the weights of a [`DoDTransformer2DModel`] to a FiTv2 model, the inverse of [`fitv2_to_dod`].
+    Maps the weights of a [`DoDTransformer2DModel`] to a FiTv2 model. The inverse of [`fitv2_to_dod`].
 
     Args:
         state_dict (`dict`): Weights of the transformer.
         drop_priors (`bool`, defaults to `False`):
-            Whether to accept a transformer with priors and keep its stage 1 alone: there c = time + class + S, so S is
-            added to every row of the class table, and the projection of priors is left out.
+            Whether to accept a transformer with priors and keep only its stage 1. There c = time + class + S, so S is
+            added to every row of the class table. The projection of priors is left out.
 
     Returns:
         `dict`: Weights of a FiTv2 under its own names.
@@ -259,8 +260,9 @@ def dod_to_fitv2(state_dict: dict[str, torch.Tensor], drop_priors: bool = False)
 
 def add_prior_projection(state_dict: dict[str, torch.Tensor], prior_embed_dim: int) -> dict[str, torch.Tensor]:
     """
-    Adds the sample token S = 0 and a projection of priors whose last layer is zero to the weights of a plain
-    [`DoDTransformer2DModel`], so that the training of a DoD starts from exactly this model.
+    Adds the sample token S and a projection of priors to the weights of a plain [`DoDTransformer2DModel`].
+
+    S and the projection's last layer are zero, so that the training of a DoD starts from exactly this model.
 
     Args:
         state_dict (`dict`): Weights of a transformer with `prior_embed_dim=None`.
@@ -290,15 +292,15 @@ def add_prior_projection(state_dict: dict[str, torch.Tensor], prior_embed_dim: i
 
 
 def _load_pickle(path: Path) -> Any:
-    """The only place where pickles are read: tensors and plain containers, no code."""
-    with open(path, "rb") as file:  # of a path it would judge by the name
+    """Reads a pickle of tensors and plain containers, without running code; nothing else reads pickles."""
+    with open(path, "rb") as file:  # with a path, `torch.load` would judge by the name
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _load_file(path: Path) -> Any:
     try:
         with open(path, "rb") as file:
-            is_zip = file.read(2) == b"PK"  # what `torch.save` writes; some of FiT's .safetensors are such files
+            is_zip = file.read(2) == b"PK"  # written by `torch.save`; some of FiT's .safetensors are such files
         return load_file(path) if path.suffix == ".safetensors" and not is_zip else _load_pickle(path)
     except Exception as error:  # damaged and foreign files fail in many ways
         raise ValueError(
@@ -308,7 +310,7 @@ def _load_file(path: Path) -> Any:
 
 
 def _choose(found: Mapping[str, Any], weights: str | None, described: str) -> Any:
-    """EMA or raw weights out of those that were found; the EMA by default, where there is one."""
+    """Picks `weights`, EMA or raw, out of those that were found; by default the EMA if there is one."""
     if weights is None:
         weights = "ema" if "ema" in found else next(iter(found))
     if weights not in found:
@@ -318,15 +320,16 @@ def _choose(found: Mapping[str, Any], weights: str | None, described: str) -> An
 
 def load_fitv2_checkpoint(checkpoint_path: str | os.PathLike, weights: str | None = None) -> dict[str, torch.Tensor]:
     """
-    Reads the weights of a FiTv2 checkpoint. Pickles are read with `weights_only=True`: they cannot run code.
+    Reads the weights of a FiTv2 checkpoint.
+
+    Pickles are read with `weights_only=True`: they cannot run code.
 
     Args:
         checkpoint_path (`str` or `os.PathLike`):
-            A .safetensors, .bin, .pt or .pth file, with the weights at its top or under `ema`, `ema_model`, `model`,
-            `state_dict` or `module`; or a folder that FiT's training saved or that FiT released.
+            A file (.safetensors, .bin, .pt or .pth) with the weights at its top or under `ema`, `ema_model`, `model`,
+            `state_dict` or `module`; or a folder of FiT's training or of its releases.
         weights (`str`, *optional*):
-            `"ema"` or `"model"` (not averaged), for checkpoints that name what they hold; the EMA, where there is one,
-            if not given.
+            `"ema"` or `"model"` (not averaged), for checkpoints that have both. By default the EMA if there is one.
 
     Returns:
         `dict`: FiTv2's weights under its own names.
@@ -382,7 +385,7 @@ def load_fitv2_checkpoint(checkpoint_path: str | os.PathLike, weights: str | Non
 
 
 def _load_json(name: str, path: Path) -> dict:
-    """The object in a JSON or YAML file given as the argument `name`."""
+    """Reads the object in a JSON or YAML file that was given as the argument `name`."""
     try:
         with open(path, encoding="utf-8") as file:
             if path.suffix in (".yaml", ".yml"):
@@ -403,7 +406,7 @@ def _load_json(name: str, path: Path) -> dict:
 
 def load_fit_config(config: str | os.PathLike) -> dict[str, Any]:
     """
-    Reads a config of FiT, YAML or JSON, and checks that a [`DoDTransformer2DModel`] can be what it describes.
+    Reads a config of FiT, YAML or JSON, and checks that it describes a possible [`DoDTransformer2DModel`].
 
     Args:
         config (`str` or `os.PathLike`): The file, with `diffusion.network_config.params`.
@@ -412,7 +415,7 @@ def load_fit_config(config: str | os.PathLike) -> dict[str, Any]:
         `dict`: The parameters of the network, for [`infer_fitv2_config`].
 
     Raises:
-        `ValueError`: it cannot be read, or it describes another model than a FiTv2. All differences are named.
+        `ValueError`: the file cannot be read, or it describes another model than a FiTv2. All differences are named.
     """
     content = _load_json("config", Path(config))
     diffusion = content.get("diffusion")
@@ -445,18 +448,18 @@ def infer_fitv2_config(
     Args:
         state_dict (`dict`): FiTv2's weights under its own names.
         num_attention_heads (`int`, *optional*):
-            Number of heads, which the shapes do not show. By default that of `fit_params`, else of the preset of the
-            same width.
-        in_channels (`int`, *optional*): Channels of the latents, by default those of `fit_params`, else 4.
+            Number of heads, which the shapes do not show. By default the number in `fit_params`, else the number of
+            the preset of the same width.
+        in_channels (`int`, *optional*): Channels of the latents. By default the number in `fit_params`, else 4.
         sample_size (`int`, defaults to 32): Height and width of the latents that the model was trained on.
-        fit_params (`dict`, *optional*): Parameters out of FiT's config, which are checked against the weights.
+        fit_params (`dict`, *optional*): Parameters from FiT's config. They are checked against the weights.
 
     Returns:
         `dict`: Arguments of `DoDTransformer2DModel`, without `prior_embed_dim`.
 
     Raises:
-        `ValueError`, `TypeError`: the weights are those of another model, an argument does not fit them, or the number
-            of heads is unknown.
+        `ValueError`, `TypeError`: the weights belong to another model, an argument does not fit them, or the number of
+            heads is unknown.
     """
     _check_is_fitv2(state_dict)
     num_layers = _count_blocks(state_dict, "blocks", "FiTv2")
@@ -490,7 +493,7 @@ def infer_fitv2_config(
             f"`num_attention_heads` must divide the width {dim} into heads whose width is a multiple of 4, "
             f"got {num_attention_heads}."
         )
-    # The SwiGLU is int(mlp_ratio * d) * 2 // 3 wide: a round ratio if there is one, else one safe from rounding.
+    # The SwiGLU is int(mlp_ratio * d) * 2 // 3 wide. Take a round ratio if there is one, else one safe from rounding.
     mlp_dim = -(-3 * ff_inner_dim // 2)
     ratios = (4.0, mlp_dim / dim, (mlp_dim + 0.5) / dim)
     config = {
@@ -531,7 +534,7 @@ def infer_fitv2_config(
 
 
 def _fit_config(config: Mapping[str, Any]) -> dict:
-    """FiT's config of the plain FiTv2 that has the same sizes as a transformer with this config."""
+    """FiT's config of a plain FiTv2, with the sizes in the config of a DoD transformer."""
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     params = {name: required for name, (required, _) in _FIT_SETTINGS.items()}
     params |= {name: config[ours] for name, (_, ours) in _FIT_SIZES.items()}
@@ -543,13 +546,13 @@ def _fit_config(config: Mapping[str, Any]) -> dict:
 
 def convert_to_dod(args: argparse.Namespace) -> None:
     """
-    FiTv2's checkpoint -> a pipeline of one stage in `args.output_dir`.
+    Converts FiTv2's checkpoint to a pipeline of one stage, in `args.output_dir`.
 
     Args:
         args (`argparse.Namespace`): The command's arguments.
 
     Raises:
-        `ValueError`: the checkpoint, its config or the class names cannot be read or are not those of a FiTv2, or the
+        `ValueError`: the checkpoint, its config or the class names cannot be read or do not belong to a FiTv2, or the
             model was trained with a time shifting.
     """
     if args.time_shifting != 1:
@@ -585,7 +588,7 @@ def convert_to_dod(args: argparse.Namespace) -> None:
 
 def convert_to_fitv2(args: argparse.Namespace) -> None:
     """
-    The transformer of a pipeline, or one by itself -> FiTv2's checkpoint in `args.output_dir`.
+    Converts a pipeline's transformer, or a transformer alone, to FiTv2's checkpoint in `args.output_dir`.
 
     Args:
         args (`argparse.Namespace`): The command's arguments.
@@ -605,7 +608,7 @@ def convert_to_fitv2(args: argparse.Namespace) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command; `args` are its arguments, those of the process by default."""
+    """Runs the command; `args` defaults to the arguments of the process."""
     parser = argparse.ArgumentParser(
         prog="python -m diffusers_dod.conversion",
         description=__doc__,
@@ -621,11 +624,15 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
 
     to_dod = parser.add_argument_group("--to dod")
-    to_dod.add_argument("--weights", choices=list(_KEYS), help="Where a checkpoint has both; the EMA by default.")
+    to_dod.add_argument(
+        "--weights", choices=list(_KEYS), help="Weights to take if a checkpoint has both; the EMA by default."
+    )
     to_dod.add_argument("--config", type=Path, help="FiT's config (YAML or JSON), checked against the weights.")
-    to_dod.add_argument("--num_attention_heads", type=int, help="By default that of the config or of the same width.")
+    to_dod.add_argument(
+        "--num_attention_heads", type=int, help="By default from the config, or from the preset of the same width."
+    )
     to_dod.add_argument("--in_channels", type=int, help="Channels of the latents, 4 without a config.")
-    to_dod.add_argument("--sample_size", type=int, default=32, help="Side of the latents that it was trained on.")
+    to_dod.add_argument("--sample_size", type=int, default=32, help="Side of the latents in the training.")
     to_dod.add_argument("--time_shifting", type=float, default=1.0, help="FiT's setting, if there is no config.")
     to_dod.add_argument("--vae", help="Autoencoder (folder or Hub id) to put into the pipeline.")
     to_dod.add_argument("--id2label", type=Path, help="JSON file of class ids and names.")

@@ -30,11 +30,11 @@ class LatentEmbeddingOutput(BaseOutput):
     Args:
         prior_embeds (`torch.Tensor` of shape `(B, T, inner_dim)`): The visual prior e_s of every patch (paper, Eq. 7).
         latent_tokens (`torch.Tensor` of shape `(B, num_latent_tokens, latent_token_dim)`, *optional*):
-            The code (paper, Eq. 6), which the module always gives.
+            The code (paper, Eq. 6). The module always returns it.
     """
 
     prior_embeds: torch.Tensor
-    latent_tokens: torch.Tensor | None = None  # always there; a default lets accelerate's hooks rebuild the output
+    latent_tokens: torch.Tensor | None = None  # never None; the default lets accelerate's hooks rebuild the output
 
 
 def sincos_pos_embed(
@@ -54,11 +54,12 @@ def sincos_pos_embed(
         dim (`int`): Width of an embedding, a multiple of 4.
         rows (`int`): Rows of the grid.
         columns (`int`): Columns of the grid.
-        device (`torch.device`): Where the result is computed.
-        dtype (`torch.dtype`): What the result is rounded to.
-        trained_size (`int`, *optional*): Rows and columns of the trained grid, which only interpolation needs.
-        pos_interpolation (`str`, defaults to `"none"`): See [`interpolate_frequencies`].
-        pos_interpolation_decoupled (`bool`, defaults to `False`): See [`grid_scales`].
+        device (`torch.device`): Device of the result.
+        dtype (`torch.dtype`): Dtype of the result.
+        trained_size (`int`, *optional*): Rows of the trained grid, equal to its columns. Interpolation needs it.
+        pos_interpolation (`str`, defaults to `"none"`): Mode of interpolation, see [`interpolate_frequencies`].
+        pos_interpolation_decoupled (`bool`, defaults to `False`):
+            Whether rows and columns are scaled separately, see [`grid_scales`].
 
     Returns:
         `torch.Tensor` of shape `(rows * columns, dim)`, row-major.
@@ -81,7 +82,7 @@ def sincos_pos_embed(
 
 
 def _apply_offload_hooks(method: Callable) -> Callable:
-    """Loads what is offloaded for a method other than `forward`, the only one that group offloading knows."""
+    """Runs offloading hooks around a method other than `forward`; group offloading knows `forward` only."""
 
     @functools.wraps(method)
     def wrapper(self, *args, **kwargs):
@@ -96,7 +97,7 @@ def _apply_offload_hooks(method: Callable) -> Callable:
 
 
 def _check_attention_kwargs(attention_kwargs: dict[str, Any] | None) -> None:
-    """Raises if anything is left after `apply_lora_scale` took the scale."""
+    """Raises if anything is left once `apply_lora_scale` has taken `scale` out."""
     if attention_kwargs:
         raise ValueError(f"`attention_kwargs` must hold nothing but 'scale', got {attention_kwargs}.")
 
@@ -109,7 +110,7 @@ class LatentEmbeddingBlock(nn.Module):
         dim (`int`): Width of the tokens.
         num_attention_heads (`int`): Number of attention heads.
         attention_head_dim (`int`): Width of a head.
-        mlp_ratio (`float`): Width of the MLP over `dim`.
+        mlp_ratio (`float`): Width of the MLP divided by `dim`.
     """
 
     def __init__(self, dim: int, num_attention_heads: int, attention_head_dim: int, mlp_ratio: float):
@@ -127,26 +128,29 @@ class LatentEmbeddingBlock(nn.Module):
 
 class LatentEmbeddingModule(DoDModelMixin, PeftAdapterMixin, AttentionMixin):
     r"""
-    The Latent Embedding Module (LEM): an encoder that compresses clean latents into `num_latent_tokens` tokens of
-    width `latent_token_dim` (paper, Eq. 6), and a decoder that spreads them over the patches again as the visual prior
-    of every token (Eq. 7).
+    The Latent Embedding Module (LEM): compresses clean latents into a few tokens and makes a visual prior of them.
+
+    The encoder gives `num_latent_tokens` tokens of width `latent_token_dim` (paper, Eq. 6). The decoder spreads them
+    over the patches, as one visual prior per patch (Eq. 7).
 
     Args:
-        sample_size (`int`, defaults to 32): Height and width of the latents it was trained on; any are accepted.
-        patch_size (`int`, defaults to 2): Side of a patch in latent pixels, the backbone's own.
+        sample_size (`int`, defaults to 32):
+            Height and width of the latents that the module was trained on. It takes any height and width.
+        patch_size (`int`, defaults to 2): Side of a patch in latent pixels, the same as the backbone's.
         in_channels (`int`, defaults to 4): Channels of the latents.
         num_latent_tokens (`int`, defaults to 32): Number N of latent tokens.
         latent_token_dim (`int`, defaults to 16): Width d_e of a latent token, a multiple of 4.
         num_encoder_layers (`int`, defaults to 8): Transformer blocks of the encoder.
         num_decoder_layers (`int`, defaults to 4): Transformer blocks of the decoder.
         num_attention_heads (`int`, defaults to 12): Number of attention heads.
-        attention_head_dim (`int`, defaults to 64): Width of a head; the module's width d_l, which is the backbone's
-            `prior_embed_dim`, is heads times this and a multiple of 4.
-        mlp_ratio (`float`, defaults to 4.0): Width of the blocks' MLP over d_l.
+        attention_head_dim (`int`, defaults to 64):
+            Width of a head. The module's width d_l is `num_attention_heads` times this. It must be a multiple of 4 and
+            equal the backbone's `prior_embed_dim`.
+        mlp_ratio (`float`, defaults to 4.0): Width of the blocks' MLP divided by d_l.
         pos_interpolation (`str`, defaults to `"none"`):
-            How positions on grids larger than the trained one are treated: `"none"`, `"linear"`, `"ntk"` or `"yarn"`,
-            see `set_pos_interpolation`.
-        pos_interpolation_decoupled (`bool`, defaults to `False`): Whether rows and columns are so on their own.
+            Treatment of positions on grids larger than the trained one: `"none"`, `"linear"`, `"ntk"` or `"yarn"`, see
+            `set_pos_interpolation`.
+        pos_interpolation_decoupled (`bool`, defaults to `False`): Whether rows and columns are scaled separately.
 
     Raises:
         `ValueError`, `TypeError`: an argument is out of range or of the wrong type.
@@ -311,7 +315,7 @@ class LatentEmbeddingModule(DoDModelMixin, PeftAdapterMixin, AttentionMixin):
                 f"got {tuple(latent_tokens.shape)}."
             )
         for name, size in {"height": height, "width": width}.items():
-            if not isinstance(size, torch.SymInt):  # which torch.export puts in the place of a number
+            if not isinstance(size, torch.SymInt):  # torch.export passes one in place of an int
                 check_at_least(name, size, 1)
             if size % config.patch_size:
                 raise ValueError(f"`{name}` must be a multiple of `patch_size` = {config.patch_size}, got {size}.")

@@ -12,8 +12,9 @@ from diffusers.utils import USE_PEFT_BACKEND
 
 class DoDLoraLoaderMixin(LoraBaseMixin):
     """
-    Loads, saves and fuses LoRA adapters of a [`DoDPipeline`], with the names of parameters prefixed by the component:
-    `transformer.` and `latent_embedder.`. Needs the PEFT library.
+    Loads, saves and fuses LoRA adapters of a [`DoDPipeline`]; needs the PEFT library.
+
+    Names of parameters start with their component: `transformer.` or `latent_embedder.`.
     """
 
     _lora_loadable_modules = ["transformer", "latent_embedder"]
@@ -35,14 +36,14 @@ class DoDLoraLoaderMixin(LoraBaseMixin):
                 A folder, a file or a repository on the Hub, or the weights themselves.
             return_lora_metadata (`bool`, defaults to `False`): Whether to return the adapter's configuration too.
             kwargs: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`, `force_download`, `proxies`,
-                `local_files_only` and `use_safetensors`. Without the last, Diffusers' older `.bin` files are read if
-                there is no safetensors file, by `torch.load(weights_only=True)`.
+                `local_files_only` and `use_safetensors`. If `use_safetensors` is not given and there is no safetensors
+                file, Diffusers' older `.bin` files are read by `torch.load(weights_only=True)`.
 
         Returns:
             `dict`, or a tuple with the metadata.
 
         Raises:
-            `ValueError`: a name is not that of a LoRA weight.
+            `ValueError`: a weight is not a LoRA weight.
         """
         use_safetensors = kwargs.pop("use_safetensors", None)
         state_dict, metadata = _fetch_state_dict(
@@ -75,16 +76,16 @@ class DoDLoraLoaderMixin(LoraBaseMixin):
         **kwargs: Any,
     ) -> None:
         """
-        Adds an adapter to the components that it has weights for, and makes it the active one.
+        Adds an adapter to the components that it has weights for, and activates it.
 
         Args:
             pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`): As in `lora_state_dict`.
             adapter_name (`str`, *optional*): Its name; `"default_0"`, `"default_1"`, ... if not given.
-            hotswap (`bool`, defaults to `False`): Replaces the weights of the adapter of that name in place.
+            hotswap (`bool`, defaults to `False`): Whether to replace the weights of the adapter of that name in place.
             kwargs: As in `lora_state_dict`, and `low_cpu_mem_usage`.
 
         Raises:
-            `ValueError`: PEFT is missing, a name is not that of a LoRA weight, or the pipeline lacks a component.
+            `ValueError`: PEFT is missing, a weight is not a LoRA weight, or the pipeline lacks a component.
         """
         if not USE_PEFT_BACKEND:
             raise ValueError("`load_lora_weights` needs the PEFT library: pip install peft.")
@@ -129,16 +130,16 @@ class DoDLoraLoaderMixin(LoraBaseMixin):
         Saves the adapters of one or both components as one file.
 
         Args:
-            save_directory (`str` or `os.PathLike`): The folder, made if needed.
+            save_directory (`str` or `os.PathLike`): The folder. It is made if needed.
             transformer_lora_layers (`dict[str, torch.Tensor]`, *optional*):
                 The adapter of the backbone, from `peft.get_peft_model_state_dict`.
-            latent_embedder_lora_layers (`dict[str, torch.Tensor]`, *optional*): That of the latent embedder.
+            latent_embedder_lora_layers (`dict[str, torch.Tensor]`, *optional*): The adapter of the latent embedder.
             is_main_process (`bool`, defaults to `True`): Whether this process is the one that writes.
-            weight_name (`str`, *optional*): File name, `pytorch_lora_weights.safetensors` if not given.
-            save_function (`Callable`, *optional*): Writes in place of the safetensors library.
+            weight_name (`str`, *optional*): File name, `pytorch_lora_weights.safetensors` by default.
+            save_function (`Callable`, *optional*): Writes the file in place of the safetensors library.
             safe_serialization (`bool`, defaults to `True`): Whether to write safetensors.
             transformer_lora_adapter_metadata (`dict`, *optional*): Configuration of the backbone's adapter.
-            latent_embedder_lora_adapter_metadata (`dict`, *optional*): Configuration of the latent embedder's.
+            latent_embedder_lora_adapter_metadata (`dict`, *optional*): Configuration of the latent embedder's adapter.
 
         Raises:
             `ValueError`: no adapter was given.
@@ -173,13 +174,13 @@ class DoDLoraLoaderMixin(LoraBaseMixin):
         **kwargs: Any,
     ) -> None:
         """
-        Adds the adapters to the weights, so that they cost nothing any more.
+        Adds the adapters to the weights, so that they no longer cost compute.
 
         Args:
-            components (`Sequence[str]`, *optional*): Names of the components; all with adapters if not given.
+            components (`Sequence[str]`, *optional*): Names of the components. By default all that have adapters.
             lora_scale (`float`, defaults to 1.0): Scale of the adapters.
             safe_fusing (`bool`, defaults to `False`): Whether to refuse weights with NaN.
-            adapter_names (`list[str]`, *optional*): The adapters, all active ones if not given.
+            adapter_names (`list[str]`, *optional*): The adapters. By default all active ones.
             kwargs: Passed on.
         """
         components = self._components_with_adapters() if components is None else list(components)
@@ -196,7 +197,7 @@ class DoDLoraLoaderMixin(LoraBaseMixin):
         Undoes `fuse_lora`.
 
         Args:
-            components (`Sequence[str]`, *optional*): Names of the components; all with adapters if not given.
+            components (`Sequence[str]`, *optional*): Names of the components. By default all that have adapters.
             kwargs: Passed on.
         """
         components = self._components_with_adapters() if components is None else list(components)

@@ -1,7 +1,8 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-The joint training objective of backbone and LEM (paper, Sections 3.1 and 3.3), and representation alignment (REPA,
-Yu et al. 2024, arXiv:2410.06940) beside it.
+The joint training objective of backbone and LEM (paper, Sections 3.1 and 3.3).
+
+Representation alignment (REPA, Yu et al. 2024, arXiv:2410.06940) is an optional second loss.
 """
 
 import torch
@@ -16,15 +17,15 @@ from .transformer_dod import DoDTransformer2DModel
 
 class RepresentationProjector(nn.Module):
     """
-    REPA's trainable map from tokens to the features of a vision model: three Linears with SiLU in between.
+    REPA's trainable map from tokens to a vision model's features: three Linears with SiLU in between.
 
     Args:
         dim (`int`): Width d of the tokens.
         feature_dim (`int`): Width D of the features.
-        hidden_dim (`int`, defaults to 2048): Width of the hidden layers, REPA's by default.
+        hidden_dim (`int`, defaults to 2048): Width of the hidden layers. The default is REPA's.
 
     Raises:
-        `ValueError`, `TypeError`: a width is no integer of at least 1.
+        `ValueError`, `TypeError`: a width is not an integer of at least 1.
     """
 
     def __init__(self, dim: int, feature_dim: int, hidden_dim: int = 2048):
@@ -50,16 +51,16 @@ class RepresentationProjector(nn.Module):
 
 def alignment_loss(projected: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """
-    REPA's loss of each sample: minus the cosine similarity of tokens and features, averaged over the tokens.
+    REPA's loss by sample: the negative cosine similarity of tokens and features, averaged over the tokens.
 
     Args:
         projected (`torch.Tensor` of shape `(B, rows, columns, D)`): The projected tokens on their grid.
         features (`torch.Tensor` of shape `(B, rows', columns', D)`):
-            Features of the clean pictures. Those of another grid are resized to that of the tokens: bilinearly, with
-            the wider filter of antialiasing where it has fewer places.
+            Features of the clean images. If their grid differs from that of the tokens, they are resized to it:
+            bilinearly, with antialiasing where they shrink.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`: In [-1, 1], in fp32.
+        `torch.Tensor` of shape `(B,)`: Values in [-1, 1], in fp32.
 
     Raises:
         `ValueError`: the number of samples or the width differs.
@@ -78,22 +79,24 @@ def alignment_loss(projected: torch.Tensor, features: torch.Tensor) -> torch.Ten
 
 class DoDJointModel(nn.Module):
     """
-    Backbone and LEM as the one module that is trained, so that data parallelism wraps both at once.
+    Backbone and LEM as one trainable module, so that data parallelism wraps both at once.
 
-    The prior comes from the clean latents themselves, and only for the first `num_priors` samples of a batch; the
-    others learn with the sample token S (paper, Section 3.3: dropped with probability p_s).
+    The first `num_priors` samples of a batch get the prior of their own clean latents. The others get the sample token
+    S: their prior was dropped, which happens with probability p_s (paper, Section 3.3).
 
     Args:
         transformer ([`DoDTransformer2DModel`]): The backbone.
         latent_embedder ([`LatentEmbeddingModule`], *optional*): The LEM; `None` trains a plain FiTv2.
         projector ([`RepresentationProjector`], *optional*):
-            Of the backbone's tokens, for representation alignment. It serves training only.
-        prior_projector ([`RepresentationProjector`], *optional*): Of the LEM's visual priors, for the same.
+            Projects the backbone's tokens for representation alignment. Only training uses it.
+        prior_projector ([`RepresentationProjector`], *optional*):
+            Projects the LEM's visual priors for representation alignment. Only training uses it.
         alignment_layer (`int`, defaults to 8):
-            Number of the backbone's blocks after which its tokens are aligned. REPA has 8 of 28, 8 of 24 and 4 of 12.
+            The backbone's tokens are aligned after this many blocks. REPA has 8 of 28, 8 of 24 and 4 of 12.
 
     Raises:
-        `ValueError`, `TypeError`: the backbone has no such block, or a projector lacks what it is for.
+        `ValueError`, `TypeError`: the backbone has no such block, or `prior_projector` comes without `projector` or
+            `latent_embedder`.
     """
 
     def __init__(
@@ -129,21 +132,21 @@ class DoDJointModel(nn.Module):
         features: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        The rectified-flow loss of each sample (paper, Eq. 3): mean over its elements of (noise - latents - v)^2.
+        The rectified-flow loss by sample (paper, Eq. 3): the mean over its elements of (noise - latents - v)^2.
 
         Args:
-            latents (`torch.Tensor` of shape `(B, C, H, W)`): Clean, normalised latents, those with a prior first.
+            latents (`torch.Tensor` of shape `(B, C, H, W)`): Clean, normalised latents; samples with a prior first.
             noise (`torch.Tensor` of shape `(B, C, H, W)`): Standard normal noise.
             sigmas (`torch.Tensor` of shape `(B,)`): Time in [0, 1], 0 = data.
             class_labels (`torch.Tensor` of shape `(B,)`): Class ids, `num_classes` where the class is dropped.
-            num_priors (`int`, defaults to 0): Number K of leading samples that are given their own visual prior.
+            num_priors (`int`, defaults to 0): Number K of leading samples that get their own visual prior.
             features (`torch.Tensor` of shape `(B, rows, columns, D)`, *optional*):
-                A vision model's features of the clean pictures, in the order of the latents, to align tokens with.
+                A vision model's features of the clean images, in the order of the latents.
 
         Returns:
             `torch.Tensor` of shape `(B,)`, in fp32. With `features` the tuple `(loss, alignment, prior_alignment)`:
-            the other two are what [`alignment_loss`] gives for the backbone's tokens, (B,), and for the visual
-            priors, (K,), which is empty without a `prior_projector`.
+            the last two are the [`alignment_loss`] of the backbone's tokens, (B,), and of the visual priors, (K,).
+            Without a `prior_projector` the last one is empty.
 
         Raises:
             `ValueError`: a shape does not fit, or there are features and no projector.
@@ -179,8 +182,10 @@ class DoDJointModel(nn.Module):
 
     def _touch_unused(self, num_priors: int, batch_size: int, is_aligned: bool) -> torch.Tensor | float:
         """
-        Zero, but with every parameter in the graph: a batch without priors does not use the LEM, one with all its
-        priors does not use S, and one without features no projector. Data parallelism waits for the gradients of all.
+        Zero, with every unused parameter in the graph, as data parallelism waits for the gradients of all.
+
+        A batch without priors does not use the LEM. A batch with all its priors does not use S. A batch without
+        features does not use the projectors.
         """
         unused: list[nn.Parameter] = []
         if self.latent_embedder is not None and num_priors == 0:

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""What both models add to Diffusers' `ModelMixin`: weights that are checked, clean configs, layers kept precise."""
+"""The mixin of both models: checked weights, clean configs, and layers that are kept out of quantization."""
 
 import copy
 import os
@@ -17,7 +17,7 @@ from .pos_interpolation import POS_INTERPOLATIONS
 
 @contextmanager
 def without_local_paths(objects: Sequence[ConfigMixin]) -> Iterator[None]:
-    """Within it, the configs of `objects` lack the path they were loaded from, which would name a local folder."""
+    """Removes from the configs of `objects`, within the context, the local path that they were loaded from."""
     configs = [object_._internal_dict for object_ in objects]
     for object_, config in zip(objects, configs, strict=True):
         object_._internal_dict = FrozenDict({key: value for key, value in config.items() if key != "_name_or_path"})
@@ -29,7 +29,7 @@ def without_local_paths(objects: Sequence[ConfigMixin]) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """The message of `error`, with that of the safetensors library behind it, which Diffusers leaves out."""
+    """The message of `error`, and the message of the safetensors error behind it, which Diffusers leaves out."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, SafetensorError):
         cause = cause.__cause__ or cause.__context__
@@ -42,11 +42,11 @@ def _abbreviate(names: Sequence[str]) -> str:
 
 class DoDModelMixin(ModelMixin, ConfigMixin):
     """
-    `ModelMixin` and `ConfigMixin` for models that
+    Base class of both models: `ModelMixin` and `ConfigMixin` with stricter loading and cleaner saving.
 
-    - load only weights that are all their own: where Diffusers would warn and go on with random weights, they raise;
-    - save configs without the local path that they were loaded from;
-    - keep some layers out of quantization (`_skip_quantization_modules`).
+    - Loading raises where Diffusers would warn and go on with random weights.
+    - Saved configs lack the local path that the model was loaded from.
+    - The layers in `_skip_quantization_modules` are never quantized.
     """
 
     _skip_quantization_modules: list[str] = []
@@ -61,7 +61,7 @@ class DoDModelMixin(ModelMixin, ConfigMixin):
             args, kwargs: Passed on.
 
         Raises:
-            `ValueError`: it is the config of another class.
+            `ValueError`: the config belongs to another class.
         """
         loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
         found = (loaded[0] if isinstance(loaded, tuple) else loaded).get("_class_name")
@@ -79,13 +79,13 @@ class DoDModelMixin(ModelMixin, ConfigMixin):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a repository on the Hub.
-            kwargs: Passed on: `subfolder`, `dtype`, `variant`, `device_map`, `quantization_config`, ... With
-                `ignore_mismatched_sizes=True` or `output_loading_info=True` incomplete weights are accepted, as the
-                caller then knows of them.
+            kwargs: Passed on: `subfolder`, `dtype`, `variant`, `device_map`, `quantization_config`, ... Incomplete
+                weights are accepted with `ignore_mismatched_sizes=True` or `output_loading_info=True`, as the caller
+                then knows of them.
 
         Raises:
             `OSError`: there is no such folder or repository, or a file is missing or cannot be read.
-            `ValueError`: the weights are those of another model.
+            `ValueError`: the weights belong to another model.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         quantization_config = kwargs.get("quantization_config")
@@ -109,7 +109,7 @@ class DoDModelMixin(ModelMixin, ConfigMixin):
 
     @classmethod
     def _skip_in(cls, quantization_config: Any) -> Any:
-        """A copy of `quantization_config` that skips the layers of `_skip_quantization_modules` as well."""
+        """Copies `quantization_config` and adds `_skip_quantization_modules` to the layers that it skips."""
         quantization_config = copy.deepcopy(quantization_config)
         values = quantization_config if isinstance(quantization_config, dict) else vars(quantization_config)
         is_bitsandbytes = (
@@ -125,19 +125,21 @@ class DoDModelMixin(ModelMixin, ConfigMixin):
         self, pos_interpolation: str = "none", pos_interpolation_decoupled: bool = False
     ) -> None:
         """
-        Chooses how positions on grids larger than the trained one are treated. At the trained size, and below it,
-        nothing changes. The config keeps the choice.
+        Chooses how positions on grids larger than the trained one are treated.
+
+        Nothing changes at the trained size or below it. The config keeps the choice.
 
         Args:
             pos_interpolation (`str`, defaults to `"none"`):
-                `"none"` goes on with the trained frequencies, `"linear"` divides all of them by how many times larger
-                the grid is, `"ntk"` divides the lowest by it and the higher ones by less, and `"yarn"` divides those
-                that the trained grid did not turn around, and sharpens the attention where positions are rotations.
+                Let s be how many times larger the grid is. `"none"` keeps the trained frequencies. `"linear"` divides
+                all of them by s. `"ntk"` divides the lowest by s and higher ones by less. `"yarn"` divides the
+                frequencies that make less than one turn within the trained grid, and sharpens the attention where
+                positions are rotations.
             pos_interpolation_decoupled (`bool`, defaults to `False`):
-                Whether rows and columns are as much larger as they are each; both as the longer side if not.
+                Whether rows and columns have each their own s. If not, the longer side's s holds for both.
 
         Raises:
-            `ValueError`, `TypeError`: an argument is none of these.
+            `ValueError`, `TypeError`: an argument has another value or type.
         """
         self._check_pos_interpolation(pos_interpolation, pos_interpolation_decoupled)
         self.register_to_config(
@@ -151,8 +153,9 @@ class DoDModelMixin(ModelMixin, ConfigMixin):
 
     def register_to_config(self, **kwargs: Any) -> None:
         """
-        Adds entries to the config as `ConfigMixin.register_to_config` does, for good: `from_config` leaves out what
-        was a default in the constructor, but not what was chosen later.
+        Adds entries to the config as `ConfigMixin.register_to_config` does, and marks them as chosen.
+
+        `from_config` drops entries that were defaults of the constructor. Entries that were set later must stay.
 
         Args:
             kwargs: The entries.
@@ -167,7 +170,7 @@ class DoDModelMixin(ModelMixin, ConfigMixin):
         Saves the config as `ConfigMixin.save_config` does, without the local path that the model was loaded from.
 
         Args:
-            save_directory (`str` or `os.PathLike`): Where `config.json` goes.
+            save_directory (`str` or `os.PathLike`): Folder of `config.json`.
             args, kwargs: Passed on.
         """
         with without_local_paths([self]):

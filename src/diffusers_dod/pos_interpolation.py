@@ -15,13 +15,13 @@ YARN_MAX_ROTATIONS = 32
 
 def grid_scales(rows: int, columns: int, trained_size: int, decoupled: bool) -> tuple[float, float]:
     """
-    How many times larger than the trained one a grid is.
+    Ratios of a grid's sides to the trained grid's, at least 1.
 
     Args:
         rows (`int`): Rows of the grid.
         columns (`int`): Columns of the grid.
         trained_size (`int`): Rows and columns of the trained grid.
-        decoupled (`bool`): Whether each axis has a scale of its own; the larger one holds for both if not.
+        decoupled (`bool`): Whether each axis has its own scale. If not, the larger scale holds for both.
 
     Returns:
         `tuple[float, float]`: The scales of the rows and of the columns, both at least 1.
@@ -35,16 +35,16 @@ def interpolate_frequencies(
     frequencies: torch.Tensor, scale: float, pos_interpolation: str, trained_size: int, theta: float = 10000.0
 ) -> torch.Tensor:
     """
-    Frequencies of an axis for a grid that is larger than the trained one.
+    Adapts the frequencies of an axis to a grid that is larger than the trained one.
 
     Args:
-        frequencies (`torch.Tensor` of shape `(n,)`): The trained ones, theta^(-i / n).
-        scale (`float`): How many times larger the grid is, see [`grid_scales`]; 1 changes nothing.
+        frequencies (`torch.Tensor` of shape `(n,)`): The trained frequencies, theta^(-i / n).
+        scale (`float`): Ratio of the grid's side to the trained one, see [`grid_scales`]; 1 changes nothing.
         pos_interpolation (`str`):
-            `"none"` keeps them, `"linear"` divides them by the scale, and `"ntk"` divides the lowest by it and the
-            higher ones by less, the highest by 1. `"yarn"` divides those that the trained grid did not turn around
-            once, keeps those that it turned around 32 times, and goes from one to the other over the whole indices
-            that lie around these two, linearly.
+            `"none"` keeps the frequencies. `"linear"` divides them by the scale. `"ntk"` divides the lowest by the
+            scale and higher ones by less, the highest by 1. `"yarn"` divides frequencies that make less than one turn
+            within the trained length, and keeps those that make more than 32. In between it blends linearly over the
+            index: from the index of 32 turns, rounded down, to the index of 1 turn, rounded up.
         trained_size (`int`): Length of the trained axis.
         theta (`float`, defaults to 10000.0): Base of the frequencies.
 
@@ -71,15 +71,15 @@ def interpolate_frequencies(
 
 def attention_factor(scale: float, pos_interpolation: str, device: torch.device | None = None) -> torch.Tensor:
     """
-    The factor of queries and keys, which sharpens the attention.
+    Factor of queries and keys, which sharpens the attention.
 
     Args:
-        scale (`float`): How many times larger than the trained one the longer side of the grid is.
-        pos_interpolation (`str`): `"yarn"`, or one of the other modes, whose factor is 1.
-        device (`torch.device`, *optional*): Where the factor is computed.
+        scale (`float`): Ratio of the grid's longer side to the trained one.
+        pos_interpolation (`str`): Mode of interpolation. The factor is 1 for all but `"yarn"`.
+        device (`torch.device`, *optional*): Device of the factor.
 
     Returns:
         `torch.Tensor` of shape `()`: YaRN's 1 + ln(scale) / 10, or 1.
     """
-    # A tensor's logarithm, which a compiler does not tie to one scale.
+    # The logarithm of a tensor: a compiler would tie that of a float to one scale.
     return 1 + 0.1 * torch.full((), scale if pos_interpolation == "yarn" else 1.0, device=device).log()

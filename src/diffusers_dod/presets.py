@@ -8,11 +8,11 @@ from typing import Any
 @dataclass(frozen=True)
 class Preset:
     """
-    Arguments of the two models and the sampling defaults that go with them.
+    Arguments of the two models, and their sampling defaults.
 
     Args:
         transformer_config (`dict`): Arguments of [`DoDTransformer2DModel`].
-        latent_embedder_config (`dict`, *optional*): Arguments of [`LatentEmbeddingModule`]; `None` for FiTv2.
+        latent_embedder_config (`dict`, *optional*): Arguments of [`LatentEmbeddingModule`]. FiTv2 has none.
         pipeline_config (`dict`, defaults to `{}`): Sampling defaults of [`DoDPipeline`].
     """
 

@@ -12,7 +12,7 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 
 def _expand_like(sigma: float | torch.Tensor, sample: torch.Tensor) -> float | torch.Tensor:
-    """Reshapes a (B,) `sigma` to (B, 1, ..., 1) so that it broadcasts over `sample`."""
+    """Reshapes `sigma` from (B,) to (B, 1, ..., 1), so that it broadcasts over `sample`."""
     if isinstance(sigma, torch.Tensor):
         sigma = sigma.to(device=sample.device, dtype=sample.dtype)
         if sigma.ndim == 1:
@@ -45,11 +45,13 @@ def noise_from_velocity(
     noisy_sample: torch.Tensor, velocity: torch.Tensor, sigma: float | torch.Tensor
 ) -> torch.Tensor:
     """
-    The noise behind a noisy sample by Eqs. 1 and 3: x_sigma + (1 - sigma) * velocity, which is -sigma times the score.
+    Estimates the noise in a noisy sample (paper, Eqs. 1 and 3): x_sigma + (1 - sigma) * velocity.
+
+    The score is -1 / sigma times this noise.
 
     Args:
         noisy_sample (`torch.Tensor` of shape `(B, ...)`): The sample x_sigma.
-        velocity (`torch.Tensor` of shape `(B, ...)`): Velocity (noise - data) there.
+        velocity (`torch.Tensor` of shape `(B, ...)`): Velocity (noise - data) at that sample.
         sigma (`float` or `torch.Tensor` of shape `()` or `(B,)`): Time in [0, 1], 0 = data.
 
     Returns:
@@ -62,11 +64,11 @@ def euler_step(
     noisy_sample: torch.Tensor, velocity: torch.Tensor, sigma: float | torch.Tensor, next_sigma: float | torch.Tensor
 ) -> torch.Tensor:
     """
-    One Euler step of the flow (paper, Eq. 2); towards data when next_sigma < sigma.
+    One Euler step of the flow (paper, Eq. 2). It goes towards data if next_sigma < sigma.
 
     Args:
         noisy_sample (`torch.Tensor` of shape `(B, ...)`): The sample at `sigma`.
-        velocity (`torch.Tensor` of shape `(B, ...)`): Velocity (noise - data) there.
+        velocity (`torch.Tensor` of shape `(B, ...)`): Velocity (noise - data) at that sample.
         sigma (`float` or `torch.Tensor` of shape `()` or `(B,)`): Time in [0, 1], 0 = data.
         next_sigma (`float` or `torch.Tensor` of shape `()` or `(B,)`): The time to go to.
 
@@ -78,10 +80,10 @@ def euler_step(
 
 def logit_normal_sigma(normal: torch.Tensor, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
     """
-    Logit-normal training times (paper, Eq. 11, which prints the inverse function): sigma = 1 / (1 + exp(-logit)) with
-    logit = mean + std * normal.
+    Logit-normal training times (paper, Eq. 11): sigma = 1 / (1 + exp(-logit)) with logit = mean + std * normal.
 
-    The paper's density, that of mean 0, is symmetric about 1/2: the same whichever end of the path is called 0.
+    The paper prints the inverse function. With its mean of 0 the density is symmetric about 1/2, so that it does not
+    matter which end of the path is called 0.
 
     Args:
         normal (`torch.Tensor`): Standard normal draws of any shape.
@@ -96,12 +98,13 @@ def logit_normal_sigma(normal: torch.Tensor, mean: float = 0.0, std: float = 1.0
 
 def shift_sigma(sigma: torch.Tensor, shift: float) -> torch.Tensor:
     """
-    Moves times towards noise, for latents of more dimensions than those that a schedule was made for (Esser et al.
-    2024, arXiv:2403.03206, Eq. 23): shift * sigma / (1 + (shift - 1) * sigma).
+    Moves times towards noise (Esser et al. 2024, arXiv:2403.03206, Eq. 23): shift * sigma / (1 + (shift - 1) * sigma).
+
+    Latents with more dimensions need it, if the schedule was made for fewer.
 
     Args:
         sigma (`torch.Tensor`): Times in [0, 1] of any shape.
-        shift (`float`): The shift, positive; 1 changes nothing, and larger ones move towards noise.
+        shift (`float`): The shift, positive; 1 changes nothing, and larger values move towards noise.
 
     Returns:
         `torch.Tensor`: Times in [0, 1], of the same shape.

@@ -1,14 +1,14 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-Writes a pipeline together with its code, for people who have Diffusers but not this package:
+Exports a pipeline together with its code, for people who have Diffusers but not this package:
 
     python -m diffusers_dod.remote_code checkpoints/dod-desk outputs/dod-desk-remote
     hf upload user/dod-desk outputs/dod-desk-remote
 
     DiffusionPipeline.from_pretrained("user/dod-desk", trust_remote_code=True)
 
-Each class gets one self-contained file, put together from the sources of this package: the definitions it needs from
-other modules come first, imports are merged, and nothing is written twice by hand.
+Each class gets one self-contained file, made from the sources of this package. Definitions that the class needs from
+other modules come first, and imports are merged. So no code is written twice by hand.
 """
 
 import argparse
@@ -36,7 +36,7 @@ PACKAGE = __package__
 
 @dataclass(frozen=True)
 class _Statement:
-    """A top-level statement with the comments above it, the names it defines and all names it mentions."""
+    """A top-level statement, the comments above it, the names it defines and the names it mentions."""
 
     source: str
     defines: frozenset[str]
@@ -80,12 +80,12 @@ def _parse(name: str) -> _Module:
 
 def self_contained_source(module_name: str, stand_ins: dict[str, type] | None = None) -> str:
     """
-    The source of a module of this package with everything it needs from the others in one file.
+    Makes one file of a module of this package and of everything that it needs from other modules.
 
     Args:
         module_name (`str`): Name within the package, such as `"transformer_dod"`.
         stand_ins (`dict[str, type]`, *optional*):
-            Classes of other modules that are only named in annotations -> a class of Diffusers to name instead.
+            Names of classes that occur in annotations only -> the class of Diffusers to name instead.
 
     Returns:
         `str`: Python source that imports nothing of this package.
@@ -141,7 +141,7 @@ def export_remote_code(pretrained_model_name_or_path: str | Path, output_dir: st
     Copies a saved pipeline and adds the code of its classes, so that `trust_remote_code=True` loads it anywhere.
 
     Args:
-        pretrained_model_name_or_path (`str` or `Path`): Folder of a saved [`DoDPipeline`] or a repository on the Hub.
+        pretrained_model_name_or_path (`str` or `Path`): Folder or Hub repository of a saved [`DoDPipeline`].
         output_dir (`str` or `Path`): A folder that is empty or does not exist yet.
 
     Returns:
@@ -197,7 +197,7 @@ def export_remote_code(pretrained_model_name_or_path: str | Path, output_dir: st
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command; `args` are its arguments, those of the process by default."""
+    """Runs the command; `args` defaults to the arguments of the process."""
     parser = argparse.ArgumentParser(description="Write a pipeline together with its code.")
     parser.add_argument("pretrained_model_name_or_path", help="Folder of a saved pipeline or a repository on the Hub.")
     parser.add_argument("output_dir", type=Path, help="Folder that is empty or does not exist yet.")

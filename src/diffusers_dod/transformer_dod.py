@@ -42,7 +42,7 @@ class DoDTransformerOutput(Transformer2DModelOutput):
     Args:
         sample (`torch.Tensor` of shape `(B, C, H, W)`): The predicted velocity.
         hidden_states (`tuple[torch.Tensor, ...]`, *optional*):
-            With `output_hidden_states`, the tokens (B, T, d) after the embedding and after each block.
+            Tokens (B, T, d) after the embedding and after each block, if `output_hidden_states` was set.
     """
 
     hidden_states: tuple[torch.Tensor, ...] | None = None
@@ -90,12 +90,12 @@ def check_latents(name: str, latents: torch.Tensor, in_channels: int, patch_size
 
     Args:
         name (`str`): Name of the argument, for the message.
-        latents (`torch.Tensor`): What was received, to be of shape `(B, in_channels, H, W)`.
+        latents (`torch.Tensor`): The tensor received. Its shape must be `(B, in_channels, H, W)`.
         in_channels (`int`): Number of channels.
-        patch_size (`int`): What H and W must be positive multiples of.
+        patch_size (`int`): Side of a patch. H and W must be positive multiples of it.
 
     Raises:
-        `ValueError`: the shape is another one.
+        `ValueError`: the shape does not match.
     """
     if latents.ndim != 4 or latents.shape[1] != in_channels:
         raise ValueError(
@@ -110,7 +110,7 @@ def check_latents(name: str, latents: torch.Tensor, in_channels: int, patch_size
 
 
 class DoDAttnProcessor:
-    """Self-attention softmax(LN(q) LN(k)^T / sqrt(head_dim)) v (paper, Eq. 9, whose 1/d_k is a misprint)."""
+    """Self-attention: softmax(LN(q) LN(k)^T / sqrt(head_dim)) v (paper, Eq. 9; its 1/d_k is a misprint)."""
 
     _attention_backend = None
     _parallel_config = None
@@ -128,7 +128,7 @@ class DoDAttnProcessor:
             attn ([`DoDAttention`]): The layer, for its weights.
             hidden_states (`torch.Tensor` of shape `(B, T, query_dim)`): The tokens.
             image_rotary_emb (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
-                What [`DoDRotaryPosEmbed`] returns; without it queries and keys are not rotated.
+                Cosines and sines from [`DoDRotaryPosEmbed`]. Without them queries and keys are not rotated.
 
         Returns:
             `torch.Tensor` of shape `(B, T, query_dim)`.
@@ -164,7 +164,7 @@ class DoDAttention(nn.Module, AttentionModuleMixin):
         dim_head (`int`): Width of a head.
         qk_norm (`bool`, defaults to `True`):
             Whether each query and key head gets a LayerNorm without affine parameters.
-        processor (`Callable`, *optional*): Computes the attention, a [`DoDAttnProcessor`] if not given.
+        processor (`Callable`, *optional*): Computes the attention. By default a [`DoDAttnProcessor`].
     """
 
     _default_processor_cls = DoDAttnProcessor
@@ -213,15 +213,16 @@ class DoDRotaryPosEmbed(nn.Module):
         pos_interpolation_decoupled: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        The rotations of a grid of tokens.
+        Computes the rotations for a grid of tokens.
 
         Args:
             rows (`int`): Rows of the grid.
             columns (`int`): Columns of the grid.
-            device (`torch.device`): Where they are computed.
-            trained_size (`int`, *optional*): Rows and columns of the trained grid, which only interpolation needs.
-            pos_interpolation (`str`, defaults to `"none"`): See [`interpolate_frequencies`].
-            pos_interpolation_decoupled (`bool`, defaults to `False`): See [`grid_scales`].
+            device (`torch.device`): Device of the result.
+            trained_size (`int`, *optional*): Rows of the trained grid, equal to its columns. Interpolation needs it.
+            pos_interpolation (`str`, defaults to `"none"`): Mode of interpolation, see [`interpolate_frequencies`].
+            pos_interpolation_decoupled (`bool`, defaults to `False`):
+                Whether rows and columns are scaled separately, see [`grid_scales`].
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Cosines and sines, each of shape `(rows * columns, dim)` in fp32, for
@@ -250,10 +251,10 @@ class DoDRotaryPosEmbed(nn.Module):
 
 
 class FP32Linear(nn.Linear):
-    """A Linear computed in at least fp32 whatever the dtype of its weights, as `FP32LayerNorm` is."""
+    """A Linear that computes in at least fp32, whatever the dtype of its weights."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Maps `input` (..., in_features) to (..., out_features), in fp32 or, if the weights are fp64, in fp64."""
+        """Maps `input` (..., in_features) to (..., out_features) in fp32, or in fp64 if the weights are fp64."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         return F.linear(input.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
@@ -262,8 +263,8 @@ class DoDTimestepEmbedding(nn.Module):
     """
     Sinusoidal features of sigma and a two-layer MLP, computed in at least fp32 whatever the dtype of the model.
 
-    bf16 has only half of the 1001 integer timesteps, and the features of neighbouring ones are closer yet: neither
-    times nor features are ever rounded to it, under autocast as in a model that was cast.
+    bf16 can hold only half of the 1001 integer timesteps, and neighbouring timesteps have features that are even
+    closer. So neither times nor features are ever rounded to bf16, neither under autocast nor in a cast model.
 
     Args:
         embedding_dim (`int`): Width of the embedding.
@@ -281,7 +282,7 @@ class DoDTimestepEmbedding(nn.Module):
         """Embeds `timestep` (B,) in [0, 1000] as (B, embedding_dim)."""
         sigma = timestep.to(torch.float32) / NUM_TRAIN_TIMESTEPS
         device_type = timestep.device.type
-        # The meta device, on which costs are counted, knows no autocast.
+        # The meta device has no autocast; costs are counted on it.
         in_fp32 = torch.autocast(device_type, enabled=False) if is_autocast_available(device_type) else nullcontext()
         with in_fp32:
             features = get_timestep_embedding(sigma, self.num_features, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -289,8 +290,8 @@ class DoDTimestepEmbedding(nn.Module):
 
 
 # The conditioning of a batch comes in one or two parts along the batch dimension: samples with a prior have one row
-# per token, (K, T, ...), and those without have a single row, (B - K, 1, ...). The functions below apply a part to its
-# own samples only, so that nothing is ever broadcast to T tokens.
+# per token, (K, T, ...), and samples without one have a single row, (B - K, 1, ...). The functions below apply each
+# part to its own samples only, so that nothing is ever broadcast to T tokens.
 Parts = tuple[torch.Tensor, ...]
 
 
@@ -338,8 +339,10 @@ class DoDTransformerBlock(nn.Module):
         attention_kwargs: dict[str, Any] | None = None,
     ) -> torch.Tensor:
         """
-        Runs the block. The conditioning comes in one or two parts along the batch: that of the K samples with a prior,
-        which differs from token to token, and that of the others, either of which may be missing.
+        Runs the block.
+
+        The conditioning comes in one or two parts along the batch: K samples with a prior have one row per token, the
+        others have one row for all tokens. Either part may be missing.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(B, T, d)`): The tokens.
@@ -347,7 +350,7 @@ class DoDTransformerBlock(nn.Module):
                 SiLU(c) of shapes `(K, T, d)` and `(B - K, 1, d)`.
             global_modulation (`tuple[torch.Tensor, ...]`):
                 The AdaLN that all blocks share, of shapes `(K, T, 6 * d)` and `(B - K, 1, 6 * d)`.
-            image_rotary_emb (`tuple[torch.Tensor, torch.Tensor]`): What [`DoDRotaryPosEmbed`] returns.
+            image_rotary_emb (`tuple[torch.Tensor, torch.Tensor]`): Cosines and sines from [`DoDRotaryPosEmbed`].
             attention_kwargs (`dict`, *optional*): Further arguments of the attention processor.
 
         Returns:
@@ -371,11 +374,11 @@ class DoDTransformerBlock(nn.Module):
 
 class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     r"""
-    The DoD backbone, a FiTv2 transformer that predicts the rectified-flow velocity (noise - data) and is conditioned
-    on the time, the class and, where one is given, a visual prior per token (paper, Eqs. 5 and 8-10).
+    The DoD backbone: a FiTv2 transformer that predicts the rectified-flow velocity (paper, Eqs. 5 and 8-10).
 
-    Height and width are free. Without a prior every token shares one conditioning vector c = time + class + S, where S
-    is the trainable sample token; with a prior, S is replaced by the projected prior of the token.
+    The velocity is noise - data. It is conditioned on the time, the class and, optionally, a visual prior per token.
+    Without a prior all tokens share one conditioning vector c = time + class + S. The sample token S is trainable.
+    With a prior, the projected prior of each token takes the place of S. Height and width are free.
 
     Args:
         sample_size (`int`, defaults to 32):
@@ -385,18 +388,18 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
         in_channels (`int`, defaults to 4): Channels of the latents and of the predicted velocity.
         num_layers (`int`, defaults to 12): Number of transformer blocks.
         num_attention_heads (`int`, defaults to 12): Number of attention heads.
-        attention_head_dim (`int`, defaults to 64): Width of a head, a multiple of 4; the model's width d is heads
-            times this.
+        attention_head_dim (`int`, defaults to 64): Width of a head, a multiple of 4. The model's width d is
+            `num_attention_heads` times this.
         num_classes (`int`, defaults to 1000): Number of classes. `num_classes` itself is the id of the null class.
-        mlp_ratio (`float`, defaults to 4.0): Width of a plain MLP over d; the SwiGLU is 2/3 as wide.
+        mlp_ratio (`float`, defaults to 4.0): Width of a plain MLP divided by d. The SwiGLU is 2/3 as wide.
         adaln_lora_dim (`int`, *optional*): Rank of the blocks' own modulation (paper, Eq. 10), d / 4 by default.
         prior_embed_dim (`int`, *optional*):
-            Width of the visual prior's tokens. `None` is a plain FiTv2 without S and projection, which refuses
-            `prior_embeds`.
+            Width of the visual prior's tokens. `None` makes a plain FiTv2: it has neither S nor the projection, and
+            refuses `prior_embeds`.
         pos_interpolation (`str`, defaults to `"none"`):
-            How positions on grids larger than the trained one are treated: `"none"`, `"linear"`, `"ntk"` or `"yarn"`,
-            see `set_pos_interpolation`.
-        pos_interpolation_decoupled (`bool`, defaults to `False`): Whether rows and columns are so on their own.
+            Treatment of positions on grids larger than the trained one: `"none"`, `"linear"`, `"ntk"` or `"yarn"`, see
+            `set_pos_interpolation`.
+        pos_interpolation_decoupled (`bool`, defaults to `False`): Whether rows and columns are scaled separately.
 
     Raises:
         `ValueError`, `TypeError`: an argument is out of range or of the wrong type.
@@ -407,7 +410,7 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
     _repeated_blocks = ["DoDTransformerBlock"]
     _keep_in_fp32_modules = ["time_embed"]
     _skip_layerwise_casting_patterns = ["x_embedder", "time_embed", "class_embed", "adaln", "norm"]
-    _skip_quantization_modules = ["adaln_global", "adaln_down", "adaln_up", "adaln_out"]  # and those in fp32
+    _skip_quantization_modules = ["adaln_global", "adaln_down", "adaln_up", "adaln_out"]  # beside those in fp32
 
     @register_to_config
     def __init__(
@@ -477,7 +480,7 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Xavier-uniform Linears, N(0, 0.02) embeddings, and zeros where a block or the output starts as nothing."""
+        """Draws Xavier-uniform Linears and N(0, 0.02) embeddings; modulation and output layers start at zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -500,14 +503,14 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
         cls, pretrained_model_name_or_path: str | os.PathLike, num_classes: int | None = None, **kwargs: Any
     ):
         """
-        Loads a model as `ModelMixin.from_pretrained` does, if wanted with a label table for other classes.
+        Loads a model as `ModelMixin.from_pretrained` does, optionally with a label table for other classes.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a repository on the Hub.
             num_classes (`int`, *optional*):
-                Number of classes to fine-tune on. Another number than the saved one resizes the label table, see
+                Number of classes to fine-tune on. If it differs from the saved number, the label table is resized, see
                 `resize_class_embed`.
-            kwargs: Passed on, see [`DoDModelMixin.from_pretrained`].
+            kwargs: Passed on to [`DoDModelMixin.from_pretrained`].
 
         Raises:
             `OSError`, `ValueError`: see [`DoDModelMixin.from_pretrained`].
@@ -522,15 +525,15 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
 
     def resize_class_embed(self, num_classes: int, source_classes: Sequence[int | None] | None = None) -> None:
         """
-        Gives the model a label table for other classes; the null class stays what it is.
+        Replaces the label table by one for other classes; the null class keeps its row.
 
-        A class starts as a copy of the null class, with which the model makes pictures of any class, or of a class
-        that it knows. Everything but the table is left alone.
+        Each class starts as a copy of a class that the model knows, by default of the null class, which stands for
+        images of any class. Nothing but the table changes.
 
         Args:
             num_classes (`int`): Number of classes from now on, >= 1.
             source_classes (`Sequence[int | None]`, *optional*):
-                For each new class the old one that it starts as, `None` for the null class. All `None` if not given.
+                For each new class the old class to copy; `None` is the null class. All `None` by default.
 
         Raises:
             `ValueError`, `TypeError`: an argument is out of range or of the wrong type.
@@ -559,7 +562,7 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
         prior_embeds: torch.Tensor | None,  # (K, T, d_l)
         dtype: torch.dtype,
     ) -> Parts:
-        """SiLU of c = time + class + (projected prior of the token or S) (paper, Eq. 5), in parts split at K."""
+        """SiLU(c) with c = time + class + (projected prior of the token or S) (paper, Eq. 5), in parts split at K."""
         embedding = self.time_embed(timestep)
         embedding = (embedding + self.class_embed(class_labels).to(embedding.dtype))[:, None]  # (B, 1, d)
         if self.config.prior_embed_dim is None:
@@ -621,19 +624,19 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
         Args:
             hidden_states (`torch.Tensor` of shape `(B, C, H, W)`): Noisy latents.
             timestep (`float` or `torch.Tensor` of shape `()` or `(B,)`):
-                Time in [0, 1000] = 1000 * sigma, 0 = data. Kept in fp32.
+                Time 1000 * sigma in [0, 1000], 0 = data. Kept in fp32.
             class_labels (`torch.Tensor` of shape `(B,)`): Class ids; `num_classes` is the null class.
             prior_embeds (`torch.Tensor` of shape `(K, T, prior_embed_dim)`, *optional*):
                 Visual priors of the *first* K samples, 0 <= K <= B, T = H/p * W/p. The other samples get the sample
                 token S.
             attention_kwargs (`dict`, *optional*):
-                `scale` is that of LoRA adapters; anything else goes to the attention processors.
+                `scale` scales LoRA adapters. Everything else goes to the attention processors.
             return_dict (`bool`, defaults to `True`): Whether to return a [`DoDTransformerOutput`].
             output_hidden_states (`bool`, defaults to `False`):
-                Whether to return the tokens after the embedding and after each block too.
+                Whether to return also the tokens after the embedding and after each block.
 
         Returns:
-            [`DoDTransformerOutput`], or the tuple `(sample,)`, with the hidden states `(sample, hidden_states)`.
+            [`DoDTransformerOutput`], or the tuple `(sample,)`; with the hidden states, `(sample, hidden_states)`.
 
         Raises:
             `ValueError`, `TypeError`: a shape or a type does not fit.
@@ -680,5 +683,5 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
         return DoDTransformerOutput(sample=sample, hidden_states=all_hidden_states)
 
 
-# What Diffusers' block caches (FirstBlockCache, MagCache) must know of a block: it returns the hidden states alone.
+# Diffusers' block caches (FirstBlockCache, MagCache) must know what a block returns: the hidden states alone.
 TransformerBlockRegistry.register(DoDTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))

@@ -102,7 +102,7 @@ def test_a_recorded_average_is_reconstructed(finished):
 
 def test_the_command_writes_a_pipeline(finished, tmp_path, capsys):
     posthoc_ema.main(["--run_dir", str(finished), "--sigma_rel", "0.15", "--output_dir", str(tmp_path / "out")])
-    assert "What is left of the profile" in capsys.readouterr().out
+    assert "Error of the profile" in capsys.readouterr().out
     pipeline = DoDPipeline.from_pretrained(tmp_path / "out")
     weight = pipeline.transformer.proj_out.weight
     recorded = [state(finished, 4, f"ema-sigma-rel-{width}")["transformer.proj_out.weight"] for width in (0.1, 0.2)]

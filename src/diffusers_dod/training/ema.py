@@ -1,7 +1,9 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-Averages of the weights over the training: exponential ones, and those with a power function for a profile, from whose
-snapshots an average of any length is put together after the training (Karras et al. 2024, arXiv:2312.02696).
+Averages of the weights over the training: exponential ones, and power-function ones (Karras et al. 2024,
+arXiv:2312.02696).
+
+Snapshots of power-function averages can be combined to an average of any length after the training.
 """
 
 import math
@@ -13,7 +15,7 @@ from diffusers.training_utils import EMAModel
 
 
 def averaged_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The weights of a [`DoDJointModel`], `model`, by name, that are averaged: those of its pipeline."""
+    """The weights to average of the [`DoDJointModel`] `model`, by name: all that go into the pipeline."""
     parts = ("transformer.", "latent_embedder.")
     return {name: parameter for name, parameter in model.named_parameters() if name.startswith(parts)}
 
@@ -23,7 +25,8 @@ def power_of(sigma_rel: float) -> float:
     The exponent gamma of a power-function profile.
 
     Args:
-        sigma_rel (`float`): Its standard deviation over the length of the training, in (0, 1 / sqrt(12)).
+        sigma_rel (`float`):
+            Standard deviation of the profile divided by the length of the training, in (0, 1 / sqrt(12)).
 
     Returns:
         `float`: The gamma > 0 for which sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
@@ -34,11 +37,11 @@ def power_of(sigma_rel: float) -> float:
 
 class PowerFunctionEMA(EMAModel):
     """
-    An average of the weights in which those of step s weigh s^gamma: longer, the longer the training.
+    An average in which the weights of step s count s^gamma, so that its length grows with the training.
 
     Args:
         parameters (`Iterable[torch.nn.Parameter]`): The weights to follow.
-        sigma_rel (`float`): Width of the profile over the length of the training, in (0, 1 / sqrt(12)).
+        sigma_rel (`float`): Width of the profile divided by the length of the training, in (0, 1 / sqrt(12)).
         kwargs: Passed on to `EMAModel`.
     """
 
@@ -47,7 +50,7 @@ class PowerFunctionEMA(EMAModel):
         self.power_gamma = power_of(sigma_rel)
 
     def get_decay(self, optimization_step: int) -> float:
-        """The share of the average that stays in `optimization_step`, counted from 1."""
+        """Share of the old average that is kept in `optimization_step`, counted from 1."""
         return (1 - 1 / optimization_step) ** (self.power_gamma + 1)
 
 
@@ -68,16 +71,16 @@ def reconstruction_weights(
     snapshots: Sequence[tuple[int, float]], step: int, sigma_rel: float
 ) -> tuple[np.ndarray, float]:
     """
-    How snapshots of power-function averages add up to another one, by least squares of the profiles.
+    Weights with which snapshots of power-function averages add up to another average, by least squares.
 
     Args:
-        snapshots (`Sequence[tuple[int, float]]`): Step and `sigma_rel` of each.
-        step (`int`): Where the wanted average ends, at most the last step.
-        sigma_rel (`float`): Its width, in (0, 1 / sqrt(12)).
+        snapshots (`Sequence[tuple[int, float]]`): Step and `sigma_rel` of each snapshot.
+        step (`int`): Last step of the wanted average, at most that of the latest snapshot.
+        sigma_rel (`float`): Width of the wanted average, in (0, 1 / sqrt(12)).
 
     Returns:
-        `tuple[np.ndarray, float]`: A weight for each snapshot, and the norm of what is left of the profile, over its
-        own.
+        `tuple[np.ndarray, float]`: A weight for each snapshot, and the error of the profile: the norm of the
+        difference divided by the norm of the wanted profile.
 
     Raises:
         `ValueError`: there is no snapshot, or none as late as `step`.

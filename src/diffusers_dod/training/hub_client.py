@@ -1,10 +1,10 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-One exchange with the Hugging Face Hub in a process of its own: the request on its standard input, the reply on its
-standard output, both in JSON.
+One exchange with the Hugging Face Hub, in a process of its own.
 
-A process that waits for the Hub can be ended at any time, whatever it waits in (sockets, the threads of an upload, the
-Xet library); a thread cannot. It imports `huggingface_hub` only, so it starts in less than a second.
+The request comes on standard input, the reply goes to standard output, both in JSON. A process can be ended whatever
+it waits for (sockets, the threads of an upload, the Xet library); a thread cannot. This one imports `huggingface_hub`
+only, so it starts in less than a second.
 """
 
 import json
@@ -32,14 +32,14 @@ MARKER = ".push-check"
 
 CONNECT_TIMEOUT_S = 10.0
 
-# What a repetition cannot help; of the Hub's answers that is every 4xx but these.
+# Errors that another attempt cannot help. Among the Hub's answers these are all 4xx but the transient ones.
 PERMANENT_ERRORS = (LocalTokenNotFoundError, OfflineModeIsEnabled, FileNotFoundError, PermissionError, ValueError)
 TRANSIENT_CLIENT_ERRORS = (408, 409, 425, 429)
 
 
 def limit_requests(timeout_s: float) -> None:
     """Makes every request of this process fail when the Hub stays silent for `timeout_s` seconds."""
-    client = get_session()  # of httpx or httpx2, whichever the installed version uses
+    client = get_session()  # a client of httpx or httpx2, whichever the installed version uses
     hooks, redirects = client.event_hooks, client.follow_redirects
     limits = (min(timeout_s, CONNECT_TIMEOUT_S), timeout_s, timeout_s, timeout_s)  # connect, read, write, pool
     set_client_factory(lambda: type(client)(event_hooks=hooks, follow_redirects=redirects, timeout=limits))
@@ -47,14 +47,14 @@ def limit_requests(timeout_s: float) -> None:
 
 def check(api: HfApi, repo_id: str, private: bool | None, card: str) -> str:
     """
-    Creates the repository unless it exists, and commits to it, which alone proves that the token may write.
+    Creates the repository unless it exists, and commits to it. Only a commit proves that the token may write.
 
     Args:
         api (`HfApi`): The client.
         repo_id (`str`): The repository, with or without the name of its owner.
-        private (`bool` or `None`): Whether a new repository is private; `None` is the owner's default.
-        card (`str`): The model card of a repository that has none. One that has a card keeps it and gets a small file
-            `.push-check` instead, which the next upload removes.
+        private (`bool` or `None`): Whether a new repository is private. `None` is the owner's setting.
+        card (`str`): Model card for a repository that has none. A repository with a card keeps it, and gets a small
+            file `.push-check` instead. The next upload removes that file.
 
     Returns:
         `str`: The repository with the name of its owner.
@@ -62,7 +62,8 @@ def check(api: HfApi, repo_id: str, private: bool | None, card: str) -> str:
     api.whoami()
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     has_card = api.file_exists(repo_id, CARD)
-    name, content = (MARKER, f"{uuid.uuid4()}\n") if has_card else (CARD, card)  # never the same: that is no commit
+    # The content must be new, else the Hub makes no commit.
+    name, content = (MARKER, f"{uuid.uuid4()}\n") if has_card else (CARD, card)
     operation = CommitOperationAdd(name, content.encode())
     api.create_commit(repo_id, [operation], commit_message="Start of training")
     return repo_id
@@ -77,7 +78,7 @@ def upload(api: HfApi, repo_id: str, folder: str, message: str, removed: list[st
         repo_id (`str`): The repository with the name of its owner.
         folder (`str`): The folder.
         message (`str`): The commit's message.
-        removed (`list[str]`): Files and folders at the root whose content goes, as far as `folder` has none of it.
+        removed (`list[str]`): Files and folders at the root to remove, except for files that `folder` has too.
 
     Returns:
         `str`: The repository.
@@ -91,7 +92,7 @@ def upload(api: HfApi, repo_id: str, folder: str, message: str, removed: list[st
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields `error` and what it comes from, outermost first."""
+    """Yields `error` and its causes, outermost first."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -99,29 +100,29 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def describe(error: Exception, secrets: list[str]) -> dict:
     """
-    An error as a reply.
+    Turns an error into a reply.
 
     Args:
-        error (`Exception`): What was raised.
-        secrets (`list[str]`): Texts that the reply must not hold.
+        error (`Exception`): The error.
+        secrets (`list[str]`): Texts that the reply must not contain.
 
     Returns:
         `dict` with `error`, `status` (of HTTP, or `None`), `is_transient` and `retry_after` (seconds, 0 if not given).
     """
     response = next((cause.response for cause in chain(error) if getattr(cause, "response", None) is not None), None)
     if response is None:
-        if type(error) is RuntimeError and error.__cause__ is not None:  # says no more than which file it was
+        if type(error) is RuntimeError and error.__cause__ is not None:  # names the file only
             error = error.__cause__
         status = 401 if isinstance(error, LocalTokenNotFoundError) else None
-        # A body that is no JSON, such as a proxy's page, is the server's fault.
+        # A body that is not JSON, such as a proxy's page, is the server's fault.
         is_transient = isinstance(error, json.JSONDecodeError) or not isinstance(error, PERMANENT_ERRORS)
         text, retry_after = f"{type(error).__name__}: {error}", 0
     else:
         status, request = response.status_code, response.request
-        is_storage = not str(request.url).startswith(constants.ENDPOINT)  # refuses addresses that are too old
+        is_storage = not str(request.url).startswith(constants.ENDPOINT)  # storage refuses addresses that are too old
         is_transient = is_storage or status >= 500 or status in TRANSIENT_CLIENT_ERRORS
         said = next((cause.server_message for cause in chain(error) if getattr(cause, "server_message", None)), None)
-        # The query of an address may hold a signature: only the path is told.
+        # The query of an address may hold a signature, so only the path is reported.
         text = f"{status} {response.reason_phrase} to {request.method} {request.url.path}"
         text += f" ({said})" if said else ""
         after = response.headers.get("Retry-After", "")
@@ -134,16 +135,16 @@ def describe(error: Exception, secrets: list[str]) -> dict:
 
 def reply(action: str, token: str | None, timeout_s: float, **arguments) -> dict:
     """
-    Does what a request asks for.
+    Carries out a request.
 
     Args:
         action (`str`): `check` or `upload`.
-        token (`str` or `None`): The token, `None` for that of the Hub's own login.
-        timeout_s (`float`): How long the Hub may stay silent, in seconds.
-        arguments: Those of the action.
+        token (`str` or `None`): The token. `None` uses the Hub's own login.
+        timeout_s (`float`): Longest silence of the Hub, in seconds.
+        arguments: Arguments of the action.
 
     Returns:
-        `dict`: `repo_id`, or what [`describe`] says of an error.
+        `dict`: `repo_id`, or the description of an error by [`describe`].
     """
     limit_requests(timeout_s)
     try:

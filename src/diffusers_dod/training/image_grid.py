@@ -1,16 +1,16 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""Pictures side by side."""
+"""Grids of images."""
 
 from PIL import Image
 
 
 def make_grid(rows: list[list[Image.Image]], scale: int = 1, gap: int = 2) -> Image.Image:
     """
-    Pictures of one size in rows, on white.
+    Puts images of one size into rows, on white.
 
     Args:
-        rows (`list[list[PIL.Image.Image]]`): The pictures; rows may differ in length.
-        scale (`int`, defaults to 1): How many times each is enlarged, without smoothing.
+        rows (`list[list[PIL.Image.Image]]`): The images. Rows may differ in length.
+        scale (`int`, defaults to 1): Factor by which each image is enlarged, without smoothing.
         gap (`int`, defaults to 2): White pixels between neighbours.
 
     Returns:
@@ -20,7 +20,7 @@ def make_grid(rows: list[list[Image.Image]], scale: int = 1, gap: int = 2) -> Im
     columns = max(len(row) for row in rows)
     grid = Image.new("RGB", (columns * (width + gap) - gap, len(rows) * (height + gap) - gap), "white")
     for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
+        for j, image in enumerate(row):
+            enlarged = image.resize((width, height), Image.Resampling.NEAREST)
             grid.paste(enlarged, (j * (width + gap), i * (height + gap)))
     return grid

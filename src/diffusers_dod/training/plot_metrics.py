@@ -1,6 +1,6 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-Draws the curves of a run, or of several, from their metrics; needs matplotlib:
+Draws the curves of one or several runs from their metrics; needs matplotlib:
 
     python -m diffusers_dod.training.plot_metrics outputs/dod-b outputs/fitv2-b --output outputs/curves.png
 """
@@ -34,16 +34,16 @@ NUM_COLUMNS = 3
 
 def read_metrics(run_dir: Path) -> list[dict[str, float | None]]:
     """
-    The metrics of a run, and after them its evaluations.
+    Reads the metrics of a run, and after them its evaluations.
 
     Args:
-        run_dir (`Path`): Its folder.
+        run_dir (`Path`): Folder of the run.
 
     Returns:
         `list[dict]`: A dict for each line.
 
     Raises:
-        `ValueError`: it has no metrics.
+        `ValueError`: the run has no metrics.
     """
     paths = [run_dir / name for name in (METRICS, EVALUATIONS)]
     metrics, evaluations = (
@@ -63,12 +63,12 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 def plot_metrics(run_dirs: list[Path], output: Path, smoothing: int = 1) -> None:
     """
-    Draws the curves of runs into one picture.
+    Draws the curves of runs into one figure.
 
     Args:
         run_dirs (`list[Path]`): Folders of the runs.
-        output (`Path`): The picture.
-        smoothing (`int`, defaults to 1): Lines that a point averages over.
+        output (`Path`): File of the figure.
+        smoothing (`int`, defaults to 1): Number of lines of metrics that a point averages.
 
     Raises:
         `ValueError`: a run has no metrics.
@@ -92,7 +92,7 @@ def plot_metrics(run_dirs: list[Path], output: Path, smoothing: int = 1) -> None
                 if points:
                     steps, values = np.array(points).T
                     label = ", ".join([run] * (len(runs) > 1) + [name] * (len(names) > 1))
-                    width = 1 if name.startswith("fid") else smoothing  # few points, each of many samples
+                    width = 1 if name.startswith("fid") else smoothing  # there are few points, each from many samples
                     panel.plot(steps, smooth(values, width), label=label or None, linewidth=1.2)
         panel.set(title=title, xlabel="step")
         panel.grid(alpha=0.3)
@@ -104,11 +104,11 @@ def plot_metrics(run_dirs: list[Path], output: Path, smoothing: int = 1) -> None
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
+    """Runs the command; `argv` defaults to the process's arguments. Raises a `ValueError` if they do not fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dirs", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--smoothing", type=int, default=1, help="Lines that a point averages over.")
+    parser.add_argument("--smoothing", type=int, default=1, help="Number of lines that a point averages.")
     args = parser.parse_args(argv)
     plot_metrics(args.run_dirs, args.output, args.smoothing)
     print(f"Wrote {args.output}.")

@@ -1,7 +1,8 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-Puts together an average of the weights of any length after the training (Karras et al. 2024, arXiv:2312.02696), from
-the checkpoints of a run with `--ema_sigma_rel 0.05 0.1`:
+Makes an average of the weights of any length after the training (Karras et al. 2024, arXiv:2312.02696).
+
+It needs the checkpoints of a run with `--ema_sigma_rel 0.05 0.1`:
 
     python -m diffusers_dod.training.posthoc_ema --run_dir outputs/dod-b --sigma_rel 0.08 --output_dir outputs/longer
 """
@@ -21,7 +22,7 @@ from .ema import reconstruction_weights
 
 
 def find_snapshots(run_dir: Path) -> dict[tuple[int, float], Path]:
-    """The files of all power-function averages in the checkpoints of `run_dir`, by step and width."""
+    """Files of all power-function averages in the checkpoints of `run_dir`, by step and width."""
     found = {}
     for checkpoint in list_checkpoints(run_dir):
         for path in sorted((checkpoint / STATE_FOLDER).glob("ema-sigma-rel-*.safetensors")):
@@ -32,15 +33,15 @@ def find_snapshots(run_dir: Path) -> dict[tuple[int, float], Path]:
 
 def reconstruct(run_dir: Path, sigma_rel: float, step: int | None = None) -> tuple[DoDPipeline, float]:
     """
-    A pipeline with an average of the weights of any length.
+    Makes a pipeline whose weights are an average of any length.
 
     Args:
         run_dir (`Path`): Folder of the run, with its checkpoints.
-        sigma_rel (`float`): Width of the average over the length of the training, in (0, 1 / sqrt(12)).
-        step (`int`, *optional*): Where the average ends; the last checkpoint if not given.
+        sigma_rel (`float`): Width of the average divided by the length of the training, in (0, 1 / sqrt(12)).
+        step (`int`, *optional*): Last step of the average. By default the step of the last checkpoint.
 
     Returns:
-        `tuple[DoDPipeline, float]`: The pipeline, and how far its profile is from the wanted one, relative to it.
+        `tuple[DoDPipeline, float]`: The pipeline, and the relative error of its profile.
 
     Raises:
         `ValueError`: there are no snapshots, or none as late as `step`, or an argument is out of range.
@@ -65,16 +66,16 @@ def reconstruct(run_dir: Path, sigma_rel: float, step: int | None = None) -> tup
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
+    """Runs the command; `argv` defaults to the process's arguments. Raises a `ValueError` if they do not fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run_dir", type=Path, required=True)
-    parser.add_argument("--sigma_rel", type=float, required=True, help="Width over the length of the training.")
-    parser.add_argument("--step", type=int, help="Where the average ends, the last checkpoint by default.")
+    parser.add_argument("--sigma_rel", type=float, required=True, help="Width divided by the length of the training.")
+    parser.add_argument("--step", type=int, help="Last step of the average; that of the last checkpoint by default.")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
     pipeline, rest = reconstruct(args.run_dir, args.sigma_rel, args.step)
     pipeline.save_pretrained(args.output_dir)
-    print(f"Wrote {args.output_dir}. What is left of the profile: {rest:.2%} of its norm.")
+    print(f"Wrote {args.output_dir}. Error of the profile: {rest:.2%} of its norm.")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-Checkpoints go to the Hugging Face Hub while the training goes on.
+Pushes checkpoints to the Hugging Face Hub while the training goes on.
 
-What is pushed is a snapshot: hard links to the files of the checkpoint, which may be removed meanwhile, and copies of
-the rest. One thread uploads one snapshot at a time, in a process of its own (`hub_client.py`).
+It pushes a snapshot: hard links to the files of the checkpoint, which the training may remove meanwhile, and copies of
+other files. One thread uploads one snapshot at a time, in a process of its own (`hub_client.py`).
 """
 
 import json
@@ -27,7 +27,7 @@ from .checkpoints import MANIFEST, STATE_FOLDER
 
 logger = logging.getLogger(__name__)
 
-CHECK_ATTEMPTS = 3  # somebody waits for these
+CHECK_ATTEMPTS = 3  # few, as somebody waits for them
 LONGEST_WAIT_S = 300
 JITTER = random.SystemRandom()  # the generator of `random` belongs to the training
 
@@ -49,7 +49,7 @@ class _Push:
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except FileExistsError:  # to copy would write into what is there, which may be a link itself
+    except FileExistsError:  # copying would write into the existing file, which may be a link itself
         raise
     except OSError:
         shutil.copy2(source, target)
@@ -57,22 +57,21 @@ def _link(source: Path, target: Path) -> None:
 
 class HubPusher:
     """
-    Pushes checkpoints to a repository of the Hugging Face Hub, in the background. One process of a run does so.
+    Pushes checkpoints to a repository of the Hugging Face Hub, in the background.
 
-    The training waits for none of it, and no error of it reaches the training but those of [`HubPusher.check`]. Errors
-    that may pass (409, 429, 5xx, lost connections, no answer) are met by more attempts, with waiting times that double
-    and vary at random and are never shorter than the Hub asks for; large files that have arrived are not sent again.
-    Others (401, 403, 404) end the push, with a warning; the next one tries anew.
+    One process of a run has a pusher. The training never waits for it, and gets no errors but those of
+    [`HubPusher.check`]. Errors that may pass (409, 429, 5xx, lost connections, no answer) lead to more attempts. The
+    waiting times double, vary at random, and are never shorter than the Hub asks for. Large files that have arrived
+    are not sent again. Other errors (401, 403, 404) end the push with a warning, and the next push tries anew.
 
     Args:
         repo_id (`str`): The repository, `name` or `owner/name`.
         output_dir (`Path`): Folder of the run. Snapshots that earlier runs left there (`.push-*`) are removed.
-        token (`str`, *optional*): A token with write access, by default that of the Hub's own login, which is read
-            for each attempt.
-        timeout_s (`float`, defaults to `120.0`): How long the Hub may stay silent within a request, in seconds.
-        attempt_timeout_s (`float`, defaults to `3600.0`): How long an attempt may take in all, in seconds.
+        token (`str`, *optional*): A token with write access. By default the Hub's own login, read for each attempt.
+        timeout_s (`float`, defaults to `120.0`): Longest silence of the Hub within a request, in seconds.
+        attempt_timeout_s (`float`, defaults to `3600.0`): Longest duration of an attempt, in seconds.
         max_attempts (`int`, defaults to `8`): Attempts per push.
-        first_wait_s (`float`, defaults to `5.0`): The wait after the first failed attempt, in seconds; later ones
+        first_wait_s (`float`, defaults to `5.0`): The wait after the first failed attempt, in seconds. Later waits
             double, up to 300 s.
 
     Raises:
@@ -109,24 +108,24 @@ class HubPusher:
         self._changed = threading.Condition()  # guards what follows
         self._current: _Push | None = None  # while there is one, there is a thread
         self._waiting: _Push | None = None
-        self._failed: _Push | None = None  # the newest, unless a later one succeeded
+        self._failed: _Push | None = None  # the newest that failed, unless a later one succeeded
         self._process: subprocess.Popen | None = None
         self._is_stopped = threading.Event()
         self._remove_snapshots()
 
     def check(self, card: str, private: bool | None = None) -> str:
         """
-        Makes sure, before the training starts, that the repository exists and can be written to, by a first commit.
+        Checks by a first commit, before the training starts, that the repository exists and can be written to.
 
         Args:
-            card (`str`): The model card (`README.md`) that a repository without one gets. A card that is there stays.
-            private (`bool`, *optional*): Whether a new repository is private; the owner's default if not given.
+            card (`str`): Model card (`README.md`) for a repository that has none. An existing card is kept.
+            private (`bool`, *optional*): Whether a new repository is private. By default the owner's setting.
 
         Returns:
             `str`: The repository with the name of its owner.
 
         Raises:
-            `RuntimeError`: the Hub cannot be reached or refuses something. The message says what and what to do.
+            `RuntimeError`: the Hub cannot be reached or refuses something. The message says what to do.
         """
         attempts = min(CHECK_ATTEMPTS, self.max_attempts)
         reply = self._ask(attempts, "The check of the Hub", action="check", card=card, private=private)
@@ -138,17 +137,17 @@ class HubPusher:
 
     def push(self, checkpoint: Path, others: Iterable[Path], message: str, with_training_state: bool) -> None:
         """
-        Has a checkpoint uploaded, in one commit, and returns at once.
+        Starts the upload of a checkpoint in one commit, and returns at once.
 
-        A push that still waits for its turn is dropped in favour of this one.
+        It replaces a push that still waits for its turn.
 
         Args:
             checkpoint (`Path`): The folder of the checkpoint. Its files go to the root of the repository.
-            others (`Iterable[Path]`): Files and folders below `output_dir` that go beside them under their names there
-                and may change meanwhile; what does not exist yet is left out. A `README.md` replaces the model card.
+            others (`Iterable[Path]`): Files and folders below `output_dir` to upload too, under the same relative
+                names. They may change meanwhile. Missing ones are left out. A `README.md` replaces the model card.
             message (`str`): The commit's message.
-            with_training_state (`bool`): Whether `training_state/` and `manifest.json` go as well, which a resumed run
-                needs. If not, those of an earlier push go from the repository, as they do not fit the weights.
+            with_training_state (`bool`): Whether to upload `training_state/` and `manifest.json`, which a resumed run
+                needs. If not, older ones are removed from the repository, as they do not fit the weights.
         """
         if self._is_stopped.is_set():
             logger.warning(f"{checkpoint.name} is not pushed to {self.repo_id}: `finish` has been called.")
@@ -171,18 +170,18 @@ class HubPusher:
 
     def finish(self, timeout_s: float) -> bool:
         """
-        Waits for what is still to be pushed, then stops.
+        Waits for the pushes that are left, then stops.
 
         Args:
-            timeout_s (`float`): How long to wait at most, in seconds.
+            timeout_s (`float`): Longest wait, in seconds.
 
         Returns:
-            `bool`: Whether the newest push has reached the repository. If not, a warning has the command that uploads
-            it by hand; its snapshot stays until the next run.
+            `bool`: Whether the newest push has reached the repository. If not, a warning shows the command to upload
+            it by hand, and its snapshot stays until the next run.
 
         Raises:
             `TypeError`: `timeout_s` is no number.
-            `ValueError`: it is negative or not finite.
+            `ValueError`: `timeout_s` is negative or not finite.
         """
         check_number("timeout_s", timeout_s, 0)
         with self._changed:
@@ -240,7 +239,7 @@ class HubPusher:
             )
             with self._changed:
                 done = [] if self._failed is None else [self._failed]
-                if self._is_stopped.is_set():  # `finish` says and clears what is left
+                if self._is_stopped.is_set():  # `finish` reports and removes the rest
                     done, self._waiting = [], None
                 elif "error" in reply:
                     self._failed = push
@@ -256,7 +255,7 @@ class HubPusher:
                 shutil.rmtree(old.snapshot, ignore_errors=True)
 
     def _ask(self, attempts: int, what: str, **request) -> dict:
-        """The reply of the last one of at most so many attempts."""
+        """Sends a request, in at most `attempts` attempts, and returns the last reply."""
         for attempt in range(1, attempts + 1):
             reply = self._exchange({"repo_id": self.repo_id} | self._request | request)
             is_over = "error" not in reply or not reply["is_transient"] or attempt == attempts
@@ -273,8 +272,8 @@ class HubPusher:
         return reply
 
     def _exchange(self, request: dict) -> dict:
-        """One request in a process of its own."""
-        command = [sys.executable, "-P", hub_client.__file__]  # -P: the modules beside the file hide no others
+        """Sends one request through a process of its own."""
+        command = [sys.executable, "-P", hub_client.__file__]  # -P: modules beside the file must not hide others
         environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         errors = ""

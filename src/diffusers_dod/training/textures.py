@@ -1,9 +1,9 @@
 """
-Procedural textures: an unlimited, class-conditional set of small pictures that needs no download.
+Procedural textures: an unlimited, class-conditional set of small images that needs no download.
 
-Every picture is a pure function of a label and a seed. A class function draws a *pattern* (which of two colours goes
-where, and how brightly it is lit); everything the classes share, i.e. palette, lighting, grain and anti-aliasing, is
-applied afterwards in one place.
+Every image is a pure function of a label and a seed. A class function draws a *pattern*: the place of the two colours,
+and the light on them. Palette, lighting, grain and anti-aliasing are the same for all classes. They are applied
+afterwards in one place.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 class _Pattern(NamedTuple):
     """
-    What a class function returns.
+    Result of a class function.
 
     `mix` blends from the first colour (0) to the second (1). `light` shades the blend: -1 is black, 0 leaves it as it
     is and +1 is white. `scale` is the length of the main feature in canvas units, and `angle` its orientation in
@@ -32,8 +32,8 @@ class _Pattern(NamedTuple):
 
 NUM_ATTRIBUTES = 9
 
-# Patterns are laid out on a canvas of this many units, whatever the size of the picture in pixels. All lengths below
-# are in these units, so a larger picture shows the same scene with finer detail.
+# Patterns are laid out on a canvas of this many units, whatever the size of the image in pixels. All lengths below are
+# in these units, so a larger image shows the same scene with finer detail.
 _EXTENT = 32.0
 _SUPERSAMPLING = 2
 _GRAIN_STD = 0.016
@@ -74,7 +74,7 @@ def _value_noise(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.n
 
 
 def _with_luma(hue: float, saturation: float, luma: float) -> np.ndarray:
-    """RGB colour of exactly the given luma: darkened towards black or tinted towards white as far as it takes."""
+    """RGB colour of exactly the given luma, darkened towards black or tinted towards white as needed."""
     pure = np.clip(np.abs((6.0 * hue + np.array([0.0, 4.0, 2.0])) % 6.0 - 3.0) - 1.0, 0.0, 1.0)
     color = (1.0 - saturation * (1.0 - pure)).astype(np.float32)
     natural = float(color @ _LUMA)
@@ -166,7 +166,7 @@ def _voronoi(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, px: float) 
     np.put_along_axis(squared, first[None], np.inf, 0)
     second = squared.argmin(0)
     border = 0.5 * (squared.min(0) - nearest) / np.linalg.norm(points[second] - points[first], axis=-1)
-    # Evenly spread shades in random order: no two pictures alike, yet never all cells of one shade.
+    # Evenly spread shades in random order: no two images are alike, yet cells never all have one shade.
     shades = rng.permutation(np.linspace(0.0, 1.0, len(points), dtype=np.float32))
     edge = _coverage(rng.uniform(0.6, 0.9) - border, px)
     return _Pattern(shades[first], cell, light=rng.choice([-0.75, 0.8]) * edge)
@@ -287,7 +287,7 @@ TEXTURE_CLASSES: tuple[str, ...] = tuple(_CLASSES)
 
 
 def _integer(name: str, value: Any, accepted: str) -> int:
-    """`value` as a plain `int`; a `bool` is a mistake here rather than a number."""
+    """Converts `value` to a plain `int`; a `bool` is refused."""
     if not isinstance(value, bool | np.bool_):
         try:
             return operator.index(value)
@@ -331,8 +331,8 @@ def _check_seeds(seed: Any) -> list[int]:
 
 
 def _generator(label: int, seeds: list[int]) -> np.random.Generator:
-    # `SeedSequence` pads with zeros and cuts long integers into words of 32 bits. Spelling out the length and both
-    # words of every part keeps different seeds different: (5,) and (5, 0), or (2**32,) and (0, 1).
+    # `SeedSequence` pads with zeros and cuts long integers into words of 32 bits. Adding the length and both words of
+    # every part keeps different seeds different: (5,) and (5, 0), or (2**32,) and (0, 1).
     words = [word for part in seeds for word in (part & 0xFFFFFFFF, part >> 32)]
     return np.random.default_rng([label, len(seeds), *words])
 
@@ -342,33 +342,33 @@ def _generator(label: int, seeds: list[int]) -> np.random.Generator:
 
 def render_texture(label: int, seed: int | Sequence[int], size: int = 32) -> tuple[np.ndarray, np.ndarray]:
     """
-    Render one textured picture.
+    Renders one textured image.
 
-    The picture depends on nothing but the arguments. The scene is independent of `size`: two sizes show the same scene
+    The image depends on nothing but the arguments. The scene is independent of `size`: two sizes show the same scene
     (up to the grain) in different resolution.
 
     Args:
         label (`int`):
-            Class of the picture, a position in `TEXTURE_CLASSES` (0..11).
+            Class of the image, a position in `TEXTURE_CLASSES` (0..11).
         seed (`int` or `Sequence[int]`):
-            Which picture of the class: an integer in 0..2**64-1 or a non-empty sequence of them. Neighbouring seeds
-            give independent pictures. `seed` and `(seed,)` mean the same picture.
+            Seed of the image: an integer in 0..2**64-1 or a non-empty sequence of them. Neighbouring seeds give
+            independent images. `seed` and `(seed,)` mean the same image.
         size (`int`, defaults to 32):
             Height and width in pixels, a positive multiple of 8.
 
     Returns:
-        `tuple[np.ndarray, np.ndarray]`: The picture, `uint8` RGB of shape `(size, size, 3)`, and its attributes,
-        `float32` of shape `(9,)`, which tell how it was made:
+        `tuple[np.ndarray, np.ndarray]`: The image, `uint8` RGB of shape `(size, size, 3)`, and its attributes,
+        `float32` of shape `(9,)`. They describe the image:
 
-        - 0..2: first colour (RGB in 0..1), that of the ground, the mortar or the gaps,
-        - 3..5: second colour (RGB in 0..1), that of the figure,
-        - 6: log2 of the length of the main feature (period, cell or diameter) divided by the width of the picture,
+        - 0..2: first colour (RGB in 0..1), of the ground, the mortar or the gaps,
+        - 3..5: second colour (RGB in 0..1), of the figure,
+        - 6: log2 of the length of the main feature (period, cell or diameter) divided by the width of the image,
         - 7..8: cos(2 * angle) and sin(2 * angle) of the orientation, both 0 for a class without one. The angle runs
           clockwise from the x axis and is given modulo the rotational symmetry of the figure. For a sphere it is the
           direction towards the light, counterclockwise in 0..pi.
 
     Raises:
-        `ValueError`: an argument is outside of its range.
+        `ValueError`: an argument is outside its range.
         `TypeError`: an argument is not an integer (or, for `seed`, a sequence of integers).
 
     Examples:
@@ -396,7 +396,7 @@ def render_texture(label: int, seed: int | Sequence[int], size: int = 32) -> tup
     canvas = canvas * (1.0 - np.clip(-light, 0.0, 1.0)) + (1.0 - canvas) * np.clip(light, 0.0, 1.0)
     canvas = canvas * (1.0 + strength * _rotate(x, y, sun)[0] / (0.5 * _EXTENT))[..., None]
     image = canvas.reshape(size, _SUPERSAMPLING, size, _SUPERSAMPLING, 3).mean((1, 3))
-    # The grain is grey: coloured noise would cost a generator three times as much to imitate and look worse.
+    # The grain is grey: coloured noise would be three times as hard to imitate for a generator, and look worse.
     image = image + _GRAIN_STD * rng.standard_normal((size, size, 1), dtype=np.float32)
     image = np.rint(255.0 * np.clip(image, 0.0, 1.0)).astype(np.uint8)
 
@@ -409,20 +409,20 @@ class TextureDataset(Dataset[dict[str, Any]]):
     """
     Map-style dataset of procedural textures with balanced classes.
 
-    Nothing is stored: a picture is rendered when it is asked for and depends only on `seed` and its index, in every
-    process and in any order. The label of a picture is its index modulo 12.
+    Nothing is stored. An image is rendered on access and depends only on `seed` and its index, in every process and in
+    any order. Its label is its index modulo 12.
 
     Args:
         num_samples (`int`):
-            Number of pictures, at least 1.
+            Number of images, at least 1.
         size (`int`, defaults to 32):
             Height and width in pixels, a positive multiple of 8.
         seed (`int`, defaults to 0):
-            Which set of pictures, an integer in 0..2**64-1. Sets with different seeds are disjoint, so a second seed
-            gives a held-out set.
+            Seed of the set, an integer in 0..2**64-1. Sets with different seeds are disjoint, so a second seed gives a
+            held-out set.
 
     Raises:
-        `ValueError`: an argument is outside of its range.
+        `ValueError`: an argument is outside its range.
         `TypeError`: an argument is not an integer.
 
     Examples:
@@ -446,11 +446,11 @@ class TextureDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """
-        Render one picture.
+        Renders one image.
 
         Args:
             index (`int`):
-                Position of the picture, in `-len(self)..len(self)-1`. As in a list, negative positions count from the
+                Position of the image, in `-len(self)..len(self)-1`. As in a list, negative positions count from the
                 end.
 
         Returns:
@@ -458,8 +458,8 @@ class TextureDataset(Dataset[dict[str, Any]]):
             `"attributes"`, `float32` of shape `(9,)` as explained in [`render_texture`].
 
         Raises:
-            `IndexError`: If `index` is out of range.
-            `TypeError`: If `index` is not an integer.
+            `IndexError`: `index` is out of range.
+            `TypeError`: `index` is not an integer.
         """
         accepted = f"an integer in {-self.num_samples}..{self.num_samples - 1}"
         position = _integer("index", index, accepted)
