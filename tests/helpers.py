@@ -1,6 +1,7 @@
 """Tiny components with random weights, and the form of error messages, for the tests."""
 
 import re
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -141,3 +142,12 @@ def fresh_accelerator():
 def says(*fragments: str) -> str:
     """A pattern for `pytest.raises(match=...)`: the message holds every fragment, in any order."""
     return "(?s)" + "".join(f"(?=.*{re.escape(fragment)})" for fragment in fragments)
+
+
+def assert_none(violations: Iterable[str], num_shown: int = 20) -> None:
+    """Fails if there are any, with the first ones, one a line, and their number."""
+    violations = list(violations)
+    if violations:
+        shown = [violation[:300] for violation in violations[:num_shown]]
+        more = [f"... and {len(violations) - num_shown} more"] if len(violations) > num_shown else []
+        pytest.fail("\n".join([f"{len(violations)} must be none:", *shown, *more]), pytrace=False)

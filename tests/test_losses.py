@@ -304,7 +304,7 @@ def test_hidden_states_are_those_that_hooks_see(checkpointing):
 
 
 def alignment_gradients(model: DoDJointModel, num_priors: int, index: int) -> dict[str, torch.Tensor | None]:
-    """Of one part of what the model returns: 0 loss, 1 alignment, 2 prior alignment."""
+    """Gradients of one part of what the model returns: 0 loss, 1 alignment, 2 prior alignment."""
     model(**draw_batch(), num_priors=num_priors, features=draw_features())[index].sum().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 

@@ -153,7 +153,7 @@ def test_some_of_the_samples_are_drawn_at_random(world, tmp_path):
 
 
 def test_samples_that_are_drawn_from_sorted_ones_have_splits_of_all_classes(tmp_path, monkeypatch):
-    """Of pictures that are sorted by class, the score is that of the random order."""
+    """The score of pictures that are sorted by class is that of the random order."""
     labels = np.repeat(np.arange(4), 50)
     pictures = np.full((200, 4, 4, 3), 60 * labels[:, None, None, None], dtype=np.uint8)
     np.savez(tmp_path / "sorted.npz", arr_0=pictures, arr_1=labels)

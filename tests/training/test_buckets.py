@@ -574,7 +574,7 @@ def test_all_batches_of_a_step_have_one_shape(latents, processes, accumulation):
 
 def test_processes_share_the_samples_of_one(latents):
     def noises(loaders) -> list[set]:
-        """Of each step: the noise tells which position a sample is of."""
+        """The noises of each step; a noise tells which position a sample is of."""
         steps = zip(*loaders, strict=True)
         return [{float(noise.sum()) for batch in step for noise in batch["noise"]} for step in steps]
 

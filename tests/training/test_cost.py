@@ -204,7 +204,7 @@ def test_kept_bytes_are_those_of_a_real_pass(tmp_path, mixed_precision, checkpoi
 
 
 def test_a_block_keeps_what_it_keeps():
-    """Of the same batch more blocks of a kind keep more by what a single one does."""
+    """More blocks of a kind keep more of the same batch by what a single one does."""
     sizes = []
     for layers in (2, 4):
         with FakeTensorMode():

@@ -53,7 +53,7 @@ def test_crop_is_that_of_adm(size):
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_crop_position(axis):
-    """Of 21 rows or columns, 16 remain: two fall away before and three behind."""
+    """16 of 21 rows or columns remain: two fall away before and three behind."""
     ramp = np.broadcast_to(10 * np.arange(21, dtype=np.uint8), (16, 21))
     if axis == 0:
         ramp = ramp.T

@@ -40,7 +40,7 @@ def test_a_constant_stays():
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.2])
 def test_the_average_of_a_ramp_is_the_mean_of_the_profile(sigma_rel):
-    """Of weights that grow with the step, the average at step n is n (gamma + 1) / (gamma + 2)."""
+    """The average at step n of weights that grow with the step is n (gamma + 1) / (gamma + 2)."""
     gamma, steps = power_of(sigma_rel), 2000
     found = averages(np.arange(1, steps + 1, dtype=float), sigma_rel)
     assert found[-1] / steps == pytest.approx((gamma + 1) / (gamma + 2), rel=2e-3)

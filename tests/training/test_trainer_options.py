@@ -384,7 +384,7 @@ def evaluated(distances, tmp_path_factory) -> Path:
 
 
 def distance(features: np.ndarray) -> float:
-    """Of these features to the reference, by the eigenvalues of the product of the covariances."""
+    """Fréchet distance of these features to the reference, by the eigenvalues of the product of the covariances."""
     mean, cov = features.mean(0), np.cov(features, rowvar=False)
     other = np.diag([0.01, 0.02, 0.03])
     roots = np.sqrt(np.linalg.eigvals(cov @ other).astype(complex)).real.sum()

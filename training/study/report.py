@@ -79,7 +79,7 @@ class Results:
         }
 
     def group(self, runs: str | tuple[str, ...], step: int = STEPS) -> tuple[str, ...]:
-        """Those of `runs` whose numbers after `step` steps are shown: all if all have some, else the first one."""
+        """The `runs` whose numbers after `step` steps are shown: all if all have some, else the first one."""
         runs = (runs,) if isinstance(runs, str) else runs
         return runs if all(f"{run}-{step}" in self.metrics for run in runs) else runs[:1]
 

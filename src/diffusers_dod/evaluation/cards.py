@@ -262,7 +262,7 @@ def _features(results: Mapping[str, Any]) -> str | None:
 
 
 def _settings(results: Mapping[str, Any]) -> str:
-    """Those of sampling that numbers depend on."""
+    """The settings of sampling that numbers depend on, in one line."""
     sampling = results["data"].get("samples", {}).get("manifest", {}).get("settings", {})
     found = sampling | results["settings"]
     values = {name: found[name] for name in SETTINGS if found.get(name) is not None}

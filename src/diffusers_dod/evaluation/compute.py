@@ -279,11 +279,11 @@ def steps_within_budget(
     Args:
         budget (`float`): FLOPs of one image.
         model ([`Preset`] or [`DoDPipeline`]): The model.
-        stage_guidance_scales (`Sequence[float]`): See [`sampling_compute`]; there are as many stages.
-        stage_solvers (`Sequence[str | SchedulerMixin | None]`, *optional*): See there.
-        guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): See there.
-        latent_size (`tuple[int, int]`, *optional*): See there.
-        cost ([`ModelCost`], *optional*): See there.
+        stage_guidance_scales (`Sequence[float]`): Scale of each stage; 1 is no guidance.
+        stage_solvers (`Sequence[str | SchedulerMixin | None]`, *optional*): Solver of each stage, of fixed steps.
+        guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Guides where low <= sigma <= high only.
+        latent_size (`tuple[int, int]`, *optional*): Height and width of the latents, the trained ones if not given.
+        cost ([`ModelCost`], *optional*): What [`count_model`] returned before.
 
     Returns:
         `int`: The number of intervals of each stage, 0 if a single one costs more.

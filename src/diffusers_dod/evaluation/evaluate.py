@@ -72,8 +72,8 @@ class FeatureSummary:
 
     Args:
         statistics (`dict[str, list[RunningStatistics]]`):
-            Those of the `features` and, where there are any, the `spatial_features`, in groups.
-        inception_score ([`RunningInceptionScore`]): Of the logits, where there are any.
+            Mean and covariance of the `features` and of the `spatial_features`, where there are any, by group.
+        inception_score ([`RunningInceptionScore`]): The score of the logits, where there are any.
         num_correct (`int`, defaults to 0): Pictures whose largest logit is that of their class.
         features (`np.ndarray` of shape `(n, d)`, *optional*): The features of all pictures, in fp32.
     """
@@ -358,7 +358,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def picture_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Those of the options `args` that [`open_images`] takes."""
+    """The options in `args` that [`open_images`] takes."""
     return {name: getattr(args, name) for name in ("resolution", "image_column", "label_column")}
 
 
@@ -443,7 +443,7 @@ class Evaluator:
 
         Args:
             resolution (`tuple[int, int]`): Height and width of the samples in pixels.
-            num_classes (`int`, *optional*): Of how many classes they are, where that is known.
+            num_classes (`int`, *optional*): Number of their classes, where it is known.
             labels (`np.ndarray` of shape `(n,)`, *optional*): Their class ids, where these are known.
 
         Raises:

@@ -63,7 +63,7 @@ class ImageSource(ABC):
         name (`str`): What messages and results call them.
         resolution (`tuple[int, int]`): Their height and width in pixels.
         labels (`np.ndarray` of shape `(n,)`, *optional*): Their class ids, where these are known without reading all.
-        num_classes (`int`, *optional*): Of how many classes they are, where that is known.
+        num_classes (`int`, *optional*): Number of their classes, where it is known.
         data (`dict`, *optional*): What identifies them, as JSON can hold it.
     """
 

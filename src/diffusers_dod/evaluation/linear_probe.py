@@ -209,7 +209,7 @@ def probe(
         test (`torch.Tensor` of shape `(m, d)`): Features of the test pictures.
         test_labels (`torch.Tensor` of shape `(m,)`): Their class ids.
         num_classes (`int`): Number of classes.
-        learning_rates (`list[float]`): Those to choose from, by the validation pictures of each seed.
+        learning_rates (`list[float]`): Learning rates to choose from by the validation pictures of each seed.
         seeds (`list[int]`): Seeds of the validation pictures and of the order of the others.
         num_epochs (`int`): Passes over the training pictures.
         batch_size (`int`): Pictures per step.

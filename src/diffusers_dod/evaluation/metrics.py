@@ -82,7 +82,7 @@ class RunningStatistics:
         self._pending = [rows[end:]] if end < len(rows) else []
 
     def _combine(self, done: int, number: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        """Of the `done` rows so far with `number` further ones."""
+        """Merges the mean and scatter of `number` new rows into those of the `done` rows so far."""
         total = done + number
         delta = mean - self._mean
         between = np.outer(delta, delta) * (done * number / total)
@@ -94,7 +94,7 @@ class RunningStatistics:
         Adds the rows of another one.
 
         Args:
-            other ([`RunningStatistics`]): Of rows of the same length; its result stays as it is.
+            other ([`RunningStatistics`]): Statistics of rows of the same length. They are not changed.
 
         Raises:
             `ValueError`: its rows have another length.

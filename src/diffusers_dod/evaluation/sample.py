@@ -306,7 +306,7 @@ class SampleFolder:
 
     @staticmethod
     def _num_digits(num_images: int) -> int:
-        """Of the names of PNG files."""
+        """Digits of the numbers in the names of the PNG files."""
         return max(6, len(str(num_images - 1)))
 
     def _chunk_files(self, chunk: int) -> list[Path]:
@@ -335,7 +335,7 @@ class SampleFolder:
         return "".join(f"{label}\n" for label in self.labels).encode()
 
     def _find_sha256(self) -> str | None:
-        """Of the archive, or of all PNG files in order; `None` if one is missing, or not with their labels."""
+        """Hash of the archive or of all PNG files in order; `None` if a file is missing or has other labels."""
         try:
             if self.settings["format"] == "npz":
                 return file_sha256(self.folder / ARCHIVE)

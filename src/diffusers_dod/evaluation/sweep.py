@@ -223,7 +223,7 @@ class Sweep:
         Args:
             average (`str`): The average of the weights.
             num_inference_steps (`int`): Steps of each stage.
-            solver (`str`): Of all stages; the class of the checkpoint's scheduler if that has no solvers.
+            solver (`str`): Solver of all stages; the class of the checkpoint's scheduler if that has no solvers.
             scales (`Sequence[float]`): Guidance scale of each stage.
             seed (`int`): Seed of the samples.
 

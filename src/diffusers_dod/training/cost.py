@@ -204,7 +204,11 @@ def _build(
 
 
 def _moment_bytes(count: int, optimizer: str) -> int:
-    """Of a weight of `count` numbers. In 8 bits a moment has a scale per 256 numbers and a table, but not if small."""
+    """
+    Bytes of both Adam moments of a weight with `count` numbers.
+
+    In 8 bits a moment has a scale per 256 numbers and a table, unless the weight is small.
+    """
     if optimizer == "adamw_8bit" and count >= 4096 and count % 256 == 0:
         return 2 * (count + _FLOAT_BYTES * (count // 256 + 256))
     return 2 * _FLOAT_BYTES * count
@@ -449,12 +453,12 @@ def _run_cost(
 
 
 def _mixed_precision(args: argparse.Namespace) -> str:
-    """Of the options, or what the launcher is configured for."""
+    """The option `mixed_precision`, or what the launcher is configured for."""
     return args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def _precision(args: argparse.Namespace) -> str:
-    """Of matrix products."""
+    """Precision of the matrix products."""
     mixed_precision = _mixed_precision(args)
     return mixed_precision if mixed_precision != "no" else "tf32" if args.allow_tf32 else "fp32"
 

@@ -302,7 +302,7 @@ class SampleDraw:
         sigma (`torch.Tensor` of shape `()`): Time in [0, 1].
         drops_label (`bool`): Whether the null class takes the place of its class.
         drops_prior (`bool`): Whether it is trained without its prior.
-        generator (`torch.Generator`): Of its noise, and then of its posterior noise.
+        generator (`torch.Generator`): Draws its noise and then its posterior noise.
     """
 
     view: float

@@ -78,8 +78,8 @@ class TrainingMetrics:
         Adds the alignment of a micro-batch to the step.
 
         Args:
-            alignment (`torch.Tensor` of shape `(B,)`): That of the backbone's tokens.
-            prior_alignment (`torch.Tensor` of shape `(K,)`): That of the prior's tokens, where there are any.
+            alignment (`torch.Tensor` of shape `(B,)`): Alignment of the backbone's tokens.
+            prior_alignment (`torch.Tensor` of shape `(K,)`): Alignment of the prior's tokens, where there are any.
         """
         for index, values in ((6, alignment), (8, prior_alignment)):
             self.step_sums[index] += values.sum()

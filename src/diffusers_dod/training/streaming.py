@@ -138,8 +138,8 @@ class StreamState:
         batch_size (`int`): Samples in a micro-batch of one process.
         num_batches (`int`, defaults to 0): Micro-batches that this process has used. Its readers bring them in turn.
         readers (`list[list[int]]`, defaults to `[]`):
-            Of each reader of this process: its pass, which of its shards it is at, how many rows of that it has done,
-            and how many bad pictures it has left out so far. All zeros if not given.
+            Four numbers for each reader of this process: its pass, which of its shards it is at, how many rows of that
+            it has done, and how many bad pictures it has left out so far. All zeros if not given.
     """
 
     seed: int
