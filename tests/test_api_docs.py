@@ -67,6 +67,11 @@ def find_public_members(owner, module):
             yield from find_public_members(member, module)
 
 
+def is_options(member):
+    """Whether a class is of options, whose fields say in `--help` what they are."""
+    return dataclasses.is_dataclass(member) and any("option" in field.metadata for field in dataclasses.fields(member))
+
+
 def find_parameters(member):
     """Name -> parameter, `self` left out; a class has those of its own `__init__`."""
     if isinstance(member, property):
@@ -74,7 +79,7 @@ def find_parameters(member):
     if not inspect.isclass(member):
         parameters = inspect.signature(member).parameters
         return {name: parameter for name, parameter in parameters.items() if name != "self"}
-    if "__init__" not in vars(member):
+    if "__init__" not in vars(member) or is_options(member):
         return {}
     function = member.__init__
     if "__signature__" in vars(function):  # what `DoDPipeline` shows Diffusers is without some of its defaults

@@ -10,12 +10,12 @@ The first command writes a complete [`DoDPipeline`] of one stage. The second one
 `config.json` for FiT.
 """
 
-import argparse
 import json
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 
 from .checks import check_at_least, check_choice
+from .options import build_parser, find_given, option, parse_options
 from .pipeline_dod import DoDPipeline
 from .presets import PRESETS
 from .scheduling_dod import DoDFlowMatchScheduler
@@ -544,33 +545,85 @@ def _fit_config(config: Mapping[str, Any]) -> dict:
     return {"diffusion": {"transport": _FIT_TRANSPORT, "network_config": network}}
 
 
-def convert_to_dod(args: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ToDoDOptions:
+    """Options of `--to dod`."""
+
+    weights: str | None = option(
+        None, choices=tuple(_KEYS), help="Weights to take if a checkpoint has both; the EMA by default."
+    )
+    config: Path | None = option(None, help="FiT's config (YAML or JSON), checked against the weights.")
+    num_attention_heads: int | None = option(
+        None, help="By default from the config, or from the preset of the same width."
+    )
+    in_channels: int | None = option(None, help="Channels of the latents, 4 without a config.")
+    sample_size: int = option(32, help="Side of the latents in the training.")
+    time_shifting: float = option(1.0, help="FiT's setting, if there is no config.")
+    vae: str | None = option(None, help="Autoencoder (folder or Hub id) to put into the pipeline.")
+    id2label: Path | None = option(None, help="JSON file of class ids and names.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToFiTv2Options:
+    """Options of `--to fitv2`."""
+
+    drop_priors: bool = option(False, help="Keep only stage 1 of a DoD.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionOptions:
+    """Options of the command."""
+
+    to: str = option("dod", choices=("dod", "fitv2"), help="What is written.")
+    checkpoint_path: Path = option(
+        help="FiTv2's file or folder; with `--to fitv2` the folder of a pipeline or a transformer."
+    )
+    output_dir: Path = option(help="Folder that it goes to.")
+    to_dod: ToDoDOptions = field(default_factory=ToDoDOptions)
+    to_fitv2: ToFiTv2Options = field(default_factory=ToFiTv2Options)
+
+    def find_conflicts(self) -> list[str]:
+        """Messages about options that do not fit each other."""
+        found = [
+            f"`{name}` must be given with `--to {direction}` only, got `--to {self.to}`."
+            for direction, group in {"dod": self.to_dod, "fitv2": self.to_fitv2}.items()
+            for name in find_given(group)
+            if direction != self.to
+        ]
+        if self.output_dir.is_file():
+            found.append(f"`output_dir` must be a folder, got the file {str(self.output_dir)!r}.")
+        return found
+
+
+def convert_to_dod(checkpoint_path: Path, output_dir: Path, options: ToDoDOptions) -> None:
     """
-    Converts FiTv2's checkpoint to a pipeline of one stage, in `args.output_dir`.
+    Converts FiTv2's checkpoint to a pipeline of one stage.
 
     Args:
-        args (`argparse.Namespace`): The command's arguments.
+        checkpoint_path (`Path`): The file or the folder of the checkpoint.
+        output_dir (`Path`): The folder that the pipeline goes to.
+        options ([`ToDoDOptions`]): All else.
 
     Raises:
         `ValueError`: the checkpoint, its config or the class names cannot be read or do not belong to a FiTv2, or the
             model was trained with a time shifting.
     """
-    if args.time_shifting != 1:
+    if options.time_shifting != 1:
         raise ValueError(
             "`time_shifting` must be 1, got "
-            f"{args.time_shifting}: another one cannot be absorbed into the weights, as it is no linear map of the "
+            f"{options.time_shifting}: another one cannot be absorbed into the weights, as it is no linear map of the "
             "time's features."
         )
-    fit_params = None if args.config is None else load_fit_config(args.config)
+    fit_params = None if options.config is None else load_fit_config(options.config)
     if fit_params is None:
         logger.warning(
             "Without a `config` the weights are taken for those of a FiTv2 at its base resolution: they do not show "
             "the number of heads, the time shifting, the QK-norm and the frequencies of the rotary embedding."
         )
-    state_dict = load_fitv2_checkpoint(args.checkpoint_path, args.weights)
+    state_dict = load_fitv2_checkpoint(checkpoint_path, options.weights)
     state_dict = {name: weight.float() for name, weight in state_dict.items()}
     config = infer_fitv2_config(
-        state_dict, args.num_attention_heads, args.in_channels, args.sample_size, fit_params=fit_params
+        state_dict, options.num_attention_heads, options.in_channels, options.sample_size, fit_params=fit_params
     )
     with torch.device("meta"):
         transformer = DoDTransformer2DModel(**config)
@@ -578,80 +631,47 @@ def convert_to_dod(args: argparse.Namespace) -> None:
     pipeline = DoDPipeline(
         transformer=transformer,
         scheduler=DoDFlowMatchScheduler(),
-        vae=None if args.vae is None else AutoencoderKL.from_pretrained(args.vae),
-        id2label=None if args.id2label is None else _load_json("id2label", args.id2label),
+        vae=None if options.vae is None else AutoencoderKL.from_pretrained(options.vae),
+        id2label=None if options.id2label is None else _load_json("id2label", options.id2label),
         **PRESETS["FiTv2-B"].pipeline_config,
     )
-    pipeline.save_pretrained(args.output_dir)
-    print(f"DoDPipeline of one stage, {transformer.num_parameters():,} parameters: {args.output_dir}")
+    pipeline.save_pretrained(output_dir)
+    print(f"DoDPipeline of one stage, {transformer.num_parameters():,} parameters: {output_dir}")
 
 
-def convert_to_fitv2(args: argparse.Namespace) -> None:
+def convert_to_fitv2(checkpoint_path: Path, output_dir: Path, drop_priors: bool = False) -> None:
     """
-    Converts a pipeline's transformer, or a transformer alone, to FiTv2's checkpoint in `args.output_dir`.
+    Converts a pipeline's transformer, or a transformer alone, to FiTv2's checkpoint.
 
     Args:
-        args (`argparse.Namespace`): The command's arguments.
+        checkpoint_path (`Path`): The folder of the pipeline or of the transformer.
+        output_dir (`Path`): The folder that the checkpoint goes to.
+        drop_priors (`bool`, defaults to `False`): Whether a transformer that takes priors loses them.
 
     Raises:
-        `OSError`, `ValueError`: there is no such transformer, or it has priors and `args.drop_priors` is `False`.
+        `OSError`, `ValueError`: there is no such transformer, or it has priors and `drop_priors` is `False`.
     """
-    is_pipeline = (args.checkpoint_path / DoDPipeline.config_name).is_file()
+    is_pipeline = (checkpoint_path / DoDPipeline.config_name).is_file()
     transformer = DoDTransformer2DModel.from_pretrained(
-        args.checkpoint_path, subfolder="transformer" if is_pipeline else None, local_files_only=True
+        checkpoint_path, subfolder="transformer" if is_pipeline else None, local_files_only=True
     )
-    state_dict = dod_to_fitv2(transformer.state_dict(), args.drop_priors)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    save_file(state_dict, args.output_dir / "model.safetensors", metadata={"format": "pt"})
-    (args.output_dir / "config.json").write_text(json.dumps(_fit_config(transformer.config), indent=2) + "\n")
-    print(f"FiTv2, {sum(weight.numel() for weight in state_dict.values()):,} parameters: {args.output_dir}")
+    state_dict = dod_to_fitv2(transformer.state_dict(), drop_priors)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    save_file(state_dict, output_dir / "model.safetensors", metadata={"format": "pt"})
+    (output_dir / "config.json").write_text(json.dumps(_fit_config(transformer.config), indent=2) + "\n")
+    print(f"FiTv2, {sum(weight.numel() for weight in state_dict.values()):,} parameters: {output_dir}")
 
 
-def main(args: list[str] | None = None) -> None:
-    """Runs the command; `args` defaults to the arguments of the process."""
-    parser = argparse.ArgumentParser(
-        prog="python -m diffusers_dod.conversion",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--to", default="dod", choices=["dod", "fitv2"], help="What is written.")
-    parser.add_argument(
-        "--checkpoint_path",
-        type=Path,
-        required=True,
-        help="FiTv2's file or folder; with `--to fitv2` the folder of a pipeline or a transformer.",
-    )
-    parser.add_argument("--output_dir", type=Path, required=True)
-
-    to_dod = parser.add_argument_group("--to dod")
-    to_dod.add_argument(
-        "--weights", choices=list(_KEYS), help="Weights to take if a checkpoint has both; the EMA by default."
-    )
-    to_dod.add_argument("--config", type=Path, help="FiT's config (YAML or JSON), checked against the weights.")
-    to_dod.add_argument(
-        "--num_attention_heads", type=int, help="By default from the config, or from the preset of the same width."
-    )
-    to_dod.add_argument("--in_channels", type=int, help="Channels of the latents, 4 without a config.")
-    to_dod.add_argument("--sample_size", type=int, default=32, help="Side of the latents in the training.")
-    to_dod.add_argument("--time_shifting", type=float, default=1.0, help="FiT's setting, if there is no config.")
-    to_dod.add_argument("--vae", help="Autoencoder (folder or Hub id) to put into the pipeline.")
-    to_dod.add_argument("--id2label", type=Path, help="JSON file of class ids and names.")
-
-    to_fitv2 = parser.add_argument_group("--to fitv2")
-    to_fitv2.add_argument("--drop_priors", action="store_true", help="Keep only stage 1 of a DoD.")
-
-    options = parser.parse_args(args)
-    for group, direction in ((to_dod, "dod"), (to_fitv2, "fitv2")):
-        names = [action.dest for action in group._group_actions]
-        given = [name for name in names if getattr(options, name) != parser.get_default(name)]
-        if given and direction != options.to:
-            parser.error(f"`{given[0]}` must be given with `--to {direction}` only, got `--to {options.to}`.")
-    if options.output_dir.is_file():
-        parser.error(f"`output_dir` must be a folder, got the file {str(options.output_dir)!r}.")
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command; `argv` defaults to the arguments of the process."""
+    options = parse_options(ConversionOptions, argv, __doc__)
     try:
-        (convert_to_dod if options.to == "dod" else convert_to_fitv2)(options)
+        if options.to == "dod":
+            convert_to_dod(options.checkpoint_path, options.output_dir, options.to_dod)
+        else:
+            convert_to_fitv2(options.checkpoint_path, options.output_dir, options.to_fitv2.drop_priors)
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        build_parser(ConversionOptions, __doc__).error(str(error))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Each class gets one self-contained file, made from the sources of this package. 
 other modules come first, and imports are merged. So no code is written twice by hand.
 """
 
-import argparse
 import ast
 import json
 import shutil
@@ -23,6 +22,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub import snapshot_download
 
 from .latent_embedding import LatentEmbeddingModule
+from .options import option, parse_options
 from .pipeline_dod import DoDPipeline
 from .scheduling_dod import DoDFlowMatchScheduler
 from .transformer_dod import DoDTransformer2DModel
@@ -196,14 +196,21 @@ def export_remote_code(pretrained_model_name_or_path: str | Path, output_dir: st
     return output_dir
 
 
-def main(args: list[str] | None = None) -> None:
-    """Runs the command; `args` defaults to the arguments of the process."""
-    parser = argparse.ArgumentParser(description="Write a pipeline together with its code.")
-    parser.add_argument("pretrained_model_name_or_path", help="Folder of a saved pipeline or a repository on the Hub.")
-    parser.add_argument("output_dir", type=Path, help="Folder that is empty or does not exist yet.")
-    parsed = parser.parse_args(args)
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Options of the command."""
+
+    pretrained_model_name_or_path: str = option(
+        is_positional=True, help="Folder of a saved pipeline or a repository on the Hub."
+    )
+    output_dir: Path = option(is_positional=True, help="Folder that is empty or does not exist yet.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command; `argv` defaults to the arguments of the process."""
+    options = parse_options(ExportOptions, argv, __doc__)
     try:
-        output_dir = export_remote_code(parsed.pretrained_model_name_or_path, parsed.output_dir)
+        output_dir = export_remote_code(options.pretrained_model_name_or_path, options.output_dir)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(f'{output_dir}: load it with DiffusionPipeline.from_pretrained("{output_dir}", trust_remote_code=True)')

@@ -5,12 +5,14 @@ Draws the curves of one or several runs from their metrics; needs matplotlib:
     python -m diffusers_dod.training.plot_metrics outputs/dod-b outputs/fitv2-b --output outputs/curves.png
 """
 
-import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ..options import option, parse_options
 from .metrics import EVALUATIONS, METRICS
 
 
@@ -61,12 +63,12 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return (sums[1:] - sums[starts]) / (np.arange(1, len(sums)) - starts)
 
 
-def plot_metrics(run_dirs: list[Path], output: Path, smoothing: int = 1) -> None:
+def plot_metrics(run_dirs: Sequence[Path], output: Path, smoothing: int = 1) -> None:
     """
     Draws the curves of runs into one figure.
 
     Args:
-        run_dirs (`list[Path]`): Folders of the runs.
+        run_dirs (`Sequence[Path]`): Folders of the runs.
         output (`Path`): File of the figure.
         smoothing (`int`, defaults to 1): Number of lines of metrics that a point averages.
 
@@ -103,15 +105,20 @@ def plot_metrics(run_dirs: list[Path], output: Path, smoothing: int = 1) -> None
     plt.close(figure)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions:
+    """Options of the command."""
+
+    run_dirs: tuple[Path, ...] = option(is_positional=True, help="Folders of the runs.")
+    output: Path = option(help="File of the figure.")
+    smoothing: int = option(1, at_least=1, help="Number of lines that a point averages.")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the command; `argv` defaults to the process's arguments. Raises a `ValueError` if they do not fit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dirs", type=Path, nargs="+")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--smoothing", type=int, default=1, help="Number of lines that a point averages.")
-    args = parser.parse_args(argv)
-    plot_metrics(args.run_dirs, args.output, args.smoothing)
-    print(f"Wrote {args.output}.")
+    options = parse_options(PlotOptions, argv, __doc__)
+    plot_metrics(options.run_dirs, options.output, options.smoothing)
+    print(f"Wrote {options.output}.")
 
 
 if __name__ == "__main__":

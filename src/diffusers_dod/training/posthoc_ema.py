@@ -7,8 +7,8 @@ It needs the checkpoints of a run with `--ema_sigma_rel 0.05 0.1`:
     python -m diffusers_dod.training.posthoc_ema --run_dir outputs/dod-b --sigma_rel 0.08 --output_dir outputs/longer
 """
 
-import argparse
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from ..checks import check_at_least, check_number
 from ..losses import DoDJointModel
+from ..options import option, parse_options
 from ..pipeline_dod import DoDPipeline
 from .checkpoints import STATE_FOLDER, checkpoint_step, list_checkpoints
 from .ema import reconstruction_weights
@@ -65,17 +66,24 @@ def reconstruct(run_dir: Path, sigma_rel: float, step: int | None = None) -> tup
     return pipeline, rest
 
 
+@dataclass(frozen=True, kw_only=True)
+class PosthocOptions:
+    """Options of the command."""
+
+    run_dir: Path = option(help="Folder of the run, with its checkpoints.")
+    sigma_rel: float = option(above=0, below=12**-0.5, help="Width divided by the length of the training.")
+    step: int | None = option(
+        None, at_least=1, help="Last step of the average; that of the last checkpoint by default."
+    )
+    output_dir: Path = option(help="Folder that the pipeline goes to.")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the command; `argv` defaults to the process's arguments. Raises a `ValueError` if they do not fit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run_dir", type=Path, required=True)
-    parser.add_argument("--sigma_rel", type=float, required=True, help="Width divided by the length of the training.")
-    parser.add_argument("--step", type=int, help="Last step of the average; that of the last checkpoint by default.")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    args = parser.parse_args(argv)
-    pipeline, rest = reconstruct(args.run_dir, args.sigma_rel, args.step)
-    pipeline.save_pretrained(args.output_dir)
-    print(f"Wrote {args.output_dir}. Error of the profile: {rest:.2%} of its norm.")
+    options = parse_options(PosthocOptions, argv, __doc__)
+    pipeline, rest = reconstruct(options.run_dir, options.sigma_rel, options.step)
+    pipeline.save_pretrained(options.output_dir)
+    print(f"Wrote {options.output_dir}. Error of the profile: {rest:.2%} of its norm.")
 
 
 if __name__ == "__main__":
