@@ -284,7 +284,7 @@ def test_all_images_of_a_label_share_its_picture(pipe):
     assert not torch.allclose(priors[1], priors[2], atol=1e-2)
     assert_near(images, sample(pipe, [1, 1, 3, 3], image=[pictures[0], pictures[0], pictures[1], pictures[1]]))
     assert_near(sample(pipe, image=PICTURE, num_images_per_label=2), sample(pipe, [1, 1, 3, 3], image=PICTURE))
-    with pytest.raises(ValueError, match=says("`image`", "1 or 2 pictures (one per label)", "got 4")):
+    with pytest.raises(ValueError, match=says("`image`", "1 or 2 images (one per label)", "got 4")):
         sample(pipe, image=pictures * 2, num_images_per_label=2)
 
 

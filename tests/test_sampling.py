@@ -464,7 +464,7 @@ def test_nothing_stays_on_the_device_when_tokens_are_extracted(pipe, monkeypatch
         ({"latents": noise(0) * math.nan}, ValueError, ["`latents`", "finite", "nan"]),
         ({"latents": [noise(0)]}, TypeError, ["`latents`", "Tensor", "got [tensor"]),
         ({"image": PICTURE[:15]}, ValueError, ["`image`", "multiples of 4", "15 x 8"]),
-        ({"image": []}, ValueError, ["`image`", "at least one picture", "got []"]),
+        ({"image": []}, ValueError, ["`image`", "at least one image", "got []"]),
         ({"image": "tree.png"}, TypeError, ["`image`", "a PIL image", "got 'tree.png'"]),
     ],
 )

@@ -1,8 +1,12 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """Randomness without state: a generator is a pure function of the integers that name what it is for."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
 
 def _seed_sequence(ids: tuple[int, ...]) -> np.random.SeedSequence:
@@ -49,3 +53,57 @@ def stateless_noise(shape: tuple[int, ...], *ids: int) -> torch.Tensor:
     """
     generator = np.random.Generator(np.random.Philox(_seed_sequence(ids)))
     return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+
+
+@dataclass
+class NoiseSource:
+    """
+    Source of the noise of one stage, for each image of stage 1 and for its replicas from stage 2 on.
+
+    Args:
+        stage (`int`): Number of the stage.
+        batch_size (`int`): Number of images of the first stage that is run.
+        num_replicas (`int`): Number of images that the stage makes of each of them.
+        generator (`torch.Generator`, `list[torch.Generator]` or `None`): One for all images, or one for each.
+        seed (`int` or `None`): Noise is a function of seed, index, replica, stage and step in place of a generator.
+        sample_indices (`Sequence[int]`): Index of each image.
+    """
+
+    stage: int
+    batch_size: int
+    num_replicas: int
+    generator: torch.Generator | list[torch.Generator] | None
+    seed: int | None
+    sample_indices: Sequence[int]
+
+    def _ids(self, step: int) -> list[tuple[int, ...]]:
+        return [
+            (self.seed, int(index), replica, self.stage, step)
+            for index in self.sample_indices
+            for replica in range(self.num_replicas)
+        ]
+
+    def generators(self, step: int) -> torch.Generator | list[torch.Generator] | None:
+        """The generators from which a scheduler of Diffusers draws the noise of `step`."""
+        if self.seed is not None:
+            return [stateless_generator(*ids) for ids in self._ids(step)]
+        if isinstance(self.generator, list):
+            return [generator for generator in self.generator for _ in range(self.num_replicas)]
+        return self.generator
+
+    def draw(self, step: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """
+        Standard normal noise of all samples.
+
+        Args:
+            step (`int`): The step that it is for; 0 is the initial noise.
+            shape (`tuple[int, ...]`): Shape of the noise of one sample.
+            device (`torch.device`): Where it goes.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size * num_replicas, *shape)`, in fp32.
+        """
+        if self.seed is not None:
+            return torch.stack([stateless_noise(tuple(shape), *ids) for ids in self._ids(step)]).to(device)
+        shape = (self.batch_size * self.num_replicas, *shape)
+        return randn_tensor(shape, self.generators(step), device=device, dtype=torch.float32)

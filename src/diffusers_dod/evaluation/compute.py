@@ -26,10 +26,10 @@ from ..autoencoders import Autoencoder, decode_pixels, latent_channels
 from ..checks import attempt, check_at_least, check_choice, check_number, check_type
 from ..guidance import Guidance, GuidedVelocity
 from ..latent_embedding import LatentEmbeddingModule
-from ..pipeline_dod import DoDPipeline, _is_a
 from ..presets import PRESETS, Preset
 from ..rectified_flow import NUM_TRAIN_TIMESTEPS
 from ..scheduling_dod import ODE_SOLVERS, DoDFlowMatchScheduler
+from ..stages import Stage, plan_stages
 from ..training.cost import format_table
 from ..transformer_dod import DoDTransformer2DModel
 from .results import as_metric, check_output, write_results
@@ -174,23 +174,10 @@ def count_decoder(vae: Autoencoder, latent_size: tuple[int, int]) -> int:
         return _count_operations(lambda: decode_pixels(latents, vae))[0]
 
 
-def _without_models(model: Preset | DiffusionPipeline) -> DoDPipeline:
-    """A pipeline that lays out the steps of a model's and has its defaults, but nothing to compute with."""
-    if isinstance(model, Preset):
-        return DoDPipeline(transformer=None, scheduler=DoDFlowMatchScheduler(), **model.pipeline_config)
-    names = ("default_guidance_scale", "default_num_inference_steps", "default_num_stages")
-    defaults = {name: model.config[name] for name in names}
-    return DoDPipeline(transformer=None, scheduler=copy.deepcopy(model.scheduler), **defaults)
-
-
-def _count_guided(scheduler: SchedulerMixin, guidance_scale: float, guidance: Guidance) -> int:
-    """How many evaluations of the steps that a scheduler has laid out are guided."""
-    if _is_a(scheduler, "DoDFlowMatchScheduler"):
-        sigmas = scheduler.timesteps / scheduler.config.num_train_timesteps
-    else:
-        sigmas = scheduler.sigmas[: len(scheduler.timesteps)]
-    velocity = GuidedVelocity(transformer=None, batch_size=len(sigmas), guidance=guidance)
-    return int(velocity.rows_to_guide(sigmas * NUM_TRAIN_TIMESTEPS, guidance_scale).sum())
+def _count_guided(stage: Stage, guidance: Guidance) -> int:
+    """How many evaluations of the steps that a stage has laid out are guided."""
+    velocity = GuidedVelocity(transformer=None, batch_size=len(stage.sigmas), guidance=guidance)
+    return int(velocity.rows_to_guide(stage.sigmas * NUM_TRAIN_TIMESTEPS, stage.guidance_scale).sum())
 
 
 def sampling_compute(
@@ -224,41 +211,42 @@ def sampling_compute(
         `TypeError`, `ValueError`: an argument is out of range, or a solver chooses its own steps.
     """
     cost = count_model(model, latent_size) if cost is None else cost
-    pipe = _without_models(model)
+    is_preset = isinstance(model, Preset)
+    defaults = model.pipeline_config if is_preset else model.config
+    scheduler = DoDFlowMatchScheduler() if is_preset else copy.deepcopy(model.scheduler)
     has_embedder = cost.flops.latent_embedder is not None
     given = next((values for values in (stage_inference_steps, stage_guidance_scales) if values is not None), None)
-    num_stages = len(given) if given is not None else pipe.config.default_num_stages if has_embedder else 1
-    if stage_inference_steps is None:
-        stage_inference_steps = [pipe.config.default_num_inference_steps] * num_stages
+    num_stages = len(given) if given is not None else defaults["default_num_stages"] if has_embedder else 1
     if stage_guidance_scales is None:
         unguided = [1.0] * has_embedder
-        stage_guidance_scales = (unguided + [pipe.config.default_guidance_scale] * num_stages)[:num_stages]
-    if len(stage_guidance_scales) != num_stages:
-        raise ValueError(
-            f"`stage_guidance_scales` must hold {num_stages} values (one per stage), got {len(stage_guidance_scales)}."
-        )
+        stage_guidance_scales = (unguided + [defaults["default_guidance_scale"]] * num_stages)[:num_stages]
     if num_stages < 1 or (num_stages > 1 and not has_embedder):
         accepted = ">= 1" if has_embedder else "1 without a latent embedder"
         raise ValueError(f"The number of stages must be {accepted}, got {num_stages}.")
     guidance = Guidance(interval=guidance_interval)
-    schedulers = pipe._get_schedulers(copy.deepcopy(stage_solvers), num_stages)
+    planned = plan_stages(
+        range(1, num_stages + 1),
+        scheduler,
+        defaults["default_num_inference_steps"],
+        stage_guidance_scales,
+        stage_inference_steps,
+        copy.deepcopy(stage_solvers),
+    )
     stages = []
-    for index, scheduler in enumerate(schedulers):
-        check_at_least("stage_inference_steps", stage_inference_steps[index], 1)
-        check_number("stage_guidance_scales", stage_guidance_scales[index], 0)
-        num_evaluations = pipe._set_timesteps(scheduler, stage_inference_steps[index], {})
+    for stage in planned:
+        num_evaluations = stage.lay_out()
         if num_evaluations is None:
             raise ValueError(
                 "`stage_solvers` must hold solvers of fixed steps, whose evaluations are known before, "
-                f"got {scheduler.config.solver!r}."
+                f"got {stage.scheduler.config.solver!r}."
             )
-        num_guided = _count_guided(scheduler, stage_guidance_scales[index], guidance)
+        num_guided = _count_guided(stage, guidance)
         stages.append(
             {
                 "num_evaluations": num_evaluations,
                 "num_guided_evaluations": num_guided,
-                "flops": cost.flops.stage(index + 1, num_evaluations, num_guided),
-                "linear_macs": cost.linear_macs.stage(index + 1, num_evaluations, num_guided),
+                "flops": cost.flops.stage(stage.number, num_evaluations, num_guided),
+                "linear_macs": cost.linear_macs.stage(stage.number, num_evaluations, num_guided),
             }
         )
     return {name: sum(stage[name] for stage in stages) for name in UNITS} | {"stages": stages}

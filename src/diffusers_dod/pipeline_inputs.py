@@ -1,0 +1,378 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""Inputs of the DoD pipeline: components that fit together, class names, images and visual priors, noise."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import SchedulerMixin
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+
+from .autoencoders import AUTOENCODERS, Autoencoder, latent_channels
+from .checks import check_at_least, check_type
+from .latent_embedding import LatentEmbeddingModule
+from .stages import is_a
+from .transformer_dod import DoDTransformer2DModel
+
+
+def check_components(
+    transformer: DoDTransformer2DModel | None,
+    scheduler: SchedulerMixin,
+    vae: Autoencoder | None,
+    latent_embedder: LatentEmbeddingModule | None,
+) -> None:
+    """
+    Raises unless the components of a pipeline are what they should be and fit together.
+
+    Args:
+        transformer ([`DoDTransformer2DModel`] or `None`): The backbone.
+        scheduler (`SchedulerMixin`): The scheduler.
+        vae (`AutoencoderKL`, `AutoencoderDC`, `AutoencoderRAE` or `None`): The autoencoder.
+        latent_embedder ([`LatentEmbeddingModule`] or `None`): The latent embedder.
+
+    Raises:
+        `TypeError`: a component is of another class.
+        `ValueError`: two components do not fit together.
+    """
+    components = {
+        "transformer": (transformer, ("DoDTransformer2DModel",)),
+        "vae": (vae, AUTOENCODERS),
+        "latent_embedder": (latent_embedder, ("LatentEmbeddingModule",)),
+    }
+    for name, (component, expected) in components.items():
+        if component is not None and not any(is_a(component, cls) for cls in expected):
+            received = type(component).__name__ if isinstance(component, torch.nn.Module) else repr(component)
+            raise TypeError(f"`{name}` must be of type {' or '.join(expected)}, got {received}.")
+    check_type("scheduler", scheduler, SchedulerMixin)
+    if transformer is None:
+        return
+    config = transformer.config
+    if vae is not None and latent_channels(vae) != config.in_channels:
+        raise ValueError(
+            f"`vae` must have `latent_channels` = {config.in_channels}, the transformer's `in_channels`, "
+            f"got {latent_channels(vae)}."
+        )
+    if latent_embedder is not None:
+        embedder_config = latent_embedder.config
+        for name, expected, received in (
+            ("width", config.prior_embed_dim, latent_embedder.inner_dim),
+            ("in_channels", config.in_channels, embedder_config.in_channels),
+            ("patch_size", config.patch_size, embedder_config.patch_size),
+        ):
+            if received != expected:
+                described = "`prior_embed_dim`" if name == "width" else f"`{name}`"
+                raise ValueError(
+                    f"`latent_embedder` must have the {name} {expected}, the transformer's {described}, "
+                    f"got {received}."
+                )
+
+
+def check_id2label(id2label: dict | None, num_classes: int | None) -> dict[int, str]:
+    """
+    Names of classes by their ids, which JSON may have made strings.
+
+    Args:
+        id2label (`dict` or `None`): Class id -> name, several for one class separated by commas.
+        num_classes (`int` or `None`): Number of classes; any if `None`.
+
+    Returns:
+        `dict[int, str]`: The same with integers, in the order of the ids; empty if there are no names.
+
+    Raises:
+        `TypeError`, `ValueError`: it is no dictionary, an id is out of range or given twice, or a name is empty.
+    """
+    if id2label is None:
+        return {}
+    check_type("id2label", id2label, dict)
+    checked: dict[int, str] = {}
+    for key, name in id2label.items():
+        known = str(key).isdecimal() and int(key) not in checked
+        known = known and (num_classes is None or int(key) < num_classes)
+        if not known or not isinstance(name, str) or not all(part.strip() for part in name.split(",")):
+            raise ValueError(
+                f"`id2label` must map ids {'>= 0' if num_classes is None else f'in [0, {num_classes - 1}]'}, each "
+                f"once, to names (str, not empty), got {key!r}: {name!r}."
+            )
+        checked[int(key)] = name
+    return dict(sorted(checked.items()))
+
+
+def invert_id2label(id2label: dict[int, str]) -> dict[str, list[int]]:
+    """The ids that carry each name, from the names of each id in `id2label`."""
+    label2ids: dict[str, list[int]] = {}
+    for key, names in id2label.items():
+        for name in {names: None, **dict.fromkeys(name.strip() for name in names.split(","))}:
+            label2ids.setdefault(name, []).append(key)
+    return label2ids
+
+
+def to_label_ids(
+    class_labels: int | str | Sequence[int | str | None] | torch.Tensor,
+    label2ids: dict[str, list[int]],
+    num_classes: int,
+) -> list[int]:
+    """
+    Class labels of any form as a list of ids.
+
+    Args:
+        class_labels (`int`, `str`, `list` or `torch.Tensor`): Ids or names; `None` in a list is the null class.
+        label2ids (`dict[str, list[int]]`): Class name -> ids that carry it.
+        num_classes (`int`): Number of classes, which is the id of the null class.
+
+    Returns:
+        `list[int]`: One id per label.
+
+    Raises:
+        `TypeError`, `ValueError`: a label is of another type, out of range, unknown, or fits several ids.
+    """
+    if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+        if isinstance(class_labels, torch.Tensor):
+            dtype = class_labels.dtype
+            is_integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+        else:
+            is_integer = np.issubdtype(class_labels.dtype, np.integer)
+        if not is_integer or (class_labels.ndim > 1 and tuple(class_labels.shape[1:]) != (1,)):
+            raise ValueError(
+                "`class_labels` as a tensor must be an integer scalar or vector, "
+                f"got {class_labels.dtype} of shape {tuple(class_labels.shape)}."
+            )
+        class_labels = class_labels.reshape(-1).tolist()
+    elif isinstance(class_labels, (int, str, np.integer)):
+        class_labels = [class_labels]
+    elif not isinstance(class_labels, (list, tuple)):
+        raise TypeError(
+            "`class_labels` must be an int, a str, a list of them (`None` in it is the null class) or a tensor, "
+            f"got {class_labels!r} of type {type(class_labels).__name__}."
+        )
+    if len(class_labels) == 0:
+        raise ValueError(f"`class_labels` must hold at least one label, got {class_labels!r}.")
+    return [_to_label_id(label, label2ids, num_classes) for label in class_labels]
+
+
+def _to_label_id(label: Any, label2ids: dict[str, list[int]], num_classes: int) -> int:
+    if label is None:
+        return num_classes
+    if isinstance(label, str):
+        ids = label2ids.get(label, [])
+        if len(ids) > 1:
+            raise ValueError(f"`class_labels` has the name {label!r}, which fits the ids {ids}: pass one of them.")
+        if not ids:
+            close = difflib.get_close_matches(label, label2ids, n=5, cutoff=0.4) or list(label2ids)[:5]
+            raise ValueError(
+                f"`class_labels` must be among the {len(label2ids)} names in `label2ids`"
+                f"{', such as ' + ', '.join(map(repr, close)) if close else ''}, got {label!r}."
+            )
+        return ids[0]
+    if isinstance(label, (torch.Tensor, np.ndarray)) and label.ndim == 0:
+        label = label.item()
+    elif isinstance(label, (list, tuple)) and len(label) == 1:  # a column of labels
+        return _to_label_id(label[0], label2ids, num_classes)
+    if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
+        raise TypeError(f"`class_labels` must be integers or names, got {label!r} of type {type(label).__name__}.")
+    if not 0 <= label < num_classes:
+        null = " (the null class, `None` in a list)" if label == num_classes else ""
+        raise ValueError(f"`class_labels` must be in [0, {num_classes - 1}], got {label}{null}.")
+    return int(label)
+
+
+def _to_tensor(image: PIL.Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
+    """One image, or a batch of them, as an fp32 tensor (n, C, H, W) in [0, 1]."""
+    processor = VaeImageProcessor
+    if isinstance(image, PIL.Image.Image):
+        return processor.numpy_to_pt(processor.pil_to_numpy(processor.convert_to_rgb(image)))
+    if not isinstance(image, (np.ndarray, torch.Tensor)):
+        raise TypeError(
+            "`image` must be a PIL image, an array (H, W, 3), a tensor (3, H, W), a batch or a list of them, "
+            f"got {image!r} of type {type(image).__name__}."
+        )
+    if image.ndim not in (3, 4) or 0 in image.shape:
+        raise ValueError(
+            "`image` must have the shape (H, W, 3) or (B, H, W, 3) as an array, (3, H, W) or (B, 3, H, W) as a "
+            f"tensor, none of them 0, got {tuple(image.shape)}."
+        )
+    tensor = torch.as_tensor(image)
+    tensor = tensor[None] if tensor.ndim == 3 else tensor
+    if isinstance(image, np.ndarray):
+        tensor = tensor.permute(0, 3, 1, 2)
+    if tensor.dtype == torch.uint8:
+        return tensor.float() / 255
+    low, high = float(tensor.min()), float(tensor.max())
+    if not tensor.is_floating_point() or not (0 <= low and high <= 1):  # NaN compares false
+        raise ValueError(f"`image` must be uint8 or floats in [0, 1], got {tensor.dtype} in [{low}, {high}].")
+    return tensor.float()
+
+
+def to_pixels(image: PipelineImageInput, batch_size: int | None, channels: int, multiple: int) -> torch.Tensor:
+    """
+    Images of a visual prior as pixels; they are never resized.
+
+    Args:
+        image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them): The images.
+        batch_size (`int` or `None`): Number of labels: there must be one image, or as many; any number if `None`.
+        channels (`int`): Channels that they must have.
+        multiple (`int`): What height and width must be multiples of.
+
+    Returns:
+        `torch.Tensor` of shape `(n, C, H, W)`: Pixels in [-1, 1].
+
+    Raises:
+        `TypeError`, `ValueError`: an image is of another type, number, size or range.
+    """
+    entries = list(image) if isinstance(image, (list, tuple)) else [image]
+    if not entries:
+        number = "at least one image" if batch_size is None else f"1 or {batch_size} images (one per label)"
+        raise ValueError(f"`image` must hold {number}, got {image!r}.")
+    images = [_to_tensor(entry) for entry in entries]  # each (n, C, H, W) in [0, 1]
+    if len({entry.shape[1:] for entry in images}) > 1:
+        shapes = [tuple(entry.shape[1:]) for entry in images]
+        raise ValueError(f"`image` must hold images of one size, got (channels, height, width) {shapes}.")
+    pixels = VaeImageProcessor.normalize(torch.cat(images))
+    height, width = pixels.shape[2:]
+    if pixels.shape[1] != channels or height % multiple or width % multiple:
+        raise ValueError(
+            f"`image` must have {channels} channels and a height and width that are multiples of {multiple}, "
+            f"got {pixels.shape[1]} channels and {height} x {width}."
+        )
+    if batch_size is not None and pixels.shape[0] not in (1, batch_size):
+        raise ValueError(f"`image` must hold 1 or {batch_size} images (one per label), got {pixels.shape[0]}.")
+    return pixels
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    check_type(name, tensor, torch.Tensor)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"`{name}` must have shape {shape}, got {tuple(tensor.shape)}.")
+    if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"`{name}` must be finite floating-point numbers, got {tensor.dtype} with {tensor}.")
+
+
+def check_prior(
+    name: str, prior: torch.Tensor, num_labels: int | None, latent_embedder: LatentEmbeddingModule | None
+) -> None:
+    """
+    Raises unless the latents or latent tokens of a visual prior are one, or one per label.
+
+    Args:
+        name (`str`): Name of the argument, `"prior_tokens"` for tokens.
+        prior (`torch.Tensor`): What was received.
+        num_labels (`int` or `None`): Number of labels; any number of latents if `None`.
+        latent_embedder ([`LatentEmbeddingModule`] or `None`): What makes a prior out of it.
+
+    Raises:
+        `TypeError`, `ValueError`: it is of another type, shape or range, or there is no latent embedder.
+    """
+    check_type(name, prior, torch.Tensor)
+    if latent_embedder is None:
+        raise ValueError(f"`{name}` must be None without a `latent_embedder`, got shape {tuple(prior.shape)}.")
+    if num_labels is None:
+        num_labels = prior.shape[0] if prior.ndim > 0 else 1
+    config = latent_embedder.config
+    if name == "prior_tokens":
+        expected = (config.num_latent_tokens, config.latent_token_dim)
+    else:
+        expected = (config.in_channels, *prior.shape[2:])
+        if prior.ndim != 4 or 0 in prior.shape or any(side % config.patch_size for side in prior.shape[2:]):
+            raise ValueError(
+                f"`{name}` must have shape (1 or {num_labels}, {config.in_channels}, height, width) with sides "
+                f"that are multiples of {config.patch_size}, got {tuple(prior.shape)}."
+            )
+    if prior.ndim == 0 or prior.shape[0] not in (1, num_labels):
+        raise ValueError(
+            f"`{name}` must have shape (1 or {num_labels}, {', '.join(map(str, expected))}), got {tuple(prior.shape)}."
+        )
+    _check_tensor(name, prior, (prior.shape[0], *expected))
+
+
+@dataclass(frozen=True)
+class GivenPrior:
+    """
+    What a call gives in place of stage 1's sample.
+
+    Args:
+        name (`str`): Name of the argument: `"image"`, `"prior_latents"` or `"prior_tokens"`.
+        value (`torch.Tensor`): Pixels in [-1, 1], latents or latent tokens.
+        size (`tuple[int, int]`, *optional*): Height and width in pixels; tokens have none.
+    """
+
+    name: str
+    value: torch.Tensor
+    size: tuple[int, int] | None = None
+
+
+def check_noise_source(
+    generator: torch.Generator | list[torch.Generator] | None,
+    seed: int | None,
+    sample_indices: Sequence[int] | None,
+    batch_size: int,
+) -> None:
+    """
+    Raises unless the arguments that noise is drawn by are in range and fit together.
+
+    Args:
+        generator (`torch.Generator`, `list[torch.Generator]` or `None`): One, or `batch_size` of them.
+        seed (`int` or `None`): At least 0; not beside a generator.
+        sample_indices (`Sequence[int]` or `None`): `batch_size` of them, at least 0; only beside a seed.
+        batch_size (`int`): Number of images of the first stage.
+
+    Raises:
+        `TypeError`, `ValueError`: an argument is something else.
+    """
+    if seed is not None:
+        check_at_least("seed", seed, 0)
+        if generator is not None:
+            raise ValueError(f"Only one of `generator` and `seed` must be given, got {generator} and {seed}.")
+    if sample_indices is not None:
+        if seed is None:
+            raise ValueError(f"`sample_indices` must be None without a `seed`, got {sample_indices!r}.")
+        check_type("sample_indices", sample_indices, (list, tuple, range))
+        if len(sample_indices) != batch_size:
+            raise ValueError(
+                f"`sample_indices` must hold {batch_size} integers (one per image), got {len(sample_indices)}."
+            )
+        for index in sample_indices:
+            check_at_least("sample_indices", index, 0)
+    for name, values in (("seed", [seed or 0]), ("sample_indices", sample_indices or [])):
+        if max(values, default=0) >= 2**64:
+            raise ValueError(f"`{name}` must be an integer >= 0 and < 2**64, got {max(values)}.")
+    if generator is not None:
+        for entry in generator if isinstance(generator, list) else [generator]:
+            check_type("generator", entry, torch.Generator)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` must be one generator or a list of {batch_size} (one per label), "
+                f"got a list of {len(generator)}."
+            )
+
+
+def check_noises(
+    latents: torch.Tensor | list[torch.Tensor] | None, shapes: list[tuple[int, ...]]
+) -> list[torch.Tensor | None]:
+    """
+    Given noise of the stages that are run.
+
+    Args:
+        latents (`torch.Tensor`, `list[torch.Tensor]` or `None`): Noise of the first of them, or of each.
+        shapes (`list[tuple[int, ...]]`): Shape of the noise of each.
+
+    Returns:
+        `list[torch.Tensor | None]`: The noise of each, `None` where it is to be drawn.
+
+    Raises:
+        `TypeError`, `ValueError`: a noise is of another type, shape or number.
+    """
+    if latents is None:
+        return [None] * len(shapes)
+    if not isinstance(latents, (list, tuple)):
+        latents = [latents]
+    elif len(latents) != len(shapes):
+        raise ValueError(
+            f"`latents` must be a tensor or a list of {len(shapes)} (one per stage that is run), "
+            f"got a list of {len(latents)}."
+        )
+    for entry, shape in zip(latents, shapes, strict=False):
+        _check_tensor("latents", entry, shape)
+    return list(latents) + [None] * (len(shapes) - len(latents))

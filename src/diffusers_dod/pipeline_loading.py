@@ -1,0 +1,92 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""How a DoD pipeline is loaded and saved."""
+
+import os
+from typing import Any, Self
+
+from diffusers.configuration_utils import ConfigMixin
+from huggingface_hub.errors import HFValidationError
+
+from .modeling_utils import without_local_paths
+
+
+class DoDPipelineLoadingMixin:
+    """Loading with errors that name what is missing, and saving without local paths, for [`DoDPipeline`]."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
+        """
+        Loads a pipeline as `DiffusionPipeline.from_pretrained` does.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a repository on the Hub.
+            kwargs: Passed on: components and sampling defaults that take the place of the saved ones (`None` leaves a
+                component out), `dtype`, `variant`, `device_map`, `local_files_only`, `revision`, ...
+
+        Raises:
+            `OSError`: there is no such folder or repository, or a file is missing or cannot be read.
+            `ValueError`: the files are those of something else.
+        """
+        path = os.fspath(pretrained_model_name_or_path)
+        if os.path.isdir(path):
+            cls._check_folder(path, kwargs)
+        elif os.path.exists(path) or os.path.isabs(path) or path.startswith(".") or path.count("/") > 1:
+            raise OSError(cls._not_found(path, "which is no folder here, nor a name that the Hub knows"))
+        return super().from_pretrained(path, **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str | os.PathLike, **kwargs: Any) -> str:
+        """
+        Downloads the files of a pipeline as `DiffusionPipeline.download` does.
+
+        Args:
+            pretrained_model_name (`str` or `os.PathLike`): A repository on the Hub.
+            kwargs: Passed on.
+
+        Returns:
+            `str`: The folder in the cache.
+
+        Raises:
+            `OSError`: there is no such repository, or it cannot be reached.
+        """
+        try:
+            return super().download(pretrained_model_name, **kwargs)
+        except (OSError, HFValidationError) as error:
+            raise OSError(cls._not_found(pretrained_model_name, f"which is no folder here: {error}")) from error
+
+    @classmethod
+    def _not_found(cls, path: str | os.PathLike, reason: str) -> str:
+        return (
+            f"`pretrained_model_name_or_path` must be a folder with a {cls.config_name} or a repository on the Hub, "
+            f"got {str(path)!r}, {reason}"
+        )
+
+    @classmethod
+    def _check_folder(cls, path: str, given: dict[str, Any]) -> None:
+        """Raises an `OSError` unless the folder has an index, and a folder for each component that is not `given`."""
+        index_file = os.path.join(path, cls.config_name)
+        if not os.path.isfile(index_file):
+            raise OSError(cls._not_found(path, "which has none."))
+        try:
+            index = cls._dict_from_json_file(index_file)
+        except ValueError as error:
+            raise OSError(f"{index_file} must be JSON: {error}") from error
+        for name, entry in index.items():
+            is_component = isinstance(entry, list) and name != "_class_name" and entry[0] is not None
+            if is_component and name not in given and not os.path.isdir(os.path.join(path, name)):
+                raise OSError(
+                    f"`pretrained_model_name_or_path` must hold a folder for each component in {cls.config_name}, "
+                    f"got {path!r} without `{name}` ({entry[1]})."
+                )
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """
+        Saves the pipeline as `DiffusionPipeline` does, without the local paths that it was loaded from.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder, made if needed.
+            args, kwargs: Passed on: `safe_serialization`, `variant`, `max_shard_size`, `push_to_hub`, ...
+        """
+        components = [component for component in self.components.values() if isinstance(component, ConfigMixin)]
+        with without_local_paths([self, *components]):
+            super().save_pretrained(save_directory, *args, **kwargs)
