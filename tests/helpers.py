@@ -1,9 +1,12 @@
 """Tiny components with random weights, and the form of error messages, for the tests."""
 
+import inspect
+import io
 import re
-from collections.abc import Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +31,22 @@ ID2LABEL = {
     8: "indigo bunting",
     9: "robin",
 }
+
+
+# Evaluations per interval.
+ODE_SOLVERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
+SDE_SOLVERS = {"euler_maruyama": 1, "stochastic_heun": 2}
+FIXED_STEP_SOLVERS = ODE_SOLVERS | SDE_SOLVERS
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Standard normal numbers, the same for the same arguments."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def noise(seed: int, batch_size: int = 2, channels: int = 4, height: int = 8, width: int = 8) -> torch.Tensor:
+    """Noise of the shape of the tiny models' latents."""
+    return normal(batch_size, channels, height, width, seed=seed)
 
 
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -127,6 +146,22 @@ def tiny_pipeline(in_channels: int = 4, **overrides) -> DoDPipeline:
     return pipe
 
 
+def record_calls(module: torch.nn.Module) -> list[SimpleNamespace]:
+    """The arguments of every later forward pass of `module`, by name."""
+    calls = []
+    signature = inspect.signature(module.forward)
+
+    def record(module, args, kwargs):
+        calls.append(SimpleNamespace(**{"prior_embeds": None, **signature.bind(*args, **kwargs).arguments}))
+
+    module.register_forward_pre_hook(record, with_kwargs=True)
+    return calls
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-5, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
 @contextmanager
 def fresh_accelerator():
     """The state of accelerate outlives a run; each run of these tests is the first one of its process."""
@@ -151,3 +186,26 @@ def assert_none(violations: Iterable[str], num_shown: int = 20) -> None:
         shown = [violation[:300] for violation in violations[:num_shown]]
         more = [f"... and {len(violations) - num_shown} more"] if len(violations) > num_shown else []
         pytest.fail("\n".join([f"{len(violations)} must be none:", *shown, *more]), pytrace=False)
+
+
+def check_all(check: Callable, cases: Iterable[tuple]) -> None:
+    """Calls `check(*case)` for every case, and fails with all that fail."""
+    failures = []
+    for case in cases:
+        try:
+            with redirect_stderr(io.StringIO()) as messages:  # of a parser that exits
+                check(*case)
+        except (Exception, SystemExit) as error:
+            failures.append(f"{case}: {type(error).__name__}: {error} {messages.getvalue()}")
+    assert_none(failures)
+
+
+def table(rows: Iterable[tuple]) -> pytest.MarkDecorator:
+    """Rows (argument, kwargs, exception, *fragments) as parameters named after the argument."""
+    return pytest.mark.parametrize(
+        ("argument", "kwargs", "exception", "fragments"),
+        [
+            pytest.param(argument, kwargs, exception, fragments, id=f"{argument}-{number}")
+            for number, (argument, kwargs, exception, *fragments) in enumerate(rows)
+        ],
+    )

@@ -5,35 +5,13 @@ import math
 
 import pytest
 import torch
-from helpers import says, tiny_latent_embedder, tiny_transformer
+from helpers import says, table, tiny_latent_embedder, tiny_transformer
 
 from diffusers_dod import DoDTransformer2DModel, LatentEmbeddingModule
 
 
 NAN, INF = math.nan, math.inf
 
-COUNTS_OF_TRANSFORMER = (
-    "sample_size",
-    "patch_size",
-    "in_channels",
-    "num_layers",
-    "num_attention_heads",
-    "attention_head_dim",
-    "num_classes",
-    "adaln_lora_dim",
-    "prior_embed_dim",
-)
-COUNTS_OF_LATENT_EMBEDDER = (
-    "sample_size",
-    "patch_size",
-    "in_channels",
-    "num_latent_tokens",
-    "latent_token_dim",
-    "num_encoder_layers",
-    "num_decoder_layers",
-    "num_attention_heads",
-    "attention_head_dim",
-)
 BAD_COUNTS = [
     (0, ValueError, ">= 1", "got 0"),
     (-4, ValueError, ">= 1", "got -4"),
@@ -51,23 +29,44 @@ BAD_RATIOS = [
     ("4", TypeError, "float", "got '4'"),
     (True, TypeError, "float", "got True"),
 ]
-BAD_POSITIONS = [
+BAD_NUMBERS = {
+    tiny_transformer: {
+        "sample_size": BAD_COUNTS,
+        "patch_size": BAD_COUNTS,
+        "in_channels": BAD_COUNTS,
+        "num_layers": BAD_COUNTS,
+        "num_attention_heads": BAD_COUNTS,
+        "attention_head_dim": BAD_COUNTS,
+        "num_classes": BAD_COUNTS,
+        "adaln_lora_dim": BAD_COUNTS,
+        "prior_embed_dim": BAD_COUNTS,
+        "mlp_ratio": BAD_RATIOS,
+    },
+    tiny_latent_embedder: {
+        "sample_size": BAD_COUNTS,
+        "patch_size": BAD_COUNTS,
+        "in_channels": BAD_COUNTS,
+        "num_latent_tokens": BAD_COUNTS,
+        "latent_token_dim": BAD_COUNTS,
+        "num_encoder_layers": BAD_COUNTS,
+        "num_decoder_layers": BAD_COUNTS,
+        "num_attention_heads": BAD_COUNTS,
+        "attention_head_dim": BAD_COUNTS,
+        "mlp_ratio": BAD_RATIOS,
+    },
+}
+BAD_OF_BOTH = [
     ("pos_interpolation", dict(pos_interpolation="cubic"), ValueError, "'ntk'", "got 'cubic'"),
     ("pos_interpolation", dict(pos_interpolation=None), ValueError, "'none'", "got None"),
     ("pos_interpolation_decoupled", dict(pos_interpolation_decoupled=1), TypeError, "bool", "got 1"),
+    ("sample_size", dict(sample_size=9), ValueError, "multiple of `patch_size` = 2", "got 9"),
 ]
 BAD_TRANSFORMERS = [
-    *[(name, {name: value}, *expected) for name in COUNTS_OF_TRANSFORMER for value, *expected in BAD_COUNTS],
-    *[("mlp_ratio", dict(mlp_ratio=value), *expected) for value, *expected in BAD_RATIOS],
-    *BAD_POSITIONS,
-    ("sample_size", dict(sample_size=9), ValueError, "multiple of `patch_size` = 2", "got 9"),
+    *BAD_OF_BOTH,
     ("attention_head_dim", dict(attention_head_dim=18), ValueError, "multiple of 4", "got 18"),
 ]
 BAD_LATENT_EMBEDDERS = [
-    *[(name, {name: value}, *expected) for name in COUNTS_OF_LATENT_EMBEDDER for value, *expected in BAD_COUNTS],
-    *[("mlp_ratio", dict(mlp_ratio=value), *expected) for value, *expected in BAD_RATIOS],
-    *BAD_POSITIONS,
-    ("sample_size", dict(sample_size=9), ValueError, "multiple of `patch_size` = 2", "got 9"),
+    *BAD_OF_BOTH,
     ("latent_token_dim", dict(latent_token_dim=6), ValueError, "multiple of 4", "got 6"),
     ("attention_head_dim", dict(attention_head_dim=15), ValueError, "multiple of 4", "got 2 * 15"),
     ("num_attention_heads", dict(num_attention_heads=3, attention_head_dim=2), ValueError, "of 4", "got 3 * 2"),
@@ -119,17 +118,6 @@ BAD_DECODES = [
 ]
 
 
-def table(rows):
-    """Rows (argument, kwargs, exception, *fragments) as parameters named after the argument."""
-    return pytest.mark.parametrize(
-        ("argument", "kwargs", "exception", "fragments"),
-        [
-            pytest.param(argument, kwargs, exception, fragments, id=f"{argument}-{number}")
-            for number, (argument, kwargs, exception, *fragments) in enumerate(rows)
-        ],
-    )
-
-
 @pytest.fixture(scope="module")
 def transformer():
     return tiny_transformer()
@@ -138,6 +126,13 @@ def transformer():
 @pytest.fixture(scope="module")
 def latent_embedder():
     return tiny_latent_embedder()
+
+
+@pytest.mark.parametrize(("make", "argument"), [(make, name) for make, rows in BAD_NUMBERS.items() for name in rows])
+def test_bad_numbers(make, argument):
+    for value, exception, *fragments in BAD_NUMBERS[make][argument]:
+        with pytest.raises(exception, match=says(f"`{argument}`", *fragments)):
+            make(**{argument: value})
 
 
 @table(BAD_TRANSFORMERS)
@@ -180,19 +175,19 @@ def test_bad_inputs_of_decode(latent_embedder, argument, kwargs, exception, frag
 
 
 @pytest.mark.parametrize(
-    ("function", "rows"),
+    ("function", "rows", "numbers"),
     [
-        (DoDTransformer2DModel.__init__, BAD_TRANSFORMERS),
-        (LatentEmbeddingModule.__init__, BAD_LATENT_EMBEDDERS),
-        (DoDTransformer2DModel.forward, BAD_FORWARDS),
-        (LatentEmbeddingModule.decode, BAD_DECODES),
+        (DoDTransformer2DModel.__init__, BAD_TRANSFORMERS, BAD_NUMBERS[tiny_transformer]),
+        (LatentEmbeddingModule.__init__, BAD_LATENT_EMBEDDERS, BAD_NUMBERS[tiny_latent_embedder]),
+        (DoDTransformer2DModel.forward, BAD_FORWARDS, {}),
+        (LatentEmbeddingModule.decode, BAD_DECODES, {}),
     ],
     ids=["transformer", "latent embedder", "forward", "decode"],
 )
-def test_every_argument_has_a_bad_value(function, rows):
+def test_every_argument_has_a_bad_value(function, rows, numbers):
     # Two are taken by their truth, as everywhere in Diffusers; `attention_kwargs` goes to the processors.
     exempt = {"self", "return_dict", "output_hidden_states", "attention_kwargs"}
-    assert {row[0] for row in rows} == set(inspect.signature(function).parameters) - exempt
+    assert {row[0] for row in rows} | set(numbers) == set(inspect.signature(function).parameters) - exempt
 
 
 def test_the_smallest_accepted_values():

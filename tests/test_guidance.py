@@ -1,8 +1,8 @@
 """Each way of guiding: against formulas by hand, FiTv2's own guided samples, and what it may cost."""
 
-import inspect
 import math
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import FirstBlockCacheConfig
 from golden_data import golden, golden_model, timestep_of
-from helpers import says, tiny_latent_embedder, tiny_pipeline, tiny_transformer
+from helpers import assert_near, normal, record_calls, says, tiny_latent_embedder, tiny_pipeline, tiny_transformer
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDTransformer2DModel
 from diffusers_dod.guidance import (
@@ -22,34 +22,21 @@ from diffusers_dod.guidance import (
 )
 
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 FITV2 = golden("fitv2_tiny_io")
 NULL_CLASS = 10
 LABELS = torch.tensor([1, 3])
 ALL, FIRST = [0, 1, 2, 3], [0]  # blocks whose attention is computed
 
 
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 LATENTS, PRIORS = normal(2, 4, 8, 8), normal(2, 16, 32, seed=1)
 PICTURE = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(5))
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture
 def model() -> DoDTransformer2DModel:
     return tiny_transformer()
-
-
-@pytest.fixture
-def pipe():
-    return tiny_pipeline()
 
 
 def guide(model, scale=3.0, priors=PRIORS, timestep=600.0, latents=LATENTS, labels=LABELS, **guidance):
@@ -72,18 +59,6 @@ def predictions(model) -> SimpleNamespace:
     )
 
 
-def record_calls(module) -> list[SimpleNamespace]:
-    """The arguments of every later forward pass of `module`, by name."""
-    calls = []
-    signature = inspect.signature(module.forward)
-
-    def record(module, args, kwargs):
-        calls.append(SimpleNamespace(**{"prior_embeds": None, **signature.bind(*args, **kwargs).arguments}))
-
-    module.register_forward_pre_hook(record, with_kwargs=True)
-    return calls
-
-
 def sizes(calls) -> list[int]:
     return [len(call.hidden_states) for call in calls]
 
@@ -100,8 +75,7 @@ def sample(pipe, class_labels=(1, 3), **kwargs):
     return pipe(list(class_labels), **{"output_type": "latent", "latents": latents, **kwargs})
 
 
-def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+assert_near = partial(assert_near, rtol=2e-5, atol=2e-5)
 
 
 def assert_differ(actual: torch.Tensor, other: torch.Tensor) -> None:

@@ -5,7 +5,6 @@ import math
 import os
 import re
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +19,18 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.utils.torch_utils import randn_tensor
-from helpers import ID2LABEL, says, tiny_latent_embedder, tiny_pipeline, tiny_transformer, tiny_vae
+from helpers import (
+    ID2LABEL,
+    assert_near,
+    noise,
+    record_calls,
+    says,
+    table,
+    tiny_latent_embedder,
+    tiny_pipeline,
+    tiny_transformer,
+    tiny_vae,
+)
 from PIL import Image
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDPipelineOutput
@@ -30,32 +40,11 @@ from diffusers_dod.autoencoders import denormalize_latents, normalize_latents
 NULL_CLASS = len(ID2LABEL)
 
 
-@pytest.fixture
-def pipe():
-    return tiny_pipeline()
-
-
-def noise(seed, batch_size=2, channels=4, height=8, width=8):
-    return torch.randn(batch_size, channels, height, width, generator=torch.Generator().manual_seed(seed))
-
-
 def sample(pipe, class_labels=(1, 3), **kwargs):
     """Calls the pipeline with fixed noise unless given other, for latents unless asked otherwise."""
     if "generator" not in kwargs and "latents" not in kwargs:
         kwargs["generator"] = torch.Generator().manual_seed(0)
     return pipe(list(class_labels), **{"output_type": "latent", **kwargs})
-
-
-def record_calls(module):
-    """The arguments of every later forward pass of `module`, by name."""
-    calls = []
-    signature = inspect.signature(module.forward)
-
-    def record(module, args, kwargs):
-        calls.append(SimpleNamespace(**{"prior_embeds": None, **signature.bind(*args, **kwargs).arguments}))
-
-    module.register_forward_pre_hook(record, with_kwargs=True)
-    return calls
 
 
 def batch_sizes(calls):
@@ -78,10 +67,6 @@ def sample_by_hand(pipe, class_labels, noises, scales, num_steps):
             latents = latents - (unconditional + scale * (conditional - unconditional)) / num_steps
         stages.append(latents)
     return stages
-
-
-def assert_near(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- what is computed
@@ -1174,17 +1159,6 @@ BAD_COMPONENTS = [
     ("default_num_stages", lambda: dict(default_num_stages=0), ValueError, ">= 1", "got 0"),
     ("default_num_stages", lambda: dict(default_num_stages=1.5), TypeError, "int", "got 1.5"),
 ]
-
-
-def table(rows):
-    """Rows (argument, kwargs, exception, *fragments) as parameters named after the argument."""
-    return pytest.mark.parametrize(
-        ("argument", "kwargs", "exception", "fragments"),
-        [
-            pytest.param(argument, kwargs, exception, fragments, id=f"{argument}-{number}")
-            for number, (argument, kwargs, exception, *fragments) in enumerate(rows)
-        ],
-    )
 
 
 @pytest.fixture(scope="module")

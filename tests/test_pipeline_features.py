@@ -16,7 +16,7 @@ from diffusers import (
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
-from helpers import says, tiny_latent_embedder, tiny_pipeline, tiny_transformer, tiny_vae
+from helpers import assert_near, says, tiny_latent_embedder, tiny_pipeline, tiny_transformer, tiny_vae
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline
 
@@ -26,19 +26,10 @@ PICTURE = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(5))
 ATTENTION_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-@pytest.fixture
-def pipe():
-    return tiny_pipeline()
-
-
 def sample(pipe: DoDPipeline, class_labels=LABELS, seed: int = 0, **kwargs) -> torch.Tensor:
     """The latents of the last stage, or with `output_type="pt"` the images."""
     generator = kwargs.pop("generator", None) or torch.Generator().manual_seed(seed)
     return pipe(class_labels, **{"output_type": "latent", "generator": generator, **kwargs}).images
-
-
-def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture

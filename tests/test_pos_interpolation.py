@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from diffusers.models.embeddings import get_1d_rotary_pos_embed, get_1d_sincos_pos_embed_from_grid
-from helpers import says, tiny_latent_embedder, tiny_pipeline, tiny_transformer
+from helpers import assert_near, normal, says, tiny_latent_embedder, tiny_pipeline, tiny_transformer
 from torch._dynamo.testing import CompileCounter
 
 from diffusers_dod import DoDPipeline
@@ -19,6 +19,8 @@ from diffusers_dod.pos_interpolation import (
 from diffusers_dod.transformer_dod import DoDRotaryPosEmbed
 
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 CPU = torch.device("cpu")
 MODES = [mode for mode in POS_INTERPOLATIONS if mode != "none"]
 DIM = 32  # of a head, and of an embedding of the LEM: 8 frequencies per axis
@@ -27,16 +29,6 @@ LABELS = torch.tensor([1, 3])
 every_mode = pytest.mark.parametrize("mode", MODES)
 decoupled_or_not = pytest.mark.parametrize("decoupled", [False, True], ids=["coupled", "decoupled"])
 both_models = pytest.mark.parametrize("make", [tiny_transformer, tiny_latent_embedder])
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def rope(rows, columns, mode="none", decoupled=False, trained_size=4, dim=DIM) -> torch.Tensor:
@@ -70,10 +62,6 @@ def run(model, rows, columns):
     if hasattr(model, "encode"):
         return model(latents).prior_embeds
     return model(latents, 400.0, LABELS, normal(1, rows * columns, 32, seed=1)).sample
-
-
-def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def assert_differ(actual: torch.Tensor, other: torch.Tensor) -> None:

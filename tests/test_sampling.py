@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,22 +20,16 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.utils.torch_utils import randn_tensor
-from helpers import says, tiny_latent_embedder, tiny_pipeline
+from helpers import FIXED_STEP_SOLVERS, assert_near, noise, record_calls, says, tiny_latent_embedder, tiny_pipeline
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDPipelineOutput
 from diffusers_dod.seeding import stateless_generator, stateless_noise
 
 
-FIXED_STEP_SOLVERS = ["euler", "midpoint", "heun", "rk4", "euler_maruyama", "stochastic_heun"]
 SOLVERS = [*FIXED_STEP_SOLVERS, "dopri5"]
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 LABELS = [1, 3, 7, 0, 9, 2]  # of the indices 0, 1, ..., 5
 PICTURE = np.random.default_rng(0).integers(0, 256, (16, 8, 3), dtype=np.uint8)  # not square: H and W differ
-
-
-@pytest.fixture
-def pipe():
-    return tiny_pipeline()
 
 
 def sample(pipe: DoDPipeline, labels=(1, 3), **kwargs) -> DoDPipelineOutput:
@@ -44,33 +39,16 @@ def sample(pipe: DoDPipeline, labels=(1, 3), **kwargs) -> DoDPipelineOutput:
     return pipe(list(labels), **{"output_type": "latent", "return_stages": True, **kwargs})
 
 
-def noise(seed: int, batch_size: int = 2, height: int = 8, width: int = 8) -> torch.Tensor:
-    return torch.randn(batch_size, 4, height, width, generator=torch.Generator().manual_seed(seed))
+assert_near = partial(assert_near, rtol=0, atol=1e-4)
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
-
-
 def assert_stages_near(actual: DoDPipelineOutput, expected: DoDPipelineOutput, tolerance: float = 1e-4) -> None:
     for latents, others in zip(actual.stage_latents, expected.stage_latents, strict=True):
-        assert_near(latents, others, tolerance)
-
-
-def record_inputs(module: torch.nn.Module) -> list[SimpleNamespace]:
-    """Latents, times, labels and priors of every later evaluation of a transformer."""
-    calls = []
-
-    def record(module, args, kwargs):
-        names = ("latents", "timestep", "class_labels")
-        calls.append(SimpleNamespace(**dict(zip(names, args, strict=True)), prior_embeds=kwargs["prior_embeds"]))
-
-    module.register_forward_pre_hook(record, with_kwargs=True)
-    return calls
+        assert_near(latents, others, atol=tolerance)
 
 
 # ------------------------------------------------------------------------- an image depends on its seed and its index
@@ -106,7 +84,7 @@ def test_an_image_does_not_depend_on_its_batch(pipe, solver, chunks):
     order, num_others = sum(chunks, []), 0
     for stage, latents in enumerate(together.stage_latents):
         joined = torch.cat([part.stage_latents[stage] for part in parts])
-        assert_near(joined, latents[order], tolerance_of(solver))
+        assert_near(joined, latents[order], atol=tolerance_of(solver))
         counts = torch.cat([part.statistics[stage].num_evaluations for part in parts])
         num_others += int((counts != together.statistics[stage].num_evaluations[order]).sum())
     # dopri5 takes the same steps, but for one that rounding may refuse. With one error for a batch, 3 and 6 differ.
@@ -136,7 +114,7 @@ def test_an_image_depends_on_its_index_not_on_its_place(pipe, solver):
     explicit = sample(pipe, LABELS[:2], stage_solvers=[solver] * 2, sample_indices=[0, 1])
     assert torch.equal(implicit.images, explicit.images)  # 0, 1, 2, ... if not given
     other = sample(pipe, LABELS[:2], stage_solvers=[solver] * 2, sample_indices=[0, 7])
-    assert_near(other.images[0], implicit.images[0], tolerance_of(solver))
+    assert_near(other.images[0], implicit.images[0], atol=tolerance_of(solver))
     assert (other.images[1] - implicit.images[1]).abs().max() > 0.5
 
 
@@ -146,7 +124,7 @@ def test_an_image_in_bf16_depends_on_its_batch_by_rounding_only(pipe):
         together = sample_indices(pipe, range(6), solver).images
         for chunk in ([0], [3], [4, 1], [2, 0, 5]):
             # Measured: up to 0.087 after three stages, of latents with a standard deviation of 2.4.
-            assert_near(sample_indices(pipe, chunk, solver).images, together[chunk], 0.25)
+            assert_near(sample_indices(pipe, chunk, solver).images, together[chunk], atol=0.25)
         for one, other in itertools.combinations(together, 2):
             assert (one - other).abs().max() > 2
 
@@ -170,7 +148,7 @@ def test_an_image_is_the_same_in_another_process(tmp_path):
     num_threads, images = torch.load(tmp_path / "images.pt")
     assert num_threads == 2
     for solver, expected in chunked([[0], [1, 2, 3]]).items():
-        assert_near(images[solver], expected, tolerance_of(solver))
+        assert_near(images[solver], expected, atol=tolerance_of(solver))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -180,8 +158,8 @@ def test_an_image_depends_on_its_own_generator_alone(pipe, solver):
         return sample(pipe, labels, generator=generators(*order), stage_solvers=[solver] * 2).images
 
     together = run([0, 1, 2])
-    assert_near(run([2, 0, 1]), together[[2, 0, 1]], tolerance_of(solver))
-    assert_near(torch.cat([run([0]), run([1, 2])]), together, tolerance_of(solver))
+    assert_near(run([2, 0, 1]), together[[2, 0, 1]], atol=tolerance_of(solver))
+    assert_near(torch.cat([run([0]), run([1, 2])]), together, atol=tolerance_of(solver))
 
 
 def test_one_generator_serves_all_images_in_turn(pipe):
@@ -212,7 +190,7 @@ def test_one_generator_also_draws_the_noise_of_an_sde(pipe):
 
 def drawn_noises(pipe: DoDPipeline, monkeypatch: pytest.MonkeyPatch, **kwargs) -> list[torch.Tensor]:
     """All noise of a call with an SDE, each as a vector: that at the start of its stages and that of its steps."""
-    noises, inputs = [], record_inputs(pipe.transformer)
+    noises, inputs = [], record_calls(pipe.transformer)
     step = DoDFlowMatchScheduler.step
 
     def recording_step(scheduler, *args, variance_noise, **kwargs):
@@ -224,7 +202,7 @@ def drawn_noises(pipe: DoDPipeline, monkeypatch: pytest.MonkeyPatch, **kwargs) -
         sample(pipe, stage_solvers=["euler_maruyama"] * 3, num_stages=3, num_inference_steps=2, **kwargs)
     for call in inputs:
         if call.timestep[0] == 1000:
-            noises.extend(call.latents.flatten(1))
+            noises.extend(call.hidden_states.flatten(1))
     return noises
 
 
@@ -323,7 +301,7 @@ def test_the_first_image_of_a_prior_is_the_one_of_a_single_image(pipe, source):
 
 
 def test_images_of_a_prior_share_it_and_their_label(pipe):
-    embedded, calls = [], record_inputs(pipe.transformer)
+    embedded, calls = [], record_calls(pipe.transformer)
     pipe.latent_embedder.register_forward_pre_hook(lambda module, args: embedded.append(args[0]))
     output = sample(pipe, num_stages=3, num_images_per_prior=COPIES, num_images_per_label=2, guidance_scale=1.0)
     assert [len(latents) for latents in output.stage_latents] == [4, 12, 12]
@@ -388,10 +366,10 @@ def test_a_second_stage_can_be_run_on_its_own(pipe):
     tokens = pipe.get_prior_tokens(latents=whole.stage_latents[0])
     assert tokens.shape == (2, 4, 8)
     for prior in ({"prior_latents": whole.stage_latents[0]}, {"prior_tokens": tokens}):
-        calls = record_inputs(pipe.transformer)
+        calls = record_calls(pipe.transformer)
         output = sample(pipe, guidance_scale=3.0, **prior)
         assert len(output.stage_latents) == 1 and len(calls) == 2 and pipe.num_timesteps == 2
-        assert_near(output.images, whole.images, 1e-5)
+        assert_near(output.images, whole.images, atol=1e-5)
         swapped = {name: value.flip(0) for name, value in prior.items()}
         assert (sample(pipe, guidance_scale=3.0, **swapped).images - whole.images).abs().max() > 0.1
 
@@ -574,7 +552,7 @@ EVALUATIONS = {
     "solvers", [["euler", "midpoint", "heun", "rk4"], ["stochastic_heun", "euler_maruyama", "rk4"], ["heun"]], ids=str
 )
 def test_evaluations_are_counted_by_stage(pipe, solvers):
-    calls = record_inputs(pipe.transformer)
+    calls = record_calls(pipe.transformer)
     steps = [2, 3, 4, 5][: len(solvers)]
     output = sample(pipe, num_stages=len(solvers), stage_solvers=solvers, stage_inference_steps=steps)
     expected = [EVALUATIONS[solver](number) for solver, number in zip(solvers, steps, strict=True)]
@@ -596,7 +574,7 @@ def test_adaptive_and_fixed_stages_mix(pipe):
         assert torch.equal(statistics.num_evaluations, 2 + 6 * steps)
     assert output.statistics[1].num_evaluations.tolist() == [3] * 4
     first = sample(pipe, num_stages=1, stage_solvers=["dopri5"])
-    assert_near(output.stage_latents[0], first.images, 0)
+    assert_near(output.stage_latents[0], first.images, atol=0)
     alone = sample(
         pipe,
         prior_latents=first.images,
@@ -632,7 +610,7 @@ def test_latents_of_the_stages_decode_to_the_stages(pipe, output_type):
 
 def model_times(pipe: DoDPipeline, **kwargs) -> list[float]:
     """The times of the evaluations of one unguided stage."""
-    calls = record_inputs(pipe.transformer)
+    calls = record_calls(pipe.transformer)
     sample(pipe, [1], num_stages=1, **kwargs)
     return [float(call.timestep[0]) for call in calls]
 
@@ -706,13 +684,13 @@ def gaussian_pipeline(**overrides) -> tuple[DoDPipeline, list[torch.Tensor]]:
     """A pipeline whose data is N(MEAN, STD^2), the flow to which is known, and the times its model will see."""
     pipe, times = tiny_pipeline(vae=None, **overrides), []
 
-    def forward(latents, timestep, class_labels, prior_embeds=None, attention_kwargs=None):
+    def forward(hidden_states, timestep, class_labels, prior_embeds=None, attention_kwargs=None):
         times.append(timestep)
         mean, std = MEAN.double(), STD.double()
         sigma = timestep.double().reshape(-1, 1, 1, 1) / 1000
         variance = ((1 - sigma) * std) ** 2 + sigma**2
-        velocity = -(mean + ((1 - sigma) * std**2 - sigma) / variance * (latents - (1 - sigma) * mean))
-        return SimpleNamespace(sample=velocity.to(latents.dtype))
+        velocity = -(mean + ((1 - sigma) * std**2 - sigma) / variance * (hidden_states - (1 - sigma) * mean))
+        return SimpleNamespace(sample=velocity.to(hidden_states.dtype))
 
     pipe.transformer.forward = forward
     return pipe, times
@@ -792,8 +770,8 @@ def test_stochastic_solvers_reach_the_mean_and_the_deviation_of_the_data(solver,
     for latents in output.stage_latents:
         values = latents.transpose(0, 1).flatten(1)
         # Of 8192 values of a channel the mean is known to 0.011 of the deviation, the deviation to 0.008.
-        assert_near(values.mean(1) / STD.flatten(), MEAN.flatten() / STD.flatten(), 0.05)
-        assert_near(values.std(1) / STD.flatten(), torch.ones(4), 0.06)
+        assert_near(values.mean(1) / STD.flatten(), MEAN.flatten() / STD.flatten(), atol=0.05)
+        assert_near(values.std(1) / STD.flatten(), torch.ones(4), atol=0.06)
 
 
 @pytest.mark.parametrize(
@@ -850,15 +828,15 @@ def test_the_adaptive_solver_rejects_steps_of_the_samples_that_need_it():
 def test_the_noise_has_the_deviation_that_the_solver_starts_from(solver):
     scheduler = DoDFlowMatchScheduler(solver=solver)
     pipe, _ = gaussian_pipeline(scheduler=scheduler)
-    inputs = record_inputs(pipe.transformer)
+    inputs = record_calls(pipe.transformer)
     sample(pipe, latents=[noise(0), noise(1)], num_inference_steps=None if solver == "dopri5" else 4)
     if solver != "dopri5":
         scheduler.set_timesteps(4)
     factor = scheduler.init_noise_sigma
     assert (factor > 1.2) == (solver == "stochastic_heun")
     first = [call for call in inputs if (call.timestep == 1000).all()]
-    assert_near(first[0].latents, noise(0) * factor, 1e-6)
-    assert any(torch.allclose(call.latents[:2], noise(1) * factor) for call in first[1:])
+    assert_near(first[0].hidden_states, noise(0) * factor, atol=1e-6)
+    assert any(torch.allclose(call.hidden_states[:2], noise(1) * factor) for call in first[1:])
 
 
 # ------------------------------------------------------------------------------------- stochastic schedulers, not ours

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from helpers import says
+from helpers import FIXED_STEP_SOLVERS, ODE_SOLVERS, SDE_SOLVERS, says, table
 
 from diffusers_dod import DoDFlowMatchScheduler
 
@@ -15,9 +15,6 @@ VELOCITY = torch.linspace(2, -1, 12).reshape(2, 6)
 NOISE = torch.linspace(0, 3, 12).reshape(2, 6)
 
 # Evaluations per interval; the last one of `stochastic_heun` has a single one.
-ODE_SOLVERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
-SDE_SOLVERS = {"euler_maruyama": 1, "stochastic_heun": 2}
-FIXED_STEP_SOLVERS = ODE_SOLVERS | SDE_SOLVERS
 FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
 LAST_STEPS = ("mean", "euler", "tweedie", "none")
 
@@ -529,17 +526,6 @@ def test_config_of_another_solver():
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
-
-
-def table(rows):
-    """Rows (argument, kwargs, exception, *fragments) as parameters named after the argument."""
-    return pytest.mark.parametrize(
-        ("argument", "kwargs", "exception", "fragments"),
-        [
-            pytest.param(argument, kwargs, exception, fragments, id=f"{argument}-{number}")
-            for number, (argument, kwargs, exception, *fragments) in enumerate(rows)
-        ],
-    )
 
 
 # Argument, keyword arguments, exception, and what its message must hold beside the argument's name: what is accepted

@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 from golden_data import golden, golden_model
-from helpers import says
+from helpers import ODE_SOLVERS, SDE_SOLVERS, says
 from torchdiffeq import odeint
 
 from diffusers_dod import DoDFlowMatchScheduler
@@ -19,8 +19,6 @@ from diffusers_dod.guidance import Guidance, GuidedVelocity, classifier_free_gui
 
 GAUSSIAN = golden("ode_gaussian")
 FITV2 = golden("fitv2_tiny_io")
-ODE_SOLVERS = ("euler", "midpoint", "heun", "rk4")
-SDE_SOLVERS = ("euler_maruyama", "stochastic_heun")
 
 
 def gaussian_velocity(sample: torch.Tensor, timestep: torch.Tensor, indices=None) -> torch.Tensor:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import says, tiny_pipeline
+from helpers import check_all, says, tiny_pipeline
 
 from diffusers_dod.evaluation.results import as_metric, write_results
 from diffusers_dod.training.arguments import parse_args
@@ -27,20 +27,25 @@ EVALUATIONS = [
 ]
 
 
-@pytest.mark.parametrize("run", STUDY["runs"])
-def test_runs_are_what_the_trainer_takes(run, monkeypatch):
+def test_runs_are_what_the_trainer_takes(monkeypatch):
     monkeypatch.chdir(ROOT)
-    args = parse_args(study.training_argv(STUDY, run))
-    assert args.output_dir == study.OUTPUTS / run and args.ema_decay == STUDY["common"]["ema_decay"]
-    for step in study.evaluations_of(STUDY, run):
-        assert step <= args.max_train_steps and step % args.checkpointing_steps == 0
+
+    def check(run):
+        args = parse_args(study.training_argv(STUDY, run))
+        assert args.output_dir == study.OUTPUTS / run and args.ema_decay == STUDY["common"]["ema_decay"]
+        for step in study.evaluations_of(STUDY, run):
+            assert step <= args.max_train_steps and step % args.checkpointing_steps == 0
+
+    check_all(check, ((run,) for run in STUDY["runs"]))
 
 
-@pytest.mark.parametrize("run,step,name", EVALUATIONS)
-def test_evaluations_are_what_the_commands_take(run, step, name):
-    module, *argv = study.evaluation_argv(STUDY, run, step, name)
-    args = importlib.import_module(module).build_parser().parse_args(argv)
-    assert args.output_file == study.result_file(run, step, name)
+def test_evaluations_are_what_the_commands_take():
+    def check(run, step, name):
+        module, *argv = study.evaluation_argv(STUDY, run, step, name)
+        args = importlib.import_module(module).build_parser().parse_args(argv)
+        assert args.output_file == study.result_file(run, step, name)
+
+    check_all(check, EVALUATIONS)
 
 
 def test_every_part_of_the_plan_is_of_a_run():
