@@ -13,8 +13,8 @@ import argparse
 import torch
 
 from diffusers_dod import DoDPipeline
-from diffusers_dod.scheduling_dod import SOLVERS
 from diffusers_dod.seeding import stateless_noise
+from diffusers_dod.tableaus import SOLVERS
 
 
 def main() -> None:

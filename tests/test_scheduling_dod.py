@@ -1,9 +1,11 @@
 import inspect
+import itertools
 import math
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from golden_data import GAUSSIAN, gaussian_velocity
 from helpers import FIXED_STEP_SOLVERS, ODE_SOLVERS, SDE_SOLVERS, says, table
 
 from diffusers_dod import DoDFlowMatchScheduler
@@ -125,7 +127,7 @@ def test_kind_of_solver(solver):
     scheduler = DoDFlowMatchScheduler(solver=solver)
     assert scheduler.is_stochastic == (solver in SDE_SOLVERS)
     assert scheduler.is_adaptive == (solver == "dopri5")
-    assert (scheduler.init_noise_sigma == 1) == (solver != "stochastic_heun")  # see test_solvers_closed_form.py
+    assert (scheduler.init_noise_sigma == 1) == (solver != "stochastic_heun")  # see test_sde.py
 
 
 # ------------------------------------------------------------------------------------------------------------ steps
@@ -255,16 +257,15 @@ def test_single_steps_may_start_at_any_time(solver, steps):
 
 @sde_solvers
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("last_step", LAST_STEPS)
-def test_an_sde_entered_at_any_time_stays_finite(solver, form, last_step):
-    scheduler = DoDFlowMatchScheduler(solver=solver, diffusion_form=form, last_step=last_step)
-    for shift_to in (None, 3):
-        if shift_to is not None:
-            scheduler.set_timesteps(shift_to)
+def test_an_sde_entered_at_any_time_stays_finite(solver, form):
+    for last_step, num_inference_steps in itertools.product(LAST_STEPS, (None, 3)):
+        scheduler = DoDFlowMatchScheduler(solver=solver, diffusion_form=form, last_step=last_step)
+        if num_inference_steps is not None:
+            scheduler.set_timesteps(num_inference_steps)
         for timestep in (1000, 999.5, 500.3, 40, 1e-3, 0):
             scheduler._reset()
             sample = scheduler.step(VELOCITY, timestep, SAMPLE, variance_noise=NOISE).prev_sample
-            assert torch.isfinite(sample).all()
+            assert torch.isfinite(sample).all(), last_step
             if timestep == 0:  # there is nothing left to do
                 assert torch.equal(sample, SAMPLE)
 
@@ -373,6 +374,66 @@ def test_callback_stops_solve(solver):
     assert len(seen) == 2 and torch.equal(output.prev_sample, seen[-1])
     if solver == "dopri5":
         assert output.num_accepted.max() >= 2
+
+
+@fixed_step_solvers
+def test_stepping_is_solving(solver):
+    scheduler = DoDFlowMatchScheduler(solver=solver)
+    scheduler.set_timesteps(7)
+    sample, generator = GAUSSIAN["noise"], torch.Generator().manual_seed(0)
+    for timestep in scheduler.timesteps:
+        velocity = gaussian_velocity(sample, timestep)
+        sample = scheduler.step(velocity, timestep, sample, generator=generator).prev_sample
+    generator = torch.Generator().manual_seed(0)
+    output = scheduler.solve(gaussian_velocity, GAUSSIAN["noise"], generator=generator)
+    assert torch.equal(sample, output.prev_sample)
+
+
+@all_solvers
+@pytest.mark.parametrize("error_norm", ["sample", "batch"])
+def test_num_train_timesteps_is_but_the_unit_of_time(solver, error_norm):
+    samples = []
+    for maximum in (1000, 250):  # a power of two apart, so that all roundings are the same
+        scheduler = DoDFlowMatchScheduler(maximum, solver, error_norm=error_norm)
+        if solver != "dopri5":
+            scheduler.set_timesteps(5)
+        samples.append(
+            scheduler.solve(
+                lambda x, t, indices, unit=1000 / maximum: gaussian_velocity(x, unit * t),
+                GAUSSIAN["noise"],
+                generator=torch.Generator().manual_seed(0),
+            ).prev_sample
+        )
+    assert torch.equal(*samples)
+
+
+def test_explicit_sigmas_and_shift():
+    plain, explicit, shifted = (DoDFlowMatchScheduler(shift=shift) for shift in (1.0, 1.0, 3.0))
+    plain.set_timesteps(4)
+    explicit.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    shifted.set_timesteps(4)
+    assert torch.equal(plain.timesteps, explicit.timesteps)
+    torch.testing.assert_close(plain.timesteps, torch.tensor([1000.0, 750.0, 500.0, 250.0]))
+    torch.testing.assert_close(shifted.sigmas, torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0]))
+
+
+@pytest.mark.parametrize("error_norm", ["sample", "batch"])
+@pytest.mark.parametrize("solver", [*ODE_SOLVERS, "dopri5"])
+def test_callbacks_see_each_step_and_can_stop(solver, error_norm):
+    scheduler = DoDFlowMatchScheduler(solver=solver, error_norm=error_norm)
+    if solver != "dopri5":
+        scheduler.set_timesteps(3)
+    seen = []
+    full = scheduler.solve(
+        gaussian_velocity, GAUSSIAN["noise"], callback=lambda i, t, x: seen.append((i, t, x.clone()))
+    )
+    expected = full.num_accepted.max() if solver == "dopri5" else full.num_evaluations[0]
+    assert [index for index, _, _ in seen] == list(range(expected))
+    assert (seen[0][1] == 1000).all()
+    assert torch.equal(seen[-1][2], full.prev_sample)
+
+    stopped = scheduler.solve(gaussian_velocity, GAUSSIAN["noise"], callback=lambda i, t, x: i < 1)
+    assert torch.equal(stopped.prev_sample, seen[1][2])
 
 
 # ------------------------------------------------------------------------------------------------------ noise of SDEs

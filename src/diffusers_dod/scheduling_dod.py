@@ -2,7 +2,7 @@
 """Solvers of the rectified flow's ODE (paper, Eq. 2) and of its SDEs, from noise (sigma = 1) to data (sigma = 0)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,77 +11,14 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .adaptive import StepCallback, VelocityFunction, integrate_by_batch, integrate_by_sample
 from .checks import check_at_least, check_choice, check_number
-from .rectified_flow import NUM_TRAIN_TIMESTEPS, euler_step, interpolate, noise_from_velocity
+from .rectified_flow import NUM_TRAIN_TIMESTEPS, euler_step, interpolate, shift_sigma
+from .sde import DIFFUSION_FORMS, LAST_STEPS, Diffusion
+from .tableaus import EULER, SOLVERS, ButcherTableau, Solver, weighted_sum
 
 
-@dataclass(frozen=True)
-class ButcherTableau:
-    """
-    An explicit Runge-Kutta method.
-
-    Args:
-        nodes (`tuple[float, ...]`): Where each evaluation is, from 0, the start of the interval, to 1, its end.
-        weights (`tuple[tuple[float, ...], ...]`):
-            For each evaluation the weights of the ones before it, which lead to its sample.
-        solution (`tuple[float, ...]`): Weights of the evaluations in the step.
-        error (`tuple[float, ...]`, *optional*): Weights of the estimated error: `solution` less an embedded method.
-    """
-
-    nodes: tuple[float, ...]
-    weights: tuple[tuple[float, ...], ...]
-    solution: tuple[float, ...]
-    error: tuple[float, ...] | None = None
-
-
-EULER = ButcherTableau((0.0,), ((),), (1.0,))
-MIDPOINT = ButcherTableau((0.0, 1 / 2), ((), (1 / 2,)), (0.0, 1.0))
-HEUN = ButcherTableau((0.0, 1.0), ((), (1.0,)), (1 / 2, 1 / 2))
-RK4 = ButcherTableau(
-    (0.0, 1 / 2, 1 / 2, 1.0), ((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)
-)
-# Dormand and Prince (1980), of order 5, with the error estimate of Shampine (1986), which torchdiffeq has as well. The
-# last evaluation is the first of the next step.
-DOPRI5 = ButcherTableau(
-    (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0),
-    (
-        (),
-        (1 / 5,),
-        (3 / 40, 9 / 40),
-        (44 / 45, -56 / 15, 32 / 9),
-        (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-        (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-        (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
-    ),
-    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0.0),
-    (
-        35 / 384 - 1951 / 21600,
-        0.0,
-        500 / 1113 - 22642 / 50085,
-        125 / 192 - 451 / 720,
-        -2187 / 6784 + 12231 / 42400,
-        11 / 84 - 649 / 6300,
-        -1 / 60,
-    ),
-)
-
-ODE_SOLVERS = {"euler": EULER, "midpoint": MIDPOINT, "heun": HEUN, "rk4": RK4}
-SDE_SOLVERS = {"euler_maruyama": EULER, "stochastic_heun": HEUN}
-FIXED_STEP_SOLVERS = ODE_SOLVERS | SDE_SOLVERS
-SOLVERS = (*FIXED_STEP_SOLVERS, "dopri5")
 ERROR_NORMS = ("sample", "batch")
-DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
-SBDM_MAX_SIGMA = 0.999
-MAX_ATTEMPTS = 10_000  # of dopri5's steps
-LAST_STEPS = ("mean", "euler", "tweedie", "none")
-
-VelocityFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-StepCallback = Callable[[int, torch.Tensor, torch.Tensor], bool | None]
-
-
-def _combine(weights: Sequence[float], velocities: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The weighted sum of evaluations, without those of weight 0."""
-    return sum(weight * velocity for weight, velocity in zip(weights, velocities, strict=True) if weight != 0)
 
 
 @dataclass
@@ -143,13 +80,6 @@ def check_starts(
     return starts
 
 
-class _Stop(Exception):
-    """Raised inside torchdiffeq to leave it early; carries the sample that was reached."""
-
-    def __init__(self, sample: torch.Tensor):
-        self.sample = sample
-
-
 class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
     r"""
     Rectified-flow scheduler with fixed-step and adaptive solvers of the ODE and of the SDEs that share its marginals.
@@ -209,14 +139,14 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         last_step_size: float = 0.04,
     ):
         check_at_least("num_train_timesteps", num_train_timesteps, 1)
-        check_choice("solver", solver, SOLVERS)
+        check_choice("solver", solver, tuple(SOLVERS))
         check_number("shift", shift, 0, open_minimum=True)
         check_number("rtol", rtol, 0, open_minimum=True)
         check_number("atol", atol, 0, open_minimum=True)
         check_choice("error_norm", error_norm, ERROR_NORMS)
         check_choice("diffusion_form", diffusion_form, DIFFUSION_FORMS)
         check_number("diffusion_norm", diffusion_norm, 0)
-        check_choice("last_step", last_step, LAST_STEPS)
+        check_choice("last_step", last_step, tuple(LAST_STEPS))
         check_number("last_step_size", last_step_size, 0, 1, open_minimum=True, open_maximum=True)
 
         self.num_inference_steps: int | None = None
@@ -246,78 +176,71 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
     def _reset(self) -> None:
         self._step_index: int | None = None
         self._begin_index: int | None = None
-        self._late_start: tuple[int, float] | None = (
-            None  # the first interval, and its sigma if entered after its start
-        )
+        # The first interval, and its sigma if entered after its start.
+        self._late_start: tuple[int, float] | None = None
         self._interval_start: torch.Tensor | None = None  # the sample there, while the interval is under way,
         self._velocities: list[torch.Tensor] = []  # and its evaluations
+
+    @property
+    def _solver(self) -> Solver:
+        return SOLVERS[self.config.solver]
+
+    @property
+    def _has_last_step(self) -> bool:
+        """Whether the last interval is a step that ends the SDE."""
+        return self.is_stochastic and not LAST_STEPS[self.config.last_step].has_noise
 
     def _tableau(self, interval: int) -> ButcherTableau:
         """The method of an interval."""
         # At sigma = 0, where `last_step` = "none" ends, the score is infinite.
-        if self.is_stochastic and interval == len(self.sigmas) - 2:
-            return EULER
-        return FIXED_STEP_SOLVERS.get(self.config.solver, EULER)
+        takes_one_evaluation = self.is_adaptive or (self.is_stochastic and self._is_last(interval))
+        return EULER if takes_one_evaluation else self._solver.tableau
+
+    def _is_last(self, interval: int) -> bool:
+        return interval == len(self.sigmas) - 2
 
     @property
     def is_adaptive(self) -> bool:
         """Whether the solver chooses its own steps, so that only `solve` can run it."""
-        return self.config.solver not in FIXED_STEP_SOLVERS
+        return self._solver.is_adaptive
 
     @property
     def is_stochastic(self) -> bool:
         """Whether the solver is one of the SDE, so that each step draws noise."""
-        return self.config.solver in SDE_SOLVERS
+        return self._solver.is_stochastic
 
     @property
     def init_noise_sigma(self) -> float:
         """
-        Standard deviation of the initial noise: 1, but for the stochastic Heun solver, which adds noise before each
-        interval and not after it: that of the first one is in here.
+        Standard deviation of the initial noise. It is 1 but for the stochastic Heun solver: that one adds noise before
+        each interval, and the noise of the first one is in here.
         """
-        if self.config.solver != "stochastic_heun":
-            return 1.0
-        return math.sqrt(1 + self._noise_scale(0) ** 2)
+        return math.sqrt(1 + self._noise_scale(0) ** 2) if self._solver.noise_before else 1.0
 
-    def _diffusion_over_sigma(self, sigma: float) -> float:
-        """The SDE's diffusion w over sigma, the factor of the noise in its drift."""
-        form, norm = self.config.diffusion_form, self.config.diffusion_norm
-        if form in ("sigma", "linear"):
-            return norm
-        if form == "SBDM":
-            return norm / (1 - sigma) if sigma <= SBDM_MAX_SIGMA else 0.0
-        if form == "constant":
-            diffusion = norm
-        elif form == "decreasing":
-            diffusion = 0.25 * (1 - norm * math.cos(math.pi * sigma)) ** 2
-        else:
-            diffusion = norm * math.sin(math.pi * sigma) ** 2
-        return diffusion / sigma
+    @property
+    def _diffusion(self) -> Diffusion:
+        return Diffusion(self.config.diffusion_form, self.config.diffusion_norm)
 
     def _noise_scale(self, interval: int) -> float:
-        """Standard deviation of the noise of an interval, sqrt(2 w dsigma), 0 where it has none."""
-        is_last_step = interval == len(self.sigmas) - 2 and self.config.last_step != "none"
-        if not self.is_stochastic or is_last_step or interval >= len(self.sigmas) - 1:
+        """Standard deviation of the noise of an interval, 0 where it has none."""
+        is_past_end = interval >= len(self.sigmas) - 1
+        if not self.is_stochastic or is_past_end or (self._has_last_step and self._is_last(interval)):
             return 0.0
-        sigma, next_sigma = self._interval_ends(interval)
-        if sigma == next_sigma:
-            return 0.0
-        return math.sqrt(2 * self._diffusion_over_sigma(sigma) * sigma * (sigma - next_sigma))
+        return self._diffusion.noise_scale(*self._interval_ends(interval))
 
     def _interval_ends(self, interval: int) -> tuple[float, float]:
         sigma, next_sigma = self.sigmas[interval].item(), self.sigmas[interval + 1].item()
         starts_late = self._late_start is not None and interval == self._late_start[0]
         return (self._late_start[1] if starts_late else sigma), next_sigma
 
-    def _drift(self, velocity: torch.Tensor, sample: torch.Tensor, sigma: float, interval: int) -> torch.Tensor:
-        """dx / dsigma: the velocity, for the SDE less w times the score."""
-        is_last = interval == len(self.sigmas) - 2
-        follows_ode = not self.is_stochastic or (is_last and self.config.last_step in ("euler", "tweedie"))
-        if self.config.diffusion_form == "SBDM" and self._interval_ends(interval)[0] > SBDM_MAX_SIGMA:
-            follows_ode = True
-        if follows_ode or sigma == 0:  # where a step has no length
+    def _drift(self, sample: torch.Tensor, velocity: torch.Tensor, sigma: float, interval: int) -> torch.Tensor:
+        """The direction dx / dsigma of an evaluation, at `sigma` in an interval."""
+        has_drift = self.is_stochastic and (not self._is_last(interval) or LAST_STEPS[self.config.last_step].has_drift)
+        diffusion = self._diffusion
+        # At sigma = 0 a step has no length.
+        if not has_drift or sigma == 0 or not diffusion.is_bounded(self._interval_ends(interval)[0]):
             return velocity
-        return velocity + self._diffusion_over_sigma(sigma) * noise_from_velocity(sample, velocity, sigma)
+        return diffusion.drift(sample, velocity, sigma)
 
     @property
     def step_index(self) -> int | None:
@@ -420,7 +343,7 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         if sigmas is not None and timesteps is not None:
             raise ValueError(f"Only one of `sigmas` and `timesteps` must be given, got {sigmas!r} and {timesteps!r}.")
         shift = self.config.shift
-        has_last_step = self.is_stochastic and self.config.last_step != "none"
+        has_last_step = self._has_last_step
         if sigmas is not None:
             starts = check_starts("sigmas", sigmas, 1, num_inference_steps)
         elif timesteps is not None:
@@ -434,7 +357,7 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
             if has_last_step:
                 last = self.config.last_step_size
                 starts = torch.linspace(1, last / (shift - (shift - 1) * last), num_inference_steps)
-        starts = shift * starts / (1 + (shift - 1) * starts)
+        starts = shift_sigma(starts, shift)
         if len(starts) < 2 and has_last_step:
             raise ValueError(
                 f"`{'timesteps' if sigmas is None else 'sigmas'}` must hold at least 2 for the solver "
@@ -445,8 +368,9 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
 
     def _refuse_adaptive(self, method: str) -> None:
         if self.is_adaptive:
+            fixed_step_solvers = ", ".join(repr(name) for name, solver in SOLVERS.items() if not solver.is_adaptive)
             raise ValueError(
-                f"`{method}` serves the solvers {', '.join(map(repr, FIXED_STEP_SOLVERS))}; "
+                f"`{method}` serves the solvers {fixed_step_solvers}; "
                 f"`solver` is {self.config.solver!r}, which chooses its own steps: use `solve`."
             )
 
@@ -468,8 +392,8 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def _evaluations_per_interval(self) -> int:
-        """That of all intervals but, for the SDE, the last one."""
-        return len(FIXED_STEP_SOLVERS[self.config.solver].nodes)
+        """Evaluations of each interval. The last one of an SDE has a single evaluation."""
+        return len(self._solver.tableau.nodes)
 
     def step(
         self,
@@ -524,14 +448,13 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
             )
         sigma, next_sigma = self._interval_ends(interval)
         evaluated_at = sigma + tableau.nodes[evaluation] * (next_sigma - sigma)
-        self._velocities.append(self._drift(model_output.float(), sample.float(), evaluated_at, interval))
+        self._velocities.append(self._drift(sample.float(), model_output.float(), evaluated_at, interval))
 
         is_end = evaluation == len(tableau.nodes) - 1
         weights = tableau.solution if is_end else tableau.weights[evaluation + 1]
-        prev_sample = euler_step(self._interval_start, _combine(weights, self._velocities), sigma, next_sigma)
+        prev_sample = euler_step(self._interval_start, weighted_sum(weights, self._velocities), sigma, next_sigma)
         if is_end:
-            # Euler-Maruyama adds the noise of an interval at its end, the stochastic Heun solver before its start.
-            noise_scale = self._noise_scale(interval + (self.config.solver == "stochastic_heun"))
+            noise_scale = self._noise_scale(interval + 1 if self._solver.noise_before else interval)
             if noise_scale > 0:
                 if variance_noise is None:
                     variance_noise = randn_tensor(
@@ -579,10 +502,7 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
                 finite or a tolerance that it cannot reach.
         """
         if self.is_adaptive:
-            if not bool(torch.isfinite(sample).all()):
-                raise ValueError("`sample` must be finite for dopri5, got others.")
-            solve = self._solve_by_sample if self.config.error_norm == "sample" else self._solve_by_batch
-            return solve(velocity_fn, sample, callback)
+            return self._solve_adaptively(velocity_fn, sample, callback)
         if self.num_inference_steps is None:
             raise ValueError("`num_inference_steps` is None: call `set_timesteps` before `solve`.")
         self._reset()
@@ -598,159 +518,39 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
                 break
         is_whole = num_evaluations == len(self.timesteps)
         num_accepted = len(self.sigmas) - 1 if is_whole else num_evaluations // self._evaluations_per_interval
-        return self._output(sample, num_evaluations, num_accepted, 0)
+        counts = torch.tensor([num_evaluations, num_accepted, 0])[:, None].repeat(1, sample.shape[0])
+        return DoDFlowMatchSchedulerOutput(sample, *counts)
 
-    @staticmethod
-    def _output(sample: torch.Tensor, *counts: int) -> DoDFlowMatchSchedulerOutput:
-        return DoDFlowMatchSchedulerOutput(
-            sample, *(torch.full((sample.shape[0],), count, dtype=torch.int64) for count in counts)
-        )
-
-    def _unreachable(self) -> str:
-        return (
-            "`rtol` and `atol` must be tolerances that the model's precision allows, "
-            f"got {self.config.rtol} and {self.config.atol}, which dopri5 does not reach."
-        )
-
-    def _checked_velocity(
-        self, velocity_fn: VelocityFunction, sample: torch.Tensor, sigma: torch.Tensor, indices: torch.Tensor
-    ) -> torch.Tensor:
-        """An evaluation of dopri5, whose error control finite numbers are needed for."""
-        timestep = (sigma * self.config.num_train_timesteps).to(torch.float32)
-        velocity = velocity_fn(sample, timestep, indices)
-        _check_velocity("velocity_fn", velocity, sample)
-        finite = torch.isfinite(velocity).reshape(len(velocity), -1).all(dim=1)
-        if not finite.all():
-            found = timestep if timestep.ndim == 0 else timestep[~finite][0]
-            raise ValueError(f"`velocity_fn` must return finite numbers, got others at timestep {float(found)}.")
-        return velocity.to(sample.dtype)
-
-    def _solve_by_sample(
+    def _solve_adaptively(
         self, velocity_fn: VelocityFunction, sample: torch.Tensor, callback: StepCallback | None
     ) -> DoDFlowMatchSchedulerOutput:
-        """Dormand-Prince with the error control of Hairer, Norsett and Wanner (Solving ODEs I, II.4) by sample."""
-        dtype = sample.dtype if sample.dtype == torch.float64 else torch.float32
-        device, batch_size = sample.device, sample.shape[0]
-        counts = torch.zeros(3, batch_size, dtype=torch.int64, device=device)
-        num_evaluations, num_accepted, num_rejected = counts
+        """Runs a solver that chooses its own steps, with sigma in place of the caller's timesteps."""
+        if not bool(torch.isfinite(sample).all()):
+            raise ValueError(f"`sample` must be finite for {self.config.solver}, got others.")
 
-        def rms(value: torch.Tensor) -> torch.Tensor:
-            return value.reshape(len(value), -1).to(torch.float64).square().mean(dim=1).sqrt()
+        def timestep_of(sigma: torch.Tensor) -> torch.Tensor:
+            return (sigma * self.config.num_train_timesteps).to(torch.float32)
 
-        def expand(value: torch.Tensor) -> torch.Tensor:
-            return value.reshape(-1, *[1] * (sample.ndim - 1))
+        def velocity(state: torch.Tensor, sigma: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+            timestep = timestep_of(sigma)
+            velocity = velocity_fn(state, timestep, indices)
+            _check_velocity("velocity_fn", velocity, state)
+            finite = torch.isfinite(velocity).reshape(len(velocity), -1).all(dim=1)
+            if not finite.all():  # the error estimate needs finite numbers
+                found = timestep if timestep.ndim == 0 else timestep[~finite][0]
+                raise ValueError(f"`velocity_fn` must return finite numbers, got others at timestep {float(found)}.")
+            return velocity.to(state.dtype)
 
-        def evaluate(state: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            num_evaluations[indices] += 1
-            return self._checked_velocity(velocity_fn, state, sigma, indices)
+        def report(index: int, sigma: torch.Tensor, sample: torch.Tensor) -> bool | None:
+            return callback(index, timestep_of(sigma), sample)
 
-        # Of the samples that are left: which they are, where they are, and the length of the next step.
-        indices = torch.arange(batch_size, device=device)
-        state = sample.to(dtype)
-        sigma = torch.ones(batch_size, dtype=torch.float64, device=device)
-        result, result_sigma = state.clone(), sigma.clone()
-        first = evaluate(state, sigma)
-        tolerance = self.config.atol + self.config.rtol * state.abs()
-        size, slope = rms(state / tolerance), rms(first / tolerance)
-        guess = torch.where((size < 1e-5) | (slope < 1e-5), 1e-6, 0.01 * size / slope).clamp(max=1)
-        second = evaluate(state - expand(guess.to(dtype)) * first, sigma - guess)
-        curvature = rms((second - first) / tolerance) / guess
-        largest = torch.maximum(slope, curvature)
-        length = torch.where(largest <= 1e-15, (guess * 1e-3).clamp(min=1e-6), (0.01 / largest) ** (1 / 5))
-        length = torch.minimum(100 * guess, length)
-
-        num_attempts = num_steps = 0
-        while len(indices) > 0:
-            length = torch.minimum(length, sigma)
-            num_attempts += 1
-            if num_attempts > MAX_ATTEMPTS or bool((sigma - length == sigma).any()):
-                raise ValueError(self._unreachable())
-            velocities = [first]
-            for node, weights in zip(DOPRI5.nodes[1:], DOPRI5.weights[1:], strict=True):
-                stage = state - expand(length.to(dtype)) * _combine(weights, velocities)
-                velocities.append(evaluate(stage, torch.lerp(sigma, sigma - length, node)))
-            error = expand(length.to(dtype)) * _combine(DOPRI5.error, velocities)
-            # The last evaluation is at the end of the step, `stage`.
-            tolerance = self.config.atol + self.config.rtol * torch.maximum(state.abs(), stage.abs())
-            ratio = rms(error / tolerance)
-            accepted = ratio <= 1
-            num_accepted[indices] += accepted
-            num_rejected[indices] += ~accepted
-            started_at = sigma
-            is_last = accepted & (length == sigma)
-            state = torch.where(expand(accepted), stage, state)
-            first = torch.where(expand(accepted), velocities[-1], first)
-            sigma = torch.where(accepted, sigma - length, sigma)
-            # At most 10 times longer; after a rejection at most 5 times shorter.
-            factor = (0.9 / ratio.clamp(min=1e-10) ** (1 / 5)).clamp(min=0.2, max=10)
-            length = length * torch.where(accepted, factor.clamp(min=1), factor)
-
-            result[indices], result_sigma[indices] = state, sigma
-            if callback is not None and bool(accepted.any()):
-                timestep = torch.zeros_like(result_sigma)
-                timestep[indices] = started_at * self.config.num_train_timesteps
-                if callback(num_steps, timestep.to(torch.float32), result.to(sample.dtype, copy=True)) is False:
-                    break
-                num_steps += 1
-            if bool(is_last.any()):
-                indices, state, first, sigma, length = (
-                    value[~is_last] for value in (indices, state, first, sigma, length)
-                )
-        return DoDFlowMatchSchedulerOutput(result.to(sample.dtype), *counts.cpu())
-
-    def _solve_by_batch(
-        self, velocity_fn: VelocityFunction, sample: torch.Tensor, callback: StepCallback | None
-    ) -> DoDFlowMatchSchedulerOutput:
-        """Dormand-Prince as SiT and FiT run it, by torchdiffeq."""
-        try:
-            from torchdiffeq import odeint
-        except ImportError as error:
-            message = "`error_norm` = 'batch' needs the torchdiffeq library: pip install torchdiffeq."
-            raise ImportError(message) from error
-
-        maximum = self.config.num_train_timesteps
-        indices = torch.arange(sample.shape[0], device=sample.device)
-        num_evaluations = num_accepted = num_rejected = 0
-        step_start: float | None = None  # starting time of the latest accepted step, whose end is not known yet
-
-        def velocity(sigma: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-            nonlocal num_evaluations
-            num_evaluations += 1
-            # Steps past the end see the end's time, as in FiT.
-            return self._checked_velocity(velocity_fn, state, sigma.clamp(min=0.0), indices)
-
-        def report(end: torch.Tensor) -> None:
-            if callback is not None and step_start is not None:
-                timestep = torch.tensor(step_start * maximum, dtype=torch.float32, device=end.device)
-                if callback(num_accepted - 1, timestep, end.to(sample.dtype)) is False:
-                    raise _Stop(end)
-
-        def accepted(sigma: torch.Tensor, state: torch.Tensor, step_size: torch.Tensor) -> None:
-            # torchdiffeq reports a step with the state at its start, which is where the step before it ended.
-            nonlocal step_start, num_accepted
-            report(state)
-            step_start = float(sigma)
-            num_accepted += 1
-
-        def rejected(sigma: torch.Tensor, state: torch.Tensor, step_size: torch.Tensor) -> None:
-            nonlocal num_rejected
-            num_rejected += 1
-
-        velocity.callback_accept_step = accepted
-        velocity.callback_reject_step = rejected
-
-        start = sample if sample.dtype == torch.float64 else sample.float()
-        sigmas = torch.tensor([1.0, 0.0], dtype=torch.float64, device=sample.device)
-        try:
-            state = odeint(velocity, start, sigmas, method="dopri5", rtol=self.config.rtol, atol=self.config.atol)[-1]
-            report(state)
-        except AssertionError as error:
-            if not str(error).startswith("underflow in dt"):  # which is how torchdiffeq gives up
-                raise
-            raise ValueError(self._unreachable()) from error
-        except _Stop as stop:
-            state = stop.sample
-        return self._output(state.to(sample.dtype), num_evaluations, num_accepted, num_rejected)
+        by_sample = self.config.error_norm == "sample"
+        integrate = integrate_by_sample if by_sample else integrate_by_batch
+        method = self._solver.tableau if by_sample else self.config.solver
+        sample, counts = integrate(
+            velocity, sample, method, self.config.rtol, self.config.atol, None if callback is None else report
+        )
+        return DoDFlowMatchSchedulerOutput(sample, *counts)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

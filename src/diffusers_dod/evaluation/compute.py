@@ -28,8 +28,9 @@ from ..guidance import Guidance, GuidedVelocity
 from ..latent_embedding import LatentEmbeddingModule
 from ..presets import PRESETS, Preset
 from ..rectified_flow import NUM_TRAIN_TIMESTEPS
-from ..scheduling_dod import ODE_SOLVERS, DoDFlowMatchScheduler
+from ..scheduling_dod import DoDFlowMatchScheduler
 from ..stages import Stage, plan_stages
+from ..tableaus import SOLVERS
 from ..training.cost import format_table
 from ..transformer_dod import DoDTransformer2DModel
 from .results import as_metric, check_output, write_results
@@ -430,7 +431,8 @@ def main(argv: list[str] | None = None) -> None:
         default=list(PAPER_STEPS),
         help="Steps of each stage of a DoD; a FiTv2, of one stage, takes twice as many, as in Table 4.",
     )
-    parser.add_argument("--solver", default="euler", choices=list(ODE_SOLVERS))
+    fixed_steps = [name for name, solver in SOLVERS.items() if not (solver.is_adaptive or solver.is_stochastic)]
+    parser.add_argument("--solver", default="euler", choices=fixed_steps)
     parser.add_argument(
         "--guidance_interval", type=float, nargs=2, default=[0.0, 1.0], help="Sigmas between which guided stages are."
     )

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from ..checks import attempt, check_at_least, check_number
 from ..guidance import NULL_CONDITIONS
 from ..pipeline_dod import DoDPipeline
-from ..scheduling_dod import SOLVERS
+from ..tableaus import SOLVERS
 from ..training.data import to_pixels
 from ..training.image_grid import make_grid
 from .extractors import Extractor, extract, extractor_sha256, load_extractor

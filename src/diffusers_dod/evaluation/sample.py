@@ -41,8 +41,8 @@ from tqdm.auto import tqdm
 from ..checks import attempt, check_at_least, check_number
 from ..guidance import NULL_CONDITIONS, Guidance
 from ..pipeline_dod import DoDPipeline
-from ..scheduling_dod import SOLVERS
 from ..seeding import stateless_generator
+from ..tableaus import SOLVERS
 from ..training.processes import check_processes, end_with_launcher, together
 from .images import CHUNKS, LABELS_FILE, MANIFEST, NpzImages
 from .options import DTYPES

@@ -38,7 +38,8 @@ from ..checks import attempt, check_at_least, check_number
 from ..guidance import Guidance
 from ..losses import DoDJointModel
 from ..pipeline_dod import DoDPipeline
-from ..scheduling_dod import SOLVERS, DoDFlowMatchScheduler
+from ..scheduling_dod import DoDFlowMatchScheduler
+from ..tableaus import SOLVERS
 from ..training.checkpoints import STATE_FOLDER
 from . import evaluate, sample
 from .compute import count_model, sampling_compute

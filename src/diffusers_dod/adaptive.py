@@ -1,0 +1,217 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""Integration from noise (sigma = 1) to data (sigma = 0) in steps that an error estimate chooses."""
+
+from collections.abc import Callable
+
+import torch
+
+from .tableaus import ButcherTableau, weighted_sum
+
+
+VelocityFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+StepCallback = Callable[[int, torch.Tensor, torch.Tensor], bool | None]
+
+MAX_ATTEMPTS = 10_000  # of a step, accepted ones included
+
+
+class _Stop(Exception):
+    """Raised inside torchdiffeq to leave it early; carries the sample that was reached."""
+
+    def __init__(self, sample: torch.Tensor):
+        self.sample = sample
+
+
+def _check_attempt(attempt: int, sigma: torch.Tensor, length: torch.Tensor, rtol: float, atol: float) -> None:
+    """Raises unless step number `attempt` moves every sample, and not too many came before it."""
+    vanishes = sigma - length == sigma
+    if attempt <= MAX_ATTEMPTS and not bool(vanishes.any()):
+        return
+    stuck = sigma[vanishes].max() if bool(vanishes.any()) else sigma.max()
+    reason = "steps vanish" if bool(vanishes.any()) else f"{MAX_ATTEMPTS} attempts of a step came no further"
+    raise ValueError(
+        f"`rtol` and `atol` must be tolerances that the model's precision allows, got {rtol} and {atol}: "
+        f"{reason} at sigma = {stuck.item():.4g}."
+    )
+
+
+def _rms(value: torch.Tensor) -> torch.Tensor:
+    """The root mean square of each sample, (b,)."""
+    return value.reshape(len(value), -1).to(torch.float64).square().mean(dim=1).sqrt()
+
+
+def integrate_by_sample(
+    velocity: VelocityFunction,
+    sample: torch.Tensor,
+    tableau: ButcherTableau,
+    rtol: float,
+    atol: float,
+    callback: StepCallback | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Integrates every sample in steps of its own, which land exactly on sigma = 0, with the error control of Hairer,
+    Norsett and Wanner (Solving ODEs I, II.4).
+
+    Args:
+        velocity (`Callable`):
+            `velocity(sample, sigma, indices)` returns finite velocities (noise - data) in the dtype of `sample` for
+            the samples `indices` (b,) that are left. `sigma` (b,) is fp64.
+        sample (`torch.Tensor` of shape `(B, ...)`): The noise at sigma = 1.
+        tableau (`ButcherTableau`): A method with an error estimate.
+        rtol (`float`): Relative tolerance.
+        atol (`float`): Absolute tolerance.
+        callback (`Callable`, *optional*):
+            `callback(index, sigma, sample)` after each step that some sample accepted: its index, the time (B,) where
+            it started, 0 for samples that are done, and the samples it led to. Returning `False` ends the integration.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: The samples at sigma = 0, in their dtype but computed in fp32 at least;
+        and their evaluations, accepted steps and rejected steps, (3, B), int64 on the CPU.
+
+    Raises:
+        `ValueError`: steps vanish, or there are too many of them.
+    """
+    dtype = sample.dtype if sample.dtype == torch.float64 else torch.float32
+    device, batch_size = sample.device, sample.shape[0]
+    counts = torch.zeros(3, batch_size, dtype=torch.int64, device=device)
+    num_evaluations, num_accepted, num_rejected = counts
+
+    def expand(value: torch.Tensor) -> torch.Tensor:
+        return value.reshape(-1, *[1] * (sample.ndim - 1))
+
+    def evaluate(state: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        num_evaluations[indices] += 1
+        return velocity(state, sigma, indices)
+
+    # Of the samples that are left: which they are, where they are, and the length of the next step.
+    indices = torch.arange(batch_size, device=device)
+    state = sample.to(dtype)
+    sigma = torch.ones(batch_size, dtype=torch.float64, device=device)
+    result, result_sigma = state.clone(), sigma.clone()
+    first = evaluate(state, sigma)
+    tolerance = atol + rtol * state.abs()
+    size, slope = _rms(state / tolerance), _rms(first / tolerance)
+    guess = torch.where((size < 1e-5) | (slope < 1e-5), 1e-6, 0.01 * size / slope).clamp(max=1)
+    second = evaluate(state - expand(guess.to(dtype)) * first, sigma - guess)
+    curvature = _rms((second - first) / tolerance) / guess
+    largest = torch.maximum(slope, curvature)
+    length = torch.where(largest <= 1e-15, (guess * 1e-3).clamp(min=1e-6), (0.01 / largest) ** (1 / tableau.order))
+    length = torch.minimum(100 * guess, length)
+
+    num_attempts = num_steps = 0
+    while len(indices) > 0:
+        length = torch.minimum(length, sigma)
+        num_attempts += 1
+        _check_attempt(num_attempts, sigma, length, rtol, atol)
+        velocities = [first]
+        for node, weights in zip(tableau.nodes[1:], tableau.weights[1:], strict=True):
+            stage = state - expand(length.to(dtype)) * weighted_sum(weights, velocities)
+            velocities.append(evaluate(stage, torch.lerp(sigma, sigma - length, node)))
+        error = expand(length.to(dtype)) * weighted_sum(tableau.error, velocities)
+        # The last evaluation is at the end of the step, `stage`.
+        tolerance = atol + rtol * torch.maximum(state.abs(), stage.abs())
+        ratio = _rms(error / tolerance)
+        accepted = ratio <= 1
+        num_accepted[indices] += accepted
+        num_rejected[indices] += ~accepted
+        started_at = sigma
+        is_last = accepted & (length == sigma)
+        state = torch.where(expand(accepted), stage, state)
+        first = torch.where(expand(accepted), velocities[-1], first)
+        sigma = torch.where(accepted, sigma - length, sigma)
+        # At most 10 times longer; after a rejection at most 5 times shorter.
+        factor = (0.9 / ratio.clamp(min=1e-10) ** (1 / tableau.order)).clamp(min=0.2, max=10)
+        length = length * torch.where(accepted, factor.clamp(min=1), factor)
+
+        result[indices], result_sigma[indices] = state, sigma
+        if callback is not None and bool(accepted.any()):
+            start = torch.zeros_like(result_sigma)
+            start[indices] = started_at
+            if callback(num_steps, start, result.to(sample.dtype, copy=True)) is False:
+                break
+            num_steps += 1
+        if bool(is_last.any()):
+            indices, state, first, sigma, length = (
+                value[~is_last] for value in (indices, state, first, sigma, length)
+            )
+    return result.to(sample.dtype), counts.cpu()
+
+
+def integrate_by_batch(
+    velocity: VelocityFunction,
+    sample: torch.Tensor,
+    method: str,
+    rtol: float,
+    atol: float,
+    callback: StepCallback | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Integrates the batch in common steps as SiT and FiT do, by torchdiffeq: the last step goes past sigma = 0, with the
+    time clamped there, and the result is interpolated.
+
+    Args:
+        velocity (`Callable`):
+            `velocity(sample, sigma, indices)` returns finite velocities (noise - data) in the dtype of `sample`.
+            `sigma` is an fp64 scalar, and `indices` (B,) are all samples.
+        sample (`torch.Tensor` of shape `(B, ...)`): The noise at sigma = 1.
+        method (`str`): Name of an adaptive method of torchdiffeq.
+        rtol (`float`): Relative tolerance.
+        atol (`float`): Absolute tolerance. Both hold for the root mean square over the whole batch.
+        callback (`Callable`, *optional*):
+            `callback(index, sigma, sample)` after each accepted step: its index, the time where it started, and the
+            samples it led to. Returning `False` ends the integration.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: The samples at sigma = 0, in their dtype but computed in fp32 at least;
+        and their evaluations, accepted steps and rejected steps, (3, B), int64 on the CPU.
+
+    Raises:
+        `ImportError`: torchdiffeq is missing.
+        `ValueError`: steps vanish, or there are too many of them.
+    """
+    try:
+        from torchdiffeq import odeint
+    except ImportError as error:
+        message = "`error_norm` = 'batch' needs the torchdiffeq library: pip install torchdiffeq."
+        raise ImportError(message) from error
+
+    indices = torch.arange(sample.shape[0], device=sample.device)
+    num_evaluations = num_accepted = num_rejected = 0
+    step_start: torch.Tensor | None = None  # time of the latest accepted step, whose end is not known yet
+
+    def evaluate(sigma: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        nonlocal num_evaluations
+        num_evaluations += 1
+        return velocity(state, sigma.clamp(min=0.0), indices)  # steps past the end see the end's time, as in FiT
+
+    def report(end: torch.Tensor) -> None:
+        if callback is not None and step_start is not None:
+            if callback(num_accepted - 1, step_start, end.to(sample.dtype)) is False:
+                raise _Stop(end)
+
+    def attempted(sigma: torch.Tensor, state: torch.Tensor, length: torch.Tensor) -> None:
+        _check_attempt(num_accepted + num_rejected + 1, sigma, length, rtol, atol)
+
+    def accepted(sigma: torch.Tensor, state: torch.Tensor, length: torch.Tensor) -> None:
+        # torchdiffeq reports a step with the state at its start, which is where the step before it ended.
+        nonlocal step_start, num_accepted
+        report(state)
+        step_start = sigma
+        num_accepted += 1
+
+    def rejected(sigma: torch.Tensor, state: torch.Tensor, length: torch.Tensor) -> None:
+        nonlocal num_rejected
+        num_rejected += 1
+
+    evaluate.callback_step = attempted
+    evaluate.callback_accept_step = accepted
+    evaluate.callback_reject_step = rejected
+
+    start = sample if sample.dtype == torch.float64 else sample.float()
+    sigmas = torch.tensor([1.0, 0.0], dtype=torch.float64, device=sample.device)
+    try:
+        state = odeint(evaluate, start, sigmas, method=method, rtol=rtol, atol=atol)[-1]
+        report(state)
+    except _Stop as stop:
+        state = stop.sample
+    counts = torch.tensor([num_evaluations, num_accepted, num_rejected])
+    return state.to(sample.dtype), counts[:, None].repeat(1, sample.shape[0])
