@@ -40,7 +40,6 @@ UNREVISED = (
     "src/diffusers_dod/training/buckets.py",
     "src/diffusers_dod/training/processes.py",
     "src/diffusers_dod/training/streaming.py",
-    "tests/test_solvers_closed_form.py",
 )
 
 

@@ -103,8 +103,8 @@ def test_fixed_steps_agree_with_sit(solver, steps, name):
 )
 def test_order_of_convergence(solver, steps, order):
     """
-    Of d x / d sigma = -4 sin(x), for which tan(x / 2) is an exponential: for the Gaussian flow, which is linear in x,
-    midpoint has a higher order. More steps would show the rounding of fp32.
+    The equation is d x / d sigma = -4 sin(x), for which tan(x / 2) is an exponential. For the Gaussian flow, which is
+    linear in x, midpoint has a higher order. More steps would show the rounding of fp32.
     """
     noise = torch.linspace(0.2, 0.8, 8, dtype=torch.float64)[:, None]
     exact = 2 * torch.atan(torch.tan(noise / 2) * math.exp(4))
