@@ -36,7 +36,6 @@ RIDDLES = {"whole", "together", "barren", "replicas"}
 UNREVISED = (
     "src/diffusers_dod/guidance.py",
     "src/diffusers_dod/pipeline_dod.py",
-    "src/diffusers_dod/scheduling_dod.py",
     "src/diffusers_dod/training/buckets.py",
     "src/diffusers_dod/training/processes.py",
     "src/diffusers_dod/training/streaming.py",
