@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 
-from diffusers_dod.training.data import Pictures
-from diffusers_dod.training.latents import encode_latents
-from diffusers_dod.training.textures import TEXTURE_CLASSES, TextureDataset
+from diffusers_dod.data.encoding import encode_latents
+from diffusers_dod.data.pictures import Pictures
+from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
 
 
 # The configs of stabilityai/sd-vae-ft-ema, of FLUX's autoencoder and of SANA's.

@@ -15,9 +15,9 @@ from contextlib import nullcontext
 
 import torch
 
+from diffusers_dod.compute import training_cost
 from diffusers_dod.presets import PRESETS
 from diffusers_dod.training.arguments import parse_args
-from diffusers_dod.training.cost import training_cost
 from diffusers_dod.training.models import build_models, build_optimizer, use_fast_attention
 
 

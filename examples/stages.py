@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from diffusers_dod import DoDPipeline
-from diffusers_dod.training.image_grid import make_grid
+from diffusers_dod.data.image_grid import make_grid
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from diffusers_dod import DoDPipeline
-from diffusers_dod.training.image_grid import make_grid
+from diffusers_dod.data.image_grid import make_grid
 
 
 def load(path: Path, side: int) -> Image.Image:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from diffusers_dod import DoDPipeline
-from diffusers_dod.training.textures import TEXTURE_CLASSES
+from diffusers_dod.data.textures import TEXTURE_CLASSES
 
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_dod.training.textures import TextureDataset
+from diffusers_dod.data.textures import TextureDataset
 
 
 ROOT = Path(__file__).parents[1]

@@ -12,14 +12,14 @@ from helpers import says
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
-from diffusers_dod.evaluation import cards
-from diffusers_dod.evaluation.results import as_metric, checkpoint_sha256, read_results, write_results
+from diffusers_dod.results import as_metric, checkpoint_sha256, read_results, write_results
+from diffusers_dod.training.model_card import SOURCES, build_card, main, read_sources
 
 
 ROOT = Path(__file__).parents[1]
 DESK = Path("checkpoints/dod-desk")
-SOURCES = [path.relative_to(ROOT) for path in sorted(ROOT.glob("model_cards/*.yaml"))]
-UNFILLED = [path for path in SOURCES if path.stem != "dod-desk"]
+CARDS = [path.relative_to(ROOT) for path in sorted(ROOT.glob("model_cards/*.yaml"))]
+UNFILLED = [path for path in CARDS if path.stem != "dod-desk"]
 
 
 @pytest.fixture(autouse=True)
@@ -58,26 +58,26 @@ def save(path: Path, sources: dict) -> Path:
 
 
 def test_every_card_has_its_sources():
-    assert [path.stem for path in SOURCES] == ["dod-b", "dod-desk", "dod-s", "dod-xl"]
-    assert sorted(Path("model_cards").glob("*.md")) == [path.with_suffix(".md") for path in SOURCES]
+    assert [path.stem for path in CARDS] == ["dod-b", "dod-desk", "dod-s", "dod-xl"]
+    assert sorted(Path("model_cards").glob("*.md")) == [path.with_suffix(".md") for path in CARDS]
 
 
 @pytest.mark.parametrize(
     "source",
     [
         pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in ("dod-s", "dod-xl")))
-        for path in SOURCES
+        for path in CARDS
     ],
 )
 def test_building_gives_the_same_card(source):
-    sources = cards.read_sources(source)
-    card = str(cards.build_card(sources, source.stem))
+    sources = read_sources(source)
+    card = str(build_card(sources, source.stem))
     assert card == source.with_suffix(".md").read_text()
     if "pipeline" in sources:
         assert card == (Path(sources["pipeline"]) / "README.md").read_text()
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", CARDS, ids=lambda path: path.stem)
 def test_the_metadata_are_the_hubs(source):
     data = load(source).data
     assert (data.library_name, data.license) == ("diffusers", "apache-2.0")
@@ -89,13 +89,13 @@ def test_the_metadata_are_the_hubs(source):
     assert all(entry.task_type == data.pipeline_tag for entry in data.eval_results or [])
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", CARDS, ids=lambda path: path.stem)
 def test_a_card_speaks_of_everything(source):
     text = load(source).text
     for heading in ("Use", "Model", "Training", "Evaluation", "Compute", "Limitations and biases", "Citation"):
         assert section(text, f"## {heading}").strip()
     assert "\n\n\n" not in text and "{{" not in text and "None" not in text
-    assert (Path(".") / cards.read_sources(source)["recipe"]).read_text().endswith(code_blocks(text, "yaml")[0])
+    assert (Path(".") / read_sources(source)["recipe"]).read_text().endswith(code_blocks(text, "yaml")[0])
 
 
 @pytest.mark.parametrize("source", UNFILLED, ids=lambda path: path.stem)
@@ -107,14 +107,14 @@ def test_cards_without_weights_claim_nothing(source):
     measured, paper = section(card.text, "## Evaluation").split("### The paper's figures")
     assert "empty until a training run fills it" in measured and not re.search(r"\d", measured)
     assert "Quoted from the paper: they are of its authors' models, not of this one." in paper
-    for table in cards.read_sources(source)["paper"]:
+    for table in read_sources(source)["paper"]:
         assert f"{table['title']}:" in paper
         for row in table["rows"]:
             assert f"| {' | '.join(row)} |" in paper
 
 
 def test_the_numbers_of_the_desk_card_are_those_of_its_files():
-    card, sources = load(Path("model_cards/dod-desk.yaml")), cards.read_sources(Path("model_cards/dod-desk.yaml"))
+    card, sources = load(Path("model_cards/dod-desk.yaml")), read_sources(Path("model_cards/dod-desk.yaml"))
     commands = [
         shlex.split(line)
         for block in code_blocks(section(card.text, "## Evaluation"), "bash")
@@ -149,7 +149,7 @@ def test_the_code_of_the_desk_card_runs():
 
 def test_the_documentation_has_all_names():
     named = re.findall(r"^\| (`.*?) \|", Path("docs/model_cards.md").read_text(), re.MULTILINE)
-    assert sorted(re.findall(r"\w+", " ".join(named))) == sorted(cards.SOURCES)
+    assert sorted(re.findall(r"\w+", " ".join(named))) == sorted(SOURCES)
 
 
 # ------------------------------------------------------------------------------------------------------- other models
@@ -169,7 +169,7 @@ def test_a_training_run_fills_a_card(tmp_path):
     texts = {"description": "Of stripes.", "hardware": "a GPU", "license": "mit", "datasets": ["me/stripes"]}
     texts["repo_id"] = "me/dod"
     source = save(tmp_path / "own.yaml", desk(pipeline=str(folder), results=[first, second], num_processes=4) | texts)
-    cards.main([str(source)])
+    main([str(source)])
     assert (tmp_path / "own.md").read_text() == (folder / "README.md").read_text()
     card = ModelCard.load(folder / "README.md")
     assert "no weights" not in card.text and "256 images (10,240,000 in all)" in card.text
@@ -206,7 +206,7 @@ def test_grids_are_tables_and_no_metadata(tmp_path):
         "fid/stage-2/pipeline/20/euler/1:3": as_metric(4.75),
     }
     results = [write(tmp_path / f"sweep{len(seeds)}.json", metrics, "sweep", seeds=seeds) for seeds in ([0], [0, 1])]
-    card = cards.build_card(desk(results=results), "name")
+    card = build_card(desk(results=results), "name")
     assert "sweep1.json`: 1,200 samples; data" in card.text
     assert "sweep2.json`: 1,200 samples of each of 2 seeds; data" in card.text
     assert "| FID | precision |" in card.text
@@ -218,12 +218,12 @@ def test_grids_are_tables_and_no_metadata(tmp_path):
 @pytest.mark.slow
 def test_how_a_run_was_optimized(tmp_path):
     sources = {"recipe": save(tmp_path / "recipe.yaml", {"preset": "DoD-B", "lr_scheduler": "cosine"})}
-    assert "AdamW, learning rate 0.0001, cosine schedule, weight decay 0." in cards.build_card(sources, "name").text
-    assert ", linear schedule, 200 steps of warm-up, weight decay 0, fp32." in cards.build_card(desk(), "name").text
+    assert "AdamW, learning rate 0.0001, cosine schedule, weight decay 0." in build_card(sources, "name").text
+    assert ", linear schedule, 200 steps of warm-up, weight decay 0, fp32." in build_card(desk(), "name").text
 
 
 def test_a_plain_fit_has_neither_stages_nor_a_prior():
-    card = cards.build_card({"recipe": "training/recipes/fitv2-b-imagenet256.yaml"}, "fitv2-b")
+    card = build_card({"recipe": "training/recipes/fitv2-b-imagenet256.yaml"}, "fitv2-b")
     assert "num_stages" not in card.text and "LEM" not in card.text
     assert "the paper's baseline" in card.text and "### The paper's figures" not in card.text
     ast.parse(code_blocks(card.text, "python")[0])
@@ -233,7 +233,7 @@ def test_a_run_that_was_stopped_says_so(tmp_path):
     folder = Path(shutil.copytree(DESK, tmp_path / "run"))
     lines = (folder / "metrics.jsonl").read_text().splitlines()[:3]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    card = cards.build_card(desk(pipeline=str(folder)), "name")
+    card = build_card(desk(pipeline=str(folder)), "name")
     assert "- 300 of " in card.text and "300 steps" not in card.text
     assert "Nothing has been evaluated." in card.text and "no weights" not in card.text
 
@@ -241,12 +241,12 @@ def test_a_run_that_was_stopped_says_so(tmp_path):
 def test_a_checkpoint_says_after_how_many_steps(tmp_path):
     folder = Path(shutil.copytree(DESK, tmp_path / "checkpoint-700"))
     (folder / "manifest.json").write_text('{"step": 700, "sha256": {}}')  # the metrics may be of a later step
-    card = cards.build_card(desk(pipeline=str(folder)), "name")
+    card = build_card(desk(pipeline=str(folder)), "name")
     assert "- 700 of " in card.text and "44,800 images" in card.text
     (folder / "manifest.json").unlink()
     (folder / "metrics.jsonl").unlink()
     with pytest.raises(ValueError, match=says("`pipeline`", "manifest.json or metrics.jsonl", "checkpoint-700")):
-        cards.build_card(desk(pipeline=str(folder)), "name")
+        build_card(desk(pipeline=str(folder)), "name")
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused
@@ -268,7 +268,7 @@ def test_other_files_are_refused(tmp_path, content, fragments):
     path = tmp_path / "card.yaml"
     path.write_text(content)
     with pytest.raises(ValueError, match=says("card.yaml", *fragments)):
-        cards.main([str(path)])
+        main([str(path)])
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -283,7 +283,7 @@ def test_other_files_are_refused(tmp_path, content, fragments):
 )
 def test_what_does_not_fit_is_refused(sources, fragments):
     with pytest.raises(ValueError, match=says(*fragments)):
-        cards.build_card(desk(**sources), "name")
+        build_card(desk(**sources), "name")
 
 
 def test_results_of_another_checkpoint_are_refused(tmp_path):
@@ -294,10 +294,10 @@ def test_results_of_another_checkpoint_are_refused(tmp_path):
     for checkpoint, found in ((copy, checkpoint_sha256(copy)), (None, "None")):
         file = write(tmp_path / "results.json", {"fid": as_metric(4.0)}, checkpoint=checkpoint)
         with pytest.raises(ValueError, match=says("`results`", checkpoint_sha256(DESK), "results.json", found)):
-            cards.build_card(desk(results=[file]), "name")
+            build_card(desk(results=[file]), "name")
 
 
 def test_results_of_something_else_are_refused(tmp_path):
     file = write(tmp_path / "results.json", {"flops": as_metric(4.0)}, "compute")
     with pytest.raises(ValueError, match=says("`task`", "'evaluate'", "'compute'")):
-        cards.build_card(desk(results=[file]), "name")
+        build_card(desk(results=[file]), "name")

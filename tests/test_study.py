@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import check_all, says, tiny_pipeline
 
-from diffusers_dod.evaluation.results import as_metric, write_results
+from diffusers_dod.results import as_metric, write_results
 from diffusers_dod.training.arguments import parse_args
 
 

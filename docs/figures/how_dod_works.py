@@ -14,9 +14,9 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from PIL import Image
 
 from diffusers_dod import DoDPipeline
+from diffusers_dod.data.textures import TEXTURE_CLASSES, render_texture
 from diffusers_dod.rectified_flow import euler_step
 from diffusers_dod.seeding import stateless_noise
-from diffusers_dod.training.textures import TEXTURE_CLASSES, render_texture
 
 
 SEED = 0

@@ -19,21 +19,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDTransformer2DModel, LatentEmbeddingModule
-from diffusers_dod.evaluation import compute
-from diffusers_dod.evaluation.compute import (
-    GUIDED,
-    PAPER_COSTS,
-    SD_AUTOENCODER,
+from diffusers_dod.compute import (
     ModelCost,
     count_decoder,
+    count_flops,
     count_model,
     sampling_compute,
     steps_within_budget,
 )
-from diffusers_dod.evaluation.results import read_results
+from diffusers_dod.evaluation import compute
+from diffusers_dod.evaluation.compute import GUIDED, PAPER_COSTS, SD_AUTOENCODER
 from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.presets import PRESETS
-from diffusers_dod.training.cost import count_flops
+from diffusers_dod.results import read_results
 
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,13 @@ import pytest
 import torch
 from helpers import says
 
+from diffusers_dod.data.pictures import Pictures
+from diffusers_dod.data.textures import TextureDataset
 from diffusers_dod.evaluation import evaluate
-from diffusers_dod.evaluation.extractors import (
+from diffusers_dod.evaluation.images import DatasetImages, draw_indices, open_images
+from diffusers_dod.evaluation.reproduce import reproduce
+from diffusers_dod.files import file_sha256
+from diffusers_dod.metrics.extractors import (
     PictureFeatures,
     check_extractor,
     extract,
@@ -19,19 +24,12 @@ from diffusers_dod.evaluation.extractors import (
     extractor_sha256,
     load_extractor,
 )
-from diffusers_dod.evaluation.frechet import feature_statistics, frechet_distance
-from diffusers_dod.evaluation.images import DatasetImages, draw_indices, open_images
-from diffusers_dod.evaluation.metrics import (
-    RunningInceptionScore,
-    RunningStatistics,
-    fid_interval,
-    precision_recall,
-    wilson_interval,
-)
-from diffusers_dod.evaluation.reproduce import reproduce
-from diffusers_dod.evaluation.results import file_sha256, read_results
-from diffusers_dod.training.data import Pictures
-from diffusers_dod.training.textures import TextureDataset
+from diffusers_dod.metrics.frechet import feature_statistics, fid_interval, frechet_distance
+from diffusers_dod.metrics.inception_score import RunningInceptionScore
+from diffusers_dod.metrics.intervals import wilson_interval
+from diffusers_dod.metrics.precision_recall import precision_recall
+from diffusers_dod.metrics.statistics import RunningStatistics
+from diffusers_dod.results import read_results
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:FID of", "ignore:.*torch.jit")

@@ -14,9 +14,9 @@ import torch
 from helpers import says
 from PIL import Image
 
+from diffusers_dod.data.pictures import center_crop
+from diffusers_dod.data.textures import TextureDataset
 from diffusers_dod.evaluation.images import DatasetImages, FolderImages, NpzImages, draw_indices, open_images
-from diffusers_dod.training.data import center_crop
-from diffusers_dod.training.textures import TextureDataset
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from helpers import says, tiny_pipeline
 from PIL import Image
 from safetensors import safe_open
 
+from diffusers_dod.data.pictures import Pictures, load_pictures
 from diffusers_dod.evaluation import linear_probe
 from diffusers_dod.evaluation.linear_probe import (
     knn_scores,
@@ -25,7 +26,6 @@ from diffusers_dod.evaluation.linear_probe import (
     train_classifiers,
 )
 from diffusers_dod.evaluation.options import open_pictures
-from diffusers_dod.evaluation.results import checkpoint_sha256, read_results
 from diffusers_dod.evaluation.token_features import (
     FEATURES,
     compute_tokens,
@@ -34,7 +34,7 @@ from diffusers_dod.evaluation.token_features import (
     read_tokens,
     write_tokens,
 )
-from diffusers_dod.training.data import Pictures, load_pictures
+from diffusers_dod.results import checkpoint_sha256, read_results
 
 
 CLASSES = 12

@@ -10,24 +10,23 @@ from helpers import says, tiny_pipeline, tiny_transformer
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
+from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
 from diffusers_dod.evaluation import reconstruction
-from diffusers_dod.evaluation.frechet import feature_statistics, frechet_distance
-from diffusers_dod.evaluation.metrics import RunningStatistics
 from diffusers_dod.evaluation.options import open_pictures, read_batches
 from diffusers_dod.evaluation.reconstruction import (
     as_metrics,
     check_classes,
     compare,
     parse_args,
-    psnr,
     reconstruct,
     rfid_interval,
-    ssim,
 )
-from diffusers_dod.evaluation.results import read_results
 from diffusers_dod.guidance import NULL_CONDITIONS
+from diffusers_dod.metrics.frechet import feature_statistics, frechet_distance
+from diffusers_dod.metrics.pairs import psnr, ssim
+from diffusers_dod.metrics.statistics import RunningStatistics
+from diffusers_dod.results import read_results
 from diffusers_dod.seeding import stateless_noise
-from diffusers_dod.training.textures import TEXTURE_CLASSES, TextureDataset
 
 
 EXTRACTOR = "def extractor(pictures):\n    return pictures.float().mean(dim=(2, 3))\n"

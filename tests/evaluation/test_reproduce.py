@@ -11,7 +11,8 @@ import pytest
 from helpers import says, tiny_pipeline
 
 from diffusers_dod.evaluation import evaluate, reproduce, sample
-from diffusers_dod.evaluation.results import as_metric, file_sha256, read_results, write_results
+from diffusers_dod.files import file_sha256
+from diffusers_dod.results import as_metric, read_results, write_results
 
 
 def write(

@@ -19,8 +19,9 @@ from PIL import Image
 
 from diffusers_dod import DoDPipeline
 from diffusers_dod.evaluation.images import open_images
-from diffusers_dod.evaluation.results import checkpoint_sha256, file_sha256, in_use
 from diffusers_dod.evaluation.sample import SampleFolder, draw_labels, main, to_uint8
+from diffusers_dod.files import file_sha256, in_use
+from diffusers_dod.results import checkpoint_sha256
 
 
 ROOT = Path(__file__).parents[2]

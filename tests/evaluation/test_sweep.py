@@ -13,10 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline
+from diffusers_dod.compute import sampling_compute
 from diffusers_dod.evaluation import evaluate, sample, sweep
-from diffusers_dod.evaluation.compute import sampling_compute
-from diffusers_dod.evaluation.results import as_metric, checkpoint_sha256, in_use, read_results
+from diffusers_dod.files import in_use
 from diffusers_dod.losses import DoDJointModel
+from diffusers_dod.results import as_metric, checkpoint_sha256, read_results
 
 
 EXTRACTOR = """

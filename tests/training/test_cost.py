@@ -12,21 +12,14 @@ from helpers import says, tiny_pipeline, tiny_vae
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusers_dod import DoDTransformer2DModel, LatentEmbeddingModule
+from diffusers_dod.compute import OPTIMIZERS, TrainingCost, count_flops, count_kept_bytes, training_cost
 from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.presets import PRESETS, Preset
 from diffusers_dod.training import cost
 from diffusers_dod.training.arguments import parse_args
-from diffusers_dod.training.cost import (
-    GPUS,
-    TrainingCost,
-    count_flops,
-    count_kept_bytes,
-    describe_run,
-    estimate_run,
-    training_cost,
-)
+from diffusers_dod.training.cost import GPUS, describe_run, estimate_run
 from diffusers_dod.training.ema import averaged_parameters
-from diffusers_dod.training.models import OPTIMIZERS, build_models, build_optimizer
+from diffusers_dod.training.models import build_models, build_optimizer
 
 
 ROOT = Path(__file__).parents[2]

@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_dod import DoDPipeline
+from diffusers_dod.data.latents import LatentDataset
+from diffusers_dod.data.sample_stream import SampleDraws, TrainingStream
 from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.presets import PRESETS
 from diffusers_dod.training.checkpoints import MANIFEST, STATE_FOLDER
-from diffusers_dod.training.data import SampleDraws, TrainingStream
-from diffusers_dod.training.latents import LatentDataset
 from diffusers_dod.training.train import main, parse_args
 
 

@@ -17,11 +17,11 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from diffusers_dod import DoDPipeline
+from diffusers_dod.data.sample_stream import SampleDraws
+from diffusers_dod.data.streaming import PictureStream, open_stream
 from diffusers_dod.training import encode_latents, train
 from diffusers_dod.training.arguments import to_recipe
 from diffusers_dod.training.checkpoints import MANIFEST, STATE_FOLDER, find_damage
-from diffusers_dod.training.data import SampleDraws
-from diffusers_dod.training.streaming import PictureStream, open_stream
 from diffusers_dod.training.train import main, parse_args
 
 

@@ -24,9 +24,9 @@ from texture_features import extractor
 from tqdm.auto import tqdm
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline
-from diffusers_dod.evaluation.frechet import feature_statistics, frechet_distance
-from diffusers_dod.evaluation.results import checkpoint_sha256
-from diffusers_dod.training.textures import TEXTURE_CLASSES, TextureDataset
+from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
+from diffusers_dod.metrics.frechet import feature_statistics, frechet_distance
+from diffusers_dod.results import checkpoint_sha256
 
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}

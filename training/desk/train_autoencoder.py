@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_dod.training.textures import TextureDataset
+from diffusers_dod.data.textures import TextureDataset
 
 
 HELD_OUT_SEED = 1

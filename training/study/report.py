@@ -19,12 +19,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from study import RESULTS
 
-from diffusers_dod.evaluation.compute import sampling_compute
-from diffusers_dod.evaluation.metrics import mean_interval
-from diffusers_dod.evaluation.results import as_metric, half_width, read_results
+from diffusers_dod.compute import sampling_compute, training_cost
+from diffusers_dod.files import METRICS_FILE
+from diffusers_dod.metrics.intervals import mean_interval
 from diffusers_dod.presets import PRESETS
-from diffusers_dod.training.cost import format_table, training_cost
-from diffusers_dod.training.metrics import METRICS
+from diffusers_dod.results import as_metric, half_width, read_results
+from diffusers_dod.tables import format_table
 
 
 PAGE = Path("docs/study.md")
@@ -75,7 +75,7 @@ class Results:
             self.metrics.setdefault(file.parent.name, {}).update(metrics)
         self.trainings = {
             file.parent.name: [json.loads(line) for line in file.read_text().splitlines()]
-            for file in folder.glob(f"*/{METRICS}")
+            for file in folder.glob(f"*/{METRICS_FILE}")
         }
 
     def group(self, runs: str | tuple[str, ...], step: int = STEPS) -> tuple[str, ...]:

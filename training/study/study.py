@@ -21,8 +21,8 @@ from typing import Any
 
 import yaml
 
-from diffusers_dod.evaluation.results import checkpoint_sha256, read_results
-from diffusers_dod.training.metrics import METRICS
+from diffusers_dod.files import METRICS_FILE
+from diffusers_dod.results import checkpoint_sha256, read_results
 
 
 ROOT = Path(__file__).parents[2]
@@ -123,7 +123,7 @@ def train(runs: list[str]) -> None:
             argv += ["--resume_from_checkpoint", "latest"]
         subprocess.run([sys.executable, "training/train_dod.py", *argv], check=True)
         (RESULTS / run).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(OUTPUTS / run / METRICS, RESULTS / run / METRICS)
+        shutil.copyfile(OUTPUTS / run / METRICS_FILE, RESULTS / run / METRICS_FILE)
 
     data = {**study["data"], "pretrained_vae_name_or_path": study["vae"], "latents_dir": LATENTS}
     OUTPUTS.mkdir(parents=True, exist_ok=True)

@@ -28,27 +28,17 @@ import torch
 from tqdm.auto import tqdm
 
 from ..checks import attempt, check_at_least
+from ..files import check_output, file_sha256, replacing
+from ..metrics.extractors import INCEPTION, Extractor, extract, extractor_sha256, load_extractor, load_statistics
+from ..metrics.frechet import fid_interval, frechet_distance
+from ..metrics.inception_score import RunningInceptionScore
+from ..metrics.intervals import wilson_interval
+from ..metrics.precision_recall import ReferenceManifold
+from ..metrics.statistics import RunningStatistics, merge_statistics
+from ..results import as_metric, write_results
 from ..seeding import stateless_generator
-from .extractors import (
-    INCEPTION,
-    Extractor,
-    extract,
-    extractor_sha256,
-    load_extractor,
-    load_statistics,
-)
-from .frechet import frechet_distance
 from .images import DatasetImages, ImageSource, draw_indices, open_images
-from .metrics import (
-    ReferenceManifold,
-    RunningInceptionScore,
-    RunningStatistics,
-    fid_interval,
-    merge_statistics,
-    wilson_interval,
-)
 from .options import check_device
-from .results import as_metric, check_output, file_sha256, replacing, write_results
 
 
 METRICS = ("fid", "sfid", "is", "precision_recall", "accuracy")

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from ..checks import check_at_least
+from ..data.pictures import TEXTURES, Pictures, load_pictures
+from ..files import file_sha256, folder_sha256
 from ..seeding import stateless_generator
-from ..training.data import TEXTURES, Pictures, load_pictures
-from .results import file_sha256, folder_sha256
 
 
 # Beside samples: what they are, the class id of each PNG file, and what a run that was stopped need not do again.

@@ -32,10 +32,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..checks import attempt, check_at_least, check_choice, check_number
+from ..files import check_output
+from ..metrics.intervals import wilson_interval
+from ..results import as_metric, checkpoint_sha256, write_results
 from ..seeding import stateless_generator
-from .metrics import wilson_interval
 from .options import add_picture_arguments, find_picture_errors, load_pipeline, open_pictures
-from .results import as_metric, check_output, checkpoint_sha256, write_results
 from .token_features import FEATURES, RANDOM_LEM_SEED, cache_path, compute_tokens, read_tokens, write_tokens
 
 

@@ -10,12 +10,12 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from ..checks import attempt, check_at_least
+from ..data.latents import DTYPES
+from ..data.pictures import TRANSFORM, Pictures, load_pictures
+from ..files import check_output
 from ..pipeline_dod import DoDPipeline
 from ..seeding import stateless_generator
-from ..training.data import Pictures, load_pictures
-from ..training.latents import DTYPES, TRANSFORM
 from .images import picture_identity
-from .results import check_output
 
 
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:

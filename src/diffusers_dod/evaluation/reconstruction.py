@@ -16,7 +16,7 @@ stopped goes on after the rows that it has finished.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,103 +27,24 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..checks import attempt, check_at_least, check_number
+from ..data.image_grid import make_grid
+from ..data.pictures import to_pixels
+from ..files import check_output
 from ..guidance import NULL_CONDITIONS
+from ..metrics.extractors import Extractor, extract, extractor_sha256, load_extractor
+from ..metrics.frechet import frechet_distance
+from ..metrics.intervals import jackknife_interval, mean_interval
+from ..metrics.pairs import load_structural_similarity, psnr, ssim
+from ..metrics.statistics import RunningStatistics, merge_statistics
 from ..pipeline_dod import DoDPipeline
+from ..results import as_metric, checkpoint_sha256, describe_versions, half_width, read_results, write_results
 from ..tableaus import SOLVERS
-from ..training.data import to_pixels
-from ..training.image_grid import make_grid
-from .extractors import Extractor, extract, extractor_sha256, load_extractor
-from .frechet import frechet_distance
-from .metrics import RunningStatistics, jackknife_interval, mean_interval, merge_statistics
 from .options import add_picture_arguments, find_picture_errors, load_pipeline, open_pictures, read_batches
-from .results import (
-    as_metric,
-    check_output,
-    checkpoint_sha256,
-    describe_versions,
-    half_width,
-    read_results,
-    write_results,
-)
 
 
 AUTOENCODER = "autoencoder"
 GRID_COLUMNS = 12
 NUM_GROUPS = 10  # of the jackknife
-
-
-def psnr(images: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """
-    Peak signal-to-noise ratio of 8-bit pictures: 10 log10(255^2 / mean squared error over pixels and channels).
-
-    Args:
-        images (`np.ndarray` of shape `(B, H, W, 3)`): Pictures in uint8.
-        references (`np.ndarray` of shape `(B, H, W, 3)`): What they should be, in uint8.
-
-    Returns:
-        `np.ndarray` of shape `(B,)`: In decibels, float64; infinite for equal pictures.
-
-    Raises:
-        `ValueError`: they differ in shape or are not in uint8.
-    """
-    _check_pair(images, references)
-    error = ((images.astype(np.float64) - references.astype(np.float64)) ** 2).mean(axis=(1, 2, 3))
-    with np.errstate(divide="ignore"):
-        return 10 * np.log10(255**2 / error)
-
-
-def ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """
-    Structural similarity of 8-bit pictures (Wang et al. 2004), by scikit-image: a Gaussian window of 11 x 11 pixels
-    with sigma 1.5, K1 = 0.01, K2 = 0.03, range 255, the mean over channels and the windows that lie in the picture.
-
-    Args:
-        images (`np.ndarray` of shape `(B, H, W, 3)`): Pictures in uint8, at least 11 pixels high and wide.
-        references (`np.ndarray` of shape `(B, H, W, 3)`): What they should be, in uint8.
-
-    Returns:
-        `np.ndarray` of shape `(B,)`: In [-1, 1], float64; 1 for equal pictures.
-
-    Raises:
-        `ValueError`: they differ in shape, are not in uint8, or smaller.
-        `ImportError`: scikit-image is not installed.
-    """
-    _check_pair(images, references)
-    if min(images.shape[1:3]) < 11:
-        raise ValueError(f"`images` must be at least 11 pixels high and wide, got shape {images.shape}.")
-    structural_similarity = _structural_similarity()
-    pairs = zip(images, references, strict=True)
-    return np.array(
-        [
-            structural_similarity(
-                image,
-                reference,
-                gaussian_weights=True,
-                sigma=1.5,
-                use_sample_covariance=False,
-                data_range=255,
-                channel_axis=-1,
-            )
-            for image, reference in pairs
-        ]
-    )
-
-
-def _structural_similarity() -> Callable:
-    try:
-        from skimage.metrics import structural_similarity
-    except ImportError as error:
-        raise ImportError("SSIM needs scikit-image: `pip install 'diffusers-dod[evaluation]'`.") from error
-    return structural_similarity
-
-
-def _check_pair(images: np.ndarray, references: np.ndarray) -> None:
-    for name, array in {"images": images, "references": references}.items():
-        if array.ndim != 4 or array.dtype != np.uint8 or array.shape != references.shape:
-            raise ValueError(
-                f"`{name}` must be uint8 of shape (B, H, W, 3), the same as `references`, "
-                f"got {array.dtype} of shape {array.shape} beside {references.shape}."
-            )
 
 
 def check_classes(pipeline: DoDPipeline, class_names: tuple[str, ...]) -> None:
@@ -382,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    _structural_similarity()  # missing packages show before hours of sampling
+    load_structural_similarity()  # missing packages show before hours of sampling
     extractor = None
     if args.extractor is not None:
         extractor = load_extractor(args.extractor, args.trust_extractor, args.device, "extractor")

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import check_number
+from ..files import check_output, file_sha256
+from ..metrics.extractors import INCEPTION, extractor_file
+from ..results import checkpoint_sha256, read_results
 from . import evaluate, sample
-from .extractors import INCEPTION, extractor_file
-from .results import check_output, checkpoint_sha256, file_sha256, read_results
 
 
 TASKS = ("evaluate", "reconstruction", "linear_probe", "sweep", "compute")

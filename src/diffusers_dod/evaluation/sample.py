@@ -39,22 +39,15 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..checks import attempt, check_at_least, check_number
+from ..files import UNFINISHED, check_output, file_sha256, in_use, replacing
 from ..guidance import NULL_CONDITIONS, Guidance
 from ..pipeline_dod import DoDPipeline
+from ..processes import check_processes, end_with_launcher, together
+from ..results import checkpoint_sha256, describe_versions
 from ..seeding import stateless_generator
 from ..tableaus import SOLVERS
-from ..training.processes import check_processes, end_with_launcher, together
 from .images import CHUNKS, LABELS_FILE, MANIFEST, NpzImages
 from .options import DTYPES
-from .results import (
-    UNFINISHED,
-    check_output,
-    checkpoint_sha256,
-    describe_versions,
-    file_sha256,
-    in_use,
-    replacing,
-)
 
 
 logger = logging.getLogger(__name__)

@@ -35,28 +35,19 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from ..checks import attempt, check_at_least, check_number
+from ..compute import count_model, sampling_compute
+from ..files import check_output, file_sha256, in_use, replacing
 from ..guidance import Guidance
 from ..losses import DoDJointModel
+from ..metrics.intervals import mean_interval
 from ..pipeline_dod import DoDPipeline
+from ..results import as_metric, checkpoint_sha256, half_width, read_results, write_results
 from ..scheduling_dod import DoDFlowMatchScheduler
 from ..tableaus import SOLVERS
 from ..training.checkpoints import STATE_FOLDER
 from . import evaluate, sample
-from .compute import count_model, sampling_compute
 from .images import open_images
-from .metrics import mean_interval
 from .options import DTYPES
-from .results import (
-    as_metric,
-    check_output,
-    checkpoint_sha256,
-    file_sha256,
-    half_width,
-    in_use,
-    read_results,
-    replacing,
-    write_results,
-)
 
 
 PIPELINE = "pipeline"  # the average that a checkpoint's pipeline has

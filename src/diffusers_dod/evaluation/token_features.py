@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..data.pictures import Pictures, to_pixels
+from ..files import replacing
 from ..pipeline_dod import DoDPipeline
-from ..training.data import Pictures, to_pixels
 from .options import read_batches
-from .results import replacing
 
 
 FEATURES = ("lem", "random_lem", "latents")

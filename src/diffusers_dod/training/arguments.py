@@ -11,11 +11,11 @@ import yaml
 from diffusers.optimization import SchedulerType
 
 from ..checks import attempt, check_at_least, check_number
+from ..compute import OPTIMIZERS
+from ..finetuning import TRAINABLE_PARAMETERS
 from ..presets import PRESETS
+from ..processes import DISTRIBUTED_TYPES
 from .encode_latents import add_data_arguments, find_data_errors
-from .finetuning import TRAINABLE_PARAMETERS
-from .models import OPTIMIZERS
-from .processes import DISTRIBUTED_TYPES
 
 
 # What a recipe that is published does not name.

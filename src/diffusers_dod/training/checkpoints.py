@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..evaluation.results import file_sha256
+from ..files import file_sha256
+from ..processes import sharded_like, whole
 from .ema import averaged_parameters
 from .models import set_learning_rates
-from .processes import sharded_like, whole
 
 
 logger = logging.getLogger(__name__)

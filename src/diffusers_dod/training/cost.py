@@ -13,27 +13,23 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..autoencoders import AUTOENCODERS, check_image_size, latent_channels, spatial_factor
 from ..checks import check_at_least, check_choice, check_number
+from ..compute import TrainingCost, training_cost
+from ..data.latents import MANIFEST
 from ..latent_embedding import LatentEmbeddingModule
-from ..losses import DoDJointModel
 from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS, Preset
+from ..tables import format_table
 from ..transformer_dod import DoDTransformer2DModel
 from .arguments import parse_args, read_config
-from .finetuning import TRAINABLE_PARAMETERS, difffit_parameters, freeze_all_but
-from .latents import MANIFEST
-from .models import OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -59,80 +55,7 @@ UTILISATION = 0.4  # share of the peak FLOP/s that training reaches
 PRICE_PER_GPU_HOUR = 2.5  # US dollars
 RECIPE_PROCESSES = 8  # of the ImageNet recipes, whose batch is that of one of them
 LATENT_CHANNELS, SPATIAL_FACTOR = 4, 8  # of an autoencoder whose config cannot be reached
-
-_FLOAT_BYTES = 4  # weights, gradients, moments and averages are in fp32
 _NUM_GPUS = (1, 8, 64)  # in the tables
-
-
-@dataclass(frozen=True)
-class TrainingCost:
-    """
-    What training a model costs.
-
-    Args:
-        backbone_parameters (`int`): Parameters of the backbone.
-        latent_embedder_parameters (`int`): Parameters of the LEM, 0 without one.
-        trainable_parameters (`int`): How many of both are trained.
-        forward_flops (`float`): FLOPs of the forward pass of an image, the mean over images with and without a prior.
-        training_flops (`float`): FLOPs of forward and backward pass of an image, with what checkpointing repeats.
-        moment_bytes (`int`): Bytes of Adam's two moments of what is trained.
-        num_averages (`int`): Averages of the weights.
-        activation_bytes (`int`): Bytes kept for the backward pass of a micro-batch, autocast's copies of the weights
-            among them.
-    """
-
-    backbone_parameters: int
-    latent_embedder_parameters: int
-    trainable_parameters: int
-    forward_flops: float
-    training_flops: float
-    moment_bytes: int
-    num_averages: int
-    activation_bytes: int
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the weights."""
-        return _FLOAT_BYTES * (self.backbone_parameters + self.latent_embedder_parameters)
-
-    @property
-    def gradient_bytes(self) -> int:
-        """Bytes of the gradients of what is trained."""
-        return _FLOAT_BYTES * self.trainable_parameters
-
-    @property
-    def average_bytes(self) -> int:
-        """Bytes of the averages, which hold all weights."""
-        return self.num_averages * self.weight_bytes
-
-    def memory(self, num_processes: int = 1, sharding: str = "none") -> float:
-        """
-        Bytes on each GPU: weights, gradients, moments, averages, and activations, which are always whole.
-
-        - `"none"`: nothing is divided, and with several processes DDP's buckets hold the gradients a second time.
-        - `"fsdp2"`: the first four are divided by the number of processes. The few blocks whose weights are gathered
-          at a time are left out.
-        - `"zero2"`: as before, and all weights stay gathered from the forward to the backward pass.
-
-        Args:
-            num_processes (`int`, defaults to 1): Number of processes, with a GPU each.
-            sharding (`str`, defaults to `"none"`): `"none"`, `"zero2"` or `"fsdp2"`.
-
-        Returns:
-            `float`: The bytes.
-
-        Raises:
-            `TypeError`, `ValueError`: an argument is of the wrong type or out of range.
-        """
-        check_at_least("num_processes", num_processes, 1)
-        check_choice("sharding", sharding, ("none", "zero2", "fsdp2"))
-        states = self.weight_bytes + self.gradient_bytes + self.moment_bytes + self.average_bytes
-        if num_processes == 1:
-            return states + self.activation_bytes
-        if sharding == "none":
-            return states + self.gradient_bytes + self.activation_bytes
-        gathered = self.weight_bytes if sharding == "zero2" else 0
-        return states / num_processes + gathered + self.activation_bytes
 
 
 @dataclass(frozen=True)
@@ -186,185 +109,6 @@ def estimate_run(
     images_per_second = num_gpus * peak_flops * utilisation / training_flops
     hours = num_images / images_per_second / 3600
     return RunEstimate(images_per_second, hours / 24, hours * num_gpus, hours * num_gpus * price_per_gpu_hour)
-
-
-def _build(
-    preset: Preset, latent_shape: tuple[int, int, int], num_classes: int, trainable_parameters: str
-) -> DoDJointModel:
-    channels, sample_size, _ = latent_shape
-    shape = {"in_channels": channels, "sample_size": sample_size}
-    transformer = DoDTransformer2DModel(**(preset.transformer_config | shape | {"num_classes": num_classes}))
-    latent_embedder = None
-    if preset.latent_embedder_config is not None:
-        latent_embedder = LatentEmbeddingModule(**(preset.latent_embedder_config | shape))
-    model = DoDJointModel(transformer, latent_embedder)
-    if trainable_parameters == "difffit":
-        freeze_all_but(model, difffit_parameters(model))
-    return model
-
-
-def _moment_bytes(count: int, optimizer: str) -> int:
-    """
-    Bytes of both Adam moments of a weight with `count` numbers.
-
-    In 8 bits a moment has a scale per 256 numbers and a table, unless the weight is small.
-    """
-    if optimizer == "adamw_8bit" and count >= 4096 and count % 256 == 0:
-        return 2 * (count + _FLOAT_BYTES * (count // 256 + 256))
-    return 2 * _FLOAT_BYTES * count
-
-
-def _empty_batch(batch_size: int, latent_shape: tuple[int, int, int]) -> dict[str, torch.Tensor]:
-    latents = torch.empty(batch_size, *latent_shape)
-    labels = torch.zeros(batch_size, dtype=torch.int64)
-    return {"latents": latents, "noise": latents.clone(), "sigmas": torch.empty(batch_size), "class_labels": labels}
-
-
-def count_flops(model: DoDJointModel, latent_shape: tuple[int, int, int], num_priors: int) -> tuple[int, int]:
-    """
-    FLOPs of the matrix products of one image.
-
-    Args:
-        model ([`DoDJointModel`]): The model, on the meta device, where attention is two plain products.
-        latent_shape (`tuple[int, int, int]`): Shape (C, h, w) of the latents.
-        num_priors (`int`): 1 if the image has a prior, which the LEM makes, or 0.
-
-    Returns:
-        `tuple[int, int]`: FLOPs of the forward pass, and of forward and backward pass.
-    """
-    with torch.device("meta"):
-        batch = _empty_batch(1, latent_shape)
-    with FlopCounterMode(display=False) as counter:
-        loss = model(**batch, num_priors=num_priors).mean()
-        forward = counter.get_total_flops()
-        loss.backward()
-    return forward, counter.get_total_flops()
-
-
-def count_kept_bytes(
-    model: DoDJointModel, batch: dict[str, torch.Tensor], num_priors: int, mixed_precision: str
-) -> tuple[int, int]:
-    """
-    Bytes of what a forward pass keeps for the backward pass: each storage once, and not the parameters.
-
-    Args:
-        model ([`DoDJointModel`]): The model, on the CPU or fake. Autocast's copies of its weights count as kept.
-        batch (`dict[str, torch.Tensor]`): Arguments of the model's forward pass.
-        num_priors (`int`): Number of leading samples with a prior.
-        mixed_precision (`str`): `"no"`, `"fp16"` or `"bf16"`.
-
-    Returns:
-        `tuple[int, int]`: Bytes of all, and the most that a single block adds.
-    """
-    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
-    starts, blocks = [], [0]
-
-    def total() -> int:
-        return sum(storage.nbytes() for storage in kept.values())
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            kept[storage._cdata] = storage
-        return tensor
-
-    hooks = []
-    for part in model.children():
-        for module in part.modules():
-            if type(module).__name__ in getattr(part, "_repeated_blocks", ()):
-                hooks.append(module.register_forward_pre_hook(lambda *_: starts.append(total())))
-                hooks.append(module.register_forward_hook(lambda *_: blocks.append(total() - starts.pop())))
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
-    autocast = nullcontext() if dtype is None else torch.autocast("cpu", dtype)
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-            loss = model(**batch, num_priors=num_priors).mean()  # noqa: F841 (holds the graph)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return total(), max(blocks)
-
-
-def training_cost(
-    preset: Preset,
-    latent_shape: tuple[int, int, int] = (4, 32, 32),
-    num_classes: int = 1000,
-    batch_size: int = 32,
-    prior_dropout_prob: float = 0.5,
-    mixed_precision: str = "bf16",
-    gradient_checkpointing: bool = False,
-    num_averages: int = 1,
-    trainable_parameters: str = "all",
-    optimizer: str = "adamw",
-) -> TrainingCost:
-    """
-    Counts what training costs.
-
-    An image with a prior and one without are counted and mixed by `prior_dropout_prob`. Bytes are those of a
-    micro-batch with the expected number of priors. With gradient checkpointing they are what is kept then, and the
-    largest block, which is computed again.
-
-    Args:
-        preset ([`Preset`]): The model.
-        latent_shape (`tuple[int, int, int]`, defaults to `(4, 32, 32)`): Shape (C, h, w) of the latents.
-        num_classes (`int`, defaults to 1000): Number of classes.
-        batch_size (`int`, defaults to 32): Images per process and micro-batch.
-        prior_dropout_prob (`float`, defaults to 0.5): The share p_s of images without a prior.
-        mixed_precision (`str`, defaults to `"bf16"`): `"no"`, `"fp16"` or `"bf16"`.
-        gradient_checkpointing (`bool`, defaults to `False`): Whether blocks are computed again in the backward pass.
-        num_averages (`int`, defaults to 1): Averages of the weights.
-        trainable_parameters (`str`, defaults to `"all"`): `"all"` or `"difffit"`, see [`difffit_parameters`].
-        optimizer (`str`, defaults to `"adamw"`): `"adamw"` or `"adamw_8bit"`.
-
-    Returns:
-        [`TrainingCost`].
-
-    Raises:
-        `TypeError`, `ValueError`: an argument is of the wrong type or out of range.
-    """
-    if len(latent_shape) != 3:
-        raise ValueError(f"`latent_shape` must be three integers (C, h, w), got {latent_shape}.")
-    check_at_least("batch_size", batch_size, 1)
-    check_at_least("num_averages", num_averages, 0)
-    check_number("prior_dropout_prob", prior_dropout_prob, 0, 1)
-    check_choice("mixed_precision", mixed_precision, ("no", "fp16", "bf16"))
-    check_choice("trainable_parameters", trainable_parameters, TRAINABLE_PARAMETERS)
-    check_choice("optimizer", optimizer, OPTIMIZERS)
-    prior_share = 0.0 if preset.latent_embedder_config is None else 1 - prior_dropout_prob
-
-    with torch.device("meta"):
-        model = _build(preset, latent_shape, num_classes, trainable_parameters)
-    if gradient_checkpointing:
-        for part in model.children():
-            part.enable_gradient_checkpointing()
-    shares = {num_priors: share for num_priors, share in ((0, 1 - prior_share), (1, prior_share)) if share > 0}
-    counts = {num_priors: count_flops(model, latent_shape, num_priors) for num_priors in shares}
-    forward, training = (
-        sum(share * counts[num_priors][index] for num_priors, share in shares.items()) for index in (0, 1)
-    )
-
-    with FakeTensorMode():
-        fake = _build(preset, latent_shape, num_classes, trainable_parameters)
-        batch, num_priors = _empty_batch(batch_size, latent_shape), round(prior_share * batch_size)
-        activations, largest_block = count_kept_bytes(fake, batch, num_priors, mixed_precision)
-        if gradient_checkpointing:
-            for part in fake.children():
-                part.enable_gradient_checkpointing()
-            activations = largest_block + count_kept_bytes(fake, batch, num_priors, mixed_precision)[0]
-
-    embedder = [] if model.latent_embedder is None else [*model.latent_embedder.parameters()]
-    trainable = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-    return TrainingCost(
-        backbone_parameters=sum(parameter.numel() for parameter in model.transformer.parameters()),
-        latent_embedder_parameters=sum(parameter.numel() for parameter in embedder),
-        trainable_parameters=sum(trainable),
-        forward_flops=forward,
-        training_flops=training,
-        moment_bytes=sum(_moment_bytes(count, optimizer) for count in trainable),
-        num_averages=num_averages,
-        activation_bytes=activations,
-    )
 
 
 def find_preset(args: argparse.Namespace) -> tuple[Preset, list[str]]:
@@ -536,12 +280,6 @@ def describe_run(
             f"{name}: " + _assumed_speed(gpu.peak_flops[precision], precision, utilisation, price_per_gpu_hour)
         ]
     return "\n".join([*lines, "Assumed", *(f"  {assumption}" for assumption in assumptions)])
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of `rows` under their `header`, whose first column is text and whose others are numbers."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def format_tables(

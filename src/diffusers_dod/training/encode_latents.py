@@ -25,24 +25,12 @@ from diffusers import AutoModel
 
 from ..autoencoders import AUTOENCODERS, Autoencoder, spatial_factor
 from ..checks import check_at_least, check_number
-from .alignment import VisionFeatures
-from .buckets import bucket_sizes, encode_buckets
-from .data import Pictures, load_pictures
-from .latents import (
-    DTYPES,
-    ON_BAD_IMAGE,
-    SHARD_SIZE,
-    LatentDataset,
-    Latents,
-    check_bad_images,
-    check_settings,
-    encode_latents,
-    find_damaged_shards,
-    finish_latents,
-    is_complete,
-    latent_settings,
-)
-from .processes import together
+from ..data.buckets import bucket_sizes, encode_buckets
+from ..data.encoding import ON_BAD_IMAGE, SHARD_SIZE, check_bad_images, encode_latents, finish_latents, latent_settings
+from ..data.latents import DTYPES, LatentDataset, Latents, check_settings, find_damaged_shards, is_complete
+from ..data.pictures import Pictures, load_pictures
+from ..data.vision_features import VisionFeatures
+from ..processes import together
 
 
 logger = get_logger(__name__, log_level="INFO")

@@ -1,20 +1,34 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""The model card of a run, from what the run itself knows."""
+"""
+Model cards: of a run while it trains, and of models as files name what each card is filled from.
 
+    python -m diffusers_dod.training.model_card model_cards/*.yaml
+
+A card goes beside its file, and into the folder of the pipeline as its `README.md`. docs/model_cards.md says more.
+"""
+
+import argparse
 import json
 import logging
 import math
-from argparse import Namespace
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCard
 
-from ..evaluation.cards import CARD, CURVES, fill_card, read_model
-from .arguments import PLACES, to_recipe
-from .checkpoints import list_checkpoints
-from .metrics import EVALUATIONS, METRICS
+from ..cards import CARD, CURVES, fill_card, read_model
+from ..checks import check_at_least
+from ..files import METRICS_FILE
+from ..presets import PRESETS, Preset
+from ..results import checkpoint_sha256, read_results
+from .arguments import PLACES, build_parser, read_config, to_recipe
+from .checkpoints import MANIFEST, list_checkpoints
+from .cost import find_preset
 from .plot_metrics import plot_metrics
+from .run_metrics import EVALUATIONS
 
 
 logger = logging.getLogger(__name__)
@@ -22,8 +36,25 @@ logger = logging.getLogger(__name__)
 RECIPE = "recipe.yaml"
 CARD_FILES = (RECIPE, CURVES)  # what is written beside the card
 
+# Names in the file of a card.
+SOURCES = {
+    "recipe": str,
+    "pipeline": str,
+    "repo_id": str,
+    "results": list,
+    "num_processes": int,
+    "license": str,
+    "datasets": list,
+    "hardware": str,
+    "description": str,
+    "data": str,
+    "training": str,
+    "limitations": str,
+    "paper": list,
+}
 
-def _read_evaluation(args: Namespace) -> dict[str, dict[str, Any]]:
+
+def _read_evaluation(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The latest line of evaluations, if there is one, in the form of results."""
     path = args.output_dir / EVALUATIONS
     lines = path.read_text().splitlines() if path.exists() else []
@@ -46,7 +77,7 @@ def _read_evaluation(args: Namespace) -> dict[str, dict[str, Any]]:
 
 
 def _draw_curves(folder: Path) -> None:
-    metrics = folder / METRICS
+    metrics = folder / METRICS_FILE
     if not metrics.exists() or metrics.stat().st_size == 0:
         return
     try:
@@ -56,7 +87,7 @@ def _draw_curves(folder: Path) -> None:
 
 
 def write_model_card(
-    args: Namespace,
+    args: argparse.Namespace,
     class_names: tuple[str, ...] | None = None,
     images_per_step: int | None = None,
     step: int = 0,
@@ -65,7 +96,7 @@ def write_model_card(
     Writes `README.md` into the folder of a run, and beside it the recipe and, if there are metrics, their curves.
 
     Args:
-        args (`Namespace`): The run's arguments.
+        args (`argparse.Namespace`): The run's arguments.
         class_names (`tuple[str]`, *optional*): Names of the classes, once they are known.
         images_per_step (`int`, *optional*): Samples per optimizer step over all processes, once they are known.
         step (`int`, defaults to 0): Number of finished steps.
@@ -97,3 +128,130 @@ def write_model_card(
     )
     card.save(folder / CARD)
     return str(card)
+
+
+def read_sources(path: Path) -> dict[str, Any]:
+    """
+    Reads what a card is filled from.
+
+    Args:
+        path (`Path`): The YAML file. The paths in it are relative to where the command is called.
+
+    Returns:
+        `dict`: Its content.
+
+    Raises:
+        `ValueError`: it is not such a file, or names results and no pipeline that they are of.
+        `OSError`: it cannot be read.
+    """
+    try:
+        sources = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"`path` must be a file of YAML, got {path}: {error}") from error
+    if not isinstance(sources, dict):
+        raise ValueError(f"`path` must map names to what a card is filled from, got {path} with {sources!r}.")
+    for name, value in sources.items():
+        if name not in SOURCES or not isinstance(value, SOURCES[name]):
+            accepted = ", ".join(f"{key} ({kind.__name__})" for key, kind in SOURCES.items())
+            raise ValueError(f"`path` must have the names {accepted}, got {name!r}: {value!r} in {path}.")
+    if "recipe" not in sources:
+        raise ValueError(f"`recipe` must be given, got {', '.join(sources)} in {path}.")
+    if sources.get("results") and "pipeline" not in sources:
+        raise ValueError(f"`pipeline` must be given with `results`, which are of its weights, got none in {path}.")
+    return sources
+
+
+def _check_model(model: Preset, args: argparse.Namespace) -> None:
+    """Raises unless the backbone of a pipeline is that of its recipe, where this does not start from another model."""
+    names = ("num_layers", "num_attention_heads", "attention_head_dim")
+    expected, found = (
+        {name: config[name] for name in names}
+        for config in (PRESETS[args.preset].transformer_config, model.transformer_config)
+    )
+    if args.pretrained_model_name_or_path is None and found != expected:
+        raise ValueError(f"`pipeline` must be of the recipe's preset {args.preset}, {expected}, got one with {found}.")
+
+
+def _read_step(folder: Path) -> int:
+    """After how many steps of training the pipeline in `folder` was saved."""
+    if (folder / MANIFEST).exists():  # a checkpoint
+        return json.loads((folder / MANIFEST).read_text())["step"]
+    metrics = folder / METRICS_FILE  # a run
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    if not lines:
+        raise ValueError(
+            f"`pipeline` must be a folder whose {MANIFEST} or {METRICS_FILE} says how long it was trained, "
+            f"got {str(folder)!r}."
+        )
+    return json.loads(lines[-1])["step"]
+
+
+def build_card(sources: Mapping[str, Any], name: str) -> ModelCard:
+    """
+    Fills the card of a model.
+
+    Args:
+        sources (`Mapping[str, Any]`): What [`read_sources`] returns.
+        name (`str`): Name of the model.
+
+    Returns:
+        `ModelCard`: The card.
+
+    Raises:
+        `ValueError`: a file that is named is not as it should be, or results are of another checkpoint.
+        `OSError`: one cannot be read.
+    """
+    recipe = Path(sources["recipe"])
+    args = build_parser().parse_args([*read_config(recipe), "--output_dir", os.devnull])
+    num_processes = sources.get("num_processes", args.num_processes or 1)
+    check_at_least("num_processes", num_processes, 1)
+    images_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    folder, step, class_names = None, 0, ()
+    if "pipeline" in sources:
+        folder = Path(sources["pipeline"])
+        if not folder.is_dir():
+            raise ValueError(f"`pipeline` must be a folder, got {sources['pipeline']!r}.")
+        checkpoint = checkpoint_sha256(folder)
+        model, class_names = read_model(folder)
+        _check_model(model, args)
+        step = _read_step(folder)
+    else:
+        model, _ = find_preset(args)
+    results = {file: read_results(Path(file)) for file in sources.get("results", ())}
+    for file, content in results.items():
+        found = (content.get("checkpoint") or {}).get("sha256")
+        if found != checkpoint:
+            raise ValueError(f"`results` must be of the checkpoint {checkpoint} in {folder}, got {file} of {found}.")
+    return fill_card(
+        args,
+        recipe,
+        path=f"outputs/{recipe.stem}" if folder is None else folder.as_posix(),
+        name=name,
+        step=step,
+        images_per_step=images_per_step,
+        class_names=class_names,
+        folder=folder,
+        model=model,
+        results=results,
+        with_cost=True,
+        texts=sources,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("cards", type=Path, nargs="+", help="Files of what cards are filled from.")
+    args = parser.parse_args(argv)
+    for path in args.cards:
+        sources = read_sources(path)
+        card = build_card(sources, path.stem)
+        card.save(path.with_suffix(".md"))
+        if "pipeline" in sources:
+            card.save(Path(sources["pipeline"]) / CARD)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,15 +6,12 @@ import argparse
 import torch
 
 from ..conversion import add_prior_projection
+from ..finetuning import difffit_parameters, freeze_all_but
 from ..latent_embedding import LatentEmbeddingModule
 from ..losses import DoDJointModel, RepresentationProjector
 from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS, Preset
 from ..transformer_dod import DoDAttention, DoDTransformer2DModel
-from .finetuning import difffit_parameters, freeze_all_but
-
-
-OPTIMIZERS = ("adamw", "adamw_8bit")
 
 
 def build_models(

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import METRICS_FILE
 from ..options import option, parse_options
-from .metrics import EVALUATIONS, METRICS
+from .run_metrics import EVALUATIONS
 
 
 PANELS = {
@@ -47,7 +48,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, float | None]]:
     Raises:
         `ValueError`: the run has no metrics.
     """
-    paths = [run_dir / name for name in (METRICS, EVALUATIONS)]
+    paths = [run_dir / name for name in (METRICS_FILE, EVALUATIONS)]
     metrics, evaluations = (
         [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else [] for path in paths
     )

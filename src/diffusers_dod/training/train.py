@@ -33,16 +33,31 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from ..autoencoders import Autoencoder, encode_moments, latent_channels, spatial_factor
-from ..evaluation.extractors import check_extractor, load_extractor, load_statistics
+from ..data.buckets import BucketedLatents, BucketOrder
+from ..data.encoding import describe_autoencoder
+from ..data.foreign_latents import open_latents
+from ..data.latents import LatentDataset, Latents, check_settings, pictures_of
+from ..data.sample_stream import SampleDraws, StreamSampler, TrainingStream, collate_priors_first
+from ..data.streaming import PictureStream, build_stream_loader, open_stream
+from ..data.vision_features import VisionFeatures
+from ..files import METRICS_FILE
 from ..latent_embedding import LatentEmbeddingModule
 from ..losses import DoDJointModel
+from ..metrics.extractors import check_extractor, load_extractor, load_statistics
 from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS
+from ..processes import (
+    STOPPED_EXIT_CODE,
+    StopSignal,
+    check_processes,
+    end_with_launcher,
+    sharded_like,
+    together,
+    whole,
+)
 from ..scheduling_dod import DoDFlowMatchScheduler
 from ..transformer_dod import DoDTransformer2DModel
-from .alignment import VisionFeatures
 from .arguments import parse_args
-from .buckets import BucketedLatents, BucketOrder
 from .checkpoints import (
     STATE_FOLDER,
     find_damage,
@@ -54,25 +69,12 @@ from .checkpoints import (
     save_training_state,
 )
 from .cost import describe_run
-from .data import SampleDraws, StreamSampler, TrainingStream, collate_priors_first
 from .ema import PowerFunctionEMA, averaged_parameters
 from .encode_latents import encode_data, load_autoencoder, open_pictures
-from .foreign_latents import open_latents
-from .latents import LatentDataset, Latents, check_settings, describe_autoencoder, pictures_of
-from .metrics import EVALUATIONS, METRICS, TrainingMetrics, append_line, drop_metrics_after
 from .model_card import CARD_FILES, write_model_card
 from .models import build_models, build_optimizer, set_learning_rates, use_fast_attention
-from .processes import (
-    STOPPED_EXIT_CODE,
-    StopSignal,
-    check_processes,
-    end_with_launcher,
-    sharded_like,
-    together,
-    whole,
-)
 from .push import HubPusher
-from .streaming import PictureStream, build_stream_loader, open_stream
+from .run_metrics import EVALUATIONS, TrainingMetrics, append_line, drop_metrics_after
 from .validation import stage_distances, stage_grid
 
 
@@ -229,7 +231,7 @@ class Trainer:
         self.step = self.num_nonfinite_steps = self.nonfinite_in_a_row = 0
         state = self._resume()
         self.metrics = TrainingMetrics(
-            args.output_dir / METRICS, accelerator, self.images_per_step, self.step, state.get("metric_sums")
+            args.output_dir / METRICS_FILE, accelerator, self.images_per_step, self.step, state.get("metric_sums")
         )
         self.batches = self._build_batches(state.get("stream"))
 
@@ -625,7 +627,7 @@ class Trainer:
         """
         args, accelerator = self.args, self.accelerator
         if accelerator.is_main_process:
-            for name in (METRICS, EVALUATIONS):
+            for name in (METRICS_FILE, EVALUATIONS):
                 drop_metrics_after(args.output_dir / name, self.step)
         if args.report_to:
             settings = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
@@ -677,7 +679,7 @@ class Trainer:
     def _push(self, message: str) -> None:
         folder = self.args.output_dir
         write_model_card(self.args, self.class_names, self.images_per_step, self.step)
-        names = ("README.md", METRICS, EVALUATIONS, "samples", *CARD_FILES)
+        names = ("README.md", METRICS_FILE, EVALUATIONS, "samples", *CARD_FILES)
         self.pusher.push(self.checkpoint, [folder / name for name in names], message, self.args.push_training_state)
 
     def finish(self) -> None:

@@ -9,10 +9,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 
-from ..evaluation.extractors import Extractor, extract
-from ..evaluation.frechet import feature_statistics, frechet_distance
+from ..data.image_grid import make_grid
+from ..metrics.extractors import Extractor, extract
+from ..metrics.frechet import feature_statistics, frechet_distance
 from ..pipeline_dod import DoDPipeline
-from .image_grid import make_grid
 
 
 def _sample_own(

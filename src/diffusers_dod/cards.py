@@ -1,0 +1,410 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""Model cards: one template, filled from the configs of a pipeline, the options of its training and results."""
+
+import argparse
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .checks import check_choice
+from .compute import sampling_compute, training_cost
+from .data.pictures import TEXTURES
+from .files import METRICS_FILE
+from .latent_embedding import LatentEmbeddingModule
+from .pipeline_dod import DoDPipeline
+from .presets import PRESETS, Preset
+from .tables import format_table
+from .transformer_dod import DoDTransformer2DModel
+
+
+CARD = "README.md"
+CURVES = "curves.png"
+
+# Kinds of metrics as cards show them; a name in results may go on after `_` or `/`, with what it is of.
+METRIC_NAMES = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "is": "Inception Score",
+    "rfid": "rFID",
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+}
+METRIC_NAMES |= {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "knn": "k-NN accuracy"}
+HUB_METRIC_TYPES = {"is": "inception_score"}  # where the Hub has another name
+# Those of images; the Hub's `precision` and `recall` are of classifiers.
+HUB_METRIC_TYPES |= {"precision": "improved_precision", "recall": "improved_recall"}
+
+# Tasks of results: a heading, and what the rows of their table are.
+TASKS = {
+    "evaluate": ("Samples", "images"),
+    "sweep": ("Samples with several settings", "stage, average, steps, solver, scales"),
+    "reconstruction": ("Reconstruction: stage 2 with the visual prior of real pictures", "guidance"),
+    "linear_probe": ("Linear probe of the visual prior's tokens", "features"),
+    "train": ("Fréchet distance after {step:,} steps", "images"),
+}
+HUB_TASKS = ("evaluate", "train")  # of one setting each: their numbers are the `model-index`
+SETTINGS = ("num_stages", "num_inference_steps", "stage_inference_steps", "stage_solvers", "guidance_scale")
+SETTINGS += ("first_stage_guidance_scale", "stage_guidance_scales", "guidance_interval", "seed", "dtype")
+
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
+
+
+def _is_local(name: str | None) -> bool:
+    return name is not None and Path(name).exists()
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Kind of a metric and what it is of: `fid_stage_1` -> `fid`, `stage 1`."""
+    kind, label = re.fullmatch(r"([^_/]+)[_/]?(.*)", name).groups()
+    return kind, re.sub(r"\blem\b", "LEM", label.replace("_", " ").replace("/", ", "))
+
+
+def _features(results: Mapping[str, Any]) -> str | None:
+    """The extractor, by its name without folders, where it is not Inception."""
+    extractor = results["settings"].get("extractor")
+    return None if extractor in (None, "inception") else Path(extractor).name
+
+
+def _settings(results: Mapping[str, Any]) -> str:
+    """The settings of sampling that numbers depend on, in one line."""
+    sampling = results["data"].get("samples", {}).get("manifest", {}).get("settings", {})
+    found = sampling | results["settings"]
+    values = {name: found[name] for name in SETTINGS if found.get(name) is not None}
+    return ", ".join(
+        f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in values.items()
+    )
+
+
+def _dataset(results: Mapping[str, Any]) -> str:
+    """What samples are compared with, or which pictures were taken."""
+    data = results["data"]
+    source = data.get("reference") or data.get("train") or data
+    return source.get("name") or source.get("pictures") or "no reference"
+
+
+def to_eval_results(results: Mapping[str, Any], dataset_type: str | None = None) -> list[EvalResult]:
+    """
+    Results as the metadata of cards has them.
+
+    Args:
+        results (`Mapping`): What [`read_results`] returns.
+        dataset_type (`str`, *optional*): Id of the data on the Hub; their name in the results if not given.
+
+    Returns:
+        `list[EvalResult]`: One for each number of samples of one setting. Grids of settings and what is not of samples
+        have none.
+    """
+    if results["task"] not in HUB_TASKS:
+        return []
+    dataset, features, num_samples = _dataset(results), _features(results), results["data"].get("num_samples")
+    evaluated = []
+    for name, metric in results["metrics"].items():
+        kind, label = _split(name)
+        parts = [METRIC_NAMES.get(kind, kind), label, num_samples and f"{num_samples:,} samples"]
+        shown = ", ".join(part for part in [*parts, features and f"features of {features}"] if part)
+        if metric["interval"] is not None:
+            shown += " (95 %: {:.4g} to {:.4g})".format(*metric["interval"])
+        evaluated.append(
+            EvalResult(
+                task_type="unconditional-image-generation",
+                dataset_type=dataset_type or dataset.split(":")[0],
+                dataset_name=dataset,
+                metric_type=HUB_METRIC_TYPES.get(kind, kind),
+                metric_name=shown,
+                metric_value=round(metric["value"], 4),
+                metric_config=_settings(results) or None,
+            )
+        )
+    return evaluated
+
+
+def _table(results: Mapping[str, Any]) -> str:
+    """A column for each kind of metric, a row for each of what they are of."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, metric in results["metrics"].items():
+        kind, label = _split(name)
+        interval = "" if metric["interval"] is None else " [{:.4g}, {:.4g}]".format(*metric["interval"])
+        rows.setdefault(label or "all", {})[kind] = f"{metric['value']:.4g}{interval}"
+    kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row))
+    header = [TASKS[results["task"]][1], *(METRIC_NAMES.get(kind, kind) for kind in kinds)]
+    return format_table(header, [[label, *(row.get(kind, "") for kind in kinds)] for label, row in rows.items()])
+
+
+def _caption(name: str, results: Mapping[str, Any]) -> str:
+    data, settings, features = results["data"], _settings(results), _features(results)
+    counts = {"num_samples": "samples", "num_pictures": "pictures", "num_test": "pictures to test with"}
+    parts = [f"{data[key]:,} {what}" for key, what in counts.items() if data.get(key) is not None]
+    if results["task"] == "sweep" and len(seeds := results["settings"].get("seeds", [])) > 1:
+        parts[0] += f" of each of {len(seeds)} seeds"
+    parts += [f"data: {_dataset(results)}", settings]
+    lines = [f"`{name}`: {'; '.join(part for part in parts if part)}."]
+    if features is not None:
+        lines.append(
+            f"Computed on the features of `{features}`, not Inception's: not comparable with published numbers."
+        )
+    if results["task"] == "train":
+        lines.append("So few samples make it larger than many would; it compares steps and stages of one run.")
+    return "\n".join(lines)
+
+
+def _command(module: str, argv: Sequence[str]) -> str:
+    """A command in lines that are not too long, with every option beside its values."""
+    lines = [f"python -m diffusers_dod.evaluation.{module}"]
+    for option in re.split(r" (?=--)", shlex.join(argv)):
+        if len(lines[-1]) + len(option) > 115:
+            lines.append("   ")
+        lines[-1] += f" {option}"
+    return " \\\n".join(lines)
+
+
+def _commands(results: Mapping[str, Any]) -> str:
+    """What computes the numbers, the samples at first."""
+    if "argv" not in results:
+        return ""
+    manifest = results["data"].get("samples", {}).get("manifest")
+    sampling = [] if manifest is None else [_command("sample", manifest["argv"])]
+    return "\n".join([*sampling, _command(results["task"], results["argv"])])
+
+
+def read_model(folder: Path) -> tuple[Preset, tuple[str, ...]]:
+    """The configs of the pipeline that is saved in `folder`, and the names of its classes."""
+    config = DoDPipeline.load_config(folder)
+    parts = {"transformer": DoDTransformer2DModel, "latent_embedder": LatentEmbeddingModule}
+    configs = {
+        name: {key: value for key, value in kind.load_config(folder, subfolder=name).items() if key[0] != "_"}
+        for name, kind in parts.items()
+        if config[name][0] is not None
+    }
+    defaults = {key: value for key, value in config.items() if key.startswith("default_")}
+    names = config.get("id2label") or {}
+    return Preset(configs["transformer"], configs.get("latent_embedder"), defaults), tuple(
+        names[key] for key in sorted(names, key=int)
+    )
+
+
+def _build_without_weights(model: Preset) -> tuple[DoDTransformer2DModel, LatentEmbeddingModule | None]:
+    """Both models without weights, for their sizes."""
+    embedder = model.latent_embedder_config
+    with torch.device("meta"):
+        return (
+            DoDTransformer2DModel(**model.transformer_config),
+            None if embedder is None else LatentEmbeddingModule(**embedder),
+        )
+
+
+def _architecture(model: Preset) -> str:
+    transformer, embedder = _build_without_weights(model)
+    config, columns = transformer.config, [transformer] + [embedder] * (embedder is not None)
+    layers = [str(config.num_layers)]
+    text = [
+        f"Latents of {config.in_channels} x {config.sample_size} x {config.sample_size} numbers in patches of "
+        f"{config.patch_size} x {config.patch_size}; {config.num_classes:,} classes and a null class."
+    ]
+    if embedder is not None:
+        layers.append(f"{embedder.config.num_encoder_layers} + {embedder.config.num_decoder_layers}")
+        text.append(
+            f"A visual prior is {embedder.config.num_latent_tokens} tokens of {embedder.config.latent_token_dim} "
+            "numbers; the LEM's layers are those of its encoder and decoder."
+        )
+    sizes = [(part.config.num_attention_heads, part.config.attention_head_dim) for part in columns]
+    rows = [
+        ["parameters", *(f"{part.num_parameters():,}" for part in columns)],
+        ["layers", *layers],
+        ["width", *(str(heads * dim) for heads, dim in sizes)],
+        ["attention heads", *(str(heads) for heads, _ in sizes)],
+    ]
+    return "\n\n".join([format_table(["", "backbone", "LEM"][: len(columns) + 1], rows), "\n".join(text)])
+
+
+def _format_flops(flops: float) -> str:
+    power = (len(f"{flops:.0f}") - 1) // 3
+    return f"{flops / 1000**power:.1f} {['', 'k', 'M', 'G', 'T', 'P', 'E', 'Z'][power]}FLOPs"
+
+
+def _count(args: argparse.Namespace, model: Preset, num_images: int) -> dict[str, str]:
+    """What training and sampling cost, for the template."""
+    config = _build_without_weights(model)[0].config
+    training = training_cost(
+        model,
+        (config.in_channels, config.sample_size, config.sample_size),
+        config.num_classes,
+        args.train_batch_size,
+        args.prior_dropout_prob,
+        gradient_checkpointing=args.gradient_checkpointing,
+        trainable_parameters=args.trainable_parameters,
+    ).training_flops
+    sampling = sampling_compute(model)
+    stages = [
+        f"{stage['num_evaluations']} {'guided ' if stage['num_guided_evaluations'] else ''}Euler steps"
+        for stage in sampling["stages"]
+    ]
+    return {
+        "image": _format_flops(training),
+        "num_images": f"{num_images:,}",
+        "run": _format_flops(training * num_images),
+        "sampling": ", then ".join(stages),
+        "sample": _format_flops(sampling["flops"]),
+    }
+
+
+def _training_time(metrics: Path, images_per_step: int) -> str | None:
+    """How long the steps of a run took, by its metrics."""
+    seconds, last = 0.0, 0
+    for line in map(json.loads, metrics.read_text().splitlines() if metrics.exists() else ()):
+        if not line["images_per_second"]:
+            return None  # rounded to nothing
+        seconds += (line["step"] - last) * images_per_step / line["images_per_second"]
+        last = line["step"]
+    if not last:
+        return None
+    unit, size = ("hours", 3600) if seconds >= 3600 else ("minutes", 60) if seconds >= 60 else ("seconds", 1)
+    return f"{seconds / size:.1f} {unit}"
+
+
+def _autoencoder(args: argparse.Namespace, folder: Path | None) -> str:
+    name = args.pretrained_vae_name_or_path
+    if name is not None and not _is_local(name):
+        return f"`{name}`"
+    is_saved = folder is not None and (folder / "vae").is_dir()
+    return "the one in `vae/`" if is_saved or name is not None else "none, it draws pixels"
+
+
+def _classes(names: Sequence[str]) -> str | None:
+    return f"{len(names):,} classes: {', '.join(names[:20])}{', ...' * (len(names) > 20)}" if names else None
+
+
+def _steps(step: int, max_steps: int, images_per_step: int | None) -> str:
+    num_steps = step or max_steps
+    text = f"{num_steps:,}{f' of {max_steps:,}' * (num_steps < max_steps)} steps"
+    if images_per_step is None:
+        return text
+    return f"{text} of {images_per_step:,} images ({num_steps * images_per_step:,} in all)"
+
+
+def _optimizer(args: argparse.Namespace) -> str:
+    parts = {
+        {"adamw": "AdamW", "adamw_8bit": "AdamW with moments of 8 bits"}[args.optimizer]: True,
+        f"learning rate {args.learning_rate:g}": True,
+        f"that of the LEM {args.latent_embedder_learning_rate}": args.latent_embedder_learning_rate is not None,
+        f"{args.lr_scheduler.replace('_', ' ')} schedule": "constant" not in args.lr_scheduler,
+        f"{args.lr_warmup_steps:,} steps of warm-up": args.lr_warmup_steps > 0,
+        f"weight decay {args.adam_weight_decay:g}": True,
+        f"mixed precision {args.mixed_precision}": args.mixed_precision not in (None, "no"),
+        "fp32": args.mixed_precision == "no",
+    }
+    return ", ".join(part for part, is_shown in parts.items() if is_shown)
+
+
+def fill_card(
+    args: argparse.Namespace,
+    recipe: Path,
+    path: str,
+    name: str,
+    step: int = 0,
+    images_per_step: int | None = None,
+    class_names: Sequence[str] = (),
+    folder: Path | None = None,
+    model: Preset | None = None,
+    results: Mapping[str, Mapping[str, Any]] | None = None,
+    with_cost: bool = False,
+    texts: Mapping[str, Any] | None = None,
+) -> ModelCard:
+    """
+    Fills the template.
+
+    Args:
+        args (`argparse.Namespace`): The options of the training.
+        recipe (`Path`): The file of those that differ from the defaults; comments at its head are left out.
+        path (`str`): Where the card says that the pipeline is.
+        name (`str`): Name of the model.
+        step (`int`, defaults to 0): Number of finished steps; 0 if there are no weights yet.
+        images_per_step (`int`, *optional*): Images of a step over all processes.
+        class_names (`Sequence[str]`, defaults to `()`): Names of the classes.
+        folder (`Path`, *optional*): Folder of the card, whose metrics, curves and samples it shows once there are
+            weights.
+        model ([`Preset`], *optional*): The configs of the models.
+        results (`Mapping[str, Mapping]`, *optional*): What [`read_results`] returns for each file, by its name.
+        with_cost (`bool`, defaults to `False`): Whether the FLOPs of training and sampling are counted, which takes
+            seconds and needs `images_per_step` and `model`.
+        texts (`Mapping[str, Any]`, *optional*): `repo_id`, `license`, `datasets`, `hardware`, `description`, `data`,
+            `training`, `limitations` and `paper` of the file of a card, see docs/model_cards.md.
+
+    Returns:
+        `ModelCard`: The card.
+
+    Raises:
+        `ValueError`: there are results of a task that cards do not show.
+    """
+    results, texts = results or {}, texts or {}
+    for content in results.values():
+        check_choice("task", content["task"], tuple(TASKS))
+    is_own = args.dataset_name is None or args.dataset_name == TEXTURES or _is_local(args.dataset_name)
+    datasets = texts.get("datasets") or ([] if is_own else [args.dataset_name])
+    base_model = args.pretrained_model_name_or_path
+    eval_results = [
+        entry for content in results.values() for entry in to_eval_results(content, datasets[0] if datasets else None)
+    ]
+    card_data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        license=texts.get("license", "apache-2.0"),
+        tags=["diffusion-on-diffusion", "diffusers_dod", "rectified-flow", "class-conditional"],
+        datasets=datasets or None,
+        base_model=None if _is_local(base_model) else base_model,
+        model_name=name if eval_results else None,
+        eval_results=eval_results or None,
+    )
+    pictures = "own pictures" if is_own else f"`{args.dataset_name}`"
+    if args.dataset_name == TEXTURES:
+        pictures = "procedural textures (`diffusers_dod.data.textures`)"
+    run = folder if step > 0 else None
+    drawn = [] if run is None else sorted((run / "samples").glob("step-*.png"))
+    card = ModelCard.from_template(
+        card_data,
+        template_path=TEMPLATE,
+        preset=args.preset,
+        resolution=args.resolution,
+        has_embedder=(model or PRESETS[args.preset]).latent_embedder_config is not None,
+        is_trained=step > 0,
+        samples=f"samples/{drawn[-1].name}" if drawn else None,
+        path=texts.get("repo_id", path),
+        label=json.dumps(class_names[0], ensure_ascii=False) if class_names else 0,
+        architecture=None if model is None else _architecture(model),
+        data=texts.get("data") or f"{pictures}.",
+        classes=_classes(class_names),
+        autoencoder=_autoencoder(args, folder),
+        steps=_steps(step, args.max_train_steps, images_per_step),
+        ema_decay=args.ema_decay[0],
+        optimizer=_optimizer(args),
+        prior_dropout=f"{100 * args.prior_dropout_prob:g}",
+        label_dropout=f"{100 * args.label_dropout_prob:g}",
+        time=None if run is None or not images_per_step else _training_time(run / METRICS_FILE, images_per_step),
+        launch_option=f"--multi_gpu --num_processes {args.num_processes} " if (args.num_processes or 1) > 1 else "",
+        data_option="" if args.dataset_name else "--train_data_dir ... ",
+        recipe_path=recipe.name if recipe.parent == folder else recipe.as_posix(),
+        recipe=re.sub(r"\A(#.*\n)+", "", recipe.read_text(encoding="utf-8")).strip(),
+        curves=CURVES if run is not None and (run / CURVES).exists() else None,
+        results=[
+            {
+                "title": TASKS[content["task"]][0].format(**content["settings"]),
+                "caption": _caption(file, content),
+                "table": _table(content),
+                "commands": _commands(content),
+            }
+            for file, content in results.items()
+        ],
+        has_commands=any("argv" in content for content in results.values()),
+        paper=[
+            {"title": table["title"], "table": format_table(table["header"], [map(str, row) for row in table["rows"]])}
+            for table in texts.get("paper", ())
+        ],
+        cost=_count(args, model, (step or args.max_train_steps) * images_per_step) if with_cost else None,
+        **{key: texts.get(key, "") for key in ("hardware", "description", "training", "limitations")},
+    )
+    return ModelCard(re.sub(r"\n{3,}", "\n\n", str(card)).strip() + "\n")

@@ -1,0 +1,527 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""
+What training and sampling cost: counted operations and bytes.
+
+A multiply-add is 2 FLOPs. Models are on the meta device or fake, so that nothing is computed.
+"""
+
+import copy
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from .autoencoders import Autoencoder, decode_pixels, latent_channels
+from .checks import check_at_least, check_choice, check_number, check_type
+from .finetuning import TRAINABLE_PARAMETERS, difffit_parameters, freeze_all_but
+from .guidance import Guidance, GuidedVelocity
+from .latent_embedding import LatentEmbeddingModule
+from .losses import DoDJointModel
+from .presets import Preset
+from .rectified_flow import NUM_TRAIN_TIMESTEPS
+from .scheduling_dod import DoDFlowMatchScheduler
+from .stages import Stage, plan_stages
+from .transformer_dod import DoDTransformer2DModel
+
+
+_FLOAT_BYTES = 4  # weights, gradients, moments and averages are in fp32
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """
+    What training a model costs.
+
+    Args:
+        backbone_parameters (`int`): Parameters of the backbone.
+        latent_embedder_parameters (`int`): Parameters of the LEM, 0 without one.
+        trainable_parameters (`int`): How many of both are trained.
+        forward_flops (`float`): FLOPs of the forward pass of an image, the mean over images with and without a prior.
+        training_flops (`float`): FLOPs of forward and backward pass of an image, with what checkpointing repeats.
+        moment_bytes (`int`): Bytes of Adam's two moments of what is trained.
+        num_averages (`int`): Averages of the weights.
+        activation_bytes (`int`): Bytes kept for the backward pass of a micro-batch, autocast's copies of the weights
+            among them.
+    """
+
+    backbone_parameters: int
+    latent_embedder_parameters: int
+    trainable_parameters: int
+    forward_flops: float
+    training_flops: float
+    moment_bytes: int
+    num_averages: int
+    activation_bytes: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights."""
+        return _FLOAT_BYTES * (self.backbone_parameters + self.latent_embedder_parameters)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients of what is trained."""
+        return _FLOAT_BYTES * self.trainable_parameters
+
+    @property
+    def average_bytes(self) -> int:
+        """Bytes of the averages, which hold all weights."""
+        return self.num_averages * self.weight_bytes
+
+    def memory(self, num_processes: int = 1, sharding: str = "none") -> float:
+        """
+        Bytes on each GPU: weights, gradients, moments, averages, and activations, which are always whole.
+
+        - `"none"`: nothing is divided, and with several processes DDP's buckets hold the gradients a second time.
+        - `"fsdp2"`: the first four are divided by the number of processes. The few blocks whose weights are gathered
+          at a time are left out.
+        - `"zero2"`: as before, and all weights stay gathered from the forward to the backward pass.
+
+        Args:
+            num_processes (`int`, defaults to 1): Number of processes, with a GPU each.
+            sharding (`str`, defaults to `"none"`): `"none"`, `"zero2"` or `"fsdp2"`.
+
+        Returns:
+            `float`: The bytes.
+
+        Raises:
+            `TypeError`, `ValueError`: an argument is of the wrong type or out of range.
+        """
+        check_at_least("num_processes", num_processes, 1)
+        check_choice("sharding", sharding, ("none", "zero2", "fsdp2"))
+        states = self.weight_bytes + self.gradient_bytes + self.moment_bytes + self.average_bytes
+        if num_processes == 1:
+            return states + self.activation_bytes
+        if sharding == "none":
+            return states + self.gradient_bytes + self.activation_bytes
+        gathered = self.weight_bytes if sharding == "zero2" else 0
+        return states / num_processes + gathered + self.activation_bytes
+
+
+def _build(
+    preset: Preset, latent_shape: tuple[int, int, int], num_classes: int, trainable_parameters: str
+) -> DoDJointModel:
+    channels, sample_size, _ = latent_shape
+    shape = {"in_channels": channels, "sample_size": sample_size}
+    transformer = DoDTransformer2DModel(**(preset.transformer_config | shape | {"num_classes": num_classes}))
+    latent_embedder = None
+    if preset.latent_embedder_config is not None:
+        latent_embedder = LatentEmbeddingModule(**(preset.latent_embedder_config | shape))
+    model = DoDJointModel(transformer, latent_embedder)
+    if trainable_parameters == "difffit":
+        freeze_all_but(model, difffit_parameters(model))
+    return model
+
+
+def _moment_bytes(count: int, optimizer: str) -> int:
+    """
+    Bytes of both Adam moments of a weight with `count` numbers.
+
+    In 8 bits a moment has a scale per 256 numbers and a table, unless the weight is small.
+    """
+    if optimizer == "adamw_8bit" and count >= 4096 and count % 256 == 0:
+        return 2 * (count + _FLOAT_BYTES * (count // 256 + 256))
+    return 2 * _FLOAT_BYTES * count
+
+
+def _empty_batch(batch_size: int, latent_shape: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    latents = torch.empty(batch_size, *latent_shape)
+    labels = torch.zeros(batch_size, dtype=torch.int64)
+    return {"latents": latents, "noise": latents.clone(), "sigmas": torch.empty(batch_size), "class_labels": labels}
+
+
+def count_flops(model: DoDJointModel, latent_shape: tuple[int, int, int], num_priors: int) -> tuple[int, int]:
+    """
+    FLOPs of the matrix products of one image.
+
+    Args:
+        model ([`DoDJointModel`]): The model, on the meta device, where attention is two plain products.
+        latent_shape (`tuple[int, int, int]`): Shape (C, h, w) of the latents.
+        num_priors (`int`): 1 if the image has a prior, which the LEM makes, or 0.
+
+    Returns:
+        `tuple[int, int]`: FLOPs of the forward pass, and of forward and backward pass.
+    """
+    with torch.device("meta"):
+        batch = _empty_batch(1, latent_shape)
+    with FlopCounterMode(display=False) as counter:
+        loss = model(**batch, num_priors=num_priors).mean()
+        forward = counter.get_total_flops()
+        loss.backward()
+    return forward, counter.get_total_flops()
+
+
+def count_kept_bytes(
+    model: DoDJointModel, batch: dict[str, torch.Tensor], num_priors: int, mixed_precision: str
+) -> tuple[int, int]:
+    """
+    Bytes of what a forward pass keeps for the backward pass: each storage once, and not the parameters.
+
+    Args:
+        model ([`DoDJointModel`]): The model, on the CPU or fake. Autocast's copies of its weights count as kept.
+        batch (`dict[str, torch.Tensor]`): Arguments of the model's forward pass.
+        num_priors (`int`): Number of leading samples with a prior.
+        mixed_precision (`str`): `"no"`, `"fp16"` or `"bf16"`.
+
+    Returns:
+        `tuple[int, int]`: Bytes of all, and the most that a single block adds.
+    """
+    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
+    starts, blocks = [], [0]
+
+    def total() -> int:
+        return sum(storage.nbytes() for storage in kept.values())
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            kept[storage._cdata] = storage
+        return tensor
+
+    hooks = []
+    for part in model.children():
+        for module in part.modules():
+            if type(module).__name__ in getattr(part, "_repeated_blocks", ()):
+                hooks.append(module.register_forward_pre_hook(lambda *_: starts.append(total())))
+                hooks.append(module.register_forward_hook(lambda *_: blocks.append(total() - starts.pop())))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    autocast = nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+            loss = model(**batch, num_priors=num_priors).mean()  # noqa: F841 (holds the graph)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total(), max(blocks)
+
+
+def training_cost(
+    preset: Preset,
+    latent_shape: tuple[int, int, int] = (4, 32, 32),
+    num_classes: int = 1000,
+    batch_size: int = 32,
+    prior_dropout_prob: float = 0.5,
+    mixed_precision: str = "bf16",
+    gradient_checkpointing: bool = False,
+    num_averages: int = 1,
+    trainable_parameters: str = "all",
+    optimizer: str = "adamw",
+) -> TrainingCost:
+    """
+    Counts what training costs.
+
+    An image with a prior and one without are counted and mixed by `prior_dropout_prob`. Bytes are those of a
+    micro-batch with the expected number of priors. With gradient checkpointing they are what is kept then, and the
+    largest block, which is computed again.
+
+    Args:
+        preset ([`Preset`]): The model.
+        latent_shape (`tuple[int, int, int]`, defaults to `(4, 32, 32)`): Shape (C, h, w) of the latents.
+        num_classes (`int`, defaults to 1000): Number of classes.
+        batch_size (`int`, defaults to 32): Images per process and micro-batch.
+        prior_dropout_prob (`float`, defaults to 0.5): The share p_s of images without a prior.
+        mixed_precision (`str`, defaults to `"bf16"`): `"no"`, `"fp16"` or `"bf16"`.
+        gradient_checkpointing (`bool`, defaults to `False`): Whether blocks are computed again in the backward pass.
+        num_averages (`int`, defaults to 1): Averages of the weights.
+        trainable_parameters (`str`, defaults to `"all"`): `"all"` or `"difffit"`, see [`difffit_parameters`].
+        optimizer (`str`, defaults to `"adamw"`): `"adamw"` or `"adamw_8bit"`.
+
+    Returns:
+        [`TrainingCost`].
+
+    Raises:
+        `TypeError`, `ValueError`: an argument is of the wrong type or out of range.
+    """
+    if len(latent_shape) != 3:
+        raise ValueError(f"`latent_shape` must be three integers (C, h, w), got {latent_shape}.")
+    check_at_least("batch_size", batch_size, 1)
+    check_at_least("num_averages", num_averages, 0)
+    check_number("prior_dropout_prob", prior_dropout_prob, 0, 1)
+    check_choice("mixed_precision", mixed_precision, ("no", "fp16", "bf16"))
+    check_choice("trainable_parameters", trainable_parameters, TRAINABLE_PARAMETERS)
+    check_choice("optimizer", optimizer, OPTIMIZERS)
+    prior_share = 0.0 if preset.latent_embedder_config is None else 1 - prior_dropout_prob
+
+    with torch.device("meta"):
+        model = _build(preset, latent_shape, num_classes, trainable_parameters)
+    if gradient_checkpointing:
+        for part in model.children():
+            part.enable_gradient_checkpointing()
+    shares = {num_priors: share for num_priors, share in ((0, 1 - prior_share), (1, prior_share)) if share > 0}
+    counts = {num_priors: count_flops(model, latent_shape, num_priors) for num_priors in shares}
+    forward, training = (
+        sum(share * counts[num_priors][index] for num_priors, share in shares.items()) for index in (0, 1)
+    )
+
+    with FakeTensorMode():
+        fake = _build(preset, latent_shape, num_classes, trainable_parameters)
+        batch, num_priors = _empty_batch(batch_size, latent_shape), round(prior_share * batch_size)
+        activations, largest_block = count_kept_bytes(fake, batch, num_priors, mixed_precision)
+        if gradient_checkpointing:
+            for part in fake.children():
+                part.enable_gradient_checkpointing()
+            activations = largest_block + count_kept_bytes(fake, batch, num_priors, mixed_precision)[0]
+
+    embedder = [] if model.latent_embedder is None else [*model.latent_embedder.parameters()]
+    trainable = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    return TrainingCost(
+        backbone_parameters=sum(parameter.numel() for parameter in model.transformer.parameters()),
+        latent_embedder_parameters=sum(parameter.numel() for parameter in embedder),
+        trainable_parameters=sum(trainable),
+        forward_flops=forward,
+        training_flops=training,
+        moment_bytes=sum(_moment_bytes(count, optimizer) for count in trainable),
+        num_averages=num_averages,
+        activation_bytes=activations,
+    )
+
+
+OPTIMIZERS = ("adamw", "adamw_8bit")
+
+
+@dataclass(frozen=True)
+class EvaluationCost:
+    """
+    What one evaluation of a model costs for one image, in any unit.
+
+    Args:
+        first_stage (`float`): The backbone without a prior: in stage 1, and in the unconditional half of any stage.
+        later_stages (`float`, *optional*): The backbone with a prior.
+        latent_embedder (`float`, *optional*): The LEM, which runs once before each later stage.
+    """
+
+    first_stage: float
+    later_stages: float | None = None
+    latent_embedder: float | None = None
+
+    def stage(self, stage: int, num_evaluations: int, num_guided_evaluations: int) -> float:
+        """
+        The cost of a stage for one image, with the LEM before it.
+
+        Args:
+            stage (`int`): Its number, from 1.
+            num_evaluations (`int`): Evaluations of the conditional velocity.
+            num_guided_evaluations (`int`): How many of them have an unconditional half as well.
+
+        Returns:
+            `float`: The cost.
+        """
+        unconditional = num_guided_evaluations * self.first_stage
+        if stage == 1:
+            return num_evaluations * self.first_stage + unconditional
+        return self.latent_embedder + num_evaluations * self.later_stages + unconditional
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """
+    Size of a model, and what its evaluations cost in two units.
+
+    Args:
+        transformer_parameters (`int`): Parameters of the backbone.
+        latent_embedder_parameters (`int`): Parameters of the LEM, 0 without one.
+        flops ([`EvaluationCost`]): FLOPs of all matrix products, those of attention too.
+        linear_macs ([`EvaluationCost`]): Multiply-adds of the Linears alone.
+    """
+
+    transformer_parameters: int
+    latent_embedder_parameters: int
+    flops: EvaluationCost
+    linear_macs: EvaluationCost
+
+
+UNITS = ("flops", "linear_macs")
+
+
+def _count_operations(run: Callable[[], Any]) -> tuple[int, int]:
+    """FLOPs of all matrix products, and multiply-adds of those of Linears."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    linears = (torch.ops.aten.addmm, torch.ops.aten.mm)
+    counts = counter.get_flop_counts()["Global"]
+    return counter.get_total_flops(), sum(counts.get(operation, 0) for operation in linears) // 2
+
+
+def _latent_size(transformer: DoDTransformer2DModel, latent_size: tuple[int, int] | None) -> tuple[int, int]:
+    patch_size = transformer.config.patch_size
+    if latent_size is None:
+        return (transformer.config.sample_size,) * 2
+    if len(latent_size) != 2 or any(side < 1 or side % patch_size for side in latent_size):
+        raise ValueError(f"`latent_size` must be two multiples of `patch_size` = {patch_size}, got {latent_size}.")
+    return latent_size
+
+
+def count_model(model: Preset | DiffusionPipeline, latent_size: tuple[int, int] | None = None) -> ModelCost:
+    """
+    Counts parameters and operations, by the configs alone: adapters are not among them.
+
+    Args:
+        model ([`Preset`] or [`DoDPipeline`]): The model.
+        latent_size (`tuple[int, int]`, *optional*): Height and width of the latents, the trained ones if not given.
+
+    Returns:
+        [`ModelCost`], of one image.
+
+    Raises:
+        `TypeError`, `ValueError`: the model is neither, or does not take latents of this size.
+    """
+    check_type("model", model, (Preset, DiffusionPipeline))
+    if isinstance(model, Preset):
+        transformer_config, embedder_config = model.transformer_config, model.latent_embedder_config
+    else:
+        transformer_config = model.transformer.config
+        embedder_config = None if model.latent_embedder is None else model.latent_embedder.config
+    with torch.device("meta"):
+        transformer = DoDTransformer2DModel.from_config(transformer_config)
+        embedder = None if embedder_config is None else LatentEmbeddingModule.from_config(embedder_config)
+        latents = torch.empty(1, transformer.config.in_channels, *_latent_size(transformer, latent_size))
+        inputs = latents, torch.empty(1), torch.zeros(1, dtype=torch.int64)
+        counts = [_count_operations(lambda: transformer(*inputs))]
+        if embedder is not None:
+            prior_embeds = embedder(latents).prior_embeds
+            counts.append(_count_operations(lambda: transformer(*inputs, prior_embeds=prior_embeds)))
+            counts.append(_count_operations(lambda: embedder(latents)))
+    flops, linear_macs = (EvaluationCost(*figures) for figures in zip(*counts, strict=True))
+    embedder_parameters = 0 if embedder is None else embedder.num_parameters()
+    return ModelCost(transformer.num_parameters(), embedder_parameters, flops, linear_macs)
+
+
+def count_decoder(vae: Autoencoder, latent_size: tuple[int, int]) -> int:
+    """
+    FLOPs of decoding one image, those of convolutions too.
+
+    Args:
+        vae (`AutoencoderKL`, `AutoencoderDC` or `AutoencoderRAE`): The autoencoder, of which the config is looked at.
+        latent_size (`tuple[int, int]`): Height and width of the latents.
+
+    Returns:
+        `int`: The FLOPs.
+    """
+    with torch.device("meta"):
+        vae = type(getattr(vae, "_orig_mod", vae)).from_config(vae.config)
+        latents = torch.empty(1, latent_channels(vae), *latent_size)
+        return _count_operations(lambda: decode_pixels(latents, vae))[0]
+
+
+def _count_guided(stage: Stage, guidance: Guidance) -> int:
+    """How many evaluations of the steps that a stage has laid out are guided."""
+    velocity = GuidedVelocity(transformer=None, batch_size=len(stage.sigmas), guidance=guidance)
+    return int(velocity.rows_to_guide(stage.sigmas * NUM_TRAIN_TIMESTEPS, stage.guidance_scale).sum())
+
+
+def sampling_compute(
+    model: Preset | DiffusionPipeline,
+    stage_inference_steps: Sequence[int] | None = None,
+    stage_guidance_scales: Sequence[float] | None = None,
+    stage_solvers: Sequence[str | SchedulerMixin | None] | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    latent_size: tuple[int, int] | None = None,
+    cost: ModelCost | None = None,
+) -> dict[str, Any]:
+    """
+    What it costs to sample the latents of one image from stage 1 on. Arguments that a call of [`DoDPipeline`] has as
+    well mean the same here and have the same defaults; the null condition is the default, (null class, S).
+
+    Args:
+        model ([`Preset`] or [`DoDPipeline`]): The model.
+        stage_inference_steps (`Sequence[int]`, *optional*): Intervals of each stage.
+        stage_guidance_scales (`Sequence[float]`, *optional*): Scale of each stage; 1 is no guidance, any other costs
+            the same.
+        stage_solvers (`Sequence[str | SchedulerMixin | None]`, *optional*): Solver of each stage, of fixed steps.
+        guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Guides where low <= sigma <= high only.
+        latent_size (`tuple[int, int]`, *optional*): Height and width of the latents, the trained ones if not given.
+        cost ([`ModelCost`], *optional*): What [`count_model`] returned before.
+
+    Returns:
+        `dict`: `flops` and `linear_macs`, the sums over `stages`, of which each has these two, with the LEM before
+        it, `num_evaluations` and `num_guided_evaluations`.
+
+    Raises:
+        `TypeError`, `ValueError`: an argument is out of range, or a solver chooses its own steps.
+    """
+    cost = count_model(model, latent_size) if cost is None else cost
+    is_preset = isinstance(model, Preset)
+    defaults = model.pipeline_config if is_preset else model.config
+    scheduler = DoDFlowMatchScheduler() if is_preset else copy.deepcopy(model.scheduler)
+    has_embedder = cost.flops.latent_embedder is not None
+    given = next((values for values in (stage_inference_steps, stage_guidance_scales) if values is not None), None)
+    num_stages = len(given) if given is not None else defaults["default_num_stages"] if has_embedder else 1
+    if stage_guidance_scales is None:
+        unguided = [1.0] * has_embedder
+        stage_guidance_scales = (unguided + [defaults["default_guidance_scale"]] * num_stages)[:num_stages]
+    if num_stages < 1 or (num_stages > 1 and not has_embedder):
+        accepted = ">= 1" if has_embedder else "1 without a latent embedder"
+        raise ValueError(f"The number of stages must be {accepted}, got {num_stages}.")
+    guidance = Guidance(interval=guidance_interval)
+    planned = plan_stages(
+        range(1, num_stages + 1),
+        scheduler,
+        defaults["default_num_inference_steps"],
+        stage_guidance_scales,
+        stage_inference_steps,
+        copy.deepcopy(stage_solvers),
+    )
+    stages = []
+    for stage in planned:
+        num_evaluations = stage.lay_out()
+        if num_evaluations is None:
+            raise ValueError(
+                "`stage_solvers` must hold solvers of fixed steps, whose evaluations are known before, "
+                f"got {stage.scheduler.config.solver!r}."
+            )
+        num_guided = _count_guided(stage, guidance)
+        stages.append(
+            {
+                "num_evaluations": num_evaluations,
+                "num_guided_evaluations": num_guided,
+                "flops": cost.flops.stage(stage.number, num_evaluations, num_guided),
+                "linear_macs": cost.linear_macs.stage(stage.number, num_evaluations, num_guided),
+            }
+        )
+    return {name: sum(stage[name] for stage in stages) for name in UNITS} | {"stages": stages}
+
+
+def steps_within_budget(
+    budget: float,
+    model: Preset | DiffusionPipeline,
+    stage_guidance_scales: Sequence[float],
+    stage_solvers: Sequence[str | SchedulerMixin | None] | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    latent_size: tuple[int, int] | None = None,
+    cost: ModelCost | None = None,
+) -> int:
+    """
+    The most steps, as many in every stage, that cost no more than a budget: for comparisons at equal compute.
+
+    Args:
+        budget (`float`): FLOPs of one image.
+        model ([`Preset`] or [`DoDPipeline`]): The model.
+        stage_guidance_scales (`Sequence[float]`): Scale of each stage; 1 is no guidance.
+        stage_solvers (`Sequence[str | SchedulerMixin | None]`, *optional*): Solver of each stage, of fixed steps.
+        guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Guides where low <= sigma <= high only.
+        latent_size (`tuple[int, int]`, *optional*): Height and width of the latents, the trained ones if not given.
+        cost ([`ModelCost`], *optional*): What [`count_model`] returned before.
+
+    Returns:
+        `int`: The number of intervals of each stage, 0 if a single one costs more.
+
+    Raises:
+        `TypeError`, `ValueError`: an argument is out of range, or a solver chooses its own steps.
+    """
+    check_number("budget", budget, 0)
+    cost = count_model(model, latent_size) if cost is None else cost
+
+    def flops(num_inference_steps: int) -> float:
+        steps = [num_inference_steps] * len(stage_guidance_scales)
+        return sampling_compute(model, steps, stage_guidance_scales, stage_solvers, guidance_interval, cost=cost)[
+            "flops"
+        ]
+
+    return bisect_right(range(1, int(budget // cost.flops.first_stage) + 2), budget, key=flops)

@@ -1,0 +1,435 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""
+Aspect-ratio buckets: pictures of many shapes, each cropped to the nearest of a few sizes of about the same area.
+
+    folder/buckets.json             what the latents depend on, the classes and the buckets; written last
+    folder/bucket-<height>x<width>/   the latents of the pictures of one size, see [`LatentDataset`]
+
+All samples of an optimizer step come from one bucket, so that they have one shape on every process.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+from torch.utils.data import DataLoader, Dataset
+
+from ..autoencoders import Autoencoder
+from ..checks import check_at_least, check_number, check_type
+from ..seeding import stateless_generator
+from .encoding import SHARD_SIZE, check_bad_images, encode_latents, finish_latents, latent_settings
+from .latents import LatentDataset, Latents, check_settings, is_complete
+from .pictures import PictureDataset, Pictures, cover_and_crop
+from .sample_stream import EpochOrder
+from .vision_features import VisionFeatures
+
+
+BUCKETS = "buckets.json"
+FORMAT = 1
+SHARED_SETTINGS = ("class_names", "resolution", "random_flip", "autoencoder", "latents_dtype", "vision_model")
+STEPS_PER_BLOCK = 4096
+
+
+def bucket_sizes(resolution: int, multiple: int, max_aspect_ratio: float = 2.0) -> list[tuple[int, int]]:
+    """
+    The sizes whose sides are multiples of a number, whose area is at most that of the square, and whose longer side is
+    at most `max_aspect_ratio` times the shorter one; but for those that fit into another one. So each height has one
+    width, the square is one of them, and with a size comes the same size on its side.
+
+    Args:
+        resolution (`int`): Side of the square in pixels.
+        multiple (`int`): What sides are multiples of: pixels per latent pixel times the patch size.
+        max_aspect_ratio (`float`, defaults to 2.0): Longer side over shorter side at most, at least 1.
+
+    Returns:
+        `list[tuple[int, int]]`: Heights and widths in pixels, from the lowest to the highest.
+
+    Raises:
+        `ValueError`, `TypeError`: an argument is out of range or of the wrong type.
+    """
+    check_at_least("multiple", multiple, 1)
+    check_at_least("resolution", resolution, 1)
+    if resolution % multiple:
+        raise ValueError(f"`resolution` must be a multiple of `multiple` = {multiple}, got {resolution}.")
+    check_number("max_aspect_ratio", max_aspect_ratio, 1)
+    area = (resolution // multiple) ** 2
+    sizes, widest = [], 0
+    for height in range(int(min(area, resolution // multiple * max_aspect_ratio)), 0, -1):
+        width = int(min(area // height, height * max_aspect_ratio))
+        if width > widest and height <= width * max_aspect_ratio:
+            sizes.append((height * multiple, width * multiple))
+            widest = width
+    return sizes[::-1]
+
+
+def _open_row(pictures: PictureDataset, index: int) -> tuple[Image.Image, int]:
+    """The picture at `index`, of which only the header has been read, and its class id."""
+    row = pictures.dataset[index]
+    source, label = row[pictures.image_column], row[pictures.label_column]
+    if source is None or label is None:
+        raise ValueError(f"row {index} lacks its {'picture' if source is None else 'label'}")
+    image = Image.open(source["path"] if source["bytes"] is None else io.BytesIO(source["bytes"]))
+    return image, label if pictures.class_ids is None else pictures.class_ids[label]
+
+
+class _AspectRatios(Dataset):
+    """The logarithm of height / width of each picture, 0 for those that cannot be opened."""
+
+    def __init__(self, pictures: PictureDataset):
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> float:
+        try:
+            image, _ = _open_row(self.pictures, index)
+            with image:
+                # The class's own method would decode a PNG to look behind its pixels.
+                orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+                ratio = math.log(image.height / image.width)
+        except MemoryError:
+            raise
+        except Exception:  # of whatever reads the file
+            return 0.0
+        # Pillow has turned the size of a TIFF already.
+        return -ratio if orientation in (5, 6, 7, 8) and image.format != "TIFF" else ratio
+
+
+def assign_buckets(pictures: Pictures, sizes: Sequence[tuple[int, int]], num_workers: int = 0) -> list[int]:
+    """
+    The size whose aspect ratio is nearest to that of each picture, in the logarithm.
+
+    Only headers are read, with the orientation of EXIF unless it stands behind the pixels of a PNG. Pictures that
+    cannot be opened count as squares: whatever encodes them reports them.
+
+    Args:
+        pictures ([`Pictures`]): Pictures whose `dataset` is a [`PictureDataset`].
+        sizes (`Sequence[tuple[int, int]]`): Heights and widths, see [`bucket_sizes`].
+        num_workers (`int`, defaults to 0): Processes that read headers; 0 reads them in this one.
+
+    Returns:
+        `list[int]`: For each picture an index of `sizes`.
+
+    Raises:
+        `ValueError`, `TypeError`: there are no pictures or no sizes, or the pictures are no [`PictureDataset`].
+    """
+    check_type("pictures.dataset", pictures.dataset, PictureDataset)  # procedural pictures are squares
+    for name, values in {"pictures": pictures.dataset, "sizes": sizes}.items():
+        if len(values) == 0:
+            raise ValueError(f"`{name}` must hold at least one, got 0.")
+    loader = DataLoader(_AspectRatios(pictures.dataset), batch_size=256, num_workers=num_workers, collate_fn=np.array)
+    ratios = np.concatenate(list(loader))
+    targets = np.log([height / width for height, width in sizes])
+    return np.abs(ratios[:, None] - targets).argmin(axis=1).tolist()
+
+
+class BucketPictures(Dataset):
+    """
+    The pictures of one bucket as uint8 arrays, cropped by [`cover_and_crop`].
+
+    Args:
+        pictures ([`PictureDataset`]): All pictures.
+        indices (`Sequence[int]`): Which of them are in the bucket.
+        height (`int`): Height of the bucket in pixels.
+        width (`int`): Width of the bucket in pixels.
+    """
+
+    def __init__(self, pictures: PictureDataset, indices: Sequence[int], height: int, width: int):
+        self.pictures = pictures
+        self.indices = indices
+        self.height = height
+        self.width = width
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image, label = _open_row(self.pictures, self.indices[index])
+        with image:
+            return {"image": cover_and_crop(image, self.height, self.width), "label": label}
+
+    def path_of(self, index: int) -> str:
+        """The path of the picture at `index` of the bucket, or its place among all pictures if it has none."""
+        return self.pictures.path_of(self.indices[index])
+
+
+def split_pictures(
+    pictures: Pictures, sizes: Sequence[tuple[int, int]], num_workers: int = 0
+) -> dict[tuple[int, int], Pictures]:
+    """
+    The pictures of each bucket that has any.
+
+    Args:
+        pictures ([`Pictures`]): Pictures whose `dataset` is a [`PictureDataset`].
+        sizes (`Sequence[tuple[int, int]]`): Heights and widths, see [`bucket_sizes`].
+        num_workers (`int`, defaults to 0): Processes that read headers; 0 reads them in this one.
+
+    Returns:
+        `dict[tuple[int, int], Pictures]`: By height and width, each with a fingerprint of its own.
+
+    Raises:
+        `ValueError`, `TypeError`: see [`assign_buckets`].
+    """
+    assigned = np.array(assign_buckets(pictures, sizes, num_workers))
+    buckets = {}
+    for number in np.unique(assigned).tolist():
+        height, width = sizes[number]
+        indices = np.flatnonzero(assigned == number)
+        digest = hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()
+        buckets[height, width] = replace(
+            pictures,
+            dataset=BucketPictures(pictures.dataset, indices.tolist(), height, width),
+            fingerprint=f"{pictures.fingerprint}-{height}x{width}-{digest}",
+        )
+    return buckets
+
+
+def encode_buckets(
+    pictures: Pictures,
+    sizes: Sequence[tuple[int, int]],
+    vae: Autoencoder | None,
+    folder: Path,
+    random_flip: bool,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    latents_dtype: str = "float32",
+    shard_size: int = SHARD_SIZE,
+    on_bad_image: str = "error",
+    process_index: int = 0,
+    num_processes: int = 1,
+    vision: VisionFeatures | None = None,
+    together: Callable[[], AbstractContextManager] = nullcontext,
+) -> "BucketedLatents":
+    """
+    The latents of all buckets, encoded by all processes unless this has been done. A run that was stopped goes on
+    where it was.
+
+    Args:
+        pictures ([`Pictures`]): Pictures whose `dataset` is a [`PictureDataset`].
+        sizes (`Sequence[tuple[int, int]]`): Heights and widths, see [`bucket_sizes`].
+        vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
+        folder (`Path`): Where the latents are or go.
+        random_flip (`bool`): Whether to encode the mirror images too.
+        batch_size (`int`, defaults to 64): Pictures per pass of the autoencoder.
+        num_workers (`int`, defaults to 0): Processes that read pictures; 0 reads them in this one.
+        latents_dtype (`str`, defaults to `"float32"`): See [`latent_settings`].
+        shard_size (`int`, defaults to 4096): Pictures per shard.
+        on_bad_image (`str`, defaults to `"error"`):
+            `"error"` refuses data with pictures that cannot be read, `"skip"` leaves them out and counts them.
+        process_index (`int`, defaults to 0): Which process this is.
+        num_processes (`int`, defaults to 1): Number of processes, which share the shards.
+        vision ([`VisionFeatures`], *optional*): A vision model whose features of the pictures are stored too.
+        together (`Callable`, defaults to `nullcontext`):
+            Gives a context that waits at its end for all processes and raises in each if one has failed.
+
+    Returns:
+        [`BucketedLatents`].
+
+    Raises:
+        `ValueError`, `TypeError`: the folder has the latents of other pictures, sizes or of another autoencoder, there
+            are no pictures or no sizes, or, as a [`BadImagesError`], a picture cannot be read.
+    """
+    shared = latent_settings(pictures, vae, random_flip, latents_dtype, vision)
+    settings = shared | {"transform": "ADM centre crop to buckets", "bucket_sizes": [list(size) for size in sizes]}
+    with together():  # all have looked before anyone writes
+        is_done = _is_done(folder, settings)
+    if not is_done:
+        with together():
+            buckets = split_pictures(pictures, sizes, num_workers)
+            num_shards = 0
+            for size, bucket in buckets.items():
+                encode_latents(
+                    bucket,
+                    vae,
+                    folder / _name(size),
+                    random_flip,
+                    batch_size,
+                    num_workers,
+                    latents_dtype,
+                    shard_size,
+                    on_bad_image,
+                    process_index=(process_index - num_shards) % num_processes,  # goes on where the last bucket ended
+                    num_processes=num_processes,
+                    vision=vision,
+                )
+                num_shards += -(-len(bucket.dataset) // shard_size)
+        with together():
+            if process_index == 0:
+                _finish_buckets(folder, buckets, settings, shared, on_bad_image)
+    latents = BucketedLatents(folder)
+    check_settings(folder, latents.manifest, settings)
+    check_bad_images(latents.manifest["bad_images"], on_bad_image)
+    return latents
+
+
+def _name(size: tuple[int, int]) -> str:
+    return f"bucket-{size[0]}x{size[1]}"
+
+
+def _is_done(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether all buckets are there; raises a `ValueError` if they are so under other settings."""
+    if not (folder / BUCKETS).exists():
+        return False
+    manifest = json.loads((folder / BUCKETS).read_text())
+    check_settings(folder, manifest, settings)
+    return all(is_complete(folder / bucket["folder"]) for bucket in manifest["buckets"])
+
+
+def _finish_buckets(
+    folder: Path,
+    buckets: dict[tuple[int, int], Pictures],
+    settings: dict[str, Any],
+    shared: dict[str, Any],
+    on_bad_image: str,
+) -> None:
+    """Writes the manifests once all shards are there; `shared` are the settings of all pictures as of one bucket."""
+    bad, entries = [], []
+    for (height, width), bucket in buckets.items():
+        bucket_folder = folder / _name((height, width))
+        notes = [json.loads(path.read_text()) for path in bucket_folder.glob("shard-*.json")]
+        unreadable = [entry for note in notes for entry in note["bad_images"]]
+        bad += [{**entry, "index": bucket.dataset.indices[entry["index"]]} for entry in unreadable]
+        if len(unreadable) == len(bucket.dataset):
+            continue  # nothing to train on
+        own = {"pictures": bucket.fingerprint, "num_pictures": len(bucket.dataset)}
+        manifest = finish_latents(bucket_folder, shared | own, on_bad_image="skip")
+        factor = height // manifest["latent_shape"][1]
+        count = manifest["num_samples"]
+        entries.append({"folder": bucket_folder.name, "height": height, "width": width, "num_samples": count})
+    bad.sort(key=lambda entry: entry["index"])
+    check_bad_images(bad, on_bad_image)
+    if not entries:
+        raise ValueError(f"{folder} must hold at least one picture, got none of {settings['num_pictures']}.")
+    side = settings["resolution"] // factor
+    content = {
+        "format": FORMAT,
+        **settings,
+        "num_samples": sum(entry["num_samples"] for entry in entries),
+        "num_views": manifest["num_views"],
+        "latent_shape": [manifest["latent_shape"][0], side, side],  # of the square
+        "bad_images": bad,
+        "buckets": entries,
+    }
+    unfinished = folder / f".{BUCKETS}.unfinished"
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(unfinished, folder / BUCKETS)
+
+
+class BucketedLatents(Latents):
+    """
+    The latents that [`encode_buckets`] wrote, of all buckets in a row.
+
+    Args:
+        folder (`Path`): Where they are.
+
+    Raises:
+        `ValueError`: there is no list of buckets, it is of another format, or a bucket is missing or was made with
+            other settings.
+    """
+
+    def __init__(self, folder: Path):
+        folder = Path(folder)
+        try:
+            manifest = json.loads((folder / BUCKETS).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} must hold buckets, with a {BUCKETS}, got none: {error}") from error
+        if manifest.get("format") != FORMAT:
+            raise ValueError(f"{folder} must hold buckets of format {FORMAT}, got {manifest.get('format')}.")
+        #: The latents of each bucket.
+        self.buckets = [LatentDataset(folder / bucket["folder"]) for bucket in manifest["buckets"]]
+        shared = {name: manifest.get(name) for name in SHARED_SETTINGS}
+        for bucket in self.buckets:
+            check_settings(bucket.folder, bucket.manifest, shared)
+        self._starts = np.cumsum([0, *self.bucket_lengths])
+        super().__init__(folder, manifest, torch.cat([bucket.labels for bucket in self.buckets]))
+
+    def _locate(self, index: int) -> tuple[LatentDataset, int]:
+        """The bucket of a picture, and its index there."""
+        bucket = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.buckets[bucket], index - int(self._starts[bucket])
+
+    @property
+    def bucket_lengths(self) -> list[int]:
+        """Number of pictures of each bucket, in the order of the indices."""
+        return [len(bucket) for bucket in self.buckets]
+
+    def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+        bucket, row = self._locate(index)
+        return bucket.read(row, view)
+
+    def read_features(self, index: int, view: int = 0) -> torch.Tensor | None:
+        bucket, row = self._locate(index)
+        return bucket.read_features(row, view)
+
+
+class BucketOrder:
+    """
+    An order of pictures in buckets in which all positions of an optimizer step come from one bucket, in place of
+    [`EpochOrder`].
+
+    The bucket of a step is a function of (seed, step), drawn with a probability that is the bucket's share of the
+    pictures. Its pictures come in endless passes, each in an order that is a function of (seed, bucket, pass). So each
+    picture is used as often as any other on average, and not once per pass over all pictures.
+
+    Args:
+        bucket_lengths (`Sequence[int]`): Number of pictures of each bucket.
+        images_per_step (`int`): Positions of an optimizer step. Another number gives another order.
+        seed (`int`): Seed of the order.
+
+    Raises:
+        `ValueError`, `TypeError`: an argument is out of range or of the wrong type.
+    """
+
+    def __init__(self, bucket_lengths: Sequence[int], images_per_step: int, seed: int):
+        if len(bucket_lengths) == 0:
+            raise ValueError("`bucket_lengths` must hold at least one length, got none.")
+        for length in bucket_lengths:
+            check_at_least("bucket_lengths", length, 1)
+        check_at_least("images_per_step", images_per_step, 1)
+        check_at_least("seed", seed, 0)
+        self.images_per_step = images_per_step
+        self.seed = seed
+        self._ends = torch.tensor(bucket_lengths).cumsum(0)
+        self._orders = [
+            EpochOrder(length, stateless_generator(seed, 0, 0, bucket).initial_seed())
+            for bucket, length in enumerate(bucket_lengths)
+        ]
+        # Steps are drawn in blocks: how many steps of each bucket are before each block, as far as it is known.
+        self._steps_before = [torch.zeros(len(bucket_lengths), dtype=torch.int64)]
+        self._latest: tuple[int, torch.Tensor] | None = None  # (block, buckets of its steps)
+
+    def _draw(self, block: int) -> torch.Tensor:
+        """The buckets of the steps of a block."""
+        generator = stateless_generator(self.seed, 0, 1, block)
+        pictures = torch.randint(int(self._ends[-1]), (STEPS_PER_BLOCK,), generator=generator)
+        return torch.bucketize(pictures, self._ends, right=True)
+
+    def _bucket_of(self, step: int) -> tuple[int, int]:
+        """The bucket of a step, and how many steps before it had the same."""
+        block, offset = divmod(step, STEPS_PER_BLOCK)
+        while len(self._steps_before) <= block:
+            counts = torch.bincount(self._draw(len(self._steps_before) - 1), minlength=len(self._orders))
+            self._steps_before.append(self._steps_before[-1] + counts)
+        if self._latest is None or self._latest[0] != block:
+            self._latest = (block, self._draw(block))
+        buckets = self._latest[1]
+        bucket = int(buckets[offset])
+        return bucket, int(self._steps_before[block][bucket] + (buckets[:offset] == bucket).sum())
+
+    def __call__(self, position: int) -> int:
+        """The index of the picture that stands at `position` of the stream."""
+        step, offset = divmod(position, self.images_per_step)
+        bucket, num_steps = self._bucket_of(step)
+        order = self._orders[bucket]
+        return int(self._ends[bucket]) - order.num_samples + order(num_steps * self.images_per_step + offset)

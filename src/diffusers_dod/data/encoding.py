@@ -1,0 +1,301 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""Encodes images into the shards that [`LatentDataset`] reads: all processes share them, a stopped run goes on."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from ..autoencoders import Autoencoder, encode_moments
+from ..checks import check_choice
+from ..files import file_sha256, sha256_of_weights
+from .latents import DTYPES, FORMAT, MANIFEST, check_settings
+from .pictures import TRANSFORM, Pictures, to_pixels
+from .vision_features import VisionFeatures
+
+
+ON_BAD_IMAGE = ("error", "skip")
+SHARD_SIZE = 4096
+
+
+class BadImagesError(ValueError):
+    """
+    Pictures that could not be read.
+
+    Args:
+        bad (`list[dict]`): The `index`, the `path` and the `reason` of each.
+    """
+
+    def __init__(self, bad: list[dict[str, Any]]):
+        shown = "; ".join(f"{entry['path']}: {entry['reason']}" for entry in bad[:20])
+        more = f"; and {len(bad) - 20} more" if len(bad) > 20 else ""
+        super().__init__(
+            f"{len(bad)} pictures cannot be read: {shown}{more}. Repair or remove them, or leave them out with "
+            "`on_bad_image` = 'skip'."
+        )
+        self.bad = bad
+
+
+def describe_autoencoder(vae: Autoencoder | None) -> dict[str, str] | None:
+    """What identifies an autoencoder: the class of `vae` and hashes of its config and its weights."""
+    if vae is None:
+        return None
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    return {
+        "class_name": type(vae).__name__,
+        "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+        "weights_sha256": sha256_of_weights(vae.state_dict()),
+    }
+
+
+def latent_settings(
+    pictures: Pictures,
+    vae: Autoencoder | None,
+    random_flip: bool,
+    latents_dtype: str = "float32",
+    vision: VisionFeatures | None = None,
+) -> dict[str, Any]:
+    """
+    What latents depend on, as their manifest states it.
+
+    Args:
+        pictures ([`Pictures`]): The pictures.
+        vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
+        random_flip (`bool`): Whether the mirror images are encoded too.
+        latents_dtype (`str`, defaults to `"float32"`): `"float32"`, `"float16"` or `"bfloat16"`, on disk.
+        vision ([`VisionFeatures`], *optional*): The vision model whose features are stored too.
+
+    Returns:
+        `dict`: The settings, which JSON can hold.
+    """
+    check_choice("latents_dtype", latents_dtype, tuple(DTYPES))
+    settings = {
+        "pictures": pictures.fingerprint,
+        "num_pictures": len(pictures.dataset),
+        "class_names": list(pictures.class_names),
+        "transform": TRANSFORM,
+        "resolution": pictures.resolution,
+        "random_flip": random_flip,
+        "autoencoder": describe_autoencoder(vae),
+        "latents_dtype": latents_dtype,
+    }
+    return settings if vision is None else {**settings, "vision_model": vision.describe()}
+
+
+class _Readable(Dataset):
+    """A picture data set that gives the reason of what cannot be read in place of it."""
+
+    def __init__(self, pictures: Pictures):
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            sample = self.pictures.dataset[index]
+        except MemoryError:
+            raise
+        except Exception as error:  # of whatever reads the file
+            return {"index": index, "reason": f"{type(error).__name__}: {error}"}
+        num_classes = len(self.pictures.class_names)
+        if not 0 <= int(sample["label"]) < num_classes:
+            return {"index": index, "reason": f"its label is {sample['label']}, not in [0, {num_classes - 1}]"}
+        return {"index": index, **sample}
+
+
+def _shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+def _publish(path: Path, write: Callable[[Path], None]) -> None:
+    """Writes a file that is there as a whole or not at all, readable for whom the process's other files are."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    write(unfinished)
+    umask = os.umask(0)
+    os.umask(umask)
+    unfinished.chmod(0o666 & ~umask)
+    os.replace(unfinished, path)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    _publish(path, lambda unfinished: unfinished.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def _read_note(folder: Path, shard: int) -> dict[str, Any] | None:
+    """What was noted of a shard, `None` unless both are there."""
+    path = _shard_path(folder, shard)
+    note = path.with_suffix(".json")
+    return json.loads(note.read_text()) if note.exists() and path.exists() else None
+
+
+def _is_done(folder: Path, shard: int, settings: dict[str, Any], on_bad_image: str) -> bool:
+    """
+    Whether a shard was written under the same settings; raises a `ValueError` if under others. Where bad pictures are
+    an error, they are tried again.
+    """
+    note = _read_note(folder, shard)
+    if note is None:
+        return False
+    check_settings(folder, note["settings"], settings)
+    return on_bad_image == "skip" or not note["bad_images"]
+
+
+@torch.no_grad()
+def encode_latents(
+    pictures: Pictures,
+    vae: Autoencoder | None,
+    folder: Path,
+    random_flip: bool,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    latents_dtype: str = "float32",
+    shard_size: int = SHARD_SIZE,
+    on_bad_image: str = "error",
+    process_index: int = 0,
+    num_processes: int = 1,
+    vision: VisionFeatures | None = None,
+) -> None:
+    """
+    Writes the shards that fall to one process, but for those that are there already.
+
+    Args:
+        pictures ([`Pictures`]): The pictures.
+        vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
+        folder (`Path`): Where the shards go.
+        random_flip (`bool`): Whether to encode the mirror images too.
+        batch_size (`int`, defaults to 64): Pictures per pass of the autoencoder.
+        num_workers (`int`, defaults to 0): Processes that read pictures; 0 reads them in this one.
+        latents_dtype (`str`, defaults to `"float32"`): See [`latent_settings`].
+        shard_size (`int`, defaults to 4096): Pictures per shard.
+        on_bad_image (`str`, defaults to `"error"`):
+            Pictures that cannot be read are left out and noted; with `"error"` the next call tries them again.
+        process_index (`int`, defaults to 0): Which process this is; it writes every `num_processes`-th shard.
+        num_processes (`int`, defaults to 1): Number of processes.
+        vision ([`VisionFeatures`], *optional*): A vision model whose features of the pictures are stored too.
+
+    Raises:
+        `ValueError`: the folder has shards with other settings, latents are too large for `latents_dtype`, or features
+            for float16.
+    """
+    check_choice("on_bad_image", on_bad_image, ON_BAD_IMAGE)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {**latent_settings(pictures, vae, random_flip, latents_dtype, vision), "shard_size": shard_size}
+    device = next(vae.parameters()).device if vae is not None else torch.device("cpu")
+    dtype = DTYPES[latents_dtype]
+    num_pictures = len(pictures.dataset)
+    shards = range(process_index, -(-num_pictures // shard_size), num_processes)
+    todo = [shard for shard in shards if not _is_done(folder, shard, settings, on_bad_image)]
+    batches = [
+        list(range(start, min(start + batch_size, (shard + 1) * shard_size, num_pictures)))
+        for shard in todo
+        for start in range(shard * shard_size, min((shard + 1) * shard_size, num_pictures), batch_size)
+    ]
+    loader = iter(DataLoader(_Readable(pictures), batch_sampler=batches, num_workers=num_workers, collate_fn=list))
+    progress = tqdm(total=sum(map(len, batches)), desc="Encoding pictures", disable=process_index > 0)
+    for shard in todo:
+        parts: dict[str, list[torch.Tensor]] = {"mean": [], "std": [], "labels": [], "features": []}
+        bad = []
+        for _ in range(-(-min(shard_size, num_pictures - shard * shard_size) // batch_size)):
+            rows = next(loader)
+            progress.update(len(rows))
+            bad += [{"index": row["index"], "reason": row["reason"]} for row in rows if "reason" in row]
+            rows = [row for row in rows if "reason" not in row]
+            if not rows:
+                continue
+            pixels = to_pixels(torch.from_numpy(np.stack([row["image"] for row in rows]))).to(device)
+            views = [pixels, pixels.flip(-1)] if random_flip else [pixels]
+            means, stds = zip(*(encode_moments(view, vae) for view in views), strict=True)
+            parts["mean"].append(torch.stack(means, dim=1).to(dtype).cpu())  # (B, views, C, h, w)
+            if stds[0] is not None:
+                parts["std"].append(torch.stack(stds, dim=1).to(dtype).cpu())
+            parts["labels"].append(torch.tensor([int(row["label"]) for row in rows]))
+            if vision is not None:  # (B, views, rows, columns, D)
+                parts["features"].append(torch.stack([vision(view).half() for view in views], dim=1).cpu())
+        tensors = {name: torch.cat(chunks) for name, chunks in parts.items() if chunks}
+        nonfinite = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+        if nonfinite == ["features"]:
+            raise ValueError("`vision` must give features that float16 can hold, got some that are not finite in it.")
+        if nonfinite:
+            raise ValueError(
+                f"`latents_dtype` must hold the latents, got {latents_dtype!r}, in which some are not finite."
+            )
+        path = _shard_path(folder, shard)
+        path.with_suffix(".json").unlink(missing_ok=True)
+        _publish(path, lambda unfinished, tensors=tensors: save_file(tensors, unfinished))
+        for entry in bad:
+            entry["path"] = pictures.path_of(entry["index"])
+        note = {
+            "settings": settings,
+            "num_samples": len(tensors["labels"]) if tensors else 0,
+            "latent_shape": list(tensors["mean"].shape[2:]) if tensors else None,
+            "sha256": file_sha256(path),
+            "bad_images": bad,
+        }
+        _write_json(path.with_suffix(".json"), note)
+    progress.close()
+
+
+def finish_latents(folder: Path, settings: dict[str, Any], on_bad_image: str = "error") -> dict[str, Any]:
+    """
+    Writes the manifest once all shards are there.
+
+    Args:
+        folder (`Path`): Where the shards are.
+        settings (`dict`): What [`latent_settings`] gives.
+        on_bad_image (`str`, defaults to `"error"`):
+            `"error"` refuses data with pictures that could not be read, `"skip"` leaves them out and counts them.
+
+    Returns:
+        `dict`: The manifest.
+
+    Raises:
+        `ValueError`: a shard is missing or has other settings, no picture could be read, or, as a [`BadImagesError`],
+            some could not.
+    """
+    check_choice("on_bad_image", on_bad_image, ON_BAD_IMAGE)
+    first = _read_note(folder, 0)
+    shard_size = SHARD_SIZE if first is None else first["settings"]["shard_size"]
+    num_shards = -(-settings["num_pictures"] // shard_size)
+    notes = [_read_note(folder, shard) for shard in range(num_shards)]
+    if None in notes:
+        missing = [_shard_path(folder, shard).name for shard, note in enumerate(notes) if note is None]
+        raise ValueError(
+            f"{folder} must hold {num_shards} shards, got {num_shards - len(missing)}, without "
+            f"{', '.join(missing[:5])}: encode the rest first."
+        )
+    for note in notes:
+        check_settings(folder, note["settings"], {**settings, "shard_size": shard_size})
+    bad = [entry for note in notes for entry in note["bad_images"]]
+    check_bad_images(bad, on_bad_image)
+    num_samples = sum(note["num_samples"] for note in notes)
+    if num_samples == 0:
+        raise ValueError(f"{folder} must hold at least one picture, got none of {settings['num_pictures']}.")
+    manifest = {
+        "format": FORMAT,
+        **settings,
+        "num_samples": num_samples,
+        "num_views": 2 if settings["random_flip"] else 1,
+        "latent_shape": next(note["latent_shape"] for note in notes if note["latent_shape"] is not None),
+        "bad_images": bad,
+        "shards": [
+            {"file": _shard_path(folder, shard).name, "num_samples": note["num_samples"], "sha256": note["sha256"]}
+            for shard, note in enumerate(notes)
+        ],
+    }
+    _write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def check_bad_images(bad: list[dict[str, Any]], on_bad_image: str) -> None:
+    """Raises a `BadImagesError` if there are `bad` pictures and `on_bad_image` is `"error"`."""
+    if bad and on_bad_image == "error":
+        raise BadImagesError(bad)

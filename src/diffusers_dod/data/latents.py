@@ -1,0 +1,258 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""
+Latents of a picture data set, on disk: safetensors shards and a manifest that says what they are.
+
+    folder/manifest.json          what the latents depend on, the classes, the shards and their hashes
+    folder/shard-00000.safetensors   `mean` and, unless the autoencoder is deterministic, `std` (n, views, C, h, w) of
+                                     the normalised posterior, and `labels` (n,); if wanted `features` (n, views,
+                                     rows, columns, D) of a vision model, in float16
+    folder/shard-00000.json       written after its shard: what a run that was stopped need not do again
+
+A shard holds the pictures of a fixed range of indices, so that any number of processes write the same files. View 0 is
+the picture, view 1 its mirror image. Shards are mapped into memory: a sample is read when it is asked for.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..files import file_sha256
+from .pictures import TRANSFORM, Pictures
+
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def _describe_difference(found: Any, expected: Any) -> tuple[str, str]:
+    if isinstance(found, list) and isinstance(expected, list):
+        index = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), None)
+        index = min(len(found), len(expected)) if index is None else index
+        return tuple(f"{len(values)} with {values[index : index + 1]} at {index}" for values in (found, expected))
+    return repr(found), repr(expected)
+
+
+def check_settings(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """
+    Raises unless latents were made as they should have been.
+
+    Args:
+        folder (`Path`): Where they are.
+        found (`dict`): Their settings.
+        expected (`dict`): What [`latent_settings`] gives.
+
+    Raises:
+        `ValueError`: a field differs; the message names it.
+    """
+    for name, value in expected.items():
+        if found.get(name) != value:
+            received, wanted = _describe_difference(found.get(name), value)
+            raise ValueError(
+                f"{folder} must hold latents with `{name}` = {wanted}, got {received}: remove it, or use another "
+                "folder."
+            )
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether `folder` has a manifest and all of its shards."""
+    if not (folder / MANIFEST).exists():
+        return False
+    shards = json.loads((folder / MANIFEST).read_text())["shards"]
+    return all((folder / shard["file"]).is_file() for shard in shards)
+
+
+def find_damaged_shards(folder: Path) -> list[str]:
+    """Names of the shards in `folder` that are missing or do not have the hash of the manifest."""
+    shards = json.loads((folder / MANIFEST).read_text())["shards"]
+    return [
+        shard["file"]
+        for shard in shards
+        if not (folder / shard["file"]).is_file() or file_sha256(folder / shard["file"]) != shard["sha256"]
+    ]
+
+
+class Latents(ABC):
+    """
+    Latents of a picture data set, in whatever files they are.
+
+    Args:
+        folder (`Path`): Where they are.
+        manifest (`dict`): What they are, with at least `num_views`, `latent_shape`, `class_names` and `bad_images`.
+        labels (`torch.Tensor` of shape `(n,)`): Class ids.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], labels: torch.Tensor):
+        self.folder = Path(folder)
+        #: What the manifest says.
+        self.manifest = manifest
+        #: Class ids, (n,).
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_views(self) -> int:
+        """1, or 2 with the mirror images."""
+        return self.manifest["num_views"]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape (C, h, w) of the latents; of those in buckets that of a square, whether or not there are any."""
+        return tuple(self.manifest["latent_shape"])
+
+    @abstractmethod
+    def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        The normalised posterior of a picture.
+
+        Args:
+            index (`int`): Which picture, in [0, n - 1].
+            view (`int`, defaults to 0): 1 is its mirror image.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor | None]`: Mean and standard deviation (C, h, w) in fp32, of the bucket's
+            shape where there are buckets; the second is `None` without a deviation.
+        """
+
+    def read_features(self, index: int, view: int = 0) -> torch.Tensor | None:
+        """
+        The features of a picture.
+
+        Args:
+            index (`int`): Which picture, in [0, n - 1].
+            view (`int`, defaults to 0): 1 is its mirror image.
+
+        Returns:
+            `torch.Tensor` of shape `(rows, columns, D)` in fp32, or `None` where no vision model was given.
+        """
+        return None
+
+
+class MappedShards:
+    """
+    Safetensors files of pictures in a row, mapped into memory, in each process when they are needed.
+
+    Args:
+        paths (`Sequence[Path]`): The files.
+        latents (`str`): Name of the tensor (n, ...) that each must hold beside its `labels` (n,), n >= 1.
+
+    Raises:
+        `ValueError`: a file is damaged, or does not hold them.
+    """
+
+    def __init__(self, paths: Sequence[Path], latents: str):
+        self.paths = list(paths)
+        self._needed = {latents, "labels"}
+        self._slices: dict[int, dict[str, Any]] = {}
+        labels = [self.open(shard)["labels"] for shard in range(len(self.paths))]
+        self._starts = np.cumsum([0, *map(len, labels)])
+        #: Class ids, (n,).
+        self.labels = torch.cat(labels)
+        self._slices.clear()
+
+    def open(self, shard: int) -> dict[str, Any]:
+        """
+        Opens a shard.
+
+        Args:
+            shard (`int`): Which one, in the order of the paths.
+
+        Returns:
+            `dict`: Its `labels` (n,), and slices of its other tensors, by name.
+
+        Raises:
+            `ValueError`: the file is damaged, or does not hold what it must.
+        """
+        if shard not in self._slices:
+            try:
+                file = safe_open(self.paths[shard], framework="pt")
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{self.paths[shard]} must be an undamaged shard, got {error}: remove it and encode again."
+                ) from error
+            names = set(file.keys())
+            if not self._needed <= names:
+                needed = " and ".join(f"`{name}`" for name in sorted(self._needed))
+                raise ValueError(f"{self.paths[shard]} must hold {needed}, got {sorted(names)}.")
+            slices = {name: file.get_slice(name) for name in names - {"labels"}}
+            self._slices[shard] = {"labels": file.get_tensor("labels").long(), **slices}
+        return self._slices[shard]
+
+    def locate(self, index: int) -> tuple[dict[str, Any], int]:
+        """The shard of the picture `index`, opened, and its row there."""
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.open(shard), index - int(self._starts[shard])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_slices": {}}  # open files stay with their process
+
+
+class LatentDataset(Latents):
+    """
+    The latents that [`encode_latents`] and [`finish_latents`] wrote.
+
+    Args:
+        folder (`Path`): Where they are.
+
+    Raises:
+        `ValueError`: there is no manifest, it is of another format, or a shard is missing.
+    """
+
+    def __init__(self, folder: Path):
+        folder = Path(folder)
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} must hold latents, with a {MANIFEST}, got none: {error}") from error
+        if manifest.get("format") != FORMAT:
+            raise ValueError(f"{folder} must hold latents of format {FORMAT}, got {manifest.get('format')}.")
+        shards = manifest["shards"]
+        missing = [shard["file"] for shard in shards if not (folder / shard["file"]).is_file()]
+        if missing:
+            raise ValueError(f"{folder} must hold all shards of its {MANIFEST}, got it without {missing}.")
+        self._shards = MappedShards([folder / shard["file"] for shard in shards if shard["num_samples"]], "mean")
+        super().__init__(folder, manifest, self._shards.labels)
+
+    def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+        slices, row = self._shards.locate(index)
+        mean = slices["mean"][row, view].float()
+        return mean, (slices["std"][row, view].float() if "std" in slices else None)
+
+    def read_features(self, index: int, view: int = 0) -> torch.Tensor | None:
+        if "vision_model" not in self.manifest:
+            return None
+        slices, row = self._shards.locate(index)
+        return slices["features"][row, view].float()
+
+
+def pictures_of(latents: LatentDataset, pictures: Pictures) -> np.ndarray:
+    """
+    Which picture each of the latents is of: pictures that could not be read are left out of them.
+
+    Args:
+        latents ([`LatentDataset`]): The latents.
+        pictures ([`Pictures`]): The pictures that they were made of.
+
+    Returns:
+        `np.ndarray` of shape `(n,)`: Indices into `pictures.dataset`, in ascending order.
+
+    Raises:
+        `ValueError`: the latents were made of other pictures.
+    """
+    expected = {
+        "pictures": pictures.fingerprint,
+        "num_pictures": len(pictures.dataset),
+        "transform": TRANSFORM,
+        "resolution": pictures.resolution,
+    }
+    check_settings(latents.folder, latents.manifest, expected)
+    bad = [entry["index"] for entry in latents.manifest["bad_images"]]
+    return np.delete(np.arange(len(pictures.dataset)), bad)

@@ -1,0 +1,282 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""Labelled images of a folder, of the Hub or procedural, cropped to squares."""
+
+import hashlib
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+
+from .textures import TEXTURE_CLASSES, TextureDataset
+
+
+TEXTURES = "textures"
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """
+    A picture as 8-bit RGB: turned as its EXIF orientation says, what is transparent on white, grey in 16 bits scaled.
+
+    Args:
+        image (`PIL.Image.Image`): A picture of any mode.
+
+    Returns:
+        `PIL.Image.Image` of mode RGB.
+
+    Raises:
+        `ValueError`: it is a picture of floats.
+    """
+    if image.mode == "F":
+        raise ValueError("a picture of floats has no range that is known")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode == "I":
+        values = np.asarray(image).astype(np.float64)  # Pillow would clip them at 255
+        image = Image.fromarray(np.clip(values / 257, 0, 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def cover_and_crop(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """
+    Scales a picture to the smallest size that covers a rectangle and crops its centre: halved with a box filter while
+    at least twice as large, then bicubic.
+
+    Args:
+        image (`PIL.Image.Image`): A picture of any mode and size.
+        height (`int`): Height of the rectangle in pixels.
+        width (`int`): Width of the rectangle in pixels.
+
+    Returns:
+        `np.ndarray` of shape `(height, width, 3)`, uint8 RGB.
+    """
+    image = to_rgb(image)
+    while image.height >= 2 * height and image.width >= 2 * width:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = max(height / image.height, width / image.width)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return np.array(image.crop((left, top, left + width, top + height)))
+
+
+def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
+    """
+    ADM's centre crop: [`cover_and_crop`] for a square.
+
+    Args:
+        image (`PIL.Image.Image`): A picture of any mode and size.
+        resolution (`int`): Side of the square in pixels.
+
+    Returns:
+        `np.ndarray` of shape `(resolution, resolution, 3)`, uint8 RGB.
+    """
+    return cover_and_crop(image, resolution, resolution)
+
+
+class PictureDataset(Dataset):
+    """
+    Labelled pictures of a `datasets.Dataset` as uint8 arrays, cropped by [`center_crop`].
+
+    Args:
+        dataset (`datasets.Dataset`): The data set.
+        image_column (`str`): Its column of pictures.
+        label_column (`str`): Its column of class ids.
+        resolution (`int`): Side of the pictures in pixels.
+        class_ids (`dict`, *optional*): The id of each label, where it is not the label itself.
+    """
+
+    def __init__(self, dataset, image_column: str, label_column: str, resolution: int, class_ids: dict | None = None):
+        # Read here, so that what cannot be read has a path and a reason.
+        self.dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+        self.image_column = image_column
+        self.label_column = label_column
+        self.resolution = resolution
+        self.class_ids = class_ids
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        row = self.dataset[index]
+        source, label = row[self.image_column], row[self.label_column]
+        if source is None or label is None:
+            raise ValueError(f"row {index} lacks its {'picture' if source is None else 'label'}")
+        data = source["path"] if source["bytes"] is None else io.BytesIO(source["bytes"])
+        with Image.open(data) as image:
+            pixels = center_crop(image, self.resolution)
+        return {"image": pixels, "label": label if self.class_ids is None else self.class_ids[label]}
+
+    def path_of(self, index: int) -> str:
+        """The path of the picture at `index`, or its place in the data set if it has none."""
+        source = self.dataset[index][self.image_column]
+        return (source or {}).get("path") or f"row {index}"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """
+    A picture data set with what names it.
+
+    Args:
+        dataset (`torch.utils.data.Dataset`): Yields dicts with the `image`, uint8 (H, W, 3), and the `label`, an id.
+        class_names (`tuple[str, ...]`): Names of the classes in the order of their ids.
+        fingerprint (`str`): Another one for other pictures.
+        resolution (`int`): Side of the pictures in pixels.
+    """
+
+    dataset: Dataset
+    class_names: tuple[str, ...]
+    fingerprint: str
+    resolution: int
+
+    def path_of(self, index: int) -> str:
+        """The path of the picture at `index`, or its place in the data set if it has none."""
+        return self.dataset.path_of(index) if hasattr(self.dataset, "path_of") else f"row {index}"
+
+
+def load_pictures(
+    dataset_name: str | None,
+    train_data_dir: str | None,
+    resolution: int,
+    num_train_samples: int,
+    seed: int,
+    image_column: str = "image",
+    label_column: str = "label",
+) -> Pictures:
+    """
+    Opens the procedural `textures`, a data set of the Hub, or a folder: with one sub-folder of pictures per class,
+    or, without sub-folders, with Parquet files or tar files in the form of WebDataset.
+
+    Args:
+        dataset_name (`str` or `None`): `"textures"` or what `datasets.load_dataset` takes.
+        train_data_dir (`str` or `None`): A folder; exactly one of the two must be given.
+        resolution (`int`): Side of the pictures in pixels.
+        num_train_samples (`int`): Number of procedural pictures.
+        seed (`int`): Seed of the procedural pictures.
+        image_column (`str`, defaults to `"image"`): Column of the pictures.
+        label_column (`str`, defaults to `"label"`):
+            Column of the classes: of type `ClassLabel`, or names, whose ids are in alphabetical order, or ids from 0.
+
+    Returns:
+        [`Pictures`].
+
+    Raises:
+        `ValueError`: both or neither source is given, it cannot be opened, or it has no such columns or no classes.
+    """
+    if (dataset_name is None) == (train_data_dir is None):
+        raise ValueError(
+            "Exactly one of `dataset_name` and `train_data_dir` must be given, "
+            f"got dataset_name={dataset_name!r} and train_data_dir={train_data_dir!r}."
+        )
+    if dataset_name == TEXTURES:
+        dataset = TextureDataset(num_train_samples, size=resolution, seed=seed)
+        return Pictures(dataset, TEXTURE_CLASSES, f"{TEXTURES}-{resolution}-{num_train_samples}-{seed}", resolution)
+
+    source = _open_folder(train_data_dir) if dataset_name is None else open_dataset(dataset_name)
+    for name, column in {"image_column": image_column, "label_column": label_column}.items():
+        if column not in source.features:
+            raise ValueError(
+                f"`{name}` must be one of the columns {sorted(source.features)}, got {column!r}. "
+                "An image folder needs one sub-folder per class."
+            )
+    class_names, class_ids = _classes(source, label_column)
+    if train_data_dir is not None and label_column == "label":
+        # Folders without a picture are classes too, so that the ids stay when pictures come and go.
+        folders = _class_folders(train_data_dir)
+        if set(class_names) <= set(folders):
+            class_ids = {label: folders.index(name) for label, name in enumerate(class_names)}
+            class_names = folders
+    pictures = PictureDataset(source, image_column, label_column, resolution, class_ids)
+    identity = source._fingerprint if train_data_dir is None else _folder_fingerprint(train_data_dir)
+    fingerprint = f"{identity}-{image_column}-{label_column}"
+    return Pictures(pictures, tuple(class_names), fingerprint, resolution)
+
+
+def _open_folder(folder: str) -> datasets.Dataset:
+    if not os.path.isdir(folder):
+        raise ValueError(f"`train_data_dir` must be an existing folder, got {folder!r}.")
+    has_folders = bool(_class_folders(folder))
+    if not has_folders:
+        for builder, pattern in (("parquet", "*.parquet"), ("webdataset", "*.tar")):
+            files = sorted(str(path) for path in Path(folder).glob(pattern))
+            if files:
+                return datasets.load_dataset(builder, data_files=files, split="train")
+    return datasets.load_dataset(
+        "imagefolder", data_dir=folder, split="train", drop_labels=False if has_folders else None
+    )
+
+
+def _class_folders(folder: str) -> list[str]:
+    """Names of the sub-folders, but for those that `datasets` passes over."""
+    names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    return sorted(name for name in names if not name.startswith((".", "__")))
+
+
+def _folder_fingerprint(folder: str) -> str:
+    """A hash of names, sizes and times of all files, wherever the folder lies."""
+    digest = hashlib.sha256()
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            path = os.path.join(parent, name)
+            status = os.stat(path)
+            digest.update(f"{os.path.relpath(path, folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def open_dataset(name: str, **options: Any) -> datasets.Dataset | datasets.IterableDataset:
+    """
+    Opens the training split of a data set of the Hub.
+
+    Args:
+        name (`str`): What `datasets.load_dataset` takes.
+        options (`Any`): Further arguments of that.
+
+    Returns:
+        `datasets.Dataset`, or with `streaming=True` a `datasets.IterableDataset`.
+
+    Raises:
+        `ValueError`: there is none, or its licence has not been accepted.
+    """
+    try:
+        return datasets.load_dataset(name, split="train", **options)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        hint = ""
+        if "gated" in str(error):
+            hint = f" Accept its licence at https://huggingface.co/datasets/{name}, then log in with `hf auth login`."
+        raise ValueError(
+            f"`dataset_name` must be a data set that can be opened, got {name!r}: {error}{hint}"
+        ) from error
+
+
+def _classes(source: datasets.Dataset, label_column: str) -> tuple[list[str], dict | None]:
+    """Names of the classes of a data set by id, and the id of each label where it is not the label itself."""
+    feature = source.features[label_column]
+    if getattr(feature, "names", None) is not None:
+        return list(feature.names), None
+    labels = {label for label in source.unique(label_column) if label is not None}
+    if labels and all(isinstance(label, str) for label in labels):
+        names = sorted(labels)
+        return names, {name: index for index, name in enumerate(names)}
+    if labels and all(isinstance(label, int) and label >= 0 for label in labels):
+        return [str(index) for index in range(max(labels) + 1)], None
+    raise ValueError(
+        "`label_column` must be a column of class labels, names or ids from 0, "
+        f"got {label_column!r} of type {feature}."
+    )
+
+
+def to_pixels(images: torch.Tensor) -> torch.Tensor:
+    """Pictures `images` (B, H, W, 3) in uint8 -> pixels (B, 3, H, W) in [-1, 1], fp32."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+TRANSFORM = "ADM centre crop"

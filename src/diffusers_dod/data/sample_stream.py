@@ -1,0 +1,221 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""The stream of training samples, a function of (seed, position): random draws, order, shares of processes."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import Dataset, Sampler, default_collate
+
+from ..rectified_flow import logit_normal_sigma, shift_sigma
+from ..seeding import stateless_generator
+from .latents import Latents
+from .pictures import to_pixels
+
+
+@dataclass
+class SampleDraw:
+    """
+    The random draws of one training sample, but for those whose shape is that of its latents.
+
+    Args:
+        view (`float`): In [0, 1): which view of the picture, its first half the picture itself.
+        sigma (`torch.Tensor` of shape `()`): Time in [0, 1].
+        drops_label (`bool`): Whether the null class takes the place of its class.
+        drops_prior (`bool`): Whether it is trained without its prior.
+        generator (`torch.Generator`): Draws its noise and then its posterior noise.
+    """
+
+    view: float
+    sigma: torch.Tensor
+    drops_label: bool
+    drops_prior: bool
+    generator: torch.Generator
+
+
+class SampleDraws:
+    """
+    Every random draw of the training sample at a position of the stream, as a function of (seed, position) alone.
+
+    Draws per sample: mirror image, dropped class, dropped prior (each independent), logit-normal time (paper, Eq. 11),
+    flow noise, posterior noise.
+
+    Args:
+        num_classes (`int`): Id of the null class.
+        seed (`int`): Seed of the draws.
+        label_dropout_prob (`float`, defaults to 0.1): Probability that the class is replaced by the null class.
+        prior_dropout_prob (`float`, defaults to 0.5):
+            The paper's p_s, the probability that a sample is trained without its prior.
+        exact_dropout_size (`int`, *optional*):
+            Drops exactly these shares, to the nearest sample, of every so many samples in a row, chosen at random for
+            class and prior apart; each sample on its own if not given, as in the paper.
+        logit_mean (`float`, defaults to 0.0): Mean of the logit of the time, see [`logit_normal_sigma`].
+        logit_std (`float`, defaults to 1.0): Its standard deviation.
+        time_shift (`float`, defaults to 1.0): Shift of the time towards noise, see [`shift_sigma`].
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        seed: int,
+        label_dropout_prob: float = 0.1,
+        prior_dropout_prob: float = 0.5,
+        exact_dropout_size: int | None = None,
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+        time_shift: float = 1.0,
+    ):
+        self.num_classes = num_classes
+        self.seed = seed
+        self.label_dropout_prob = label_dropout_prob
+        self.prior_dropout_prob = prior_dropout_prob
+        self.exact_dropout_size = exact_dropout_size
+        self.logit_mean = logit_mean
+        self.logit_std = logit_std
+        self.time_shift = time_shift
+
+    def _is_dropped(self, position: int, uniform: float, probability: float, kind: int) -> bool:
+        """Whether a sample lacks its class (`kind` 2) or its prior (3)."""
+        size = self.exact_dropout_size
+        if size is None:
+            return uniform < probability
+        group, offset = divmod(position, size)
+        rank = torch.randperm(size, generator=stateless_generator(self.seed, kind, group))[offset]
+        return int(rank) < round(probability * size)
+
+    def __call__(self, position: int) -> SampleDraw:
+        """The [`SampleDraw`] of the sample at `position`."""
+        generator = stateless_generator(self.seed, 1, position)
+        view, drop_label, drop_prior = torch.rand(3, generator=generator).tolist()
+        normal = torch.randn((), generator=generator)
+        return SampleDraw(
+            view=view,
+            sigma=shift_sigma(logit_normal_sigma(normal, self.logit_mean, self.logit_std), self.time_shift),
+            drops_label=self._is_dropped(position, drop_label, self.label_dropout_prob, kind=2),
+            drops_prior=self._is_dropped(position, drop_prior, self.prior_dropout_prob, kind=3),
+            generator=generator,
+        )
+
+
+class EpochOrder:
+    """
+    Endless passes over a data set, each in an order of its own, which is a function of (seed, pass).
+
+    Args:
+        num_samples (`int`): Size of the data set.
+        seed (`int`): Seed of the orders.
+    """
+
+    def __init__(self, num_samples: int, seed: int):
+        self.num_samples = num_samples
+        self.seed = seed
+        self._latest: tuple[int, torch.Tensor] | None = None  # (pass, permutation)
+
+    def __call__(self, position: int) -> int:
+        """The index of the sample that stands at `position` of the stream."""
+        epoch, offset = divmod(position, self.num_samples)
+        if self._latest is None or self._latest[0] != epoch:
+            order = torch.randperm(self.num_samples, generator=stateless_generator(self.seed, 0, epoch))
+            self._latest = (epoch, order)
+        return int(self._latest[1][offset])
+
+
+class TrainingStream(Dataset):
+    """
+    The endless stream of training samples: what stands at a position, and every random draw that goes with it, is a
+    function of (seed, position) alone. So a resumed run continues it exactly, and any number of processes share it.
+
+    Args:
+        latents ([`Latents`]): The encoded pictures.
+        draws ([`SampleDraws`]): The random draws.
+        order (`Callable[[int], int]`, *optional*):
+            The index of the picture at a position, [`EpochOrder`] with the seed of `draws` if not given.
+        num_aligned (`int`, defaults to 0):
+            How many samples have, beside the rest, what their tokens are aligned with: the `features` that are stored
+            with the latents, or `pixels` (3, H, W) in [-1, 1] where there are `pictures`.
+        pictures (`torch.utils.data.Dataset`, *optional*): Dicts with the `image` (H, W, 3), uint8, of each latent.
+    """
+
+    def __init__(
+        self,
+        latents: Latents,
+        draws: SampleDraws,
+        order: Callable[[int], int] | None = None,
+        num_aligned: int = 0,
+        pictures: Dataset | None = None,
+    ):
+        self.latents = latents
+        self.draws = draws
+        self.order = EpochOrder(len(latents), draws.seed) if order is None else order
+        self.num_aligned = num_aligned
+        self.pictures = pictures
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor | bool | int]:
+        index = self.order(position)
+        draw = self.draws(position)
+        view = int(draw.view * self.latents.num_views)
+        mean, std = self.latents.read(index, view)
+        noise = torch.randn(mean.shape, generator=draw.generator)
+        if std is not None:
+            mean = mean + std * torch.randn(mean.shape, generator=draw.generator)
+        sample = {
+            "latents": mean,
+            "noise": noise,
+            "sigma": draw.sigma,
+            "class_label": self.draws.num_classes if draw.drops_label else int(self.latents.labels[index]),
+            "has_prior": not draw.drops_prior,
+        }
+        if position < self.num_aligned and self.pictures is None:
+            sample["features"] = self.latents.read_features(index, view)
+        elif position < self.num_aligned:
+            pixels = to_pixels(torch.from_numpy(self.pictures[index]["image"])[None])[0]
+            sample["pixels"] = pixels.flip(-1) if view else pixels
+        return sample
+
+
+def collate_priors_first(samples: list[dict]) -> dict[str, torch.Tensor | int]:
+    """Stacks `samples` of a stream, those with a prior first, under the names that `DoDJointModel` uses."""
+    # Stable, so that the order stays a function of it.
+    batch = default_collate(sorted(samples, key=lambda sample: not sample["has_prior"]))
+    batch["sigmas"] = batch.pop("sigma")
+    batch["class_labels"] = batch.pop("class_label")
+    batch["num_priors"] = int(batch.pop("has_prior").sum())
+    return batch
+
+
+class StreamSampler(Sampler[int]):
+    """
+    The stream positions of one process, in order. Optimizer step s covers the positions [s * G, (s + 1) * G), where
+    G = processes * accumulation * batch size; its micro-batches are dealt to the processes in turn.
+
+    Args:
+        start_step (`int`): Number of optimizer steps that are done already.
+        num_steps (`int`): Number of optimizer steps at the end, those included.
+        batch_size (`int`): Samples in a micro-batch of one process.
+        accumulation (`int`, defaults to 1): Micro-batches of a process in an optimizer step.
+        process_index (`int`, defaults to 0): Which process this is.
+        num_processes (`int`, defaults to 1): Number of processes.
+    """
+
+    def __init__(
+        self,
+        start_step: int,
+        num_steps: int,
+        batch_size: int,
+        accumulation: int = 1,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
+        self.start_micro_step = start_step * accumulation
+        self.end_micro_step = num_steps * accumulation
+        self.batch_size = batch_size
+        self.process_index = process_index
+        self.num_processes = num_processes
+
+    def __len__(self) -> int:
+        return (self.end_micro_step - self.start_micro_step) * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        for micro_step in range(self.start_micro_step, self.end_micro_step):
+            first = (micro_step * self.num_processes + self.process_index) * self.batch_size
+            yield from range(first, first + self.batch_size)

@@ -1,0 +1,395 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""
+Training on pictures that are streamed: they are read, cropped and put into the batch as pixels while the model trains.
+
+A data set consists of shards, the files it is stored in, each of many pictures: Parquet or WebDataset's tar files. In
+every pass all shards are dealt anew to the readers, the workers of all processes. A reader holds the pictures of one
+shard in memory, not decoded, and yields them in an order of their own. All orders are functions of the seed, the pass
+and the shard, without a shuffle buffer: a few integers tell exactly where a reader stands. A reader that has come to
+the end of its shards goes on with the next pass and waits for no other.
+"""
+
+import io
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from ..checks import check_at_least, check_choice
+from ..seeding import stateless_generator
+from .encoding import ON_BAD_IMAGE
+from .pictures import TEXTURES, center_crop, open_dataset, to_pixels
+from .sample_stream import SampleDraws, collate_priors_first
+
+
+READ_SIZE = 256  # rows of a shard that are read at a time
+
+
+def open_stream(
+    dataset_name: str | None,
+    train_data_dir: str | None,
+    image_column: str = "image",
+    label_column: str = "label",
+    class_names: list[str] | None = None,
+) -> tuple[datasets.IterableDataset, tuple[str, ...]]:
+    """
+    Opens a data set of the Hub, or a folder with Parquet files or tar files in the form of WebDataset, without
+    reading its pictures.
+
+    Args:
+        dataset_name (`str` or `None`): What `datasets.load_dataset` takes.
+        train_data_dir (`str` or `None`): A folder; exactly one of the two must be given.
+        image_column (`str`, defaults to `"image"`): Column of the pictures.
+        label_column (`str`, defaults to `"label"`): Column of the classes: `ClassLabel`, ids from 0, or names.
+        class_names (`list[str]`, *optional*):
+            Names of the classes in the order of their ids. Needed unless the column is of type `ClassLabel`.
+
+    Returns:
+        `tuple[datasets.IterableDataset, tuple[str, ...]]`: The two columns, pictures not decoded, and the names of the
+        classes.
+
+    Raises:
+        `ValueError`: both or neither source is given, it cannot be opened, it has no such columns, or its classes are
+            unknown.
+    """
+    if (dataset_name is None) == (train_data_dir is None):
+        raise ValueError(
+            "Exactly one of `dataset_name` and `train_data_dir` must be given, "
+            f"got dataset_name={dataset_name!r} and train_data_dir={train_data_dir!r}."
+        )
+    stream = _open_folder(train_data_dir) if dataset_name is None else _open_dataset(dataset_name)
+    features = stream.features or {}  # formats such as JSON do not tell their columns in advance
+    for name, column in {"image_column": image_column, "label_column": label_column}.items():
+        if column not in features:
+            raise ValueError(f"`{name}` must be one of the columns {sorted(features)}, got {column!r}.")
+    feature = features[image_column]
+    is_plain = feature == datasets.Value("binary") or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+    if not isinstance(feature, datasets.Image) and not is_plain:
+        raise ValueError(f"`image_column` must be a column of pictures, got {image_column!r} of type {feature}.")
+    class_names = _check_classes(features[label_column], label_column, class_names)
+    stream = stream.select_columns([image_column, label_column])
+    # Decoded here, so that what cannot be read has a path and a reason.
+    return stream.cast_column(image_column, datasets.Image(decode=False)), class_names
+
+
+def _open_folder(folder: str) -> datasets.IterableDataset:
+    for builder, pattern in (("parquet", "*.parquet"), ("webdataset", "*.tar")):
+        files = sorted(str(path) for path in Path(folder).glob(pattern))
+        if files:
+            # By default Parquet files are read by the size of their first group of rows, which fails where that is 0.
+            options = {"batch_size": READ_SIZE} if builder == "parquet" else {}
+            return datasets.load_dataset(builder, data_files=files, split="train", streaming=True, **options)
+    raise ValueError(f"`train_data_dir` must be a folder with Parquet or tar files to be streamed, got {folder!r}.")
+
+
+def _open_dataset(name: str) -> datasets.IterableDataset:
+    if name == TEXTURES:
+        raise ValueError(
+            f"`dataset_name` must be a stored data set to be streamed, not a procedural one, got {name!r}."
+        )
+    return open_dataset(name, streaming=True)
+
+
+def _check_classes(feature: Any, label_column: str, class_names: list[str] | None) -> tuple[str, ...]:
+    """The names of the classes, those of a `ClassLabel` if the column is one."""
+    own_names = getattr(feature, "names", None)
+    dtype = getattr(feature, "dtype", "")
+    if own_names is None and not dtype.startswith(("int", "uint", "string")):
+        raise ValueError(
+            "`label_column` must be a column of class labels, names or ids from 0, "
+            f"got {label_column!r} of type {feature}."
+        )
+    if own_names is None and not class_names:
+        raise ValueError(
+            "`class_names` must be given where `label_column` is not of type ClassLabel, since a stream does not tell "
+            f"its classes in advance, got {class_names!r} for {label_column!r} of type {feature}."
+        )
+    if own_names is not None and class_names is not None and list(class_names) != list(own_names):
+        raise ValueError(f"`class_names` must be those of {label_column!r}, {own_names}, got {class_names}.")
+    if own_names is None and dtype == "string" and len(set(class_names)) < len(class_names):
+        raise ValueError(f"`class_names` must differ from each other where the labels are names, got {class_names}.")
+    return tuple(class_names if own_names is None else own_names)
+
+
+@dataclass
+class StreamState:
+    """
+    Where one process stands in a stream: behind the last batch it has used, however far its workers have read ahead.
+
+    Args:
+        seed (`int`): Seed of the orders.
+        num_shards (`int`): Shards of the data set.
+        num_processes (`int`): Number of processes.
+        num_workers (`int`): Readers of a process, at least 1.
+        process_index (`int`): Which process this is.
+        batch_size (`int`): Samples in a micro-batch of one process.
+        num_batches (`int`, defaults to 0): Micro-batches that this process has used. Its readers bring them in turn.
+        readers (`list[list[int]]`, defaults to `[]`):
+            Four numbers for each reader of this process: its pass, which of its shards it is at, how many rows of that
+            it has done, and how many bad pictures it has left out so far. All zeros if not given.
+    """
+
+    seed: int
+    num_shards: int
+    num_processes: int
+    num_workers: int
+    process_index: int
+    batch_size: int
+    num_batches: int = 0
+    readers: list[list[int]] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.readers = self.readers or [[0, 0, 0, 0] for _ in range(self.num_workers)]
+
+    @property
+    def num_bad_images(self) -> int:
+        """Bad pictures that were left out so far by this process, counted again in every pass."""
+        return sum(reader[-1] for reader in self.readers)
+
+    def update(self, batch: dict[str, Any]) -> None:
+        """Moves behind `batch`, the next one of the loader, and takes what belongs to the state out of it."""
+        # A reader's own states grow, so that the greatest is the last, whatever the order in the batch.
+        self.readers[self.num_batches % self.num_workers] = max(batch.pop("reader_state").tolist())
+        self.num_batches += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, as JSON can hold it."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Moves to where another run stood.
+
+        Args:
+            state (`dict`): What [`StreamState.state_dict`] gave for this process.
+
+        Raises:
+            `ValueError`: that run had another seed, data set, number of processes or workers, or batch size.
+        """
+        for name in ("num_processes", "num_workers", "process_index", "num_shards", "batch_size", "seed"):
+            if state.get(name) != getattr(self, name):
+                raise ValueError(
+                    f"`{name}` must be {state.get(name)!r} as in the run that is resumed, got {getattr(self, name)}: "
+                    "a stream is exact only at the same number of processes and workers, with the same data, batch "
+                    "size and seed. No worker counts as one."
+                )
+        self.num_batches = state["num_batches"]
+        self.readers = [list(reader) for reader in state["readers"]]
+
+
+class PictureStream(IterableDataset):
+    """
+    The endless stream of training samples of one process, from its `state` on. Which picture comes next depends on
+    (seed, pass, shard), every random draw of a sample on (seed, position) as in [`TrainingStream`], where the position
+    is that of [`StreamSampler`].
+
+    A sample is a dict of the `pixels` (3, R, R) in [-1, 1], `noise` and `posterior_noise` (C, h, w), `sigma`,
+    `class_label`, `has_prior`, and the `reader_state` (4,), where its reader stands behind it.
+
+    Args:
+        stream (`datasets.IterableDataset`): What [`open_stream`] gives, with at least as many shards as readers.
+        class_names (`tuple[str, ...]`): Names of the classes in the order of their ids.
+        draws ([`SampleDraws`]): The random draws. Its seed is that of the orders.
+        resolution (`int`): Side R of the pictures in pixels.
+        latent_shape (`tuple[int, ...]`): Shape (C, h, w) of the latents.
+        batch_size (`int`): Samples in a micro-batch of one process.
+        num_workers (`int`, defaults to 0): Workers of the `DataLoader`; 0 reads in the process itself.
+        process_index (`int`, defaults to 0): Which process this is.
+        num_processes (`int`, defaults to 1): Number of processes.
+        random_flip (`bool`, defaults to `False`): Whether half of the pictures are mirrored.
+        on_bad_image (`str`, defaults to `"error"`):
+            Whether a picture that cannot be read or has no class is an error, or `"skip"`: left out and counted.
+        image_column (`str`, defaults to `"image"`): Column of the pictures.
+        label_column (`str`, defaults to `"label"`): Column of the classes.
+        state (`dict`, *optional*): Where to go on: what [`StreamState.state_dict`] gave. The start if not given.
+
+    Raises:
+        `ValueError`: an argument is out of range, there are fewer shards than readers, or the state is that of a run
+            with other settings.
+    """
+
+    def __init__(
+        self,
+        stream: datasets.IterableDataset,
+        class_names: tuple[str, ...],
+        draws: SampleDraws,
+        resolution: int,
+        latent_shape: tuple[int, ...],
+        batch_size: int,
+        num_workers: int = 0,
+        process_index: int = 0,
+        num_processes: int = 1,
+        random_flip: bool = False,
+        on_bad_image: str = "error",
+        image_column: str = "image",
+        label_column: str = "label",
+        state: dict[str, Any] | None = None,
+    ):
+        check_at_least("resolution", resolution, 1)
+        check_at_least("batch_size", batch_size, 1)
+        check_at_least("num_workers", num_workers, 0)
+        check_at_least("num_processes", num_processes, 1)
+        check_at_least("process_index", process_index, 0)
+        if process_index >= num_processes:
+            raise ValueError(f"`process_index` must be less than {num_processes}, got {process_index}.")
+        check_choice("on_bad_image", on_bad_image, ON_BAD_IMAGE)
+        if len(class_names) != draws.num_classes:
+            raise ValueError(f"`class_names` must be {draws.num_classes} names, got {len(class_names)}.")
+        if stream.num_shards < num_processes * max(num_workers, 1):
+            raise ValueError(
+                "`num_shards` of the data set must be at least the number of processes times that of workers, "
+                f"{num_processes} x {max(num_workers, 1)}, got {stream.num_shards}: use fewer of them, or store the "
+                "data in more files."
+            )
+        self.stream = stream
+        self.class_ids = {name: index for index, name in enumerate(class_names)}
+        self.draws = draws
+        self.resolution = resolution
+        self.latent_shape = latent_shape
+        self.num_workers = num_workers
+        self.random_flip = random_flip
+        self.on_bad_image = on_bad_image
+        self.image_column = image_column
+        self.label_column = label_column
+        #: Where this process stands; [`StreamState.update`] it with each batch that is used.
+        self.state = StreamState(
+            draws.seed, stream.num_shards, num_processes, max(num_workers, 1), process_index, batch_size
+        )
+        if state is not None:
+            self.state.load_state_dict(state)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        state, worker = self.state, get_worker_info()
+        worker_id, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        if num_workers != state.num_workers:
+            raise ValueError(f"`num_workers` of the loader must be {state.num_workers}, got {num_workers}.")
+        # A new loader takes its first batch from worker 0, which therefore plays the reader whose turn it is.
+        first_batch = state.num_batches + worker_id
+        pictures = self._read(first_batch % num_workers)
+        for batch in itertools.count(first_batch, num_workers):
+            start = (batch * state.num_processes + state.process_index) * state.batch_size
+            for position in range(start, start + state.batch_size):
+                yield self._sample(position, *next(pictures))
+
+    def _sample(self, position: int, picture: np.ndarray, label: int, reader_state: list[int]) -> dict[str, Any]:
+        draw = self.draws(position)
+        pixels = to_pixels(torch.from_numpy(picture)[None])[0]
+        return {
+            "pixels": pixels.flip(-1) if self.random_flip and draw.view >= 0.5 else pixels,
+            "noise": torch.randn(self.latent_shape, generator=draw.generator),
+            "posterior_noise": torch.randn(self.latent_shape, generator=draw.generator),
+            "sigma": draw.sigma,
+            "class_label": self.draws.num_classes if draw.drops_label else label,
+            "has_prior": not draw.drops_prior,
+            "reader_state": torch.tensor(reader_state),
+        }
+
+    def _read(self, reader: int) -> Iterator[tuple[np.ndarray, int, list[int]]]:
+        """Pictures and labels of one reader of this process, and where it stands behind each."""
+        state = self.state
+        epoch, next_index, next_offset, num_bad = state.readers[reader]
+        reader += state.process_index * state.num_workers
+        num_readers = state.num_processes * state.num_workers
+        barren = set()  # shards without a picture, since the last picture
+        while True:
+            shards = self._permutation(state.num_shards, epoch)[reader::num_readers]
+            for index in range(next_index, len(shards)):
+                shard = shards[index]
+                if next_offset == 0:
+                    barren.add(shard)
+                for offset, sample in self._read_shard(epoch, shard, next_offset):
+                    if sample is None:
+                        num_bad += 1
+                        continue
+                    barren.clear()
+                    yield *sample, [epoch, index, offset + 1, num_bad]
+                if len(barren) == state.num_shards:
+                    raise ValueError(
+                        f"The stream must have pictures, got {state.num_shards} shards with none that can be read and "
+                        f"has a label in [0, {self.draws.num_classes - 1}]."
+                    )
+                next_offset = 0
+            epoch, next_index = epoch + 1, 0
+
+    def _permutation(self, size: int, *ids: int) -> list[int]:
+        return torch.randperm(size, generator=stateless_generator(self.state.seed, 0, *ids)).tolist()
+
+    def _read_shard(self, epoch: int, shard: int, start: int) -> Iterator[tuple[int, tuple[np.ndarray, int] | None]]:
+        """Places in the order of a shard from `start` on, and picture and label of each; `None` for a bad one."""
+        part = self.stream.shard(num_shards=self.stream.num_shards, index=shard)
+        # Unlike `iter(part)`, this does not deal the shards to the workers of a `DataLoader` once more.
+        rows = [
+            row
+            for batch in part.iter(batch_size=READ_SIZE)
+            for row in zip(batch[self.image_column], batch[self.label_column], strict=True)
+        ]
+        order = self._permutation(len(rows), epoch, shard)
+        for offset in range(start, len(rows)):
+            source, label = rows[order[offset]]
+            try:
+                sample = self._decode(source, label)
+            except _BadImage as error:
+                if self.on_bad_image == "error":
+                    path = (source or {}).get("path")
+                    raise ValueError(
+                        f"{f'{path}, ' if path else ''}row {order[offset]} of shard {shard} cannot be used: {error}. "
+                        "Repair or remove it, or leave out such pictures with `on_bad_image` = 'skip'."
+                    ) from error
+                sample = None
+            yield offset, sample
+
+    def _decode(self, source: dict[str, Any] | None, label: int | str | None) -> tuple[np.ndarray, int]:
+        has_picture = source is not None and any(source.values())
+        if not has_picture or label is None:
+            raise _BadImage(f"it lacks its {'label' if has_picture else 'picture'}")
+        class_id = self.class_ids.get(label, label)
+        num_classes = self.draws.num_classes
+        if not isinstance(class_id, int) or not 0 <= class_id < num_classes:
+            raise _BadImage(f"its label is {label!r}, not in [0, {num_classes - 1}] and no name of a class")
+        data = source["bytes"]
+        if data is None:  # a file or an address; only its absence is for good
+            try:
+                with fsspec.open(source["path"], "rb") as file:
+                    data = file.read()
+            except FileNotFoundError as error:
+                raise _BadImage("there is no such file") from error
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                return center_crop(image, self.resolution), class_id
+        except MemoryError:
+            raise
+        except Exception as error:  # of whatever decodes the file
+            raise _BadImage(f"{type(error).__name__}: {error}") from error
+
+
+class _BadImage(Exception):
+    """Why a picture cannot be used."""
+
+
+def build_stream_loader(pictures: PictureStream, pin_memory: bool = False) -> DataLoader:
+    """
+    The micro-batches of one process, without an end. Each must go through [`StreamState.update`] when it is used.
+
+    Args:
+        pictures ([`PictureStream`]): The samples. Its batch size and its workers are the loader's.
+        pin_memory (`bool`, defaults to `False`): Whether the batches are put into pinned memory, for a GPU.
+
+    Returns:
+        `torch.utils.data.DataLoader` of dicts: `pixels` (B, 3, R, R), `noise` and `posterior_noise` (B, C, h, w),
+        `sigmas` and `class_labels` (B,), those with a prior first, `num_priors`, and what belongs to the state.
+    """
+    return DataLoader(
+        pictures,
+        batch_size=pictures.state.batch_size,
+        collate_fn=collate_priors_first,
+        num_workers=pictures.num_workers,
+        pin_memory=pin_memory,
+    )

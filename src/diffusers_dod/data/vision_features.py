@@ -1,0 +1,154 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""
+The features of a frozen vision model that tokens are aligned with (REPA, Yu et al. 2024, arXiv:2410.06940).
+
+Any vision transformer of `transformers` does whose last hidden state ends with its patches: ViT, DINOv2 with registers
+or without, and the vision towers of CLIP and SigLIP.
+"""
+
+import inspect
+import logging
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModel
+from transformers.image_processing_base import ImageProcessingMixin
+
+from ..checks import check_at_least
+from ..files import sha256_of_weights
+
+
+logger = logging.getLogger(__name__)
+
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+IMAGENET_STD = [0.229, 0.224, 0.225]
+
+
+def _read_preprocessor(path: str | os.PathLike) -> dict[str, Any]:
+    """The config of the model's image processor, which itself may need torchvision; empty where there is none."""
+    try:
+        return ImageProcessingMixin.get_image_processor_dict(path)[0]
+    except OSError:
+        return {}
+
+
+def _side(preprocessor: dict[str, Any]) -> int | None:
+    """Side in pixels of the square that an image processor makes of a picture, where it says so."""
+    crops = preprocessor.get("crop_size") is not None and preprocessor.get("do_center_crop", True)
+    size = preprocessor.get("crop_size" if crops else "size")
+    if isinstance(size, dict):
+        size = size.get("height", size.get("shortest_edge"))
+    return size
+
+
+def _is_pooler(name: str) -> bool:
+    """Whether a weight makes no difference to the tokens: many models are saved without their pooler."""
+    return "pooler" in name.split(".")
+
+
+class VisionFeatures:
+    """
+    A frozen vision model as a function from pictures to the features of their patches.
+
+    Args:
+        path (`str` or `os.PathLike`): A folder or a repository on the Hub with a model of `transformers`.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where it runs.
+        dtype (`torch.dtype`, defaults to `torch.float32`): In which it runs.
+        image_size (`int`, *optional*):
+            Side in pixels that pictures are resized to. If not given that of the model's image processor, else that of
+            its config. What does not fill a patch at the right and at the bottom is not seen by the model.
+
+    Raises:
+        `ValueError`: there is no such model, it lacks weights, gives no tokens of square patches, or takes no pictures
+            of this size.
+        `TypeError`: `image_size` is no integer.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        image_size: int | None = None,
+    ):
+        try:
+            model, loading = AutoModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"`path` must hold a model of `transformers`, got {str(path)!r}: {error}") from error
+        if missing := sorted(name for name in loading["missing_keys"] if not _is_pooler(name)):
+            raise ValueError(f"`path` must hold all weights of its model, got {str(path)!r} without {missing[:5]}.")
+        model = getattr(model, "vision_model", model)  # of CLIP and SigLIP
+        patch_size = getattr(model.config, "patch_size", None)
+        parameters = inspect.signature(model.forward).parameters
+        if not isinstance(patch_size, int) or "pixel_values" not in parameters:
+            raise ValueError(
+                "`path` must hold a vision transformer with square patches, "
+                f"got {str(path)!r} with a `{type(model).__name__}`."
+            )
+        self.model = model.requires_grad_(False).eval().to(device)
+        preprocessor = _read_preprocessor(path)
+        if image_size is None:
+            image_size = _side(preprocessor) or getattr(model.config, "image_size", None)
+        check_at_least("image_size", image_size, patch_size)
+        #: Side in pixels that pictures are resized to.
+        self.image_size: int = image_size
+        self._mean, self._std = preprocessor.get("image_mean"), preprocessor.get("image_std")
+        if self._mean is None or self._std is None:
+            logger.warning(f"{path} does not say how pictures are normalised: it is taken for ImageNet's way.")
+            self._mean, self._std = IMAGENET_MEAN, IMAGENET_STD
+        # Models with learned positions take pictures of another size than that of their training only if asked to.
+        self._options = {}
+        if "interpolate_pos_encoding" in parameters:
+            self._options["interpolate_pos_encoding"] = image_size != model.config.image_size
+        #: Rows and columns of the features, whatever the size of the pictures.
+        self.grid: tuple[int, int] = (image_size // patch_size, image_size // patch_size)
+        #: Width D of the features.
+        self.feature_dim: int = self(torch.zeros(1, 3, image_size, image_size)).shape[-1]
+
+    def describe(self) -> dict[str, Any]:
+        """
+        What the features depend on, as the manifest of latents states it.
+
+        Returns:
+            `dict`: Kind and hash of the weights of the vision model, and how pictures are prepared for it.
+        """
+        weights = {name: tensor for name, tensor in self.model.state_dict().items() if not _is_pooler(name)}
+        return {
+            "model_type": self.model.config.model_type,
+            "weights_sha256": sha256_of_weights(weights),
+            "image_size": self.image_size,
+            "image_mean": self._mean,
+            "image_std": self._std,
+        }
+
+    @torch.no_grad()
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """
+        The features of pictures: the last hidden state of the model, without tokens that belong to no patch.
+
+        Args:
+            pixels (`torch.Tensor` of shape `(B, 3, H, W)`): Pixels in [-1, 1], on any device.
+
+        Returns:
+            `torch.Tensor` of shape `(B, rows, columns, D)`: In fp32, on the device of the model.
+
+        Raises:
+            `ValueError`: the pixels are of another shape, or the model does not give the tokens of its patches.
+        """
+        if pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise ValueError(f"`pixels` must have shape (batch, 3, height, width), got {tuple(pixels.shape)}.")
+        weight = next(self.model.parameters())
+        side = (self.image_size, self.image_size)
+        pixels = pixels.to(weight.device).float() / 2 + 0.5
+        pixels = F.interpolate(pixels, side, mode="bicubic", antialias=True).clamp(0, 1)  # as Pillow does
+        pixels = (pixels - pixels.new_tensor(self._mean)[:, None, None]) / pixels.new_tensor(self._std)[:, None, None]
+        tokens = self.model(pixel_values=pixels.to(weight.dtype), **self._options).last_hidden_state
+        num_patches = self.grid[0] * self.grid[1]
+        if tokens.ndim != 3 or tokens.shape[1] < num_patches:
+            raise ValueError(
+                f"The vision model must give a token for each of its {num_patches} patches, got a last hidden state "
+                f"of shape {tuple(tokens.shape)} from a `{type(self.model).__name__}`."
+            )
+        return tokens[:, -num_patches:].float().unflatten(1, self.grid)  # class and register tokens come first

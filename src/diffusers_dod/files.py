@@ -1,0 +1,131 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""Files that are there as a whole or not at all, hashes of what is in them, and folders in use by one command."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+UNFINISHED = ".unfinished"
+METRICS_FILE = "metrics.jsonl"  # metrics of a training run, in its folder
+
+
+def file_sha256(*paths: Path) -> str:
+    """The SHA-256 of the bytes of the files at `paths`, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
+
+
+def folder_sha256(folder: Path, files: Iterable[Path] | None = None) -> str:
+    """
+    A hash of names and contents of the files in a folder, wherever it lies and whenever they were written.
+
+    Args:
+        folder (`Path`): The folder.
+        files (`Iterable[Path]`, *optional*): Some of its files, in order; all but hidden ones if not given.
+
+    Returns:
+        `str`: A SHA-256.
+    """
+    if files is None:
+        found = sorted(path for path in folder.rglob("*") if path.is_file())
+        found = [path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts)]
+        files = tqdm(found, desc=f"Hashing {folder}", unit="files", disable=None)
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(folder).as_posix()} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def sha256_of_weights(weights: dict[str, torch.Tensor]) -> str:
+    """The SHA-256 of names and fp32 values of `weights`, the state of a model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode() + tensor.cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_output(name: str, path: Path | None, is_folder: bool = False) -> None:
+    """
+    Raises unless a file or a folder can be written, so that this shows before anything is computed.
+
+    Args:
+        name (`str`): Name of the option, for the message.
+        path (`Path` or `None`): Where it is to go, if anywhere.
+        is_folder (`bool`, defaults to `False`): Whether it is a folder.
+
+    Raises:
+        `ValueError`: something else is in the way, or its folder is not one that can be written to.
+    """
+    if path is None:
+        return
+    path = Path(path).absolute()
+    folder = next(parent for parent in ([path] * is_folder + list(path.parents)) if parent.exists())
+    is_free = not path.exists() or path.is_dir() == is_folder
+    if not (is_free and folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise ValueError(f"`{name}` must be a {'folder' if is_folder else 'file'} that can be written, got {path}.")
+
+
+@contextmanager
+def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
+    """
+    Where to write a file or a folder that then takes its place, so that it is there as a whole or not at all.
+
+    Args:
+        path (`Path`): The place.
+        folder (`Path`, *optional*): The folder that it is in until then; that of its place if not given.
+
+    Returns:
+        `Path`: A path of this process alone.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = (folder or path.parent) / f".{path.name}.{os.getpid()}{UNFINISHED}"
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    except Exception:
+        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """
+    Keeps other commands out of a folder while one works in it, where the system can lock folders.
+
+    Args:
+        folder (`Path`): The folder.
+
+    Raises:
+        `ValueError`: another command works in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ValueError(f"`output_dir` must not be in use by another command, got {folder}.") from error
+    except OSError:  # no file system of this machine
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)

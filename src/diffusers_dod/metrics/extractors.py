@@ -1,0 +1,290 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""What turns pictures into the features that metrics compare."""
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+
+from ..files import file_sha256
+
+
+INCEPTION = "inception"
+TORCHSCRIPT = (".pt", ".ts")
+
+
+@dataclass
+class PictureFeatures:
+    """
+    The features of B pictures.
+
+    Args:
+        features (`torch.Tensor` of shape `(B, d)`): For the Fréchet distance, precision and recall.
+        spatial_features (`torch.Tensor` of shape `(B, s)`, *optional*): For sFID, those of all places in one row.
+        logits (`torch.Tensor` of shape `(B, k)`, *optional*): For the Inception Score, of k classes.
+    """
+
+    features: torch.Tensor
+    spatial_features: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+Extractor = Callable[[torch.Tensor], torch.Tensor | PictureFeatures]
+
+
+def extract(extractor: Extractor, pictures: torch.Tensor) -> PictureFeatures:
+    """
+    The features of pictures, in one form and without gradients.
+
+    Args:
+        extractor (`Callable`): Pictures (B, 3, H, W) in uint8 -> features (B, d) or [`PictureFeatures`].
+        pictures (`torch.Tensor` of shape `(B, 3, H, W)`): The pictures, in uint8.
+
+    Returns:
+        [`PictureFeatures`].
+
+    Raises:
+        `ValueError`: the pictures are of another form, or what the extractor gives is.
+    """
+    if pictures.ndim != 4 or pictures.shape[1] != 3 or pictures.dtype != torch.uint8:
+        raise ValueError(
+            f"`pictures` must have shape (B, 3, H, W) and be uint8, got {tuple(pictures.shape)} in {pictures.dtype}."
+        )
+    # Convolutions in TF32, PyTorch's default on GPUs, have 10 bits.
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        output = extractor(pictures)
+    features = PictureFeatures(output) if isinstance(output, torch.Tensor) else output
+    if not isinstance(features, PictureFeatures):
+        raise ValueError(
+            "`extractor` must give a tensor of features or PictureFeatures, "
+            f"got {type(output).__name__} from {extractor!r}."
+        )
+    for name, values in vars(features).items():
+        if values is not None and (values.ndim != 2 or len(values) != len(pictures)):
+            raise ValueError(
+                f"`extractor` must give `{name}` of shape ({len(pictures)}, n) for {len(pictures)} pictures, "
+                f"got {tuple(values.shape)} from {extractor!r}."
+            )
+    return features
+
+
+class InceptionFeatures(torch.nn.Module):
+    """
+    Inception-v3 with the weights and the resizing of the TensorFlow graph that ADM's evaluation runs, out of
+    torch-fidelity, which downloads the weights (91 MB) on first use.
+
+    Pictures (B, 3, H, W) in uint8 -> `pool_3` (B, 2048), the first 7 channels of `mixed_6/conv` (B, 17 * 17 * 7) in
+    the order (row, column, channel), and logits without the bias (B, 1008).
+
+    Raises:
+        `ImportError`: torch-fidelity cannot be imported.
+        `OSError`: its weights are not here and cannot be downloaded.
+    """
+
+    def __init__(self):
+        super().__init__()
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except (ImportError, RuntimeError) as error:  # the latter from a torchvision of another torch
+            raise ImportError(
+                "The extractor 'inception' needs torch-fidelity, and the torchvision that belongs to the installed "
+                f"torch: `pip install 'diffusers-dod[evaluation]'`. {error}"
+            ) from error
+        try:
+            self.model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
+        except OSError as error:
+            folder = Path(torch.hub.get_dir()) / "checkpoints"
+            raise OSError(
+                f"The weights of 'inception' are not in {folder} and cannot be downloaded: {error}"
+            ) from error
+        self.model.Mixed_6d.branch1x1.register_forward_hook(self._keep)  # TensorFlow's `mixed_6/conv`, after its ReLU
+
+    def _keep(self, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self._maps = output[:, :7].permute(0, 2, 3, 1).flatten(1)  # TensorFlow has channels last
+
+    def forward(self, pictures: torch.Tensor) -> PictureFeatures:
+        """The [`PictureFeatures`] of `pictures`."""
+        features, logits = self.model(pictures)
+        return PictureFeatures(features, self._maps, logits)
+
+
+def load_extractor(
+    name: str,
+    trust: bool = False,
+    device: torch.device | str | None = None,
+    argument: str = "fid_extractor",
+) -> Extractor:
+    """
+    What turns pictures into features, by its name.
+
+    `inception` is [`InceptionFeatures`]. `package.module:attribute` and `path/file.py:attribute` name anything that
+    takes pictures (B, 3, H, W) in uint8 and returns features (B, d) or [`PictureFeatures`]. A file `*.pt` or `*.ts` is
+    a TorchScript module that returns features.
+
+    Args:
+        name (`str`): Its name.
+        trust (`bool`, defaults to `False`): Whether a TorchScript file may be run.
+        device (`torch.device` or `str`, *optional*): Where a module goes; it stays where it is if not given.
+        argument (`str`, defaults to `"fid_extractor"`): What messages call the name.
+
+    Returns:
+        `Callable`: The extractor; a module in evaluation mode.
+
+    Raises:
+        `ImportError`: it is Inception, and torch-fidelity cannot be imported.
+        `OSError`: it is Inception, and its weights cannot be downloaded.
+        `ValueError`: there is nothing of this name that can be called, or it is a program that is not trusted.
+    """
+    if name == INCEPTION:
+        extractor = InceptionFeatures()
+    elif name.endswith(TORCHSCRIPT):
+        extractor = _load_torchscript(name, trust, argument)
+    else:
+        extractor = _load_attribute(name, argument)
+    if not callable(extractor):
+        raise ValueError(f"`{argument}` must be something to call, got {extractor!r} for {name!r}.")
+    if isinstance(extractor, torch.nn.Module):
+        extractor.eval()
+        if device is not None:
+            extractor.to(device)
+    return extractor
+
+
+def _load_torchscript(name: str, trust: bool, argument: str) -> Extractor:
+    if not trust:
+        raise ValueError(
+            f"`{argument}` must not be a TorchScript file that is not trusted, got {name!r}: such a file is a "
+            "program that looks like weights. Pass `--trust_extractor` if you know where it comes from."
+        )
+    try:
+        return torch.jit.load(name, map_location="cpu")
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"`{argument}` must be a TorchScript file, got {name!r}: {error}") from error
+
+
+def _load_attribute(name: str, argument: str) -> Extractor:
+    module, _, attribute = name.rpartition(":")
+    try:
+        loaded = _import_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
+        return getattr(loaded, attribute)
+    except (ImportError, OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"`{argument}` must be named as `package.module:attribute`, or `file.py:attribute`, or be {INCEPTION!r} "
+            f"or a TorchScript file, got {name!r}: {error}."
+        ) from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Runs a Python file, which finds its neighbours as if it were run as a script."""
+    spec = importlib.util.spec_from_file_location(f"_extractor_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def extractor_file(name: str) -> Path | None:
+    """The file that holds the code of the extractor `name`, which has been loaded; `None` for Inception."""
+    if name == INCEPTION:
+        return None
+    module = name if name.endswith(TORCHSCRIPT) else name.rpartition(":")[0]
+    if not module.endswith((".py", *TORCHSCRIPT)):
+        module = getattr(sys.modules.get(module), "__file__", None)
+    return None if module is None else Path(module)
+
+
+def extractor_sha256(name: str, extractor: Extractor) -> str:
+    """
+    What identifies an extractor: a hash of the file of its code and, if it is a module, of its weights.
+
+    Args:
+        name (`str`): Its name, see [`load_extractor`].
+        extractor (`Callable`): What that returned.
+
+    Returns:
+        `str`: A SHA-256.
+    """
+    file = extractor_file(name)
+    digest = hashlib.sha256(f"{None if file is None else file_sha256(file)}\n".encode())
+    state = extractor.state_dict() if isinstance(extractor, torch.nn.Module) else {}
+    for key, value in state.items():
+        is_tensor = isinstance(value, torch.Tensor)
+        digest.update(f"{key} {(value.dtype, tuple(value.shape)) if is_tensor else value}\n".encode())
+        if is_tensor:
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def load_statistics(path: Path, suffix: str = "", argument: str = "fid_reference") -> tuple[np.ndarray, np.ndarray]:
+    """
+    Mean and covariance of the features of reference pictures.
+
+    Args:
+        path (`Path`): An npz file with `mu` (d,) and `sigma` (d, d), as of ADM's evaluation.
+        suffix (`str`, defaults to `""`): At the end of both names: `"_s"` for those of the spatial features.
+        argument (`str`, defaults to `"fid_reference"`): What messages call the path.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: Both, in float64.
+
+    Raises:
+        `OSError`: the file cannot be read.
+        `ValueError`: it does not have them, or in other shapes, or they are not finite.
+    """
+    names = [f"mu{suffix}", f"sigma{suffix}"]
+    try:
+        with np.load(path) as file:
+            found = sorted(file.files)
+            arrays = [file[name].astype(np.float64) for name in names if name in found]
+    except (ValueError, TypeError, AttributeError, EOFError, BadZipFile) as error:  # a single array is none of them
+        raise ValueError(f"`{argument}` must be an npz file, got {path}: {error}.") from error
+    if len(arrays) < 2:
+        raise ValueError(f"`{argument}` must have `{names[0]}` and `{names[1]}`, got {path} with {found}.")
+    mean, covariance = arrays
+    if mean.ndim != 1 or covariance.shape != mean.shape * 2:
+        raise ValueError(
+            f"`{argument}` must have `{names[0]}` (d,) and `{names[1]}` (d, d), got {path} with {mean.shape} and "
+            f"{covariance.shape}."
+        )
+    for name, array in zip(names, arrays, strict=True):
+        if not np.isfinite(array).all():
+            number = int((~np.isfinite(array)).sum())
+            raise ValueError(
+                f"`{argument}` must have a finite `{name}`, got {path} with {number} numbers that are not."
+            )
+    return mean, covariance
+
+
+def check_extractor(extractor: Extractor, num_features: int, resolution: int, device: torch.device | str) -> None:
+    """
+    Raises unless an extractor gives the features that it is to be compared with.
+
+    Args:
+        extractor (`Callable`): Pictures (B, 3, H, W) in uint8 -> features (B, d) or [`PictureFeatures`].
+        num_features (`int`): The d of the reference.
+        resolution (`int`): Height and width of pictures in pixels.
+        device (`torch.device` or `str`): Where pictures are.
+
+    Raises:
+        `ValueError`: it gives something else for two black pictures.
+    """
+    wanted = f"`fid_extractor` must give features of shape (2, {num_features}), as `fid_reference` has them"
+    pictures = torch.zeros(2, 3, resolution, resolution, dtype=torch.uint8, device=device)
+    try:
+        found = tuple(extract(extractor, pictures).features.shape)
+    except ValueError as error:
+        raise ValueError(f"{wanted}, for two pictures: {error}") from error
+    if found != (2, num_features):
+        raise ValueError(f"{wanted}, for two pictures, got {found} from {extractor!r}.")

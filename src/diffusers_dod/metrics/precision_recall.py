@@ -1,0 +1,174 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""Improved precision and recall (Kynkäänniemi et al., 2019) as ADM defines them, in float64 and in bounded memory."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..checks import check_at_least
+from .intervals import wilson_interval
+from .statistics import check_rows
+
+
+@dataclass(frozen=True)
+class PrecisionRecall:
+    """
+    Improved precision and recall, as counts.
+
+    Args:
+        num_precise (`int`): Samples within the manifold of the reference.
+        num_samples (`int`): Out of so many.
+        num_recalled (`int`): Reference pictures within the manifold of the samples.
+        num_reference (`int`): Out of so many.
+    """
+
+    num_precise: int
+    num_samples: int
+    num_recalled: int
+    num_reference: int
+
+    @property
+    def precision(self) -> float:
+        """Share of the samples within the manifold of the reference."""
+        return self.num_precise / self.num_samples
+
+    @property
+    def recall(self) -> float:
+        """Share of the reference within the manifold of the samples."""
+        return self.num_recalled / self.num_reference
+
+    def precision_interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """
+        The [`wilson_interval`] of precision, for other samples against the same reference. Recall has none: all
+        reference pictures are compared with the same samples, so their counts say nothing of how it varies.
+
+        Args:
+            confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
+
+        Returns:
+            `tuple[float, float]`: Both ends, in [0, 1].
+
+        Raises:
+            `ValueError`: an argument is out of range.
+        """
+        return wilson_interval(self.precision, self.num_samples, confidence)
+
+
+def _squared_distances(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """(n, d) and (m, d) -> (n, m) in float64; what is zero but for rounding is zero."""
+    norms = rows.square().sum(dim=1)[:, None] + columns.square().sum(dim=1)
+    distances = torch.addmm(norms, rows, columns.T, alpha=-2)
+    return distances.masked_fill_(distances <= 1e-13 * norms, 0)
+
+
+class ReferenceManifold:
+    """
+    The manifold of a reference (Kynkäänniemi et al., 2019), with which any number of samples can be compared: the
+    union of balls around its members. The radius of a ball is the distance to the k-th nearest other member, and its
+    surface belongs to it.
+
+    Args:
+        reference (`np.ndarray` of shape `(m, d)`): Features of the reference, m > k.
+        num_neighbours (`int`, defaults to 3): The number k of neighbours.
+        block_size (`int`, defaults to 2048): Distances of so many times so many pairs are in memory at once.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where distances are computed; it must have float64.
+
+    Raises:
+        `ValueError`: there are k pictures or fewer, a feature is not finite, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        reference: np.ndarray,
+        num_neighbours: int = 3,
+        block_size: int = 2048,
+        device: torch.device | str = "cpu",
+    ):
+        check_at_least("num_neighbours", num_neighbours, 1)
+        check_at_least("block_size", block_size, 1)
+        self.num_neighbours = num_neighbours
+        self.block_size = block_size
+        self.device = device
+        self._rows = check_rows("reference", reference, num_neighbours + 1)
+        self._center = self._rows.mean(axis=0, dtype=np.float64)  # distances are the same, and their rounding is less
+        self._radii = self._find_radii(self._rows)
+
+    def _blocks(self, rows: np.ndarray) -> Iterator[tuple[slice, torch.Tensor]]:
+        for start in range(0, len(rows), self.block_size):
+            place = slice(start, start + self.block_size)
+            yield place, torch.from_numpy(rows[place].astype(np.float64) - self._center).to(self.device)
+
+    def _find_radii(self, rows: np.ndarray) -> torch.Tensor:
+        radii = torch.empty(len(rows), dtype=torch.float64, device=self.device)
+        for place, block in self._blocks(rows):
+            nearest = torch.empty(len(block), 0, dtype=torch.float64, device=self.device)
+            for _, others in self._blocks(rows):
+                nearest = torch.cat([nearest, _squared_distances(block, others)], dim=1)
+                nearest = nearest.topk(min(self.num_neighbours + 1, nearest.shape[1]), largest=False).values
+            radii[place] = nearest[:, -1]  # beside k others there is itself, at distance 0
+        return radii
+
+    def compare(self, samples: np.ndarray) -> PrecisionRecall:
+        """
+        Improved precision and recall, see [`precision_recall`].
+
+        Args:
+            samples (`np.ndarray` of shape `(n, d)`): Features of the samples, n > k.
+
+        Returns:
+            [`PrecisionRecall`].
+
+        Raises:
+            `ValueError`: there are k pictures or fewer, the shapes do not fit, or a feature is not finite.
+        """
+        samples = check_rows("samples", samples, self.num_neighbours + 1)
+        if samples.shape[1] != self._rows.shape[1]:
+            raise ValueError(
+                "`samples` and `reference` must have as many features, "
+                f"got {samples.shape[1]} and {self._rows.shape[1]}."
+            )
+        radii = self._find_radii(samples)
+        is_precise = torch.zeros(len(samples), dtype=torch.bool, device=self.device)
+        is_recalled = torch.zeros(len(self._rows), dtype=torch.bool, device=self.device)
+        for place, block in self._blocks(samples):
+            for other_place, others in self._blocks(self._rows):
+                distances = _squared_distances(block, others)
+                is_precise[place] |= (distances <= self._radii[other_place]).any(dim=1)
+                is_recalled[other_place] |= (distances <= radii[place, None]).any(dim=0)
+        return PrecisionRecall(int(is_precise.sum()), len(samples), int(is_recalled.sum()), len(self._rows))
+
+
+def precision_recall(
+    samples: np.ndarray,
+    reference: np.ndarray,
+    num_neighbours: int = 3,
+    block_size: int = 2048,
+    device: torch.device | str = "cpu",
+) -> PrecisionRecall:
+    """
+    Improved precision and recall (Kynkäänniemi et al., 2019), as ADM computes them on `pool_3` with k = 3: the share
+    of each set within the manifold of the other one, see [`ReferenceManifold`].
+
+    Squared distances are in float64 here, where ADM's are in float16 if these are finite and else in float32: its
+    values differ in the last digits that it gives.
+
+    Both depend on the numbers of pictures: compare them at the same numbers only. Sets that are the same have both at
+    1. Sets in which more than k members are the same have balls of radius 0.
+
+    Args:
+        samples (`np.ndarray` of shape `(n, d)`): Features of the samples, n > k.
+        reference (`np.ndarray` of shape `(m, d)`): Features of the reference, m > k.
+        num_neighbours (`int`, defaults to 3): The number k of neighbours.
+        block_size (`int`, defaults to 2048): Distances of so many times so many pairs are in memory at once.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where distances are computed; it must have float64.
+
+    Returns:
+        [`PrecisionRecall`].
+
+    Raises:
+        `ValueError`: there are k pictures or fewer in a set, the shapes do not fit, a feature is not finite, or a
+            number is out of range.
+    """
+    return ReferenceManifold(reference, num_neighbours, block_size, device).compare(samples)

@@ -1,0 +1,190 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""
+Numbers with what they are of: every result is a JSON file that names checkpoint, data, settings, versions and command.
+
+    {"format": 1, "task": "evaluate", "argv": [...], "checkpoint": {"path": ..., "sha256": ...}, "data": {...},
+     "settings": {...}, "versions": {...}, "metrics": {"fid": {"value": 4.2, "interval": [4.0, 4.5]}}}
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+
+from .files import folder_sha256, replacing
+
+
+FORMAT = 1
+PACKAGES = ("diffusers-dod", "torch", "diffusers", "transformers", "accelerate", "numpy", "scipy", "Pillow")
+PACKAGES += ("scikit-image", "torch-fidelity", "torchvision")  # where they are installed
+
+
+def checkpoint_sha256(path: str | os.PathLike) -> str:
+    """
+    What identifies a saved pipeline: a hash of its configs and weights, and of nothing else in its folder.
+
+    Args:
+        path (`str` or `os.PathLike`): A folder, or a repository on the Hub.
+
+    Returns:
+        `str`: A SHA-256.
+
+    Raises:
+        `ValueError`: there is no pipeline.
+        `OSError`: the repository cannot be reached.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path)))
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"`path` must hold a pipeline, with a model_index.json, got {str(path)!r}.")
+    components = [name for name, value in json.loads(index.read_text()).items() if isinstance(value, list)]
+    files = [index] + [file for name in components for file in (folder / name).rglob("*") if file.is_file()]
+    return folder_sha256(folder, sorted(files))
+
+
+def _find_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@lru_cache
+def git_commit() -> str | None:
+    """The commit of the package's source tree, with `-dirty` if it has been changed; `None` if it is no checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # it may be installed within the checkout of something else
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def describe_versions(device: torch.device | str) -> dict[str, str | None]:
+    """Versions of what computes, and the kind of `device` that it computes on."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "python": platform.python_version(),
+        **{package: found for package in PACKAGES if (found := _find_version(package)) is not None},
+        "git_commit": git_commit(),
+        "device": name,
+        "num_threads": str(torch.get_num_threads()),
+    }
+
+
+def as_metric(value: float, interval: tuple[float, float] | None = None, **details: Any) -> dict[str, Any]:
+    """
+    A number as results hold it.
+
+    Args:
+        value (`float`): The number.
+        interval (`tuple[float, float]`, *optional*): Its 95 % confidence interval.
+        details (`Any`): More about it that JSON can hold.
+
+    Returns:
+        `dict`: With `value` and `interval`.
+
+    Raises:
+        `ValueError`: it is not finite, or an end of the interval is not.
+    """
+    if not math.isfinite(value):
+        raise ValueError(f"`value` must be finite, got {value}.")
+    if interval is not None and not all(math.isfinite(end) for end in interval):
+        raise ValueError(f"`interval` must be finite, got {interval}.")
+    return {
+        "value": float(value),
+        "interval": None if interval is None else [float(end) for end in interval],
+        **details,
+    }
+
+
+def half_width(metric: dict[str, Any]) -> float:
+    """How far the interval of `metric`, what [`as_metric`] returns, reaches from the number, at the longer side."""
+    return 0.0 if metric["interval"] is None else max(abs(end - metric["value"]) for end in metric["interval"])
+
+
+def write_results(
+    path: Path,
+    task: str,
+    argv: list[str],
+    metrics: dict[str, dict[str, Any]],
+    data: dict[str, Any],
+    settings: dict[str, Any],
+    device: torch.device | str,
+    checkpoint: str | os.PathLike | dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """
+    Writes a result, as a whole or not at all.
+
+    Args:
+        path (`Path`): The JSON file.
+        task (`str`): Name of the module in `diffusers_dod.evaluation` whose `main(argv)` computes it.
+        argv (`list[str]`): The arguments of that.
+        metrics (`dict[str, dict]`): What [`as_metric`] returns for each number, by name.
+        data (`dict`): What identifies the data.
+        settings (`dict`): All that the numbers depend on beside.
+        device (`torch.device` or `str`): What computed them.
+        checkpoint (`str`, `os.PathLike` or `dict`, *optional*):
+            The pipeline; or the `path` and `sha256` of one, as a manifest of samples has them.
+
+    Returns:
+        `dict`: What was written.
+
+    Raises:
+        `TypeError`, `ValueError`: something is nothing that JSON can hold, or a number that is not finite.
+        `OSError`: the file cannot be written, or the checkpoint not be reached.
+    """
+    if checkpoint is not None and not isinstance(checkpoint, dict):
+        checkpoint = {"path": str(checkpoint), "sha256": checkpoint_sha256(checkpoint)}
+    results = {
+        "format": FORMAT,
+        "task": task,
+        "argv": argv,
+        "checkpoint": checkpoint,
+        "data": data,
+        "settings": settings,
+        "versions": describe_versions(device),
+        "metrics": metrics,
+    }
+    content = json.dumps(results, indent=2, allow_nan=False) + "\n"
+    with replacing(Path(path)) as unfinished:
+        unfinished.write_text(content)
+    return results
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """
+    Reads what [`write_results`] wrote.
+
+    Args:
+        path (`Path`): The JSON file.
+
+    Returns:
+        `dict`: Its content.
+
+    Raises:
+        `ValueError`: it is no such file.
+    """
+    try:
+        results = json.loads(Path(path).read_text())
+        missing = {"format", "task", "argv", "metrics"} - results.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"`path` must be a file of results, got {path}: {error}") from error
+    if missing:
+        raise ValueError(f"`path` must be a file of results, got {path} without {', '.join(sorted(missing))}.")
+    if results["format"] != FORMAT:
+        raise ValueError(f"`path` must be a file of results of format {FORMAT}, got {path} of {results['format']!r}.")
+    return results

@@ -1,0 +1,184 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""The metrics of a run: sums over steps and processes, and `metrics.jsonl`."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+
+EVALUATIONS = "evaluations.jsonl"  # beside `METRICS_FILE`: what is computed of samples
+NUM_TIME_BINS = 4  # parts of [0, 1] whose losses are logged apart
+
+
+class TrainingMetrics:
+    """
+    Means over the steps since the latest line of `metrics.jsonl`; steps whose gradients are not finite do not count.
+
+    Args:
+        path (`Path`): The file.
+        accelerator (`Accelerator`): The processes, whose sums are added up.
+        images_per_step (`int`): Samples per optimizer step over all processes.
+        step (`int`, defaults to 0): Number of finished steps.
+        sums (`list[list[float]]`, *optional*): What `state` returned in that step.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        accelerator: Accelerator,
+        images_per_step: int,
+        step: int = 0,
+        sums: list[list[float]] | None = None,
+    ):
+        self.path = path
+        self.accelerator = accelerator
+        self.images_per_step = images_per_step
+        # Loss and count of samples with and without a prior, gradient norm and count of steps, alignment and count of
+        # samples, the same with the prior's tokens; then losses and counts by time.
+        self.sums = torch.zeros(10 + 2 * NUM_TIME_BINS, device=accelerator.device)
+        self.step_sums = torch.zeros_like(self.sums)
+        if sums is not None:
+            if len(sums) == accelerator.num_processes:
+                self.sums += torch.tensor(sums[accelerator.process_index], device=accelerator.device)
+            elif accelerator.is_main_process:  # written by another number of processes
+                self.sums += torch.tensor(sums, device=accelerator.device).sum(0)
+        self._start(step)
+
+    def _start(self, step: int) -> None:
+        self.timed_from, self.timed_from_step, self.data_seconds = time.perf_counter(), step, 0.0
+
+    def add_losses(self, losses: torch.Tensor, sigmas: torch.Tensor, num_priors: int) -> None:
+        """
+        Adds a micro-batch to the step.
+
+        Args:
+            losses (`torch.Tensor` of shape `(B,)`): Loss of each sample, those with a prior first.
+            sigmas (`torch.Tensor` of shape `(B,)`): Their times.
+            num_priors (`int`): How many have a prior.
+        """
+        sums = self.step_sums
+        sums[0] += losses[:num_priors].sum()
+        sums[1] += num_priors
+        sums[2] += losses[num_priors:].sum()
+        sums[3] += len(losses) - num_priors
+        bins = (sigmas * NUM_TIME_BINS).long().clamp(max=NUM_TIME_BINS - 1)
+        sums.index_add_(0, 10 + bins, losses)
+        sums.index_add_(0, 10 + NUM_TIME_BINS + bins, torch.ones_like(losses))
+
+    def add_alignment(self, alignment: torch.Tensor, prior_alignment: torch.Tensor) -> None:
+        """
+        Adds the alignment of a micro-batch to the step.
+
+        Args:
+            alignment (`torch.Tensor` of shape `(B,)`): Alignment of the backbone's tokens.
+            prior_alignment (`torch.Tensor` of shape `(K,)`): Alignment of the prior's tokens, where there are any.
+        """
+        for index, values in ((6, alignment), (8, prior_alignment)):
+            self.step_sums[index] += values.sum()
+            self.step_sums[index + 1] += len(values)
+
+    def end_step(self, grad_norm: torch.Tensor, is_finite: bool) -> None:
+        """
+        Ends an optimizer step.
+
+        Args:
+            grad_norm (`torch.Tensor` of shape `()`): The norm of its gradients.
+            is_finite (`bool`): Whether the step was made.
+        """
+        self.step_sums[4] += grad_norm
+        self.step_sums[5] += 1
+        if is_finite:
+            self.sums += self.step_sums
+        self.step_sums.zero_()
+
+    def pause(self, seconds: float) -> None:
+        """Leaves `seconds` that were not spent on training out of the speed."""
+        self.timed_from += seconds
+
+    def state(self) -> list[list[float]]:
+        """The sums of each process since the latest line, for a resumed run; all processes must ask."""
+        return gather_object([self.sums.tolist()])
+
+    def write(self, step: int, learning_rate: float) -> dict[str, Any]:
+        """
+        Writes a line, sends it to the trackers and starts anew; all processes must call it.
+
+        Args:
+            step (`int`): The step that has just been finished.
+            learning_rate (`float`): Its learning rate.
+
+        Returns:
+            `dict`: The line; what there is no sample or no step for is `None`.
+        """
+        totals = self.accelerator.reduce(self.sums).tolist()
+        seconds = time.perf_counter() - self.timed_from
+        num_steps = step - self.timed_from_step
+
+        def mean(*indices: int) -> float | None:
+            count = sum(totals[index + 1] for index in indices)
+            value = sum(totals[index] for index in indices) / count if count else math.nan
+            return value if math.isfinite(value) else None  # JSON has no NaN
+
+        sums, counts = totals[10 : 10 + NUM_TIME_BINS], totals[10 + NUM_TIME_BINS :]
+        line = {
+            "step": step,
+            "loss": mean(0, 2),
+            "loss_with_prior": mean(0),
+            "loss_without_prior": mean(2),
+            **{
+                f"loss_sigma_{index / NUM_TIME_BINS:.2f}_{(index + 1) / NUM_TIME_BINS:.2f}": total / count
+                if count
+                else None
+                for index, (total, count) in enumerate(zip(sums, counts, strict=True))
+            },
+            **({"alignment": mean(6)} if totals[7] else {}),
+            **({"prior_alignment": mean(8)} if totals[9] else {}),
+            "grad_norm": mean(4),
+            "learning_rate": learning_rate,
+            "images_per_second": round(num_steps * self.images_per_step / seconds, 1),
+            "data_wait": round(self.data_seconds / seconds, 4),
+        }
+        append_line(self.path, line, self.accelerator)
+        self.sums.zero_()
+        self._start(step)
+        return line
+
+
+def append_line(path: Path, line: dict[str, Any], accelerator: Accelerator) -> None:
+    """
+    Adds a line to a file of JSON lines and to the trackers, by the main process.
+
+    Args:
+        path (`Path`): The file.
+        line (`dict`): Values by name, of which `step` is one.
+        accelerator (`Accelerator`): The processes.
+    """
+    if accelerator.is_main_process:
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+    accelerator.log({name: value for name, value in line.items() if value is not None}, step=line["step"])
+
+
+def drop_metrics_after(path: Path, step: int) -> None:
+    """
+    Removes from the metrics in `path`, if it exists, the lines after `step`, which a resumed run will write again, and
+    the half of a line that a crash may have left.
+    """
+
+    def is_kept(line: str) -> bool:
+        try:
+            return json.loads(line)["step"] <= step
+        except ValueError:
+            return False
+
+    if path.exists():
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text("".join(line + "\n" for line in path.read_text().splitlines() if is_kept(line)))
+        os.replace(unfinished, path)

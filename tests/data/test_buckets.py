@@ -1,0 +1,600 @@
+"""Aspect-ratio buckets: their sizes, who goes into which, their latents on disk, and the order in which they come."""
+
+import json
+import pickle
+import threading
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import says, tiny_latent_embedder, tiny_pipeline, tiny_transformer, tiny_vae
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import ViTConfig, ViTModel
+
+from diffusers_dod.autoencoders import encode_moments
+from diffusers_dod.data.buckets import (
+    BUCKETS,
+    STEPS_PER_BLOCK,
+    BucketedLatents,
+    BucketOrder,
+    assign_buckets,
+    bucket_sizes,
+    encode_buckets,
+    split_pictures,
+)
+from diffusers_dod.data.encoding import BadImagesError
+from diffusers_dod.data.latents import LatentDataset
+from diffusers_dod.data.pictures import Pictures, center_crop, cover_and_crop, load_pictures, to_pixels, to_rgb
+from diffusers_dod.data.sample_stream import SampleDraws, StreamSampler, TrainingStream, collate_priors_first
+from diffusers_dod.data.vision_features import VisionFeatures
+from diffusers_dod.losses import DoDJointModel
+
+
+SIZES = [(12, 20), (16, 16), (20, 12)]  # those of resolution 16 in steps of 4
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+# Width and height of the pictures of each class; three are wide, four about square, four high.
+SHAPES = {"ant": [(20, 12), (40, 25), (16, 16), (12, 20), (33, 70)], "newt": [(17, 16), (30, 33), (50, 90)]}
+SHAPES["zebra"] = [(64, 40), (16, 17), (24, 40)]
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Pictures:
+    for name, shapes in SHAPES.items():
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number, shape in enumerate(shapes):
+            picture(*shape, seed=number).save(tmp_path / "pictures" / name / f"{number}.png")
+    return reload(tmp_path / "pictures")
+
+
+def reload(folder: Path) -> Pictures:
+    return load_pictures(None, str(folder), 16, 0, 0)
+
+
+def encode(pictures: Pictures, folder: Path, vae=None, sizes=SIZES, random_flip=False, **options) -> BucketedLatents:
+    options = {"shard_size": 2, "batch_size": 2, **options}
+    return encode_buckets(pictures, sizes, vae, folder, random_flip, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+def test_sizes_of_256():
+    high = [(272, 240), (288, 224), (304, 208), (336, 192), (352, 176)]
+    wide = [(width, height) for height, width in reversed(high)]
+    assert bucket_sizes(256, 16) == [*wide, (256, 256), *high]
+
+
+@pytest.mark.parametrize("ratio", [1, 1.5, 2.0, 4 / 3, 3.0, 1e6])
+@pytest.mark.parametrize(("resolution", "multiple"), [(16, 16), (16, 4), (15, 3), (96, 8), (7, 1)])
+def test_sizes_are_those_that_fit_into_no_other(resolution, multiple, ratio):
+    sides = range(multiple, resolution**2 // multiple + 1, multiple)
+    allowed = [(h, w) for h in sides for w in sides if h * w <= resolution**2 and max(h, w) <= min(h, w) * ratio]
+    largest = [a for a in allowed if not any(a != b and a[0] <= b[0] and a[1] <= b[1] for b in allowed)]
+    sizes = bucket_sizes(resolution, multiple, ratio)
+    assert sizes == sorted(largest)
+    assert (resolution, resolution) in sizes
+    assert sorted((width, height) for height, width in sizes) == sizes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "fragments"),
+    [
+        ((250, 16), ValueError, ("`resolution`", "multiple of `multiple` = 16", "250")),
+        ((0, 16), ValueError, ("`resolution`", ">= 1", "0")),
+        ((256, 0), ValueError, ("`multiple`", ">= 1", "0")),
+        ((256, 16, 0.5), ValueError, ("`max_aspect_ratio`", "[1, inf)", "0.5")),
+        ((256, 16, float("inf")), ValueError, ("`max_aspect_ratio`", "finite", "inf")),
+        ((256.0, 16), TypeError, ("`resolution`", "int", "256.0")),
+    ],
+)
+def test_sizes_that_there_are_not(arguments, error, fragments):
+    with pytest.raises(error, match=says(*fragments)):
+        bucket_sizes(*arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who goes into which bucket
+
+
+def test_the_nearest_ratio(pictures):
+    assigned = dict(zip(map(pictures.path_of, range(11)), assign_buckets(pictures, SIZES), strict=True))
+    border = (12 / 20) ** 0.5  # halfway between 12 / 20 and 1
+    for path, number in assigned.items():
+        width, height = SHAPES[Path(path).parent.name][int(Path(path).stem)]
+        assert number == (0 if height / width < border else 2 if height / width > 1 / border else 1), path
+    assert Counter(assigned.values()) == {0: 3, 1: 4, 2: 4}
+    assert assign_buckets(pictures, SIZES, num_workers=2) == list(assigned.values())
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "webp"])
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 7, 8])
+def test_the_orientation_counts(tmp_path, pictures, kind, orientation):
+    exif, path = Image.Exif(), tmp_path / "turned" / "ant" / f"0.{kind}"
+    exif[0x0112] = orientation
+    path.parent.mkdir(parents=True)
+    picture(40, 24).save(path, kind, exif=exif)
+    turned = to_rgb(Image.open(path)).size == (24, 40)
+    assert turned == (orientation >= 5)
+    assert assign_buckets(reload(tmp_path / "turned"), SIZES) == [2 if turned else 0]
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+def test_only_the_header_is_read(tmp_path, pictures, kind):
+    path = tmp_path / "pictures" / "ant" / f"cut.{kind}"
+    picture(400, 240).save(path, kind)
+    path.write_bytes(path.read_bytes()[:2000])  # of which nothing can be decoded
+    pictures = reload(tmp_path / "pictures")
+    index = [pictures.path_of(i) for i in range(12)].index(str(path))
+    with pytest.raises(OSError):
+        pictures.dataset[index]
+    assert assign_buckets(pictures, SIZES)[index] == 0
+
+
+def test_what_cannot_be_opened_is_square(tmp_path, pictures):
+    path = tmp_path / "pictures" / "ant" / "0.png"
+    path.write_text("no picture")
+    pictures = reload(tmp_path / "pictures")
+    assert assign_buckets(pictures, SIZES)[[pictures.path_of(i) for i in range(11)].index(str(path))] == 1
+
+
+def test_pictures_that_have_no_buckets(pictures):
+    textures = load_pictures("textures", None, 16, 4, 0)
+    with pytest.raises(TypeError, match=says("`pictures.dataset`", "PictureDataset", "TextureDataset")):
+        assign_buckets(textures, SIZES)
+    with pytest.raises(ValueError, match=says("`sizes`", "at least one", "0")):
+        assign_buckets(pictures, [])
+    pictures.dataset.dataset = pictures.dataset.dataset.select([])
+    with pytest.raises(ValueError, match=says("`pictures`", "at least one", "0")):
+        assign_buckets(pictures, SIZES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The crop
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 24), (33, 100), (131, 17), (200, 200), (1, 9), (16, 31)])
+def test_the_crop_of_a_square_is_that_of_squares(size):
+    np.testing.assert_array_equal(cover_and_crop(picture(*size), 16, 16), center_crop(picture(*size), 16))
+
+
+@pytest.mark.parametrize("size", [(20, 12), (64, 64), (41, 24), (100, 33), (1, 1), (700, 5), (5, 700), (39, 23)])
+@pytest.mark.parametrize(("height", "width"), [(12, 20), (20, 12)])
+def test_the_crop_covers_the_bucket(size, height, width):
+    """Pillow fills what lies outside of a picture with black."""
+    cropped = cover_and_crop(Image.new("RGB", size, (10, 200, 30)), height, width)
+    assert cropped.shape == (height, width, 3) and cropped.dtype == np.uint8
+    assert (cropped == [10, 200, 30]).all()
+
+
+def test_position_of_the_crop():
+    pixels = (np.arange(20 * 17 * 3).reshape(17, 20, 3) % 251).astype(np.uint8)
+    np.testing.assert_array_equal(cover_and_crop(Image.fromarray(pixels), 12, 20), pixels[2:14])
+    turned = np.ascontiguousarray(pixels.transpose(1, 0, 2))
+    np.testing.assert_array_equal(cover_and_crop(Image.fromarray(turned), 20, 12), turned[:, 2:14])
+
+
+def test_large_pictures_are_averaged_in_boxes():
+    """48 x 100 to 24 x 50 to 12 x 25, which is not twice as large as the bucket along both sides."""
+    image = picture(100, 48)
+    means = np.asarray(image).astype(float).reshape(12, 4, 25, 4, 3).mean((1, 3))
+    assert np.abs(cover_and_crop(image, 12, 20) - means[:, 2:22]).max() <= 2  # Pillow rounds in between
+
+
+def test_pictures_of_a_bucket(pictures):
+    buckets = split_pictures(pictures, SIZES)
+    assert {size: len(bucket.dataset) for size, bucket in buckets.items()} == {(12, 20): 3, (16, 16): 4, (20, 12): 4}
+    rows = {pictures.path_of(i): i for i in range(11)}
+    for (height, width), bucket in buckets.items():
+        assert (bucket.class_names, bucket.resolution) == (pictures.class_names, 16)
+        for index in range(len(bucket.dataset)):
+            path = bucket.path_of(index)
+            sample, row = bucket.dataset[index], rows.pop(path)
+            assert pictures.class_names[sample["label"]] == Path(path).parent.name
+            assert sample["label"] == pictures.dataset[row]["label"]
+            np.testing.assert_array_equal(sample["image"], cover_and_crop(Image.open(path), height, width))
+    assert not rows
+
+
+def test_other_pictures_in_a_bucket_have_another_fingerprint(pictures):
+    three, two = split_pictures(pictures, SIZES), split_pictures(pictures, SIZES[:2])
+    assert three[12, 20].fingerprint == two[12, 20].fingerprint  # the same ones
+    assert len({bucket.fingerprint for buckets in (three, two) for bucket in buckets.values()}) == 4
+
+
+def test_a_bucket_without_pictures_is_left_out(pictures):
+    assert list(split_pictures(pictures, [(16, 16), (4, 64)])) == [(16, 16)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latents
+
+
+def test_latents_of_buckets(tmp_path, pictures):
+    vae = tiny_vae()
+    latents = encode(pictures, tmp_path / "latents", vae, random_flip=True)
+    assert isinstance(latents, BucketedLatents)
+    assert latents.bucket_lengths == [3, 4, 4] and len(latents) == 11
+    assert latents.num_views == 2 and latents.latent_shape == (4, 8, 8)
+    index = 0
+    for bucket in split_pictures(pictures, SIZES).values():
+        for sample in bucket.dataset:
+            assert int(latents.labels[index]) == sample["label"]
+            pixels = to_pixels(torch.from_numpy(sample["image"])[None])
+            for view, pixels_of_view in enumerate((pixels, pixels.flip(-1))):
+                for read, expected in zip(latents.read(index, view), encode_moments(pixels_of_view, vae), strict=True):
+                    torch.testing.assert_close(read, expected[0].detach(), rtol=1e-4, atol=1e-4)
+            assert latents.read_features(index) is None
+            index += 1
+    assert index == 11
+
+
+def test_what_is_written(tmp_path, pictures):
+    folder = tmp_path / "latents"
+    encode(pictures, folder)
+    manifest = json.loads((folder / BUCKETS).read_text())
+    assert manifest.pop("bad_images") == [] and manifest.pop("autoencoder") is None
+    assert manifest == {
+        "format": 1,
+        "pictures": pictures.fingerprint,
+        "num_pictures": 11,
+        "class_names": ["ant", "newt", "zebra"],
+        "transform": "ADM centre crop to buckets",
+        "resolution": 16,
+        "random_flip": False,
+        "latents_dtype": "float32",
+        "bucket_sizes": [[12, 20], [16, 16], [20, 12]],
+        "num_samples": 11,
+        "num_views": 1,
+        "latent_shape": [3, 16, 16],
+        "buckets": [
+            {"folder": f"bucket-{height}x{width}", "height": height, "width": width, "num_samples": count}
+            for (height, width), count in zip(SIZES, (3, 4, 4), strict=True)
+        ],
+    }
+    assert sorted(path.name for path in folder.iterdir()) == ["bucket-12x20", "bucket-16x16", "bucket-20x12", BUCKETS]
+    for (height, width), count in zip(SIZES, (3, 4, 4), strict=True):
+        bucket = LatentDataset(folder / f"bucket-{height}x{width}")  # an ordinary folder of latents
+        assert bucket.latent_shape == (3, height, width) and len(bucket) == count
+
+
+def test_features_of_a_vision_model(tmp_path, pictures):
+    config = ViTConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    ViTModel(config).save_pretrained(tmp_path / "vision")
+    vision = VisionFeatures(tmp_path / "vision")
+    latents = encode(pictures, tmp_path / "latents", vision=vision)
+    assert latents.manifest["vision_model"] == vision.describe()
+    for index in (0, 5, 10):  # whatever the shape of the bucket
+        features = vision(latents.read(index)[0][None])[0]
+        torch.testing.assert_close(latents.read_features(index), features, rtol=2e-3, atol=2e-3)
+
+
+class Together:
+    """What keeps the processes of a run together, for threads."""
+
+    def __init__(self, count: int):
+        self.barrier = threading.Barrier(count, timeout=60)
+        self.errors: list[Exception] = []
+
+    @contextmanager
+    def __call__(self):
+        try:
+            yield
+        except Exception as error:
+            self.errors.append(error)
+        self.barrier.wait()
+        if self.errors:
+            raise self.errors[0]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_any_number_of_processes_writes_the_same(tmp_path, pictures, count):
+    encode(pictures, tmp_path / "alone")
+    results, together = {}, Together(count)
+
+    def run(index: int) -> None:
+        results[index] = encode(
+            pictures, tmp_path / "shared", process_index=index, num_processes=count, together=together
+        )
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not together.errors
+    assert [len(results[index]) for index in range(count)] == [11] * count
+    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
+
+
+def test_the_shards_of_all_buckets_are_dealt_in_turn(tmp_path, pictures):
+    """Six shards, two of each bucket: no process is left with the first of every bucket."""
+    written = []
+    for index in range(4):
+        folder = tmp_path / f"process-{index}"
+        with pytest.raises(ValueError):  # alone it cannot finish
+            encode(pictures, folder, process_index=index, num_processes=4)
+        written.append([path.relative_to(folder) for path in folder.rglob("*.safetensors")])
+    assert [len(paths) for paths in written] == [2, 2, 1, 1]
+    assert len({path for paths in written for path in paths}) == 6
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path, pictures):
+    folder = tmp_path / "latents"
+    with pytest.raises(ValueError, match=says("must hold 2 shards")):
+        encode(pictures, folder, process_index=0, num_processes=2)  # without the other one
+    assert not (folder / BUCKETS).exists()
+    with pytest.raises(ValueError, match=says(BUCKETS, "got none")):
+        BucketedLatents(folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    assert len(before) == 3
+    assert len(encode(pictures, folder)) == 11
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_what_is_done_is_not_done_again(tmp_path, pictures):
+    folder = tmp_path / "latents"
+    encode(pictures, folder)
+    before = contents(folder)
+    for path in (tmp_path / "pictures").rglob("*.png"):
+        path.unlink()  # neither pictures nor headers are read
+    assert len(encode(pictures, folder)) == 11
+    assert contents(folder) == before
+
+
+def test_a_lost_shard_is_encoded_again(tmp_path, pictures):
+    folder = tmp_path / "latents"
+    encode(pictures, folder)
+    before = contents(folder)
+    (folder / "bucket-20x12" / "shard-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match=says("bucket-20x12", "shard-00001")):
+        BucketedLatents(folder)
+    encode(pictures, folder)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("state", ["finished", "unfinished", "damaged"])
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"random_flip": True}, "random_flip"),
+        ({"latents_dtype": "float16"}, "latents_dtype"),
+        ({"vae": "another"}, "autoencoder"),
+        ({"sizes": [(12, 20), (16, 16)]}, "bucket_sizes"),
+        ({"fingerprint": "other pictures"}, "pictures"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path, pictures, changed, name, state):
+    folder = tmp_path / "latents"
+    encode(pictures, folder)
+    if state == "damaged":
+        (folder / "bucket-12x20" / "shard-00000.safetensors").unlink()
+    if state == "unfinished":
+        (folder / BUCKETS).unlink()
+        name = "pictures" if name == "bucket_sizes" else name  # there are others in a bucket
+    before = contents(folder)
+    if "fingerprint" in changed:
+        pictures, changed = replace(pictures, **changed), {}
+    if "vae" in changed:
+        changed = {"vae": tiny_vae()}
+    with pytest.raises(ValueError, match=says("must hold latents with", f"`{name}`")):
+        encode(pictures, folder, **changed)
+    assert contents(folder) == before
+
+
+def test_a_bucket_of_other_settings_is_refused(tmp_path, pictures):
+    encode(pictures, tmp_path / "one")
+    encode(pictures, tmp_path / "other", random_flip=True)
+    (tmp_path / "one" / "bucket-12x20").rename(tmp_path / "away")
+    (tmp_path / "other" / "bucket-12x20").rename(tmp_path / "one" / "bucket-12x20")
+    with pytest.raises(ValueError, match=says("bucket-12x20", "`random_flip`")):
+        BucketedLatents(tmp_path / "one")
+
+
+def test_buckets_of_another_format(tmp_path):
+    (tmp_path / BUCKETS).write_text('{"format": 7}')
+    with pytest.raises(ValueError, match=says("buckets of format 1", "7")):
+        BucketedLatents(tmp_path)
+
+
+def test_bad_pictures(tmp_path, pictures):
+    """One cannot be opened, one of another bucket cannot be decoded."""
+    bad = [tmp_path / "pictures" / "ant" / "0.png", tmp_path / "pictures" / "newt" / "2.png"]
+    bad[0].write_text("no picture")
+    bad[1].write_bytes(bad[1].read_bytes()[:200])
+    pictures, folder = reload(tmp_path / "pictures"), tmp_path / "latents"
+    rows = [[pictures.path_of(i) for i in range(11)].index(str(path)) for path in bad]
+    with pytest.raises(BadImagesError) as error:
+        encode(pictures, folder)
+    assert [(entry["index"], entry["path"]) for entry in error.value.bad] == [
+        (row, str(path)) for row, path in zip(rows, bad, strict=True)
+    ]
+    assert not (folder / BUCKETS).exists()
+    latents = encode(pictures, folder, on_bad_image="skip")
+    assert latents.bucket_lengths == [2, 4, 3] and latents.manifest["num_pictures"] == 11
+    assert latents.manifest["bad_images"] == error.value.bad
+    with pytest.raises(BadImagesError):
+        encode(pictures, folder)
+
+
+def test_a_bucket_of_bad_pictures_only(tmp_path, pictures):
+    for path in (tmp_path / "pictures").rglob("*.png"):
+        if Image.open(path).height * 20 <= Image.open(path).width * 13:
+            path.write_bytes(path.read_bytes()[:200])
+    pictures = reload(tmp_path / "pictures")
+    latents = encode(pictures, tmp_path / "latents", on_bad_image="skip")
+    assert latents.bucket_lengths == [4, 4] and len(latents.manifest["bad_images"]) == 3
+    assert len(encode(pictures, tmp_path / "latents", on_bad_image="skip")) == 8
+    for path in (tmp_path / "pictures").rglob("*.png"):
+        path.write_text("no picture")
+    with pytest.raises(ValueError, match=says("must hold at least one picture", "none of 11")):
+        encode(reload(tmp_path / "pictures"), tmp_path / "nothing", on_bad_image="skip")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The order
+
+
+LENGTHS = [5, 1, 40, 14]
+STARTS = [0, 5, 6, 46]
+
+
+def bucket_of(index: int) -> int:
+    return int(np.searchsorted(STARTS, index, side="right")) - 1
+
+
+def walk(order: BucketOrder, first: int, last: int) -> list[int]:
+    return [order(position) for position in range(first, last)]
+
+
+def test_each_bucket_comes_in_passes_of_its_own():
+    num_steps = 3 * STEPS_PER_BLOCK
+    indices = walk(BucketOrder(LENGTHS, 3, seed=1), 0, 3 * num_steps)
+    streams = {bucket: [] for bucket in range(4)}
+    for step in range(num_steps):
+        own = indices[3 * step : 3 * step + 3]
+        assert len({bucket_of(index) for index in own}) == 1  # one shape in a step
+        streams[bucket_of(own[0])] += own
+    for bucket, stream in streams.items():
+        length, start = LENGTHS[bucket], STARTS[bucket]
+        passes = [tuple(stream[i : i + length]) for i in range(0, len(stream) - length + 1, length)]
+        assert all(sorted(order) == list(range(start, start + length)) for order in passes)
+        if length >= 14:
+            assert len(set(passes)) == len(passes) > 20  # each pass in an order of its own
+
+
+def test_buckets_are_drawn_by_their_share():
+    count = 3 * STEPS_PER_BLOCK
+    order = BucketOrder(LENGTHS, 1, seed=2)
+    drawn = np.array([bucket_of(order(position)) for position in range(count)])
+    for bucket, length in enumerate(LENGTHS):
+        share = length / sum(LENGTHS)
+        deviation = (share * (1 - share) / count) ** 0.5
+        assert (drawn == bucket).mean() == pytest.approx(share, abs=4 * deviation)
+    same = (drawn[1:] == drawn[:-1]).mean()  # a step says nothing about the next
+    expected = sum((length / sum(LENGTHS)) ** 2 for length in LENGTHS)
+    assert same == pytest.approx(expected, abs=5 * (expected / count) ** 0.5)
+    blocks = drawn.reshape(3, -1)
+    assert len({tuple(block[:50]) for block in blocks}) == 3
+
+
+@pytest.mark.parametrize("start_step", [1, 7, STEPS_PER_BLOCK - 1, STEPS_PER_BLOCK, 2 * STEPS_PER_BLOCK + 5])
+def test_a_resumed_order_goes_on(start_step):
+    whole = BucketOrder(LENGTHS, 2, seed=3)
+    walked = walk(whole, 0, 2 * (start_step + 20))
+    assert walk(BucketOrder(LENGTHS, 2, seed=3), 2 * start_step, 2 * start_step + 40) == walked[2 * start_step :]
+    for position in (0, 2 * start_step + 3, 4, 2 * start_step - 1):  # in any order
+        assert whole(position) == walked[position]
+    copy = pickle.loads(pickle.dumps(whole))
+    assert walk(copy, 2 * start_step, 2 * start_step + 6) == walked[2 * start_step : 2 * start_step + 6]
+
+
+def test_the_seed_decides():
+    one, same, other = (walk(BucketOrder(LENGTHS, 2, seed), 0, 200) for seed in (0, 0, 1))
+    assert one == same != other
+    assert [bucket_of(index) for index in one] != [bucket_of(index) for index in other]
+    alike = [walk(BucketOrder([30], 2, seed), 0, 30) for seed in (0, 1)]  # the passes too
+    assert alike[0] != alike[1]
+    twins = BucketOrder([30, 30], 30, seed=0)  # and buckets of one length
+    passes = {0: None, 1: None}
+    for step in range(50):
+        indices = walk(twins, 30 * step, 30 * step + 30)
+        passes[indices[0] // 30] = passes[indices[0] // 30] or [index % 30 for index in indices]
+    assert passes[0] != passes[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (([], 2, 0), ("`bucket_lengths`", "at least one", "none")),
+        (([3, 0], 2, 0), ("`bucket_lengths`", ">= 1", "0")),
+        (([3], 0, 0), ("`images_per_step`", ">= 1", "0")),
+        (([3], 1, -1), ("`seed`", ">= 0", "-1")),
+    ],
+)
+def test_orders_that_there_are_not(arguments, fragments):
+    with pytest.raises(ValueError, match=says(*fragments)):
+        BucketOrder(*arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.fixture
+def latents(tmp_path, pictures) -> BucketedLatents:
+    return encode(pictures, tmp_path / "latents", tiny_vae(), random_flip=True)
+
+
+def loader_of(latents: BucketedLatents, batch_size: int, accumulation=1, process=(0, 1), steps=(0, 12), workers=0):
+    images_per_step = batch_size * accumulation * process[1]
+    order = BucketOrder(latents.bucket_lengths, images_per_step, seed=5)
+    stream = TrainingStream(latents, SampleDraws(3, seed=5), order)
+    sampler = StreamSampler(*steps, batch_size, accumulation, *process)
+    return DataLoader(stream, batch_size, sampler=sampler, collate_fn=collate_priors_first, num_workers=workers)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_all_batches_of_a_step_have_one_shape(latents, processes, accumulation):
+    batches = [list(loader_of(latents, 3, accumulation, (index, processes))) for index in range(processes)]
+    shapes = set()
+    for step in range(12):
+        micro = range(step * accumulation, (step + 1) * accumulation)
+        of_step = {tuple(own[number]["latents"].shape) for own in batches for number in micro}
+        assert len(of_step) == 1
+        shapes |= of_step
+    assert shapes == {(3, 4, 6, 10), (3, 4, 8, 8), (3, 4, 10, 6)}
+
+
+def test_processes_share_the_samples_of_one(latents):
+    def noises(loaders) -> list[set]:
+        """The noises of each step; a noise tells which position a sample is of."""
+        steps = zip(*loaders, strict=True)
+        return [{float(noise.sum()) for batch in step for noise in batch["noise"]} for step in steps]
+
+    assert noises([loader_of(latents, 4)]) == noises([loader_of(latents, 2, 1, (index, 2)) for index in range(2)])
+
+
+def test_a_resumed_run_and_workers_have_the_same_batches(latents):
+    whole = list(loader_of(latents, 4))
+    for rest in (loader_of(latents, 4, steps=(5, 12)), loader_of(latents, 4, steps=(5, 12), workers=2)):
+        for batch, expected in zip(rest, whole[5:], strict=True):
+            assert batch.keys() == expected.keys()
+            assert all(torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(expected[name])) for name in batch)
+
+
+def test_a_model_trains_on_buckets_and_gives_pictures_of_their_sizes(latents):
+    model = DoDJointModel(tiny_transformer(num_classes=3), tiny_latent_embedder()).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = {}
+    for batch in loader_of(latents, 8, steps=(0, 80)):
+        loss = model(**batch).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.setdefault(tuple(batch["latents"].shape[2:]), []).append(loss.item())
+    assert set(losses) == {(6, 10), (8, 8), (10, 6)}
+    for values in losses.values():
+        assert np.isfinite(values).all()
+        assert np.mean(values[-4:]) < 0.85 * np.mean(values[:4])
+    model.eval()
+    pipe = tiny_pipeline(transformer=model.transformer, latent_embedder=model.latent_embedder, id2label=None)
+    for height, width in SIZES:
+        assert pipe(0, height=height, width=width, seed=0).images[0].size == (width, height)

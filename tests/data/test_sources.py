@@ -1,0 +1,117 @@
+"""Where pictures come from: image folders, Parquet, WebDataset's tar files, data sets of the Hub."""
+
+import io
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+from helpers import says
+from PIL import Image
+
+from diffusers_dod.data.pictures import center_crop, load_pictures
+
+
+@pytest.fixture
+def images() -> list[Image.Image]:
+    random = np.random.default_rng(0)
+    return [Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)) for _ in range(4)]
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_parquet(folder, images, labels, feature, column="label") -> None:
+    folder.mkdir()
+    features = datasets.Features({"image": datasets.Image(), column: feature})
+    half = len(images) // 2
+    for number, part in enumerate((slice(0, half), slice(half, None))):  # several files in order
+        rows = {"image": images[part], column: labels[part]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"part-{number}.parquet")
+
+
+def write_tars(folder, images, labels) -> None:
+    folder.mkdir()
+    for number in range(2):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for index in range(2 * number, 2 * number + 2):
+                for name, content in ((f"{index}.png", png(images[index])), (f"{index}.cls", str(labels[index]))):
+                    content = content if isinstance(content, bytes) else content.encode()
+                    entry = tarfile.TarInfo(name)
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+
+
+def assert_holds(pictures, images, labels, class_names) -> None:
+    assert pictures.class_names == class_names and len(pictures.dataset) == len(images)
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        sample = pictures.dataset[index]
+        assert sample["label"] == label
+        np.testing.assert_array_equal(sample["image"], center_crop(image, 16))
+
+
+def test_webdataset(tmp_path, images):
+    write_tars(tmp_path / "tars", images, [2, 0, 0, 1])
+    pictures = load_pictures(None, str(tmp_path / "tars"), 16, 1, 0, "png", "cls")
+    assert_holds(pictures, images, [2, 0, 0, 1], ("0", "1", "2"))
+    assert pictures.path_of(3) == "3.png"
+
+
+@pytest.mark.parametrize(
+    ("feature", "labels", "ids", "class_names"),
+    [
+        (datasets.ClassLabel(names=["ant", "bee", "cat"]), [1, 0, 0, 1], [1, 0, 0, 1], ("ant", "bee", "cat")),
+        (datasets.Value("string"), ["b", "a", "c", "a"], [1, 0, 2, 0], ("a", "b", "c")),
+        (datasets.Value("int64"), [3, 0, 0, 1], [3, 0, 0, 1], ("0", "1", "2", "3")),
+    ],
+    ids=["class labels", "names", "ids"],
+)
+def test_parquet(tmp_path, images, feature, labels, ids, class_names):
+    write_parquet(tmp_path / "parquet", images, labels, feature, "kind")
+    pictures = load_pictures(None, str(tmp_path / "parquet"), 16, 1, 0, label_column="kind")
+    assert_holds(pictures, images, ids, class_names)
+
+
+@pytest.mark.parametrize(
+    ("feature", "labels"), [(datasets.Value("float32"), [0.5] * 4), (datasets.Value("int64"), [-1, 0, 1, 2])]
+)
+def test_labels_that_are_no_classes(tmp_path, images, feature, labels):
+    write_parquet(tmp_path / "parquet", images, labels, feature)
+    with pytest.raises(ValueError, match=says("`label_column`", "class labels, names or ids from 0", "got 'label'")):
+        load_pictures(None, str(tmp_path / "parquet"), 16, 1, 0)
+
+
+def test_other_columns_are_other_pictures(tmp_path, images):
+    folder = tmp_path / "parquet"
+    folder.mkdir()
+    features = {"image": datasets.Image(), "label": datasets.Value("int64"), "kind": datasets.Value("int64")}
+    rows = {"image": images, "label": [0, 1, 0, 1], "kind": [1, 1, 0, 0]}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(folder / "data.parquet")
+    fingerprints = {
+        load_pictures(None, str(folder), 16, 1, 0, label_column=column).fingerprint for column in ("label", "kind")
+    }
+    assert len(fingerprints) == 2
+
+
+def test_a_gated_data_set_says_what_to_do(monkeypatch):
+    def refuse(name, split):
+        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' is a gated dataset on the Hub.")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    name = "ILSVRC/imagenet-1k"
+    message = says("`dataset_name`", f"got '{name}'", f"https://huggingface.co/datasets/{name}", "hf auth login")
+    with pytest.raises(ValueError, match=message):
+        load_pictures(name, None, 16, 1, 0)
+
+
+def test_a_data_set_that_does_not_exist(monkeypatch):
+    def refuse(name, split):
+        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub.")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(ValueError, match=says("`dataset_name`", "got 'no/such'", "doesn't exist")) as error:
+        load_pictures("no/such", None, 16, 1, 0)
+    assert "licence" not in str(error.value)

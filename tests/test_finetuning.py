@@ -1,0 +1,221 @@
+"""Fine-tuning: on other classes, from a FiTv2, of few weights or of LoRA adapters, and that nothing else changes."""
+
+import pytest
+import torch
+from golden_data import golden, golden_model, timestep_of
+from helpers import fresh_accelerator, says, tiny_pipeline, tiny_transformer, tiny_vae
+from safetensors.torch import load_file
+
+from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDTransformer2DModel
+from diffusers_dod.finetuning import difffit_parameters, freeze_all_but
+from diffusers_dod.losses import DoDJointModel
+from diffusers_dod.training.checkpoints import STATE_FOLDER
+from diffusers_dod.training.train import build_models, main, parse_args
+
+
+STEPS = "--max_train_steps 2 --train_batch_size 4 --learning_rate 1e-2 --num_train_samples 24 --resolution 16".split()
+
+
+def arguments(output_dir, *more) -> list[str]:
+    texts = ["--preset", "DoD-Desk", "--dataset_name", "textures", *STEPS, "--output_dir", output_dir, *more]
+    return [str(text) for text in texts]
+
+
+def train(output_dir, *more) -> dict[str, torch.Tensor]:
+    """Trains two steps; returns the raw weights."""
+    with fresh_accelerator():
+        main(arguments(output_dir, *more))
+    return load_file(output_dir / "checkpoint-2" / STATE_FOLDER / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A two-stage pipeline for 10 classes, without its names."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    pipe = tiny_pipeline(id2label=None)
+    pipe.save_pretrained(folder / "pipeline")
+    pipe.vae.save_pretrained(folder / "vae")
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------ labels
+
+
+@pytest.mark.parametrize("num_classes", [1, 3, 25])
+@torch.no_grad()
+def test_other_classes_start_as_the_null_class(tmp_path, num_classes):
+    saved = tiny_transformer()
+    saved.save_pretrained(tmp_path)
+    model = DoDTransformer2DModel.from_pretrained(tmp_path, num_classes=num_classes)
+    assert model.config.num_classes == num_classes and model.class_embed.weight.shape[0] == num_classes + 1
+    for name, weight in saved.state_dict().items():
+        if name != "class_embed.weight":
+            assert torch.equal(model.state_dict()[name], weight), name
+
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    unconditional = saved(latents, 400.0, torch.tensor([10, 10])).sample
+    labels = torch.tensor([num_classes - 1, num_classes])  # the last class, and the null class
+    torch.testing.assert_close(model(latents, 400.0, labels).sample, unconditional)
+
+    model.save_pretrained(tmp_path / "resized")
+    assert DoDTransformer2DModel.from_pretrained(tmp_path / "resized").config.num_classes == num_classes
+
+
+def test_the_same_number_of_classes_is_left_alone(tmp_path):
+    tiny_transformer().save_pretrained(tmp_path)
+    model, info = DoDTransformer2DModel.from_pretrained(tmp_path, num_classes=10, output_loading_info=True)
+    assert torch.equal(model.class_embed.weight, tiny_transformer().class_embed.weight)
+    assert not info["missing_keys"]
+
+
+def test_a_class_may_start_as_one_that_the_model_knows():
+    model = tiny_transformer()
+    table = model.class_embed.weight.detach().clone()
+    model.resize_class_embed(3, source_classes=[7, None, 0])
+    assert torch.equal(model.class_embed.weight, table[[7, 10, 0, 10]])
+    assert model.class_embed.weight.requires_grad and model.config.num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (dict(num_classes=0), ("`num_classes`", ">= 1", "got 0")),
+        (dict(num_classes=2, source_classes=[1]), ("`source_classes`", "2 classes", "got 1")),
+        (dict(num_classes=1, source_classes=[10]), ("`source_classes`", "[0, 9]", "got 10")),
+        (dict(num_classes=1, source_classes=[-1]), ("`source_classes`", ">= 0", "got -1")),
+    ],
+)
+def test_bad_label_tables(arguments, fragments):
+    with pytest.raises(ValueError, match=says(*fragments)):
+        tiny_transformer().resize_class_embed(**arguments)
+
+
+def test_a_pipeline_takes_a_transformer_for_other_classes(pretrained):
+    folder = pretrained / "pipeline"
+    transformer = DoDTransformer2DModel.from_pretrained(folder, subfolder="transformer", num_classes=2)
+    pipe = DoDPipeline.from_pretrained(folder, transformer=transformer, id2label={0: "cat", 1: "dog"})
+    assert pipe.get_label_ids("dog") == [1]
+    assert pipe("dog", num_inference_steps=1, output_type="pt").images.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------- from a pipeline
+
+
+def test_training_goes_on_from_a_pipeline_with_the_classes_of_the_data(pretrained, tmp_path):
+    where = ["--pretrained_model_name_or_path", pretrained / "pipeline"]
+    where += ["--pretrained_vae_name_or_path", pretrained / "vae"]
+    start = build_models(parse_args(arguments(tmp_path, *where)), (4, 8, 8), 12).state_dict()
+    original = DoDPipeline.from_pretrained(pretrained / "pipeline")
+    for name, weight in original.latent_embedder.state_dict().items():
+        assert torch.equal(start[f"latent_embedder.{name}"], weight)
+    assert torch.equal(start["transformer.x_embedder.weight"], original.transformer.x_embedder.weight)
+    null_row = original.transformer.class_embed.weight[-1]
+    assert torch.equal(start["transformer.class_embed.weight"], null_row.expand(13, -1))
+
+    trained = train(tmp_path, *where)
+    assert trained.keys() == start.keys()
+    unchanged = [name for name in start if torch.equal(start[name], trained[name])]
+    assert unchanged == []
+    assert len(DoDPipeline.from_pretrained(tmp_path).id2label) == 12
+
+
+def test_a_pipeline_for_other_latents_is_refused(pretrained, tmp_path):
+    args = parse_args(arguments(tmp_path, "--pretrained_model_name_or_path", pretrained / "pipeline"))
+    with pytest.raises(ValueError, match=says("`pretrained_model_name_or_path`", "3 channels", "for 4 channels")):
+        build_models(args, (3, 16, 16), 12)
+    args.num_latent_tokens = 8
+    with pytest.raises(ValueError, match=says("`num_latent_tokens` must not be given", "whose own is 4", "got 8")):
+        build_models(args, (4, 8, 8), 12)
+
+
+@torch.no_grad()
+def test_a_fitv2_becomes_a_dod_that_starts_as_the_same_stage_1(tmp_path):
+    fitv2 = golden_model()
+    DoDPipeline(transformer=fitv2, scheduler=DoDFlowMatchScheduler()).save_pretrained(tmp_path / "fitv2")
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    where = ["--pretrained_model_name_or_path", tmp_path / "fitv2"]
+    args = parse_args(arguments(tmp_path / "run", *where))
+    data = golden("fitv2_tiny_io")
+    inputs = (data["sq8x8.latents"], timestep_of(data["sq8x8.t"]), data["sq8x8.y"])
+
+    start = build_models(args, (4, 8, 8), 10)  # as many classes as it has
+    assert start.latent_embedder is not None and start.transformer.config.prior_embed_dim == 128
+    torch.testing.assert_close(start.transformer(*inputs).sample, -data["sq8x8.velocity"], atol=1e-5, rtol=0)
+    other_classes = build_models(args, (4, 8, 8), 12)  # the textures have more
+    as_null = fitv2(*inputs[:2], torch.full_like(inputs[2], 10)).sample
+    torch.testing.assert_close(other_classes.transformer(*inputs).sample, as_null, atol=1e-5, rtol=0)
+
+    with torch.enable_grad():
+        trained = train(tmp_path / "run", *where, "--pretrained_vae_name_or_path", tmp_path / "vae")
+    pipe = DoDPipeline.from_pretrained(tmp_path / "run")
+    assert pipe("bricks", num_stages=2, num_inference_steps=1, output_type="pt").images.isfinite().all()
+    for name in ("sample_token", "prior_proj.linear_2.weight"):  # from zero on, they learn
+        assert trained[f"transformer.{name}"].abs().max() > 0
+
+
+# ----------------------------------------------------------------------------------------------------- few weights
+
+
+def test_difffit_changes_biases_norms_and_embeddings_only(pretrained, tmp_path):
+    where = ["--pretrained_model_name_or_path", pretrained / "pipeline", "--trainable_parameters", "difffit"]
+    where += ["--pretrained_vae_name_or_path", pretrained / "vae"]
+    model = build_models(parse_args(arguments(tmp_path, *where)), (4, 8, 8), 12)
+    start = model.state_dict()
+    chosen = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {
+        "transformer.class_embed.weight",
+        "transformer.sample_token",
+        "transformer.adaln_global.bias",
+        "transformer.transformer_blocks.1.attn.to_q.bias",
+        "latent_embedder.latent_queries",
+        "latent_embedder.mask_token",
+        "latent_embedder.encoder_blocks.0.norm1.weight",
+    } <= chosen
+    assert not any(name.endswith(("to_q.weight", "proj.weight", "adaln_up.weight")) for name in chosen)
+    assert sum(start[name].numel() for name in chosen) < 0.1 * sum(weight.numel() for weight in start.values())
+
+    trained = train(tmp_path, *where)
+    assert {name for name in start if not torch.equal(start[name], trained[name])} == chosen
+
+    resumed = [*where, "--max_train_steps", 3, "--resume_from_checkpoint", "latest"]
+    with fresh_accelerator():
+        main(arguments(tmp_path, *resumed))
+    last = load_file(tmp_path / "checkpoint-3" / STATE_FOLDER / "model.safetensors")
+    assert {name for name in trained if not torch.equal(trained[name], last[name])} == chosen
+
+
+def test_names_of_weights_are_checked():
+    model = tiny_transformer()
+    with pytest.raises(ValueError, match=says("`names`", "got ['to_q']")):
+        freeze_all_but(model, ["to_q"])
+    with pytest.raises(ValueError, match=says("`names`", "got []")):
+        freeze_all_but(model, [])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    freeze_all_but(model, difffit_parameters(model))
+    assert not model.x_embedder.weight.requires_grad and model.x_embedder.bias.requires_grad
+
+
+def test_lora_adapters_learn_and_nothing_else_changes():
+    peft = pytest.importorskip("peft")
+    pipe = tiny_pipeline()
+    model = DoDJointModel(pipe.transformer, pipe.latent_embedder)
+    model.requires_grad_(False)
+    for part in model.children():
+        part.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    start = {name: weight.clone() for name, weight in model.state_dict().items()}
+    adapters = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert adapters and all("lora_" in name for name in adapters)
+
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(4, 4, 8, 8, generator=generator) for _ in range(2))
+    batch = (latents, noise, torch.full((4,), 0.5), torch.tensor([0, 1, 2, 3]), 2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    losses = []
+    for _ in range(5):
+        loss = model(*batch).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert {name for name, weight in model.state_dict().items() if not torch.equal(start[name], weight)} == adapters

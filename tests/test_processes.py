@@ -1,0 +1,180 @@
+"""The end of a run by SIGTERM under both launchers, and processes other than those asked for."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from helpers import fresh_accelerator, says
+
+from diffusers_dod.processes import check_processes
+from diffusers_dod.training.checkpoints import find_latest_checkpoint
+from diffusers_dod.training.train import main
+
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "training" / "accelerate").glob("*.yaml"))
+ACCELERATE = (
+    "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+)
+LAUNCHERS = {"accelerate": ACCELERATE.split(), "torchrun": "-m torch.distributed.run --nproc_per_node 2".split()}
+RUN = "--preset DoD-Desk --dataset_name textures --num_train_samples 8 --resolution 8 --train_batch_size 2".split()
+RUN += "--logging_steps 1 --max_train_steps 100000 --checkpointing_steps 100000".split()
+
+
+def processes_of(run: Path) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(run).encode() in (folder / "cmdline").read_bytes() and "Z" not in (folder / "stat").read_text():
+                found.append(int(folder.name))
+        except OSError:  # it has ended meanwhile
+            pass
+    return found
+
+
+def wait_until(condition, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def launch(launcher: str, run: Path) -> subprocess.Popen:
+    command = [sys.executable, *LAUNCHERS[launcher]]
+    if launcher == "torchrun":
+        command += ["--standalone", "--log_dir", str(run.parent / "logs")]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [*command, str(ROOT / "training" / "train_dod.py"), *RUN, "--output_dir", str(run)],
+        env=environment,
+        stdout=(run.parent / "output").open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize(
+    ("launcher", "target", "code"),
+    [
+        ("torchrun", "launcher", 1),
+        pytest.param("torchrun", "worker", 1, marks=pytest.mark.slow),
+        ("accelerate", "launcher", -signal.SIGTERM),
+        pytest.param("accelerate", "worker", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_sigterm_saves_and_ends_all_processes(tmp_path, launcher, target, code):
+    run = tmp_path / "run"
+    process = launch(launcher, run)
+    try:
+        metrics = run / "metrics.jsonl"
+        is_training = wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, 120)
+        assert is_training, (tmp_path / "output").read_text()
+        workers = [pid for pid in processes_of(run) if pid != process.pid]
+        assert len(workers) == (2 if launcher == "torchrun" else 1)
+        os.kill(process.pid if target == "launcher" else workers[0], signal.SIGTERM)
+        assert process.wait(60) == code, (tmp_path / "output").read_text()
+        assert wait_until(lambda: not processes_of(run), 60)
+    finally:
+        for pid in processes_of(run):
+            os.kill(pid, signal.SIGKILL)
+    output = (tmp_path / "output").read_text()
+    last_step = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert find_latest_checkpoint(run) == run / f"checkpoint-{last_step}"
+    assert f"Stopped by SIGTERM after step {last_step}, with a checkpoint." in output
+    if target == "worker" and launcher == "torchrun":
+        assert "exitcode  : 143" in output
+
+
+@pytest.mark.slow
+def test_exit_code(tmp_path, monkeypatch):
+    """What the trainer itself ends with: 143, after a checkpoint that goes on as if nothing had happened."""
+    from diffusers_dod.training import train as training
+
+    step = training.Trainer.train_step
+
+    def step_with_a_signal(self):
+        step(self)
+        if self.step == 3 and not self.args.resume_from_checkpoint:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(training.Trainer, "train_step", step_with_a_signal)
+    before = signal.getsignal(signal.SIGTERM)
+    arguments = [*RUN, "--max_train_steps", "5", "--logging_steps", "2", "--learning_rate", "1e-2"]
+    with fresh_accelerator(), pytest.raises(SystemExit) as ended:
+        main([*arguments, "--output_dir", str(tmp_path / "run")])
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert not (tmp_path / "run" / "model_index.json").exists()
+    with fresh_accelerator():
+        main([*arguments, "--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint", "latest"])
+    monkeypatch.undo()
+    with fresh_accelerator():
+        main([*arguments, "--output_dir", str(tmp_path / "whole")])
+    runs = [tmp_path / name for name in ("run", "whole")]
+    manifests = [json.loads((run / "checkpoint-5" / "manifest.json").read_text()) for run in runs]
+    assert manifests[0] == manifests[1]
+    lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
+    assert [line["step"] for line in lines[0]] == [2, 4, 5]  # also those that go across the signal
+    for ours, expected in zip(*lines, strict=True):
+        for name in ours.keys() - {"images_per_second", "data_wait"}:
+            assert ours[name] == expected[name], name
+
+
+# ---------------------------------------------------------------------------------------------- what was asked for
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "fragments"),
+    [
+        ({"num_processes": 2}, {}, ["`num_processes`", "2", "got 1", "--multi_gpu"]),
+        ({"distributed_type": "fsdp"}, {}, ["`distributed_type`", "'fsdp'", "got 'no'"]),
+        ({}, {"WORLD_SIZE": "4"}, ["WORLD_SIZE", "4", "got 1"]),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, ["launcher's", "'fsdp'", "got 'no'"]),
+        ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, ["launcher's", "'deepspeed'", "got 'no'"]),
+    ],
+)
+def test_other_processes_are_refused(monkeypatch, options, environment, fragments):
+    with fresh_accelerator():
+        accelerator = Accelerator()
+        check_processes(accelerator, 1, "no")
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=says(*fragments)):
+            check_processes(accelerator, **options)
+
+
+def test_the_trainer_asks(tmp_path):
+    with fresh_accelerator(), pytest.raises(ValueError, match=says("`num_processes`", "8", "got 1")):
+        main([*RUN, "--output_dir", str(tmp_path / "run"), "--num_processes", "8"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_configurations_are_what_accelerate_reads(path):
+    """Not run here: they need GPUs."""
+    config = load_config_from_file(str(path))
+    assert config.num_processes % config.num_machines == 0 and config.mixed_precision == "bf16"
+    text = path.read_text()
+    assert f"--config_file training/accelerate/{path.name}" in text and "Not run here" in text
+    assert set(yaml.safe_load(text)) <= set(vars(config))
+    if path.stem == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+        assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] == "DoDTransformerBlock"
+    if path.stem == "deepspeed_zero2":
+        assert config.deepspeed_config["zero_stage"] == 2
+
+
+def test_all_ways_have_a_configuration():
+    assert [path.stem for path in CONFIGS] == ["ddp", "deepspeed_zero2", "fsdp2", "multi_node"]

@@ -1,0 +1,309 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""Files of results: what they hold, what identifies a checkpoint, and that they are written whole or not at all."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import says, tiny_pipeline
+
+from diffusers_dod import files, results
+from diffusers_dod.files import check_output, file_sha256, in_use, replacing
+from diffusers_dod.results import (
+    FORMAT,
+    as_metric,
+    checkpoint_sha256,
+    describe_versions,
+    git_commit,
+    read_results,
+    write_results,
+)
+
+
+ARGUMENTS = {
+    "task": "evaluate",
+    "argv": ["samples", "--seed", "0"],
+    "metrics": {"fid": as_metric(4.2, (4.0, 4.5), num_samples=100)},
+    "data": {"name": "textures"},
+    "settings": {"rounding": "round(255 x)"},
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "pipeline"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def test_what_is_written_is_read(tmp_path, checkpoint):
+    path = tmp_path / "new" / "folder" / "results.json"
+    written = write_results(path, **ARGUMENTS, checkpoint=checkpoint)
+    assert read_results(path) == written == json.loads(path.read_text())
+    assert {name: written[name] for name in ARGUMENTS if name != "device"} == {
+        name: value for name, value in ARGUMENTS.items() if name != "device"
+    }
+    assert written["format"] == FORMAT
+    assert written["checkpoint"] == {"path": str(checkpoint), "sha256": checkpoint_sha256(checkpoint)}
+    assert written["versions"] == describe_versions("cpu")
+    assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+
+
+def test_a_result_without_a_checkpoint(tmp_path):
+    assert write_results(tmp_path / "results.json", **ARGUMENTS)["checkpoint"] is None
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"data": {"folder": Path("samples")}}, {"settings": {"scale": float("nan")}}, {"checkpoint": "no/such/pipeline"}],
+    ids=["no JSON", "no number", "no checkpoint"],
+)
+def test_a_failure_leaves_the_file_alone(tmp_path, changed):
+    path = tmp_path / "results.json"
+    write_results(path, **ARGUMENTS)
+    before = path.read_bytes()
+    with pytest.raises((TypeError, ValueError, OSError)):
+        write_results(path, **(ARGUMENTS | changed))
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_versions_are_of_what_computes():
+    versions = describe_versions(torch.device("cpu"))
+    assert versions["torch"] == torch.__version__ and versions["numpy"] == np.__version__
+    assert versions["device"] == "cpu" and versions["num_threads"] == str(torch.get_num_threads())
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A function that runs git in a checkout, whose package is that which computes; its commit is looked up afresh."""
+    package = tmp_path / "checkout" / "src" / "package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(results, "__file__", str(package / "results.py"))
+    monkeypatch.delenv("GIT_DIR", raising=False)
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path / "checkout"), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git.package = package
+    git("init", "--quiet")
+    return git
+
+
+def commit_of(git) -> str | None:
+    git_commit.cache_clear()
+    try:
+        return describe_versions("cpu")["git_commit"]
+    finally:
+        git_commit.cache_clear()
+
+
+def test_the_commit_of_a_checkout(checkout, monkeypatch):
+    assert commit_of(checkout) is None  # the package is none of its files
+    checkout("add", "src")
+    assert commit_of(checkout) is None  # there is no commit
+    checkout("commit", "--quiet", "-m", "first")
+    commit = checkout("rev-parse", "HEAD")
+    assert len(commit) == 40 and commit_of(checkout) == commit
+    (checkout.package.parent / "README.md").write_text("not of the package")
+    assert commit_of(checkout) == commit
+    (checkout.package / "new.py").write_text("")
+    assert commit_of(checkout) == f"{commit}-dirty"
+    (checkout.package / "new.py").unlink()
+    (checkout.package / "__init__.py").write_text("1")
+    assert commit_of(checkout) == f"{commit}-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert commit_of(checkout) is None  # no git
+    assert json.dumps(describe_versions("cpu"))
+
+
+def test_metrics_are_plain_numbers():
+    metric = as_metric(np.float32(0.5), (np.float64(0.25), np.float32(0.75)), num_samples=3)
+    assert metric == {"value": 0.5, "interval": [0.25, 0.75], "num_samples": 3}
+    assert json.loads(json.dumps(metric)) == metric
+    assert as_metric(1)["interval"] is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_refused(value):
+    with pytest.raises(ValueError, match=says("`value`", "finite", str(value))):
+        as_metric(value)
+    with pytest.raises(ValueError, match=says("`interval`", "finite", str(value))):
+        as_metric(1.0, (0.0, value))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", "3", "{}", '{"format": 1}', b"\xff\xfe\x00"],
+)
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "other.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=says("`path`", "file of results", "other.json")):
+        read_results(path)
+
+
+def test_another_format_and_a_missing_file_are_refused(tmp_path):
+    path = tmp_path / "results.json"
+    with pytest.raises(ValueError, match=says("`path`", "results.json")):
+        read_results(path)
+    with pytest.raises(ValueError, match=says("`path`", str(tmp_path))):
+        read_results(tmp_path)
+    written = write_results(path, **ARGUMENTS)
+    path.write_text(json.dumps({name: value for name, value in written.items() if name != "argv"}))
+    with pytest.raises(ValueError, match=says("`path`", "without argv")):
+        read_results(path)
+    path.write_text(json.dumps(written | {"format": 7}))
+    with pytest.raises(ValueError, match=says("`path`", f"format {FORMAT}", "of 7")):
+        read_results(path)
+
+
+# ------------------------------------------------------------------------------------------------------ files, folders
+
+
+def test_what_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "new.json", tmp_path / "deep" / "er" / "new.json", tmp_path / "file", None):
+        check_output("output_file", path)
+    check_output("output_dir", tmp_path, is_folder=True)
+    check_output("output_dir", tmp_path / "a" / "b", is_folder=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    for path, is_folder in ((tmp_path, False), (tmp_path / "file", True), (tmp_path / "file" / "new.json", False)):
+        with pytest.raises(ValueError, match=says("`name`", "can be written", str(path))):
+            check_output("name", path, is_folder)
+
+
+def test_folders_that_cannot_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(ValueError, match=says("`output_file`", "can be written")):
+        check_output("output_file", tmp_path / "deep" / "new.json")
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "file"
+    with replacing(path) as unfinished:
+        assert unfinished.parent == path.parent and str(os.getpid()) in unfinished.name
+        unfinished.write_text("first")
+        assert not path.exists()
+    with pytest.raises(KeyError), replacing(path, tmp_path) as unfinished:
+        assert unfinished.parent == tmp_path
+        unfinished.write_text("second")
+        raise KeyError
+    assert path.read_text() == "first" and not unfinished.exists()
+    with pytest.raises(KeyError), replacing(tmp_path / "folder") as unfinished:
+        (unfinished / "deep").mkdir(parents=True)
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+
+
+def test_a_folder_in_use_is_refused_until_the_other_command_ends(tmp_path):
+    code = "import sys, time; from pathlib import Path; from diffusers_dod.files import in_use\n"
+    code += "with in_use(Path(sys.argv[1])): print('in use', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "new")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "in use\n"
+    with pytest.raises(ValueError, match=says("`output_dir`", "another command", str(tmp_path / "new"))):
+        with in_use(tmp_path / "new"):
+            pass
+    with in_use(tmp_path / "other"):
+        pass
+    process.kill()
+    process.wait()
+    for _ in range(2):
+        with in_use(tmp_path / "new"):
+            assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_systems_without_locks(tmp_path, monkeypatch):
+    def flock(*arguments):
+        raise OSError("no locks")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with in_use(tmp_path), in_use(tmp_path):
+        pass
+    monkeypatch.setattr(files, "fcntl", None)
+    with in_use(tmp_path / "new"):
+        assert (tmp_path / "new").is_dir()
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_the_hash_of_a_file_is_the_usual_one(tmp_path):
+    (tmp_path / "file").write_bytes(b"marble" * 100_000)
+    assert file_sha256(tmp_path / "file") == hashlib.sha256(b"marble" * 100_000).hexdigest()
+    (tmp_path / "next").write_bytes(b"wood")
+    both = file_sha256(tmp_path / "file", tmp_path / "next")
+    assert both == hashlib.sha256(b"marble" * 100_000 + b"wood").hexdigest()
+
+
+def test_the_hash_is_of_the_content_and_not_of_the_place(saved, checkpoint):
+    assert checkpoint_sha256(checkpoint) == checkpoint_sha256(str(saved))
+    linked = checkpoint.with_name("linked")
+    linked.symlink_to(saved)
+    assert checkpoint_sha256(linked) == checkpoint_sha256(saved)
+
+
+def test_the_hash_leaves_out_what_is_no_component(saved, checkpoint):
+    (checkpoint / "README.md").write_text("A card.")
+    (checkpoint / "samples").mkdir()
+    (checkpoint / "samples" / "grid.png").write_bytes(b"png")
+    assert checkpoint_sha256(checkpoint) == checkpoint_sha256(saved)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "latent_embedder/diffusion_pytorch_model.safetensors",
+    ],
+)
+def test_the_hash_changes_with_every_file(saved, checkpoint, name):
+    content = bytearray((checkpoint / name).read_bytes())
+    # The last byte of the weights; a space in JSON.
+    content[-1:] = bytes([content[-1] ^ 1]) if name.endswith("safetensors") else content[-1:] + b" "
+    (checkpoint / name).write_bytes(content)
+    assert checkpoint_sha256(checkpoint) != checkpoint_sha256(saved)
+
+
+def test_the_hash_changes_with_names(saved, checkpoint):
+    weights = checkpoint / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("other.safetensors"))
+    assert checkpoint_sha256(checkpoint) != checkpoint_sha256(saved)
+
+
+def test_the_hash_changes_with_folders(saved, checkpoint):
+    """Where the name of the file and the order of all stay as they were."""
+    config = checkpoint / "scheduler" / "scheduler_config.json"
+    config.rename(checkpoint / "latent_embedder" / config.name)
+    assert checkpoint_sha256(checkpoint) != checkpoint_sha256(saved)
+
+
+def test_a_pipeline_without_an_optional_component_has_a_hash(tmp_path):
+    tiny_pipeline(vae=None).save_pretrained(tmp_path / "pixels")
+    assert len(checkpoint_sha256(tmp_path / "pixels")) == 64
+
+
+def test_what_is_no_pipeline_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=says("`path`", "model_index.json", str(tmp_path))):
+        checkpoint_sha256(tmp_path)
+    with pytest.raises(ValueError, match=says("no-such-folder")):
+        checkpoint_sha256(tmp_path / "no-such-folder")
