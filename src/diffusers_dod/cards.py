@@ -26,7 +26,7 @@ from .transformer_dod import DoDTransformer2DModel
 CARD = "README.md"
 CURVES = "curves.png"
 
-# Kinds of metrics as cards show them; a name in results may go on after `_` or `/`, with what it is of.
+# Titles of metrics on cards. Names in results may have more after `_` or `/`: `fid_stage_1` is `fid` of "stage 1".
 METRIC_NAMES = {
     "fid": "FID",
     "sfid": "sFID",
@@ -37,10 +37,10 @@ METRIC_NAMES = {
 }
 METRIC_NAMES |= {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "knn": "k-NN accuracy"}
 HUB_METRIC_TYPES = {"is": "inception_score"}  # where the Hub has another name
-# Those of images; the Hub's `precision` and `recall` are of classifiers.
+# Metrics of images; the Hub's `precision` and `recall` are metrics of classifiers.
 HUB_METRIC_TYPES |= {"precision": "improved_precision", "recall": "improved_recall"}
 
-# Tasks of results: a heading, and what the rows of their table are.
+# Tasks of results: a heading, and the title of the rows of their table.
 TASKS = {
     "evaluate": ("Samples", "images"),
     "sweep": ("Samples with several settings", "stage, average, steps, solver, scales"),
@@ -66,7 +66,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _features(results: Mapping[str, Any]) -> str | None:
-    """The extractor, by its name without folders, where it is not Inception."""
+    """Name of the extractor without folders; nothing for Inception."""
     extractor = results["settings"].get("extractor")
     return None if extractor in (None, "inception") else Path(extractor).name
 
@@ -82,7 +82,7 @@ def _settings(results: Mapping[str, Any]) -> str:
 
 
 def _dataset(results: Mapping[str, Any]) -> str:
-    """What samples are compared with, or which pictures were taken."""
+    """The reference of samples, or the images that were taken."""
     data = results["data"]
     source = data.get("reference") or data.get("train") or data
     return source.get("name") or source.get("pictures") or "no reference"
@@ -90,15 +90,15 @@ def _dataset(results: Mapping[str, Any]) -> str:
 
 def to_eval_results(results: Mapping[str, Any], dataset_type: str | None = None) -> list[EvalResult]:
     """
-    Results as the metadata of cards has them.
+    Turns results into the metadata of cards.
 
     Args:
-        results (`Mapping`): What [`read_results`] returns.
-        dataset_type (`str`, *optional*): Id of the data on the Hub; their name in the results if not given.
+        results (`Mapping`): Results from [`read_results`].
+        dataset_type (`str`, *optional*): Id of the data on the Hub. By default their name in the results.
 
     Returns:
-        `list[EvalResult]`: One for each number of samples of one setting. Grids of settings and what is not of samples
-        have none.
+        `list[EvalResult]`: An entry for each number of samples with one setting. Grids of settings, and numbers that
+        are not of samples, have none.
     """
     if results["task"] not in HUB_TASKS:
         return []
@@ -125,7 +125,7 @@ def to_eval_results(results: Mapping[str, Any], dataset_type: str | None = None)
 
 
 def _table(results: Mapping[str, Any]) -> str:
-    """A column for each kind of metric, a row for each of what they are of."""
+    """Table with a column for each kind of metric and a row for each subject, such as a stage."""
     rows: dict[str, dict[str, str]] = {}
     for name, metric in results["metrics"].items():
         kind, label = _split(name)
@@ -154,7 +154,7 @@ def _caption(name: str, results: Mapping[str, Any]) -> str:
 
 
 def _command(module: str, argv: Sequence[str]) -> str:
-    """A command in lines that are not too long, with every option beside its values."""
+    """Wraps a command into lines, with every option beside its values."""
     lines = [f"python -m diffusers_dod.evaluation.{module}"]
     for option in re.split(r" (?=--)", shlex.join(argv)):
         if len(lines[-1]) + len(option) > 115:
@@ -164,7 +164,7 @@ def _command(module: str, argv: Sequence[str]) -> str:
 
 
 def _commands(results: Mapping[str, Any]) -> str:
-    """What computes the numbers, the samples at first."""
+    """Commands that compute the numbers, with the sampling first."""
     if "argv" not in results:
         return ""
     manifest = results["data"].get("samples", {}).get("manifest")
@@ -173,7 +173,7 @@ def _commands(results: Mapping[str, Any]) -> str:
 
 
 def read_model(folder: Path) -> tuple[Preset, tuple[str, ...]]:
-    """The configs of the pipeline that is saved in `folder`, and the names of its classes."""
+    """Reads the configs and the class names of the pipeline in `folder`."""
     config = DoDPipeline.load_config(folder)
     parts = {"transformer": DoDTransformer2DModel, "latent_embedder": LatentEmbeddingModule}
     configs = {
@@ -189,7 +189,7 @@ def read_model(folder: Path) -> tuple[Preset, tuple[str, ...]]:
 
 
 def _build_without_weights(model: Preset) -> tuple[DoDTransformer2DModel, LatentEmbeddingModule | None]:
-    """Both models without weights, for their sizes."""
+    """Builds both models without weights, for their sizes."""
     embedder = model.latent_embedder_config
     with torch.device("meta"):
         return (
@@ -228,7 +228,7 @@ def _format_flops(flops: float) -> str:
 
 
 def _count(args: argparse.Namespace, model: Preset, num_images: int) -> dict[str, str]:
-    """What training and sampling cost, for the template."""
+    """Counts the cost of training and sampling, for the template."""
     config = _build_without_weights(model)[0].config
     training = training_cost(
         model,
@@ -254,7 +254,7 @@ def _count(args: argparse.Namespace, model: Preset, num_images: int) -> dict[str
 
 
 def _training_time(metrics: Path, images_per_step: int) -> str | None:
-    """How long the steps of a run took, by its metrics."""
+    """Time that the steps of a run took, by its metrics."""
     seconds, last = 0.0, 0
     for line in map(json.loads, metrics.read_text().splitlines() if metrics.exists() else ()):
         if not line["images_per_second"]:
@@ -316,24 +316,24 @@ def fill_card(
     texts: Mapping[str, Any] | None = None,
 ) -> ModelCard:
     """
-    Fills the template.
+    Fills the template of a card.
 
     Args:
         args (`argparse.Namespace`): The options of the training.
-        recipe (`Path`): The file of those that differ from the defaults; comments at its head are left out.
-        path (`str`): Where the card says that the pipeline is.
+        recipe (`Path`): File of the options that differ from the defaults. Comments at its head are left out.
+        path (`str`): Path or Hub id of the pipeline, for the card.
         name (`str`): Name of the model.
         step (`int`, defaults to 0): Number of finished steps; 0 if there are no weights yet.
         images_per_step (`int`, *optional*): Images of a step over all processes.
         class_names (`Sequence[str]`, defaults to `()`): Names of the classes.
-        folder (`Path`, *optional*): Folder of the card, whose metrics, curves and samples it shows once there are
-            weights.
+        folder (`Path`, *optional*): Folder of the card. Once there are weights, the card shows its metrics, curves and
+            samples.
         model ([`Preset`], *optional*): The configs of the models.
-        results (`Mapping[str, Mapping]`, *optional*): What [`read_results`] returns for each file, by its name.
-        with_cost (`bool`, defaults to `False`): Whether the FLOPs of training and sampling are counted, which takes
-            seconds and needs `images_per_step` and `model`.
+        results (`Mapping[str, Mapping]`, *optional*): Results from [`read_results`], by file name.
+        with_cost (`bool`, defaults to `False`): Whether to count the FLOPs of training and sampling. It takes seconds,
+            and needs `images_per_step` and `model`.
         texts (`Mapping[str, Any]`, *optional*): `repo_id`, `license`, `datasets`, `hardware`, `description`, `data`,
-            `training`, `limitations` and `paper` of the file of a card, see docs/model_cards.md.
+            `training`, `limitations` and `paper` from the file of a card, see docs/model_cards.md.
 
     Returns:
         `ModelCard`: The card.

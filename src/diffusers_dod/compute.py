@@ -1,6 +1,6 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-What training and sampling cost: counted operations and bytes.
+Cost of training and sampling: counted operations and bytes.
 
 A multiply-add is 2 FLOPs. Models are on the meta device or fake, so that nothing is computed.
 """
@@ -36,18 +36,18 @@ _FLOAT_BYTES = 4  # weights, gradients, moments and averages are in fp32
 @dataclass(frozen=True)
 class TrainingCost:
     """
-    What training a model costs.
+    Cost of training a model.
 
     Args:
         backbone_parameters (`int`): Parameters of the backbone.
         latent_embedder_parameters (`int`): Parameters of the LEM, 0 without one.
-        trainable_parameters (`int`): How many of both are trained.
+        trainable_parameters (`int`): Parameters of both that are trained.
         forward_flops (`float`): FLOPs of the forward pass of an image, the mean over images with and without a prior.
-        training_flops (`float`): FLOPs of forward and backward pass of an image, with what checkpointing repeats.
-        moment_bytes (`int`): Bytes of Adam's two moments of what is trained.
-        num_averages (`int`): Averages of the weights.
-        activation_bytes (`int`): Bytes kept for the backward pass of a micro-batch, autocast's copies of the weights
-            among them.
+        training_flops (`float`): FLOPs of forward and backward pass of an image, including repeats by checkpointing.
+        moment_bytes (`int`): Bytes of Adam's two moments of the trained weights.
+        num_averages (`int`): Number of averages of the weights.
+        activation_bytes (`int`): Bytes kept for the backward pass of a micro-batch, including autocast's copies of
+            the weights.
     """
 
     backbone_parameters: int
@@ -66,7 +66,7 @@ class TrainingCost:
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes of the gradients of what is trained."""
+        """Bytes of the gradients of the trained weights."""
         return _FLOAT_BYTES * self.trainable_parameters
 
     @property
@@ -76,12 +76,12 @@ class TrainingCost:
 
     def memory(self, num_processes: int = 1, sharding: str = "none") -> float:
         """
-        Bytes on each GPU: weights, gradients, moments, averages, and activations, which are always whole.
+        Bytes on each GPU: weights, gradients, moments, averages and activations.
 
-        - `"none"`: nothing is divided, and with several processes DDP's buckets hold the gradients a second time.
-        - `"fsdp2"`: the first four are divided by the number of processes. The few blocks whose weights are gathered
-          at a time are left out.
-        - `"zero2"`: as before, and all weights stay gathered from the forward to the backward pass.
+        - `"none"`: nothing is divided. With several processes DDP's buckets hold the gradients a second time.
+        - `"fsdp2"`: all but the activations are divided by the number of processes. The few blocks whose weights are
+          gathered at a time are left out.
+        - `"zero2"`: as `"fsdp2"`, but all weights stay gathered from the forward to the backward pass.
 
         Args:
             num_processes (`int`, defaults to 1): Number of processes, with a GPU each.
@@ -143,7 +143,7 @@ def count_flops(model: DoDJointModel, latent_shape: tuple[int, int, int], num_pr
     Args:
         model ([`DoDJointModel`]): The model, on the meta device, where attention is two plain products.
         latent_shape (`tuple[int, int, int]`): Shape (C, h, w) of the latents.
-        num_priors (`int`): 1 if the image has a prior, which the LEM makes, or 0.
+        num_priors (`int`): 1 if the image has a prior from the LEM, or 0.
 
     Returns:
         `tuple[int, int]`: FLOPs of the forward pass, and of forward and backward pass.
@@ -161,7 +161,7 @@ def count_kept_bytes(
     model: DoDJointModel, batch: dict[str, torch.Tensor], num_priors: int, mixed_precision: str
 ) -> tuple[int, int]:
     """
-    Bytes of what a forward pass keeps for the backward pass: each storage once, and not the parameters.
+    Bytes that a forward pass keeps for the backward pass: each storage once, without the parameters.
 
     Args:
         model ([`DoDJointModel`]): The model, on the CPU or fake. Autocast's copies of its weights count as kept.
@@ -170,7 +170,7 @@ def count_kept_bytes(
         mixed_precision (`str`): `"no"`, `"fp16"` or `"bf16"`.
 
     Returns:
-        `tuple[int, int]`: Bytes of all, and the most that a single block adds.
+        `tuple[int, int]`: All bytes, and the bytes of the largest single block.
     """
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
@@ -217,8 +217,8 @@ def training_cost(
     """
     Counts what training costs.
 
-    An image with a prior and one without are counted and mixed by `prior_dropout_prob`. Bytes are those of a
-    micro-batch with the expected number of priors. With gradient checkpointing they are what is kept then, and the
+    One image with and one without a prior are counted, and mixed by `prior_dropout_prob`. Bytes are those of a
+    micro-batch with the expected number of priors. With gradient checkpointing they are the kept tensors and the
     largest block, which is computed again.
 
     Args:
@@ -289,7 +289,7 @@ OPTIMIZERS = ("adamw", "adamw_8bit")
 @dataclass(frozen=True)
 class EvaluationCost:
     """
-    What one evaluation of a model costs for one image, in any unit.
+    Cost of one evaluation of a model for one image, in any unit.
 
     Args:
         first_stage (`float`): The backbone without a prior: in stage 1, and in the unconditional half of any stage.
@@ -306,9 +306,9 @@ class EvaluationCost:
         The cost of a stage for one image, with the LEM before it.
 
         Args:
-            stage (`int`): Its number, from 1.
+            stage (`int`): Number of the stage, from 1.
             num_evaluations (`int`): Evaluations of the conditional velocity.
-            num_guided_evaluations (`int`): How many of them have an unconditional half as well.
+            num_guided_evaluations (`int`): Evaluations among them that also have an unconditional half.
 
         Returns:
             `float`: The cost.
@@ -322,12 +322,12 @@ class EvaluationCost:
 @dataclass(frozen=True)
 class ModelCost:
     """
-    Size of a model, and what its evaluations cost in two units.
+    Size of a model, and the cost of its evaluations in two units.
 
     Args:
         transformer_parameters (`int`): Parameters of the backbone.
         latent_embedder_parameters (`int`): Parameters of the LEM, 0 without one.
-        flops ([`EvaluationCost`]): FLOPs of all matrix products, those of attention too.
+        flops ([`EvaluationCost`]): FLOPs of all matrix products, including attention.
         linear_macs ([`EvaluationCost`]): Multiply-adds of the Linears alone.
     """
 
@@ -341,7 +341,7 @@ UNITS = ("flops", "linear_macs")
 
 
 def _count_operations(run: Callable[[], Any]) -> tuple[int, int]:
-    """FLOPs of all matrix products, and multiply-adds of those of Linears."""
+    """FLOPs of all matrix products, and multiply-adds of the Linears among them."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run()
     linears = (torch.ops.aten.addmm, torch.ops.aten.mm)
@@ -360,11 +360,11 @@ def _latent_size(transformer: DoDTransformer2DModel, latent_size: tuple[int, int
 
 def count_model(model: Preset | DiffusionPipeline, latent_size: tuple[int, int] | None = None) -> ModelCost:
     """
-    Counts parameters and operations, by the configs alone: adapters are not among them.
+    Counts parameters and operations of a model, from the configs alone: without adapters.
 
     Args:
         model ([`Preset`] or [`DoDPipeline`]): The model.
-        latent_size (`tuple[int, int]`, *optional*): Height and width of the latents, the trained ones if not given.
+        latent_size (`tuple[int, int]`, *optional*): Height and width of the latents. By default the trained ones.
 
     Returns:
         [`ModelCost`], of one image.

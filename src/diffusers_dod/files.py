@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""Files that are there as a whole or not at all, hashes of what is in them, and folders in use by one command."""
+"""Atomic writing of files, hashes of their content, and folders that one command has to itself."""
 
 import hashlib
 import os
@@ -32,11 +32,11 @@ def file_sha256(*paths: Path) -> str:
 
 def folder_sha256(folder: Path, files: Iterable[Path] | None = None) -> str:
     """
-    A hash of names and contents of the files in a folder, wherever it lies and whenever they were written.
+    Hash of names and contents of the files in a folder, independent of its place and of their times.
 
     Args:
         folder (`Path`): The folder.
-        files (`Iterable[Path]`, *optional*): Some of its files, in order; all but hidden ones if not given.
+        files (`Iterable[Path]`, *optional*): Some of its files, in order. By default all but hidden ones.
 
     Returns:
         `str`: A SHA-256.
@@ -61,15 +61,15 @@ def sha256_of_weights(weights: dict[str, torch.Tensor]) -> str:
 
 def check_output(name: str, path: Path | None, is_folder: bool = False) -> None:
     """
-    Raises unless a file or a folder can be written, so that this shows before anything is computed.
+    Raises unless a file or a folder can be written; called before anything is computed.
 
     Args:
         name (`str`): Name of the option, for the message.
-        path (`Path` or `None`): Where it is to go, if anywhere.
+        path (`Path` or `None`): Path of the file or folder. `None` passes.
         is_folder (`bool`, defaults to `False`): Whether it is a folder.
 
     Raises:
-        `ValueError`: something else is in the way, or its folder is not one that can be written to.
+        `ValueError`: something else is in the way, or the parent folder cannot be written to.
     """
     if path is None:
         return
@@ -83,11 +83,11 @@ def check_output(name: str, path: Path | None, is_folder: bool = False) -> None:
 @contextmanager
 def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
     """
-    Where to write a file or a folder that then takes its place, so that it is there as a whole or not at all.
+    Context that writes a file or a folder atomically: it is written to a path of its own, and then moved into place.
 
     Args:
-        path (`Path`): The place.
-        folder (`Path`, *optional*): The folder that it is in until then; that of its place if not given.
+        path (`Path`): The final path.
+        folder (`Path`, *optional*): The folder to write in. By default the folder of the final path.
 
     Returns:
         `Path`: A path of this process alone.
@@ -105,13 +105,13 @@ def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
 @contextmanager
 def in_use(folder: Path) -> Iterator[None]:
     """
-    Keeps other commands out of a folder while one works in it, where the system can lock folders.
+    Locks a folder against other commands, if the system can lock folders.
 
     Args:
         folder (`Path`): The folder.
 
     Raises:
-        `ValueError`: another command works in it.
+        `ValueError`: another command works in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""The processes of a run: whether they are those that were asked for, their end by a signal, tensors they share."""
+"""Processes of a run: a check of the launched ones, their end by a signal, and tensors that they share."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-# 128 + 15: what shells report of a process that SIGTERM has ended.
+# 128 + 15: the status that shells report for a process that SIGTERM has ended.
 STOPPED_EXIT_CODE = 143
 DISTRIBUTED_TYPES = ("no", "multi_cpu", "multi_gpu", "fsdp", "deepspeed")
 
@@ -24,18 +24,18 @@ def check_processes(
     accelerator: Accelerator, num_processes: int | None = None, distributed_type: str | None = None
 ) -> None:
     """
-    Raises unless the processes are those that the launcher, or the options, asked for.
+    Raises unless the run has the processes that the launcher or the options asked for.
 
-    Launchers may fall back without a word: to one process where the configuration is not that of several, or from FSDP
-    to plain data parallelism on a CPU.
+    Launchers may fall back silently: to one process if the configuration is not for several, or from FSDP to plain
+    data parallelism on a CPU.
 
     Args:
-        accelerator (`Accelerator`): What has been obtained.
-        num_processes (`int`, *optional*): How many processes there must be.
+        accelerator (`Accelerator`): The accelerator of the run.
+        num_processes (`int`, *optional*): Number of processes that there must be.
         distributed_type (`str`, *optional*): One of `"no"`, `"multi_cpu"`, `"multi_gpu"`, `"fsdp"`, `"deepspeed"`.
 
     Raises:
-        `ValueError`: there are others.
+        `ValueError`: the run has other processes.
     """
     obtained = accelerator.distributed_type.value.lower()
     in_environment = os.environ.get("WORLD_SIZE")
@@ -56,7 +56,7 @@ def check_processes(
 
 
 def end_with_launcher() -> None:
-    """Has the kernel send this process SIGTERM when its launcher ends, so that none is left behind; Linux only."""
+    """Makes this process end with its launcher, by SIGTERM from the kernel; Linux only."""
     is_launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     if is_launched and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -64,10 +64,10 @@ def end_with_launcher() -> None:
 
 class StopSignal:
     """
-    Notes a SIGTERM in place of ending by it, between `with` and its end.
+    Context in which a SIGTERM is noted and does not end the process.
 
     Args:
-        accelerator (`Accelerator`): The processes, which stop together.
+        accelerator (`Accelerator`): The processes. They stop together.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -87,7 +87,7 @@ class StopSignal:
         self._is_received = True
 
     def is_received(self) -> bool:
-        """Whether any process has received it; all must ask, and all get the same answer."""
+        """Whether any process has received a SIGTERM; all must ask, and all get the same answer."""
         if self.accelerator.num_processes == 1:
             return self._is_received
         return bool(self.accelerator.reduce(self._flag.fill_(self._is_received)) > 0)
@@ -95,7 +95,7 @@ class StopSignal:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Waits for all processes at its end; a `RuntimeError` in each of them if another one has failed."""
+    """Context that waits for all processes at its end, and raises a `RuntimeError` in each if one has failed."""
     error = None
     try:
         yield
@@ -109,12 +109,12 @@ def together() -> Iterator[None]:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of `tensor`, of which this process may hold a shard; then every process must ask. Of any shape."""
+    """Gathers `tensor` if this process holds only a shard of it; then every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The part of `tensor`, which each process has as a whole, that it holds of `like`, which has the same shape."""
+    """Shards `tensor`, which every process has in full, in the same way as `like`, which has the same shape."""
     tensor = tensor.to(like.device)
     if isinstance(like, DTensor):
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

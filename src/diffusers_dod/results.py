@@ -1,6 +1,6 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-Numbers with what they are of: every result is a JSON file that names checkpoint, data, settings, versions and command.
+Results as JSON files: each has its numbers, checkpoint, data, settings, versions and command.
 
     {"format": 1, "task": "evaluate", "argv": [...], "checkpoint": {"path": ..., "sha256": ...}, "data": {...},
      "settings": {...}, "versions": {...}, "metrics": {"fid": {"value": 4.2, "interval": [4.0, 4.5]}}}
@@ -29,7 +29,7 @@ PACKAGES += ("scikit-image", "torch-fidelity", "torchvision")  # where they are 
 
 def checkpoint_sha256(path: str | os.PathLike) -> str:
     """
-    What identifies a saved pipeline: a hash of its configs and weights, and of nothing else in its folder.
+    Hash of a saved pipeline: of its configs and weights, and of nothing else in its folder.
 
     Args:
         path (`str` or `os.PathLike`): A folder, or a repository on the Hub.
@@ -59,7 +59,7 @@ def _find_version(package: str) -> str | None:
 
 @lru_cache
 def git_commit() -> str | None:
-    """The commit of the package's source tree, with `-dirty` if it has been changed; `None` if it is no checkout."""
+    """Commit of the package's source tree, with `-dirty` if it has changes; `None` if it is no checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
@@ -73,7 +73,7 @@ def git_commit() -> str | None:
 
 
 def describe_versions(device: torch.device | str) -> dict[str, str | None]:
-    """Versions of what computes, and the kind of `device` that it computes on."""
+    """Versions of the software, and the kind of the `device`."""
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
@@ -87,18 +87,18 @@ def describe_versions(device: torch.device | str) -> dict[str, str | None]:
 
 def as_metric(value: float, interval: tuple[float, float] | None = None, **details: Any) -> dict[str, Any]:
     """
-    A number as results hold it.
+    Puts a number and its interval into the form of results.
 
     Args:
         value (`float`): The number.
         interval (`tuple[float, float]`, *optional*): Its 95 % confidence interval.
-        details (`Any`): More about it that JSON can hold.
+        details (`Any`): Further entries, which JSON must be able to hold.
 
     Returns:
-        `dict`: With `value` and `interval`.
+        `dict`: The entries `value` and `interval`, and the details.
 
     Raises:
-        `ValueError`: it is not finite, or an end of the interval is not.
+        `ValueError`: the number or an end of the interval is not finite.
     """
     if not math.isfinite(value):
         raise ValueError(f"`value` must be finite, got {value}.")
@@ -112,7 +112,7 @@ def as_metric(value: float, interval: tuple[float, float] | None = None, **detai
 
 
 def half_width(metric: dict[str, Any]) -> float:
-    """How far the interval of `metric`, what [`as_metric`] returns, reaches from the number, at the longer side."""
+    """Length of the longer side of the interval around the number of `metric`, an [`as_metric`]."""
     return 0.0 if metric["interval"] is None else max(abs(end - metric["value"]) for end in metric["interval"])
 
 
@@ -127,25 +127,25 @@ def write_results(
     checkpoint: str | os.PathLike | dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """
-    Writes a result, as a whole or not at all.
+    Writes a result atomically.
 
     Args:
         path (`Path`): The JSON file.
         task (`str`): Name of the module in `diffusers_dod.evaluation` whose `main(argv)` computes it.
-        argv (`list[str]`): The arguments of that.
-        metrics (`dict[str, dict]`): What [`as_metric`] returns for each number, by name.
-        data (`dict`): What identifies the data.
-        settings (`dict`): All that the numbers depend on beside.
-        device (`torch.device` or `str`): What computed them.
+        argv (`list[str]`): The arguments of that `main`.
+        metrics (`dict[str, dict]`): An [`as_metric`] for each number, by name.
+        data (`dict`): Identity of the data.
+        settings (`dict`): All other settings that the numbers depend on.
+        device (`torch.device` or `str`): The device that computed the numbers.
         checkpoint (`str`, `os.PathLike` or `dict`, *optional*):
-            The pipeline; or the `path` and `sha256` of one, as a manifest of samples has them.
+            The pipeline; or its `path` and `sha256`, as in a manifest of samples.
 
     Returns:
-        `dict`: What was written.
+        `dict`: The content of the file.
 
     Raises:
-        `TypeError`, `ValueError`: something is nothing that JSON can hold, or a number that is not finite.
-        `OSError`: the file cannot be written, or the checkpoint not be reached.
+        `TypeError`, `ValueError`: JSON cannot hold an entry, or a number is not finite.
+        `OSError`: the file cannot be written, or the checkpoint cannot be reached.
     """
     if checkpoint is not None and not isinstance(checkpoint, dict):
         checkpoint = {"path": str(checkpoint), "sha256": checkpoint_sha256(checkpoint)}
@@ -167,16 +167,16 @@ def write_results(
 
 def read_results(path: Path) -> dict[str, Any]:
     """
-    Reads what [`write_results`] wrote.
+    Reads a file of [`write_results`].
 
     Args:
         path (`Path`): The JSON file.
 
     Returns:
-        `dict`: Its content.
+        `dict`: The content of the file.
 
     Raises:
-        `ValueError`: it is no such file.
+        `ValueError`: it is not a file of results.
     """
     try:
         results = json.loads(Path(path).read_text())

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""Randomness without state: a generator is a pure function of the integers that name what it is for."""
+"""Randomness without state: a generator is a pure function of integers, such as seed, image and step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ def stateless_generator(*ids: int) -> torch.Generator:
     """
     A CPU generator seeded by non-negative integers, e.g. (seed, position in the data stream).
 
-    The same tuple gives the same stream in any process, in any order. Different tuples give independent streams, but
-    for rare coincidences: torch's CPU generator keeps 32 bits of its seed.
+    The same tuple gives the same stream in any process, in any order. Different tuples give independent streams, with
+    rare exceptions, as torch's CPU generator keeps 32 bits of its seed.
 
     Args:
         ids (`int`): One or more integers in [0, 2^64 - 1].
@@ -38,8 +38,7 @@ def stateless_noise(shape: tuple[int, ...], *ids: int) -> torch.Tensor:
     """
     Standard normal noise that belongs to non-negative integers, e.g. (seed, image, stage, step).
 
-    Unlike torch's CPU generator, which keeps 32 bits of its seed, it has a key of 128 bits: no two tuples share their
-    noise.
+    Its key has 128 bits, so that no two tuples share their noise. (torch's CPU generator keeps 32 bits of its seed.)
 
     Args:
         shape (`tuple[int, ...]`): Shape of the noise.

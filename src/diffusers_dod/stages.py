@@ -113,7 +113,7 @@ class Stage:
             device (`torch.device`, *optional*): Where the times are needed; the CPU if not given.
 
         Returns:
-            `int` or `None`: The number of steps, `None` when the solver chooses them.
+            `int | None`: The number of steps. `None` if the solver chooses them.
 
         Raises:
             `ValueError`: the scheduler does not accept the grid.

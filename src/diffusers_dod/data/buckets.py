@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-Aspect-ratio buckets: pictures of many shapes, each cropped to the nearest of a few sizes of about the same area.
+Aspect-ratio buckets: images of many shapes, each cropped to the nearest of a few sizes of about the same area.
 
-    folder/buckets.json             what the latents depend on, the classes and the buckets; written last
-    folder/bucket-<height>x<width>/   the latents of the pictures of one size, see [`LatentDataset`]
+    folder/buckets.json             settings of the latents, the classes and the buckets; written last
+    folder/bucket-<height>x<width>/   the latents of the images of one size, see [`LatentDataset`]
 
 All samples of an optimizer step come from one bucket, so that they have one shape on every process.
 """
@@ -42,14 +42,16 @@ STEPS_PER_BLOCK = 4096
 
 def bucket_sizes(resolution: int, multiple: int, max_aspect_ratio: float = 2.0) -> list[tuple[int, int]]:
     """
-    The sizes whose sides are multiples of a number, whose area is at most that of the square, and whose longer side is
-    at most `max_aspect_ratio` times the shorter one; but for those that fit into another one. So each height has one
-    width, the square is one of them, and with a size comes the same size on its side.
+    Sizes of the buckets, of about the area of a square.
+
+    Both sides are multiples of `multiple`, the area is at most that of the square, and the longer side is at most
+    `max_aspect_ratio` times the shorter one. Sizes that fit into another one are left out. So each height has one
+    width, the square is one of the sizes, and each size also occurs on its side.
 
     Args:
         resolution (`int`): Side of the square in pixels.
-        multiple (`int`): What sides are multiples of: pixels per latent pixel times the patch size.
-        max_aspect_ratio (`float`, defaults to 2.0): Longer side over shorter side at most, at least 1.
+        multiple (`int`): Divisor of all sides: pixels per latent pixel times the patch size.
+        max_aspect_ratio (`float`, defaults to 2.0): Largest ratio of longer to shorter side, at least 1.
 
     Returns:
         `list[tuple[int, int]]`: Heights and widths in pixels, from the lowest to the highest.
@@ -83,7 +85,7 @@ def _open_row(pictures: PictureDataset, index: int) -> tuple[Image.Image, int]:
 
 
 class _AspectRatios(Dataset):
-    """The logarithm of height / width of each picture, 0 for those that cannot be opened."""
+    """Logarithm of height / width of each image; 0 for an image that cannot be opened."""
 
     def __init__(self, pictures: PictureDataset):
         self.pictures = pictures
@@ -100,7 +102,7 @@ class _AspectRatios(Dataset):
                 ratio = math.log(image.height / image.width)
         except MemoryError:
             raise
-        except Exception:  # of whatever reads the file
+        except Exception:  # each library that reads files has its own
             return 0.0
         # Pillow has turned the size of a TIFF already.
         return -ratio if orientation in (5, 6, 7, 8) and image.format != "TIFF" else ratio
@@ -108,18 +110,18 @@ class _AspectRatios(Dataset):
 
 def assign_buckets(pictures: Pictures, sizes: Sequence[tuple[int, int]], num_workers: int = 0) -> list[int]:
     """
-    The size whose aspect ratio is nearest to that of each picture, in the logarithm.
+    Assigns each image to the size with the nearest aspect ratio, in the logarithm.
 
-    Only headers are read, with the orientation of EXIF unless it stands behind the pixels of a PNG. Pictures that
-    cannot be opened count as squares: whatever encodes them reports them.
+    Only headers are read, with the orientation of EXIF unless it is behind the pixels of a PNG. Images that cannot be
+    opened count as squares, and encoding reports them later.
 
     Args:
-        pictures ([`Pictures`]): Pictures whose `dataset` is a [`PictureDataset`].
+        pictures ([`Pictures`]): Images whose `dataset` is a [`PictureDataset`].
         sizes (`Sequence[tuple[int, int]]`): Heights and widths, see [`bucket_sizes`].
         num_workers (`int`, defaults to 0): Processes that read headers; 0 reads them in this one.
 
     Returns:
-        `list[int]`: For each picture an index of `sizes`.
+        `list[int]`: An index of `sizes` for each image.
 
     Raises:
         `ValueError`, `TypeError`: there are no pictures or no sizes, or the pictures are no [`PictureDataset`].
@@ -136,11 +138,11 @@ def assign_buckets(pictures: Pictures, sizes: Sequence[tuple[int, int]], num_wor
 
 class BucketPictures(Dataset):
     """
-    The pictures of one bucket as uint8 arrays, cropped by [`cover_and_crop`].
+    The images of one bucket as uint8 arrays, cropped by [`cover_and_crop`].
 
     Args:
-        pictures ([`PictureDataset`]): All pictures.
-        indices (`Sequence[int]`): Which of them are in the bucket.
+        pictures ([`PictureDataset`]): All images.
+        indices (`Sequence[int]`): Indices of the images in the bucket.
         height (`int`): Height of the bucket in pixels.
         width (`int`): Width of the bucket in pixels.
     """
@@ -168,15 +170,15 @@ def split_pictures(
     pictures: Pictures, sizes: Sequence[tuple[int, int]], num_workers: int = 0
 ) -> dict[tuple[int, int], Pictures]:
     """
-    The pictures of each bucket that has any.
+    Splits images into buckets; empty buckets are left out.
 
     Args:
-        pictures ([`Pictures`]): Pictures whose `dataset` is a [`PictureDataset`].
+        pictures ([`Pictures`]): Images whose `dataset` is a [`PictureDataset`].
         sizes (`Sequence[tuple[int, int]]`): Heights and widths, see [`bucket_sizes`].
         num_workers (`int`, defaults to 0): Processes that read headers; 0 reads them in this one.
 
     Returns:
-        `dict[tuple[int, int], Pictures]`: By height and width, each with a fingerprint of its own.
+        `dict[tuple[int, int], Pictures]`: The images by height and width, each bucket with its own fingerprint.
 
     Raises:
         `ValueError`, `TypeError`: see [`assign_buckets`].
@@ -212,24 +214,25 @@ def encode_buckets(
     together: Callable[[], AbstractContextManager] = nullcontext,
 ) -> "BucketedLatents":
     """
-    The latents of all buckets, encoded by all processes unless this has been done. A run that was stopped goes on
-    where it was.
+    Encodes all buckets with all processes, unless this has been done, and opens their latents.
+
+    A run that was stopped continues where it was.
 
     Args:
-        pictures ([`Pictures`]): Pictures whose `dataset` is a [`PictureDataset`].
+        pictures ([`Pictures`]): Images whose `dataset` is a [`PictureDataset`].
         sizes (`Sequence[tuple[int, int]]`): Heights and widths, see [`bucket_sizes`].
         vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
-        folder (`Path`): Where the latents are or go.
+        folder (`Path`): Folder of the latents.
         random_flip (`bool`): Whether to encode the mirror images too.
-        batch_size (`int`, defaults to 64): Pictures per pass of the autoencoder.
-        num_workers (`int`, defaults to 0): Processes that read pictures; 0 reads them in this one.
-        latents_dtype (`str`, defaults to `"float32"`): See [`latent_settings`].
-        shard_size (`int`, defaults to 4096): Pictures per shard.
+        batch_size (`int`, defaults to 64): Images per pass of the autoencoder.
+        num_workers (`int`, defaults to 0): Processes that read images; 0 reads them in this process.
+        latents_dtype (`str`, defaults to `"float32"`): Dtype on disk, see [`latent_settings`].
+        shard_size (`int`, defaults to 4096): Images per shard.
         on_bad_image (`str`, defaults to `"error"`):
-            `"error"` refuses data with pictures that cannot be read, `"skip"` leaves them out and counts them.
-        process_index (`int`, defaults to 0): Which process this is.
-        num_processes (`int`, defaults to 1): Number of processes, which share the shards.
-        vision ([`VisionFeatures`], *optional*): A vision model whose features of the pictures are stored too.
+            `"error"` refuses data with images that cannot be read. `"skip"` leaves them out and counts them.
+        process_index (`int`, defaults to 0): Index of this process.
+        num_processes (`int`, defaults to 1): Number of processes. They share the shards.
+        vision ([`VisionFeatures`], *optional*): A vision model whose features of the images are stored too.
         together (`Callable`, defaults to `nullcontext`):
             Gives a context that waits at its end for all processes and raises in each if one has failed.
 
@@ -237,8 +240,8 @@ def encode_buckets(
         [`BucketedLatents`].
 
     Raises:
-        `ValueError`, `TypeError`: the folder has the latents of other pictures, sizes or of another autoencoder, there
-            are no pictures or no sizes, or, as a [`BadImagesError`], a picture cannot be read.
+        `ValueError`, `TypeError`: the folder has latents of other images, of other sizes or of another autoencoder, or
+            there are no images or no sizes. It is a [`BadImagesError`] if an image cannot be read.
     """
     shared = latent_settings(pictures, vae, random_flip, latents_dtype, vision)
     settings = shared | {"transform": "ADM centre crop to buckets", "bucket_sizes": [list(size) for size in sizes]}
@@ -278,7 +281,7 @@ def _name(size: tuple[int, int]) -> str:
 
 
 def _is_done(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether all buckets are there; raises a `ValueError` if they are so under other settings."""
+    """Whether all buckets are there; raises a `ValueError` if they were made with other settings."""
     if not (folder / BUCKETS).exists():
         return False
     manifest = json.loads((folder / BUCKETS).read_text())
@@ -293,7 +296,7 @@ def _finish_buckets(
     shared: dict[str, Any],
     on_bad_image: str,
 ) -> None:
-    """Writes the manifests once all shards are there; `shared` are the settings of all pictures as of one bucket."""
+    """Writes the manifests once all shards are there; `shared` has the settings of all images as one bucket."""
     bad, entries = [], []
     for (height, width), bucket in buckets.items():
         bucket_folder = folder / _name((height, width))
@@ -328,14 +331,14 @@ def _finish_buckets(
 
 class BucketedLatents(Latents):
     """
-    The latents that [`encode_buckets`] wrote, of all buckets in a row.
+    Latents that were written by [`encode_buckets`], with all buckets in a row.
 
     Args:
-        folder (`Path`): Where they are.
+        folder (`Path`): Folder of the latents.
 
     Raises:
-        `ValueError`: there is no list of buckets, it is of another format, or a bucket is missing or was made with
-            other settings.
+        `ValueError`: there is no list of buckets, it has another format, or a bucket is missing or was made with other
+            settings.
     """
 
     def __init__(self, folder: Path):
@@ -375,15 +378,15 @@ class BucketedLatents(Latents):
 
 class BucketOrder:
     """
-    An order of pictures in buckets in which all positions of an optimizer step come from one bucket, in place of
+    The order of images in buckets: all positions of an optimizer step come from one bucket. It replaces
     [`EpochOrder`].
 
-    The bucket of a step is a function of (seed, step), drawn with a probability that is the bucket's share of the
-    pictures. Its pictures come in endless passes, each in an order that is a function of (seed, bucket, pass). So each
-    picture is used as often as any other on average, and not once per pass over all pictures.
+    The bucket of a step is a function of (seed, step). Its probability is the bucket's share of the images. Its images
+    come in endless passes; the order of a pass is a function of (seed, bucket, pass). So on average all images are
+    used equally often, but not once per pass over all images.
 
     Args:
-        bucket_lengths (`Sequence[int]`): Number of pictures of each bucket.
+        bucket_lengths (`Sequence[int]`): Number of images of each bucket.
         images_per_step (`int`): Positions of an optimizer step. Another number gives another order.
         seed (`int`): Seed of the order.
 
@@ -416,7 +419,7 @@ class BucketOrder:
         return torch.bucketize(pictures, self._ends, right=True)
 
     def _bucket_of(self, step: int) -> tuple[int, int]:
-        """The bucket of a step, and how many steps before it had the same."""
+        """The bucket of a step, and the number of earlier steps with the same bucket."""
         block, offset = divmod(step, STEPS_PER_BLOCK)
         while len(self._steps_before) <= block:
             counts = torch.bincount(self._draw(len(self._steps_before) - 1), minlength=len(self._orders))
@@ -428,7 +431,7 @@ class BucketOrder:
         return bucket, int(self._steps_before[block][bucket] + (buckets[:offset] == bucket).sum())
 
     def __call__(self, position: int) -> int:
-        """The index of the picture that stands at `position` of the stream."""
+        """Index of the image at `position` of the stream."""
         step, offset = divmod(position, self.images_per_step)
         bucket, num_steps = self._bucket_of(step)
         order = self._orders[bucket]

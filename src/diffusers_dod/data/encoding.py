@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""Encodes images into the shards that [`LatentDataset`] reads: all processes share them, a stopped run goes on."""
+"""Encodes images into shards for [`LatentDataset`]. All processes share the work, and a stopped run continues."""
 
 import hashlib
 import json
@@ -28,10 +28,10 @@ SHARD_SIZE = 4096
 
 class BadImagesError(ValueError):
     """
-    Pictures that could not be read.
+    Raised for images that could not be read.
 
     Args:
-        bad (`list[dict]`): The `index`, the `path` and the `reason` of each.
+        bad (`list[dict]`): `index`, `path` and `reason` of each image.
     """
 
     def __init__(self, bad: list[dict[str, Any]]):
@@ -45,7 +45,7 @@ class BadImagesError(ValueError):
 
 
 def describe_autoencoder(vae: Autoencoder | None) -> dict[str, str] | None:
-    """What identifies an autoencoder: the class of `vae` and hashes of its config and its weights."""
+    """Identity of an autoencoder: the class of `vae`, and hashes of its config and its weights."""
     if vae is None:
         return None
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
@@ -64,17 +64,17 @@ def latent_settings(
     vision: VisionFeatures | None = None,
 ) -> dict[str, Any]:
     """
-    What latents depend on, as their manifest states it.
+    Settings that latents depend on, as their manifest states them.
 
     Args:
-        pictures ([`Pictures`]): The pictures.
+        pictures ([`Pictures`]): The images.
         vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
         random_flip (`bool`): Whether the mirror images are encoded too.
-        latents_dtype (`str`, defaults to `"float32"`): `"float32"`, `"float16"` or `"bfloat16"`, on disk.
+        latents_dtype (`str`, defaults to `"float32"`): Dtype on disk: `"float32"`, `"float16"` or `"bfloat16"`.
         vision ([`VisionFeatures`], *optional*): The vision model whose features are stored too.
 
     Returns:
-        `dict`: The settings, which JSON can hold.
+        `dict`: The settings, ready for JSON.
     """
     check_choice("latents_dtype", latents_dtype, tuple(DTYPES))
     settings = {
@@ -91,7 +91,7 @@ def latent_settings(
 
 
 class _Readable(Dataset):
-    """A picture data set that gives the reason of what cannot be read in place of it."""
+    """An image data set that yields `{index, reason}` in place of an image that cannot be read."""
 
     def __init__(self, pictures: Pictures):
         self.pictures = pictures
@@ -104,7 +104,7 @@ class _Readable(Dataset):
             sample = self.pictures.dataset[index]
         except MemoryError:
             raise
-        except Exception as error:  # of whatever reads the file
+        except Exception as error:  # each library that reads files has its own
             return {"index": index, "reason": f"{type(error).__name__}: {error}"}
         num_classes = len(self.pictures.class_names)
         if not 0 <= int(sample["label"]) < num_classes:
@@ -117,7 +117,7 @@ def _shard_path(folder: Path, shard: int) -> Path:
 
 
 def _publish(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes a file that is there as a whole or not at all, readable for whom the process's other files are."""
+    """Writes a file atomically, with the permissions of any other new file."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     write(unfinished)
     umask = os.umask(0)
@@ -131,7 +131,7 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _read_note(folder: Path, shard: int) -> dict[str, Any] | None:
-    """What was noted of a shard, `None` unless both are there."""
+    """Reads the note of a shard; `None` if the shard or the note is missing."""
     path = _shard_path(folder, shard)
     note = path.with_suffix(".json")
     return json.loads(note.read_text()) if note.exists() and path.exists() else None
@@ -139,8 +139,9 @@ def _read_note(folder: Path, shard: int) -> dict[str, Any] | None:
 
 def _is_done(folder: Path, shard: int, settings: dict[str, Any], on_bad_image: str) -> bool:
     """
-    Whether a shard was written under the same settings; raises a `ValueError` if under others. Where bad pictures are
-    an error, they are tried again.
+    Whether a shard was written with the same settings; raises a `ValueError` if it was written with others.
+
+    If bad images are an error, a shard with bad images counts as not done, so that they are tried again.
     """
     note = _read_note(folder, shard)
     if note is None:
@@ -165,22 +166,22 @@ def encode_latents(
     vision: VisionFeatures | None = None,
 ) -> None:
     """
-    Writes the shards that fall to one process, but for those that are there already.
+    Writes one process's share of the shards, except for shards that exist already.
 
     Args:
-        pictures ([`Pictures`]): The pictures.
+        pictures ([`Pictures`]): The images.
         vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
-        folder (`Path`): Where the shards go.
+        folder (`Path`): Folder of the shards.
         random_flip (`bool`): Whether to encode the mirror images too.
-        batch_size (`int`, defaults to 64): Pictures per pass of the autoencoder.
-        num_workers (`int`, defaults to 0): Processes that read pictures; 0 reads them in this one.
-        latents_dtype (`str`, defaults to `"float32"`): See [`latent_settings`].
-        shard_size (`int`, defaults to 4096): Pictures per shard.
+        batch_size (`int`, defaults to 64): Images per pass of the autoencoder.
+        num_workers (`int`, defaults to 0): Processes that read images; 0 reads them in this process.
+        latents_dtype (`str`, defaults to `"float32"`): Dtype on disk, see [`latent_settings`].
+        shard_size (`int`, defaults to 4096): Images per shard.
         on_bad_image (`str`, defaults to `"error"`):
-            Pictures that cannot be read are left out and noted; with `"error"` the next call tries them again.
-        process_index (`int`, defaults to 0): Which process this is; it writes every `num_processes`-th shard.
+            Images that cannot be read are left out and noted. With `"error"` the next call tries them again.
+        process_index (`int`, defaults to 0): Index of this process. It writes every `num_processes`-th shard.
         num_processes (`int`, defaults to 1): Number of processes.
-        vision ([`VisionFeatures`], *optional*): A vision model whose features of the pictures are stored too.
+        vision ([`VisionFeatures`], *optional*): A vision model whose features of the images are stored too.
 
     Raises:
         `ValueError`: the folder has shards with other settings, latents are too large for `latents_dtype`, or features
@@ -249,17 +250,17 @@ def finish_latents(folder: Path, settings: dict[str, Any], on_bad_image: str = "
     Writes the manifest once all shards are there.
 
     Args:
-        folder (`Path`): Where the shards are.
-        settings (`dict`): What [`latent_settings`] gives.
+        folder (`Path`): Folder of the shards.
+        settings (`dict`): Settings from [`latent_settings`].
         on_bad_image (`str`, defaults to `"error"`):
-            `"error"` refuses data with pictures that could not be read, `"skip"` leaves them out and counts them.
+            `"error"` refuses data with images that could not be read. `"skip"` leaves them out and counts them.
 
     Returns:
         `dict`: The manifest.
 
     Raises:
-        `ValueError`: a shard is missing or has other settings, no picture could be read, or, as a [`BadImagesError`],
-            some could not.
+        `ValueError`: a shard is missing or has other settings, or no image could be read. It is a [`BadImagesError`]
+            if some images could not be read.
     """
     check_choice("on_bad_image", on_bad_image, ON_BAD_IMAGE)
     first = _read_note(folder, 0)

@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-Latents that other projects have encoded, read as [`LatentDataset`] reads this package's.
+Latents of other projects, with the interface of [`LatentDataset`].
 
-Neither form says which autoencoder it comes from: it must be the one that the trainer is given, whose statistics
-normalise the latents.
+Neither form says which autoencoder it comes from. The trainer must get the right one, as its statistics normalise the
+latents.
 
 - LightningDiT: `latents_rank00_shard000.safetensors`, ... with `latents`, `latents_flip` (n, C, h, w) and `labels`
   (n,): samples, without a deviation.
@@ -27,7 +27,7 @@ EDM2_INDEX = "dataset.json"
 
 
 class _ForeignLatents(Latents):
-    """What both forms have in common."""
+    """Base class of both forms."""
 
     def __init__(self, folder: Path, labels: torch.Tensor, num_views: int, shape: tuple[int, ...], vae: Autoencoder):
         if len(labels) == 0 or bool((labels < 0).any()):
@@ -51,10 +51,10 @@ class _ForeignLatents(Latents):
 
 class LightningDiTLatents(_ForeignLatents):
     """
-    Shards of LightningDiT.
+    Latents in shards of LightningDiT.
 
     Args:
-        folder (`Path`): Where they are.
+        folder (`Path`): Folder of the shards.
         vae ([`Autoencoder`]): The autoencoder that they come from.
 
     Raises:
@@ -79,14 +79,14 @@ class LightningDiTLatents(_ForeignLatents):
 
 class Edm2Latents(_ForeignLatents):
     """
-    Arrays of EDM2 and REPA.
+    Latents in arrays of EDM2 and REPA.
 
     Args:
-        folder (`Path`): Where `dataset.json` and the arrays are.
+        folder (`Path`): Folder of `dataset.json` and the arrays.
         vae ([`Autoencoder`]): The autoencoder that they come from.
 
     Raises:
-        `ValueError`: the index has no labels, or the arrays are of another form.
+        `ValueError`: the index has no labels, or the arrays have another form.
     """
 
     def __init__(self, folder: Path, vae: Autoencoder):
@@ -115,14 +115,14 @@ def open_latents(folder: Path, vae: Autoencoder | None) -> Latents:
     Opens latents of any form.
 
     Args:
-        folder (`Path`): Where they are.
+        folder (`Path`): Folder of the latents.
         vae ([`Autoencoder`] or `None`): The autoencoder that they come from.
 
     Returns:
         [`Latents`].
 
     Raises:
-        `ValueError`: they are of no known form, or of another project and there is no autoencoder.
+        `ValueError`: the form is unknown, or it is another project's and there is no autoencoder.
     """
     if (folder / BUCKETS).exists():
         return BucketedLatents(folder)

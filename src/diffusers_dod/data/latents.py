@@ -1,15 +1,15 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-Latents of a picture data set, on disk: safetensors shards and a manifest that says what they are.
+Latents of an image data set, on disk: safetensors shards and a manifest that describes them.
 
     folder/manifest.json          what the latents depend on, the classes, the shards and their hashes
     folder/shard-00000.safetensors   `mean` and, unless the autoencoder is deterministic, `std` (n, views, C, h, w) of
                                      the normalised posterior, and `labels` (n,); if wanted `features` (n, views,
                                      rows, columns, D) of a vision model, in float16
-    folder/shard-00000.json       written after its shard: what a run that was stopped need not do again
+    folder/shard-00000.json       written after its shard: tells a resumed run that the shard is done
 
-A shard holds the pictures of a fixed range of indices, so that any number of processes write the same files. View 0 is
-the picture, view 1 its mirror image. Shards are mapped into memory: a sample is read when it is asked for.
+A shard holds the images of a fixed range of indices, so that any number of processes write the same files. View 0 is
+the image, view 1 its mirror image. Shards are mapped into memory: a sample is read on access.
 """
 
 import json
@@ -41,12 +41,12 @@ def _describe_difference(found: Any, expected: Any) -> tuple[str, str]:
 
 def check_settings(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     """
-    Raises unless latents were made as they should have been.
+    Raises unless latents were made with the expected settings.
 
     Args:
-        folder (`Path`): Where they are.
-        found (`dict`): Their settings.
-        expected (`dict`): What [`latent_settings`] gives.
+        folder (`Path`): Folder of the latents, for the message.
+        found (`dict`): Settings of the latents.
+        expected (`dict`): Settings from [`latent_settings`].
 
     Raises:
         `ValueError`: a field differs; the message names it.
@@ -80,17 +80,17 @@ def find_damaged_shards(folder: Path) -> list[str]:
 
 class Latents(ABC):
     """
-    Latents of a picture data set, in whatever files they are.
+    Base class of the latents of an image data set, whatever their files.
 
     Args:
-        folder (`Path`): Where they are.
-        manifest (`dict`): What they are, with at least `num_views`, `latent_shape`, `class_names` and `bad_images`.
+        folder (`Path`): Folder of the latents.
+        manifest (`dict`): Description with at least `num_views`, `latent_shape`, `class_names` and `bad_images`.
         labels (`torch.Tensor` of shape `(n,)`): Class ids.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], labels: torch.Tensor):
         self.folder = Path(folder)
-        #: What the manifest says.
+        #: The manifest.
         self.manifest = manifest
         #: Class ids, (n,).
         self.labels = labels
@@ -105,47 +105,47 @@ class Latents(ABC):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Shape (C, h, w) of the latents; of those in buckets that of a square, whether or not there are any."""
+        """Shape (C, h, w) of the latents. Latents in buckets give the shape of a square, even without a square one."""
         return tuple(self.manifest["latent_shape"])
 
     @abstractmethod
     def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        The normalised posterior of a picture.
+        Reads the normalised posterior of an image.
 
         Args:
-            index (`int`): Which picture, in [0, n - 1].
-            view (`int`, defaults to 0): 1 is its mirror image.
+            index (`int`): Index of the image, in [0, n - 1].
+            view (`int`, defaults to 0): 0 is the image, 1 its mirror image.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor | None]`: Mean and standard deviation (C, h, w) in fp32, of the bucket's
-            shape where there are buckets; the second is `None` without a deviation.
+            `tuple[torch.Tensor, torch.Tensor | None]`: Mean and standard deviation (C, h, w) in fp32. Latents in
+            buckets have the bucket's shape. The second is `None` without a deviation.
         """
 
     def read_features(self, index: int, view: int = 0) -> torch.Tensor | None:
         """
-        The features of a picture.
+        Reads the features of an image.
 
         Args:
-            index (`int`): Which picture, in [0, n - 1].
-            view (`int`, defaults to 0): 1 is its mirror image.
+            index (`int`): Index of the image, in [0, n - 1].
+            view (`int`, defaults to 0): 0 is the image, 1 its mirror image.
 
         Returns:
-            `torch.Tensor` of shape `(rows, columns, D)` in fp32, or `None` where no vision model was given.
+            `torch.Tensor` of shape `(rows, columns, D)` in fp32, or `None` if no vision model was given.
         """
         return None
 
 
 class MappedShards:
     """
-    Safetensors files of pictures in a row, mapped into memory, in each process when they are needed.
+    A row of safetensors files, which each process maps into memory when it needs them.
 
     Args:
         paths (`Sequence[Path]`): The files.
-        latents (`str`): Name of the tensor (n, ...) that each must hold beside its `labels` (n,), n >= 1.
+        latents (`str`): Name of the tensor (n, ...) that each file must hold beside its `labels` (n,), n >= 1.
 
     Raises:
-        `ValueError`: a file is damaged, or does not hold them.
+        `ValueError`: a file is damaged, or lacks one of these tensors.
     """
 
     def __init__(self, paths: Sequence[Path], latents: str):
@@ -163,13 +163,13 @@ class MappedShards:
         Opens a shard.
 
         Args:
-            shard (`int`): Which one, in the order of the paths.
+            shard (`int`): Index of the shard, in the order of the paths.
 
         Returns:
             `dict`: Its `labels` (n,), and slices of its other tensors, by name.
 
         Raises:
-            `ValueError`: the file is damaged, or does not hold what it must.
+            `ValueError`: the file is damaged, or lacks a tensor.
         """
         if shard not in self._slices:
             try:
@@ -187,7 +187,7 @@ class MappedShards:
         return self._slices[shard]
 
     def locate(self, index: int) -> tuple[dict[str, Any], int]:
-        """The shard of the picture `index`, opened, and its row there."""
+        """Opens the shard of the image `index`, and gives its row there."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self.open(shard), index - int(self._starts[shard])
 
@@ -197,13 +197,13 @@ class MappedShards:
 
 class LatentDataset(Latents):
     """
-    The latents that [`encode_latents`] and [`finish_latents`] wrote.
+    Latents that were written by [`encode_latents`] and [`finish_latents`].
 
     Args:
-        folder (`Path`): Where they are.
+        folder (`Path`): Folder of the latents.
 
     Raises:
-        `ValueError`: there is no manifest, it is of another format, or a shard is missing.
+        `ValueError`: there is no manifest, it has another format, or a shard is missing.
     """
 
     def __init__(self, folder: Path):
@@ -235,17 +235,17 @@ class LatentDataset(Latents):
 
 def pictures_of(latents: LatentDataset, pictures: Pictures) -> np.ndarray:
     """
-    Which picture each of the latents is of: pictures that could not be read are left out of them.
+    Indices of the images that latents were made of; latents lack images that could not be read.
 
     Args:
         latents ([`LatentDataset`]): The latents.
-        pictures ([`Pictures`]): The pictures that they were made of.
+        pictures ([`Pictures`]): The images that they were made of.
 
     Returns:
         `np.ndarray` of shape `(n,)`: Indices into `pictures.dataset`, in ascending order.
 
     Raises:
-        `ValueError`: the latents were made of other pictures.
+        `ValueError`: the latents were made of other images.
     """
     expected = {
         "pictures": pictures.fingerprint,

@@ -22,16 +22,18 @@ TEXTURES = "textures"
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """
-    A picture as 8-bit RGB: turned as its EXIF orientation says, what is transparent on white, grey in 16 bits scaled.
+    Converts an image to 8-bit RGB.
+
+    It is rotated as its EXIF orientation says, transparent parts become white, and 16-bit grey is scaled.
 
     Args:
-        image (`PIL.Image.Image`): A picture of any mode.
+        image (`PIL.Image.Image`): An image of any mode.
 
     Returns:
         `PIL.Image.Image` of mode RGB.
 
     Raises:
-        `ValueError`: it is a picture of floats.
+        `ValueError`: the image holds floats.
     """
     if image.mode == "F":
         raise ValueError("a picture of floats has no range that is known")
@@ -47,11 +49,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def cover_and_crop(image: Image.Image, height: int, width: int) -> np.ndarray:
     """
-    Scales a picture to the smallest size that covers a rectangle and crops its centre: halved with a box filter while
-    at least twice as large, then bicubic.
+    Scales an image to the smallest size that covers a rectangle, and crops its centre.
+
+    A box filter halves it while it is at least twice as large. The rest is bicubic.
 
     Args:
-        image (`PIL.Image.Image`): A picture of any mode and size.
+        image (`PIL.Image.Image`): An image of any mode and size.
         height (`int`): Height of the rectangle in pixels.
         width (`int`): Width of the rectangle in pixels.
 
@@ -72,7 +75,7 @@ def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
     ADM's centre crop: [`cover_and_crop`] for a square.
 
     Args:
-        image (`PIL.Image.Image`): A picture of any mode and size.
+        image (`PIL.Image.Image`): An image of any mode and size.
         resolution (`int`): Side of the square in pixels.
 
     Returns:
@@ -83,14 +86,14 @@ def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
 
 class PictureDataset(Dataset):
     """
-    Labelled pictures of a `datasets.Dataset` as uint8 arrays, cropped by [`center_crop`].
+    Labelled images of a `datasets.Dataset` as uint8 arrays, cropped by [`center_crop`].
 
     Args:
         dataset (`datasets.Dataset`): The data set.
-        image_column (`str`): Its column of pictures.
-        label_column (`str`): Its column of class ids.
-        resolution (`int`): Side of the pictures in pixels.
-        class_ids (`dict`, *optional*): The id of each label, where it is not the label itself.
+        image_column (`str`): Column of the images.
+        label_column (`str`): Column of the class ids.
+        resolution (`int`): Side of the images in pixels.
+        class_ids (`dict`, *optional*): Ids of the labels. By default a label is its own id.
     """
 
     def __init__(self, dataset, image_column: str, label_column: str, resolution: int, class_ids: dict | None = None):
@@ -123,13 +126,13 @@ class PictureDataset(Dataset):
 @dataclass(frozen=True)
 class Pictures:
     """
-    A picture data set with what names it.
+    A data set of images, its class names and its fingerprint.
 
     Args:
         dataset (`torch.utils.data.Dataset`): Yields dicts with the `image`, uint8 (H, W, 3), and the `label`, an id.
         class_names (`tuple[str, ...]`): Names of the classes in the order of their ids.
-        fingerprint (`str`): Another one for other pictures.
-        resolution (`int`): Side of the pictures in pixels.
+        fingerprint (`str`): A text that differs for other images.
+        resolution (`int`): Side of the images in pixels.
     """
 
     dataset: Dataset
@@ -152,18 +155,19 @@ def load_pictures(
     label_column: str = "label",
 ) -> Pictures:
     """
-    Opens the procedural `textures`, a data set of the Hub, or a folder: with one sub-folder of pictures per class,
-    or, without sub-folders, with Parquet files or tar files in the form of WebDataset.
+    Opens the procedural `textures`, a data set of the Hub, or a folder.
+
+    A folder has one sub-folder of images per class, or no sub-folders and Parquet files or WebDataset's tar files.
 
     Args:
-        dataset_name (`str` or `None`): `"textures"` or what `datasets.load_dataset` takes.
-        train_data_dir (`str` or `None`): A folder; exactly one of the two must be given.
-        resolution (`int`): Side of the pictures in pixels.
-        num_train_samples (`int`): Number of procedural pictures.
-        seed (`int`): Seed of the procedural pictures.
-        image_column (`str`, defaults to `"image"`): Column of the pictures.
+        dataset_name (`str` or `None`): `"textures"` or a name for `datasets.load_dataset`.
+        train_data_dir (`str` or `None`): A folder. Exactly one of the two must be given.
+        resolution (`int`): Side of the images in pixels.
+        num_train_samples (`int`): Number of procedural images.
+        seed (`int`): Seed of the procedural images.
+        image_column (`str`, defaults to `"image"`): Column of the images.
         label_column (`str`, defaults to `"label"`):
-            Column of the classes: of type `ClassLabel`, or names, whose ids are in alphabetical order, or ids from 0.
+            Column of the classes: a `ClassLabel`, ids from 0, or names (ids follow their alphabetical order).
 
     Returns:
         [`Pictures`].
@@ -189,7 +193,7 @@ def load_pictures(
             )
     class_names, class_ids = _classes(source, label_column)
     if train_data_dir is not None and label_column == "label":
-        # Folders without a picture are classes too, so that the ids stay when pictures come and go.
+        # Folders without an image are classes too, so that ids stay the same when images come and go.
         folders = _class_folders(train_data_dir)
         if set(class_names) <= set(folders):
             class_ids = {label: folders.index(name) for label, name in enumerate(class_names)}
@@ -237,14 +241,14 @@ def open_dataset(name: str, **options: Any) -> datasets.Dataset | datasets.Itera
     Opens the training split of a data set of the Hub.
 
     Args:
-        name (`str`): What `datasets.load_dataset` takes.
-        options (`Any`): Further arguments of that.
+        name (`str`): Name for `datasets.load_dataset`.
+        options (`Any`): Further arguments of `datasets.load_dataset`.
 
     Returns:
         `datasets.Dataset`, or with `streaming=True` a `datasets.IterableDataset`.
 
     Raises:
-        `ValueError`: there is none, or its licence has not been accepted.
+        `ValueError`: there is no such data set, or its licence has not been accepted.
     """
     try:
         return datasets.load_dataset(name, split="train", **options)
@@ -258,7 +262,7 @@ def open_dataset(name: str, **options: Any) -> datasets.Dataset | datasets.Itera
 
 
 def _classes(source: datasets.Dataset, label_column: str) -> tuple[list[str], dict | None]:
-    """Names of the classes of a data set by id, and the id of each label where it is not the label itself."""
+    """Names of a data set's classes by id, and the ids of labels that are not ids themselves."""
     feature = source.features[label_column]
     if getattr(feature, "names", None) is not None:
         return list(feature.names), None
@@ -275,7 +279,7 @@ def _classes(source: datasets.Dataset, label_column: str) -> tuple[list[str], di
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:
-    """Pictures `images` (B, H, W, 3) in uint8 -> pixels (B, 3, H, W) in [-1, 1], fp32."""
+    """Converts `images` (B, H, W, 3) in uint8 to pixels (B, 3, H, W) in [-1, 1], fp32."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

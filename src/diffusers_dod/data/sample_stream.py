@@ -16,14 +16,14 @@ from .pictures import to_pixels
 @dataclass
 class SampleDraw:
     """
-    The random draws of one training sample, but for those whose shape is that of its latents.
+    The random numbers of one training sample, and the generator of its noise.
 
     Args:
-        view (`float`): In [0, 1): which view of the picture, its first half the picture itself.
+        view (`float`): Number in [0, 1) that chooses the view. The first half is the image itself.
         sigma (`torch.Tensor` of shape `()`): Time in [0, 1].
-        drops_label (`bool`): Whether the null class takes the place of its class.
-        drops_prior (`bool`): Whether it is trained without its prior.
-        generator (`torch.Generator`): Draws its noise and then its posterior noise.
+        drops_label (`bool`): Whether the null class takes the place of the class.
+        drops_prior (`bool`): Whether the sample is trained without its prior.
+        generator (`torch.Generator`): Draws the flow noise and then the posterior noise.
     """
 
     view: float
@@ -35,10 +35,10 @@ class SampleDraw:
 
 class SampleDraws:
     """
-    Every random draw of the training sample at a position of the stream, as a function of (seed, position) alone.
+    All random draws of the training sample at a position, as a function of (seed, position) alone.
 
-    Draws per sample: mirror image, dropped class, dropped prior (each independent), logit-normal time (paper, Eq. 11),
-    flow noise, posterior noise.
+    A sample has independent draws of mirror image, dropped class, dropped prior, logit-normal time (paper, Eq. 11),
+    flow noise and posterior noise.
 
     Args:
         num_classes (`int`): Id of the null class.
@@ -47,10 +47,10 @@ class SampleDraws:
         prior_dropout_prob (`float`, defaults to 0.5):
             The paper's p_s, the probability that a sample is trained without its prior.
         exact_dropout_size (`int`, *optional*):
-            Drops exactly these shares, to the nearest sample, of every so many samples in a row, chosen at random for
-            class and prior apart; each sample on its own if not given, as in the paper.
+            Length of blocks of samples in which exactly these shares are dropped, to the nearest sample. They are
+            chosen at random, for class and prior separately. By default each sample decides alone, as in the paper.
         logit_mean (`float`, defaults to 0.0): Mean of the logit of the time, see [`logit_normal_sigma`].
-        logit_std (`float`, defaults to 1.0): Its standard deviation.
+        logit_std (`float`, defaults to 1.0): Standard deviation of the logit of the time.
         time_shift (`float`, defaults to 1.0): Shift of the time towards noise, see [`shift_sigma`].
     """
 
@@ -99,7 +99,7 @@ class SampleDraws:
 
 class EpochOrder:
     """
-    Endless passes over a data set, each in an order of its own, which is a function of (seed, pass).
+    Endless passes over a data set. The order of a pass is a function of (seed, pass).
 
     Args:
         num_samples (`int`): Size of the data set.
@@ -112,7 +112,7 @@ class EpochOrder:
         self._latest: tuple[int, torch.Tensor] | None = None  # (pass, permutation)
 
     def __call__(self, position: int) -> int:
-        """The index of the sample that stands at `position` of the stream."""
+        """Index of the sample at `position` of the stream."""
         epoch, offset = divmod(position, self.num_samples)
         if self._latest is None or self._latest[0] != epoch:
             order = torch.randperm(self.num_samples, generator=stateless_generator(self.seed, 0, epoch))
@@ -122,17 +122,19 @@ class EpochOrder:
 
 class TrainingStream(Dataset):
     """
-    The endless stream of training samples: what stands at a position, and every random draw that goes with it, is a
-    function of (seed, position) alone. So a resumed run continues it exactly, and any number of processes share it.
+    The endless stream of training samples.
+
+    The sample at a position and all its random draws are functions of (seed, position) alone. So a resumed run
+    continues the stream exactly, and any number of processes can share it.
 
     Args:
         latents ([`Latents`]): The encoded pictures.
         draws ([`SampleDraws`]): The random draws.
         order (`Callable[[int], int]`, *optional*):
-            The index of the picture at a position, [`EpochOrder`] with the seed of `draws` if not given.
+            Index of the image at a position. By default [`EpochOrder`] with the seed of `draws`.
         num_aligned (`int`, defaults to 0):
-            How many samples have, beside the rest, what their tokens are aligned with: the `features` that are stored
-            with the latents, or `pixels` (3, H, W) in [-1, 1] where there are `pictures`.
+            Number of samples that also get targets of alignment: the `features` that are stored with the latents, or
+            `pixels` (3, H, W) in [-1, 1] if there are `pictures`.
         pictures (`torch.utils.data.Dataset`, *optional*): Dicts with the `image` (H, W, 3), uint8, of each latent.
     """
 
@@ -174,8 +176,8 @@ class TrainingStream(Dataset):
 
 
 def collate_priors_first(samples: list[dict]) -> dict[str, torch.Tensor | int]:
-    """Stacks `samples` of a stream, those with a prior first, under the names that `DoDJointModel` uses."""
-    # Stable, so that the order stays a function of it.
+    """Stacks `samples` of a stream, samples with a prior first, under the names of `DoDJointModel`."""
+    # The sort is stable, so that the order stays a function of the positions.
     batch = default_collate(sorted(samples, key=lambda sample: not sample["has_prior"]))
     batch["sigmas"] = batch.pop("sigma")
     batch["class_labels"] = batch.pop("class_label")
@@ -185,15 +187,17 @@ def collate_priors_first(samples: list[dict]) -> dict[str, torch.Tensor | int]:
 
 class StreamSampler(Sampler[int]):
     """
-    The stream positions of one process, in order. Optimizer step s covers the positions [s * G, (s + 1) * G), where
-    G = processes * accumulation * batch size; its micro-batches are dealt to the processes in turn.
+    Positions of the stream for one process, in order.
+
+    Optimizer step s covers the positions [s * G, (s + 1) * G) with G = processes * accumulation * batch size. Its
+    micro-batches are dealt to the processes in turn.
 
     Args:
         start_step (`int`): Number of optimizer steps that are done already.
-        num_steps (`int`): Number of optimizer steps at the end, those included.
+        num_steps (`int`): Number of optimizer steps at the end, including those already done.
         batch_size (`int`): Samples in a micro-batch of one process.
         accumulation (`int`, defaults to 1): Micro-batches of a process in an optimizer step.
-        process_index (`int`, defaults to 0): Which process this is.
+        process_index (`int`, defaults to 0): Index of this process.
         num_processes (`int`, defaults to 1): Number of processes.
     """
 

@@ -1,12 +1,12 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-Training on pictures that are streamed: they are read, cropped and put into the batch as pixels while the model trains.
+Streamed training data: images are read, cropped and put into the batch as pixels while the model trains.
 
-A data set consists of shards, the files it is stored in, each of many pictures: Parquet or WebDataset's tar files. In
-every pass all shards are dealt anew to the readers, the workers of all processes. A reader holds the pictures of one
-shard in memory, not decoded, and yields them in an order of their own. All orders are functions of the seed, the pass
-and the shard, without a shuffle buffer: a few integers tell exactly where a reader stands. A reader that has come to
-the end of its shards goes on with the next pass and waits for no other.
+A data set consists of shards: Parquet or WebDataset's tar files with many images each. In every pass all shards are
+dealt anew to the readers, which are the workers of all processes. A reader holds the images of one shard in memory,
+not decoded, and yields them in a random order. All orders are functions of the seed, the pass and the shard. There is
+no shuffle buffer, so a few integers describe the position of a reader exactly. At the end of its shards a reader
+starts the next pass, and waits for no other reader.
 """
 
 import io
@@ -41,20 +41,19 @@ def open_stream(
     class_names: list[str] | None = None,
 ) -> tuple[datasets.IterableDataset, tuple[str, ...]]:
     """
-    Opens a data set of the Hub, or a folder with Parquet files or tar files in the form of WebDataset, without
-    reading its pictures.
+    Opens a data set of the Hub, or a folder of Parquet or WebDataset's tar files, without reading its images.
 
     Args:
-        dataset_name (`str` or `None`): What `datasets.load_dataset` takes.
-        train_data_dir (`str` or `None`): A folder; exactly one of the two must be given.
-        image_column (`str`, defaults to `"image"`): Column of the pictures.
+        dataset_name (`str` or `None`): Name for `datasets.load_dataset`.
+        train_data_dir (`str` or `None`): A folder. Exactly one of the two must be given.
+        image_column (`str`, defaults to `"image"`): Column of the images.
         label_column (`str`, defaults to `"label"`): Column of the classes: `ClassLabel`, ids from 0, or names.
         class_names (`list[str]`, *optional*):
             Names of the classes in the order of their ids. Needed unless the column is of type `ClassLabel`.
 
     Returns:
-        `tuple[datasets.IterableDataset, tuple[str, ...]]`: The two columns, pictures not decoded, and the names of the
-        classes.
+        `tuple[datasets.IterableDataset, tuple[str, ...]]`: The two columns, with images not decoded, and the names of
+        the classes.
 
     Raises:
         `ValueError`: both or neither source is given, it cannot be opened, it has no such columns, or its classes are
@@ -66,7 +65,7 @@ def open_stream(
             f"got dataset_name={dataset_name!r} and train_data_dir={train_data_dir!r}."
         )
     stream = _open_folder(train_data_dir) if dataset_name is None else _open_dataset(dataset_name)
-    features = stream.features or {}  # formats such as JSON do not tell their columns in advance
+    features = stream.features or {}  # formats such as JSON do not list their columns in advance
     for name, column in {"image_column": image_column, "label_column": label_column}.items():
         if column not in features:
             raise ValueError(f"`{name}` must be one of the columns {sorted(features)}, got {column!r}.")
@@ -99,7 +98,7 @@ def _open_dataset(name: str) -> datasets.IterableDataset:
 
 
 def _check_classes(feature: Any, label_column: str, class_names: list[str] | None) -> tuple[str, ...]:
-    """The names of the classes, those of a `ClassLabel` if the column is one."""
+    """Names of the classes, from the `ClassLabel` if the column is one."""
     own_names = getattr(feature, "names", None)
     dtype = getattr(feature, "dtype", "")
     if own_names is None and not dtype.startswith(("int", "uint", "string")):
@@ -122,19 +121,19 @@ def _check_classes(feature: Any, label_column: str, class_names: list[str] | Non
 @dataclass
 class StreamState:
     """
-    Where one process stands in a stream: behind the last batch it has used, however far its workers have read ahead.
+    Position of one process in a stream: behind the last batch it has used, however far its workers have read ahead.
 
     Args:
         seed (`int`): Seed of the orders.
         num_shards (`int`): Shards of the data set.
         num_processes (`int`): Number of processes.
         num_workers (`int`): Readers of a process, at least 1.
-        process_index (`int`): Which process this is.
+        process_index (`int`): Index of this process.
         batch_size (`int`): Samples in a micro-batch of one process.
         num_batches (`int`, defaults to 0): Micro-batches that this process has used. Its readers bring them in turn.
         readers (`list[list[int]]`, defaults to `[]`):
-            Four numbers for each reader of this process: its pass, which of its shards it is at, how many rows of that
-            it has done, and how many bad pictures it has left out so far. All zeros if not given.
+            Four numbers for each reader of this process: its pass, its current shard, the rows of that shard it has
+            done, and the bad images it has left out so far. All zeros by default.
     """
 
     seed: int
@@ -151,25 +150,25 @@ class StreamState:
 
     @property
     def num_bad_images(self) -> int:
-        """Bad pictures that were left out so far by this process, counted again in every pass."""
+        """Number of bad images that this process has left out so far, counted again in every pass."""
         return sum(reader[-1] for reader in self.readers)
 
     def update(self, batch: dict[str, Any]) -> None:
-        """Moves behind `batch`, the next one of the loader, and takes what belongs to the state out of it."""
+        """Moves behind `batch`, the next one of the loader, and removes the entries of the state from it."""
         # A reader's own states grow, so that the greatest is the last, whatever the order in the batch.
         self.readers[self.num_batches % self.num_workers] = max(batch.pop("reader_state").tolist())
         self.num_batches += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it."""
+        """The state as a dict for JSON."""
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
-        Moves to where another run stood.
+        Moves to the position of another run.
 
         Args:
-            state (`dict`): What [`StreamState.state_dict`] gave for this process.
+            state (`dict`): The [`StreamState.state_dict`] of this process in that run.
 
         Raises:
             `ValueError`: that run had another seed, data set, number of processes or workers, or batch size.
@@ -187,32 +186,34 @@ class StreamState:
 
 class PictureStream(IterableDataset):
     """
-    The endless stream of training samples of one process, from its `state` on. Which picture comes next depends on
-    (seed, pass, shard), every random draw of a sample on (seed, position) as in [`TrainingStream`], where the position
-    is that of [`StreamSampler`].
+    The endless stream of training samples of one process, from its `state` on.
+
+    The order of the images depends on (seed, pass, shard). The random draws of a sample depend on (seed, position) as
+    in [`TrainingStream`], with the position from [`StreamSampler`].
 
     A sample is a dict of the `pixels` (3, R, R) in [-1, 1], `noise` and `posterior_noise` (C, h, w), `sigma`,
-    `class_label`, `has_prior`, and the `reader_state` (4,), where its reader stands behind it.
+    `class_label`, `has_prior`, and the `reader_state` (4,): the position of its reader behind it.
 
     Args:
-        stream (`datasets.IterableDataset`): What [`open_stream`] gives, with at least as many shards as readers.
+        stream (`datasets.IterableDataset`): A stream from [`open_stream`], with at least as many shards as readers.
         class_names (`tuple[str, ...]`): Names of the classes in the order of their ids.
-        draws ([`SampleDraws`]): The random draws. Its seed is that of the orders.
-        resolution (`int`): Side R of the pictures in pixels.
+        draws ([`SampleDraws`]): The random draws. The orders use the same seed.
+        resolution (`int`): Side R of the images in pixels.
         latent_shape (`tuple[int, ...]`): Shape (C, h, w) of the latents.
         batch_size (`int`): Samples in a micro-batch of one process.
         num_workers (`int`, defaults to 0): Workers of the `DataLoader`; 0 reads in the process itself.
-        process_index (`int`, defaults to 0): Which process this is.
+        process_index (`int`, defaults to 0): Index of this process.
         num_processes (`int`, defaults to 1): Number of processes.
-        random_flip (`bool`, defaults to `False`): Whether half of the pictures are mirrored.
+        random_flip (`bool`, defaults to `False`): Whether half of the images are mirrored.
         on_bad_image (`str`, defaults to `"error"`):
-            Whether a picture that cannot be read or has no class is an error, or `"skip"`: left out and counted.
-        image_column (`str`, defaults to `"image"`): Column of the pictures.
+            Treatment of an image that cannot be read or has no class: `"error"`, or `"skip"` to leave it out and count
+            it.
+        image_column (`str`, defaults to `"image"`): Column of the images.
         label_column (`str`, defaults to `"label"`): Column of the classes.
-        state (`dict`, *optional*): Where to go on: what [`StreamState.state_dict`] gave. The start if not given.
+        state (`dict`, *optional*): A [`StreamState.state_dict`] to continue from. By default the start.
 
     Raises:
-        `ValueError`: an argument is out of range, there are fewer shards than readers, or the state is that of a run
+        `ValueError`: an argument is out of range, there are fewer shards than readers, or the state comes from a run
             with other settings.
     """
 
@@ -259,7 +260,7 @@ class PictureStream(IterableDataset):
         self.on_bad_image = on_bad_image
         self.image_column = image_column
         self.label_column = label_column
-        #: Where this process stands; [`StreamState.update`] it with each batch that is used.
+        #: Position of this process; call [`StreamState.update`] with each batch that is used.
         self.state = StreamState(
             draws.seed, stream.num_shards, num_processes, max(num_workers, 1), process_index, batch_size
         )
@@ -271,7 +272,7 @@ class PictureStream(IterableDataset):
         worker_id, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         if num_workers != state.num_workers:
             raise ValueError(f"`num_workers` of the loader must be {state.num_workers}, got {num_workers}.")
-        # A new loader takes its first batch from worker 0, which therefore plays the reader whose turn it is.
+        # A new loader takes its first batch from worker 0, so worker 0 plays the reader whose turn it is.
         first_batch = state.num_batches + worker_id
         pictures = self._read(first_batch % num_workers)
         for batch in itertools.count(first_batch, num_workers):
@@ -293,7 +294,7 @@ class PictureStream(IterableDataset):
         }
 
     def _read(self, reader: int) -> Iterator[tuple[np.ndarray, int, list[int]]]:
-        """Pictures and labels of one reader of this process, and where it stands behind each."""
+        """Yields images and labels of one reader of this process, each with the reader's position behind it."""
         state = self.state
         epoch, next_index, next_offset, num_bad = state.readers[reader]
         reader += state.process_index * state.num_workers
@@ -323,7 +324,7 @@ class PictureStream(IterableDataset):
         return torch.randperm(size, generator=stateless_generator(self.state.seed, 0, *ids)).tolist()
 
     def _read_shard(self, epoch: int, shard: int, start: int) -> Iterator[tuple[int, tuple[np.ndarray, int] | None]]:
-        """Places in the order of a shard from `start` on, and picture and label of each; `None` for a bad one."""
+        """Yields places in the order of a shard from `start` on, with image and label; `None` for a bad image."""
         part = self.stream.shard(num_shards=self.stream.num_shards, index=shard)
         # Unlike `iter(part)`, this does not deal the shards to the workers of a `DataLoader` once more.
         rows = [
@@ -366,25 +367,25 @@ class PictureStream(IterableDataset):
                 return center_crop(image, self.resolution), class_id
         except MemoryError:
             raise
-        except Exception as error:  # of whatever decodes the file
+        except Exception as error:  # each library that decodes files has its own
             raise _BadImage(f"{type(error).__name__}: {error}") from error
 
 
 class _BadImage(Exception):
-    """Why a picture cannot be used."""
+    """Raised for an image that cannot be used."""
 
 
 def build_stream_loader(pictures: PictureStream, pin_memory: bool = False) -> DataLoader:
     """
-    The micro-batches of one process, without an end. Each must go through [`StreamState.update`] when it is used.
+    Builds the endless loader of one process's micro-batches; pass each to [`StreamState.update`] when it is used.
 
     Args:
-        pictures ([`PictureStream`]): The samples. Its batch size and its workers are the loader's.
+        pictures ([`PictureStream`]): The samples. The loader has the same batch size and workers.
         pin_memory (`bool`, defaults to `False`): Whether the batches are put into pinned memory, for a GPU.
 
     Returns:
         `torch.utils.data.DataLoader` of dicts: `pixels` (B, 3, R, R), `noise` and `posterior_noise` (B, C, h, w),
-        `sigmas` and `class_labels` (B,), those with a prior first, `num_priors`, and what belongs to the state.
+        `sigmas` and `class_labels` (B,), samples with a prior first, `num_priors`, and entries of the state.
     """
     return DataLoader(
         pictures,

@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-The features of a frozen vision model that tokens are aligned with (REPA, Yu et al. 2024, arXiv:2410.06940).
+Features of a frozen vision model, as targets for tokens (REPA, Yu et al. 2024, arXiv:2410.06940).
 
-Any vision transformer of `transformers` does whose last hidden state ends with its patches: ViT, DINOv2 with registers
-or without, and the vision towers of CLIP and SigLIP.
+Any vision transformer of `transformers` will do if its last hidden state ends with its patches: ViT, DINOv2 with or
+without registers, and the vision towers of CLIP and SigLIP.
 """
 
 import inspect
@@ -27,7 +27,7 @@ IMAGENET_STD = [0.229, 0.224, 0.225]
 
 
 def _read_preprocessor(path: str | os.PathLike) -> dict[str, Any]:
-    """The config of the model's image processor, which itself may need torchvision; empty where there is none."""
+    """Reads the config of the model's image processor, which may itself need torchvision; empty if there is none."""
     try:
         return ImageProcessingMixin.get_image_processor_dict(path)[0]
     except OSError:
@@ -35,7 +35,7 @@ def _read_preprocessor(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _side(preprocessor: dict[str, Any]) -> int | None:
-    """Side in pixels of the square that an image processor makes of a picture, where it says so."""
+    """Side in pixels of the square that an image processor makes of an image, if its config says so."""
     crops = preprocessor.get("crop_size") is not None and preprocessor.get("do_center_crop", True)
     size = preprocessor.get("crop_size" if crops else "size")
     if isinstance(size, dict):
@@ -44,25 +44,25 @@ def _side(preprocessor: dict[str, Any]) -> int | None:
 
 
 def _is_pooler(name: str) -> bool:
-    """Whether a weight makes no difference to the tokens: many models are saved without their pooler."""
+    """Whether a weight has no effect on the tokens: many models are saved without their pooler."""
     return "pooler" in name.split(".")
 
 
 class VisionFeatures:
     """
-    A frozen vision model as a function from pictures to the features of their patches.
+    A frozen vision model as a function from images to the features of their patches.
 
     Args:
         path (`str` or `os.PathLike`): A folder or a repository on the Hub with a model of `transformers`.
-        device (`torch.device` or `str`, defaults to `"cpu"`): Where it runs.
-        dtype (`torch.dtype`, defaults to `torch.float32`): In which it runs.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Device of the model.
+        dtype (`torch.dtype`, defaults to `torch.float32`): Dtype of the model.
         image_size (`int`, *optional*):
-            Side in pixels that pictures are resized to. If not given that of the model's image processor, else that of
-            its config. What does not fill a patch at the right and at the bottom is not seen by the model.
+            Side in pixels that images are resized to. By default the side of the model's image processor, else of its
+            config. The model does not see a rest at the right or the bottom that fills no patch.
 
     Raises:
-        `ValueError`: there is no such model, it lacks weights, gives no tokens of square patches, or takes no pictures
-            of this size.
+        `ValueError`: there is no such model, it lacks weights, gives no tokens of square patches, or does not take
+            images of this size.
         `TypeError`: `image_size` is no integer.
     """
 
@@ -92,27 +92,27 @@ class VisionFeatures:
         if image_size is None:
             image_size = _side(preprocessor) or getattr(model.config, "image_size", None)
         check_at_least("image_size", image_size, patch_size)
-        #: Side in pixels that pictures are resized to.
+        #: Side in pixels that images are resized to.
         self.image_size: int = image_size
         self._mean, self._std = preprocessor.get("image_mean"), preprocessor.get("image_std")
         if self._mean is None or self._std is None:
             logger.warning(f"{path} does not say how pictures are normalised: it is taken for ImageNet's way.")
             self._mean, self._std = IMAGENET_MEAN, IMAGENET_STD
-        # Models with learned positions take pictures of another size than that of their training only if asked to.
+        # Models with learned positions take images of another size than in their training only if asked to.
         self._options = {}
         if "interpolate_pos_encoding" in parameters:
             self._options["interpolate_pos_encoding"] = image_size != model.config.image_size
-        #: Rows and columns of the features, whatever the size of the pictures.
+        #: Rows and columns of the features, whatever the size of the images.
         self.grid: tuple[int, int] = (image_size // patch_size, image_size // patch_size)
         #: Width D of the features.
         self.feature_dim: int = self(torch.zeros(1, 3, image_size, image_size)).shape[-1]
 
     def describe(self) -> dict[str, Any]:
         """
-        What the features depend on, as the manifest of latents states it.
+        Settings that the features depend on, as the manifest of latents states them.
 
         Returns:
-            `dict`: Kind and hash of the weights of the vision model, and how pictures are prepared for it.
+            `dict`: Kind and hash of the vision model's weights, and the preparation of images for it.
         """
         weights = {name: tensor for name, tensor in self.model.state_dict().items() if not _is_pooler(name)}
         return {
@@ -126,16 +126,16 @@ class VisionFeatures:
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """
-        The features of pictures: the last hidden state of the model, without tokens that belong to no patch.
+        Computes the features of images: the last hidden state of the model, without tokens that belong to no patch.
 
         Args:
             pixels (`torch.Tensor` of shape `(B, 3, H, W)`): Pixels in [-1, 1], on any device.
 
         Returns:
-            `torch.Tensor` of shape `(B, rows, columns, D)`: In fp32, on the device of the model.
+            `torch.Tensor` of shape `(B, rows, columns, D)`: Features in fp32, on the device of the model.
 
         Raises:
-            `ValueError`: the pixels are of another shape, or the model does not give the tokens of its patches.
+            `ValueError`: the pixels have another shape, or the model does not give the tokens of its patches.
         """
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ValueError(f"`pixels` must have shape (batch, 3, height, width), got {tuple(pixels.shape)}.")

@@ -1,11 +1,11 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-What sampling costs, counted, beside the figures of the paper (Tables 1 and 4):
+Counts the cost of sampling, beside the figures of the paper (Tables 1 and 4):
 
     python -m diffusers_dod.evaluation.compute --presets DoD-B FiTv2-B --steps 30 120
 
-A multiply-add is 2 FLOPs, and the matrix products of attention are among them. The paper's "GFLOPs" are multiply-adds
-of Linears and LayerNorms, without attention; multiply-adds of Linears stand beside them. Models are on the meta
+A multiply-add is 2 FLOPs. FLOPs include the matrix products of attention. The paper's "GFLOPs" are multiply-adds of
+Linears and LayerNorms, without attention; multiply-adds of Linears are printed beside them. Models are on the meta
 device, so that nothing is computed. docs/compute.md explains the tables.
 """
 
@@ -43,14 +43,14 @@ IMAGENET_PRESETS = tuple(name for name in PRESETS if not name.endswith("-Desk"))
 
 
 def _variants(name: str) -> list[tuple[str, list[float]]]:
-    """How a preset is sampled in the paper: a name as in Table 4, and the scale of each stage."""
+    """Ways in which the paper samples a preset: a name as in Table 4, and the scale of each stage."""
     if PRESETS[name].latent_embedder_config is None:
         return [(name, [1.0]), (f"{name}-G", [GUIDED])]
     return [(f"{name} (S1)", [1.0]), (f"{name}-G (S2)", [1.0, GUIDED])]
 
 
 def _by_paper(name: str, stages: Sequence[dict[str, Any]]) -> float | None:
-    """A total by the paper's figures, in its GFLOPs, where it has some for the preset."""
+    """A total by the paper's figures, in its GFLOPs; `None` if it has none for the preset."""
     if name not in PAPER_COSTS:
         return None
     return sum(
@@ -88,7 +88,7 @@ def compute_tables(
     budgets: Sequence[float] | None = None,
 ) -> tuple[str, dict[str, dict[str, Any]]]:
     """
-    Presets beside each other: what an evaluation costs, what sampling costs, and which steps cost the same.
+    Compares presets: the cost of an evaluation, the cost of sampling, and steps of equal cost.
 
     Args:
         presets (`Sequence[str]`, defaults to `IMAGENET_PRESETS`): Names among [`PRESETS`].

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""Pictures to evaluate, from wherever they lie, through one interface and in bounded memory."""
+"""One interface to images for evaluation, whatever their source, in bounded memory."""
 
 import json
 import zipfile
@@ -20,7 +20,7 @@ from ..files import file_sha256, folder_sha256
 from ..seeding import stateless_generator
 
 
-# Beside samples: what they are, the class id of each PNG file, and what a run that was stopped need not do again.
+# Files beside samples: their manifest, the class id of each PNG file, and the notes of finished chunks.
 MANIFEST = "manifest.json"
 LABELS_FILE = "labels.txt"
 CHUNKS = "chunks"
@@ -30,21 +30,20 @@ TEXTURE_RESOLUTION = 32
 
 def draw_indices(num_available: int, num_images: int | None = None, shuffle: bool = False) -> np.ndarray:
     """
-    Which pictures to take where not all are wanted: the first ones of a random order that depends on the number of
-    pictures alone.
+    Draws indices of images: the first ones of a random order, which depends on the number of images alone.
 
     Args:
-        num_available (`int`): How many there are.
-        num_images (`int`, *optional*): How many to take.
+        num_available (`int`): Number of images.
+        num_images (`int`, *optional*): Number of images to take.
         shuffle (`bool`, defaults to `False`):
-            Whether all of them are taken in that order as well: data sets are often sorted by class, and then the
+            Whether to use the random order even if all are taken. Data sets are often sorted by class, and then the
             splits of an Inception Score would hold a few classes each.
 
     Returns:
-        `np.ndarray` of shape `(num_images,)`: Different indices in that order; all, from 0 on, if all are taken.
+        `np.ndarray` of shape `(num_images,)`: Different indices in that order; if all are taken, from 0 on.
 
     Raises:
-        `ValueError`: there are not so many.
+        `ValueError`: there are fewer images.
     """
     num_images = num_available if num_images is None else num_images
     check_at_least("num_images", num_images, 1)
@@ -57,14 +56,14 @@ def draw_indices(num_available: int, num_images: int | None = None, shuffle: boo
 
 class ImageSource(ABC):
     """
-    Pictures of one size in a fixed order.
+    Images of one size in a fixed order.
 
     Args:
-        name (`str`): What messages and results call them.
-        resolution (`tuple[int, int]`): Their height and width in pixels.
-        labels (`np.ndarray` of shape `(n,)`, *optional*): Their class ids, where these are known without reading all.
-        num_classes (`int`, *optional*): Number of their classes, where it is known.
-        data (`dict`, *optional*): What identifies them, as JSON can hold it.
+        name (`str`): Name of the images in messages and results.
+        resolution (`tuple[int, int]`): Height and width of the images in pixels.
+        labels (`np.ndarray` of shape `(n,)`, *optional*): Class ids, if they are known without reading all images.
+        num_classes (`int`, *optional*): Number of classes, if it is known.
+        data (`dict`, *optional*): Identity of the images, ready for JSON.
     """
 
     def __init__(
@@ -86,17 +85,17 @@ class ImageSource(ABC):
 
     @abstractmethod
     def _read(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, int | None]]:
-        """The pictures at increasing indices, uint8 (H, W, 3), each with its class id where it has one."""
+        """Reads the images at increasing indices, uint8 (H, W, 3), each with its class id if it has one."""
 
     def batches(
         self, batch_size: int, indices: Sequence[int] | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """
-        Reads pictures.
+        Reads images in batches.
 
         Args:
-            batch_size (`int`): Pictures in a batch; the last one has what is left.
-            indices (`Sequence[int]`, *optional*): Which ones, in increasing order; all if not given.
+            batch_size (`int`): Images in a batch. The last batch may be smaller.
+            indices (`Sequence[int]`, *optional*): Indices of the images, in increasing order. By default all.
 
         Returns:
             `Iterator[tuple[torch.Tensor, torch.Tensor | None]]`: Batches (B, 3, H, W) in uint8 on the CPU with their
@@ -118,15 +117,17 @@ class ImageSource(ABC):
 
 class NpzImages(ImageSource):
     """
-    The array `arr_0` (n, H, W, 3) in uint8 of an npz file, as ADM has it; `arr_1`, if it is there, are class ids (n,).
-    It is read as a stream: no more than a batch is in memory.
+    Images in an npz file, as ADM has them.
+
+    `arr_0` (n, H, W, 3) in uint8 has the images, and `arr_1`, which is optional, the class ids (n,). The file is read
+    as a stream: no more than a batch is in memory.
 
     Args:
-        path (`Path`): The file. If a `manifest.json` beside it names it, it must be the one.
+        path (`Path`): The file. If a `manifest.json` beside it names it, both must fit.
 
     Raises:
         `OSError`: the file cannot be read.
-        `ValueError`: it has no such array, or is not that of its manifest.
+        `ValueError`: it has no such array, or does not fit its manifest.
     """
 
     def __init__(self, path: Path):
@@ -195,7 +196,7 @@ class FolderImages(ImageSource):
         path (`Path`): The folder.
 
     Raises:
-        `ValueError`: there are none, they differ in size, or they are not those of the manifest.
+        `ValueError`: there are no files, they differ in size, or they do not fit the manifest.
     """
 
     def __init__(self, path: Path):
@@ -260,7 +261,7 @@ class FolderImages(ImageSource):
 
 
 def picture_identity(pictures: Pictures, folder: str | None) -> str:
-    """What identifies `pictures`: names and contents of the files of their `folder`, if there is one."""
+    """Identity of `pictures`: names and contents of the files of their `folder`, if there is one."""
     if folder is None:
         return pictures.fingerprint
     columns = f"{pictures.dataset.image_column}-{pictures.dataset.label_column}"
@@ -269,12 +270,12 @@ def picture_identity(pictures: Pictures, folder: str | None) -> str:
 
 class DatasetImages(ImageSource):
     """
-    Pictures of [`load_pictures`], cropped as ADM does.
+    Images of [`load_pictures`], cropped as ADM does.
 
     Args:
-        name (`str`): What messages and results call them.
-        pictures ([`Pictures`]): The pictures.
-        folder (`str`, *optional*): The folder that they are in.
+        name (`str`): Name of the images in messages and results.
+        pictures ([`Pictures`]): The images.
+        folder (`str`, *optional*): Folder of the images.
     """
 
     def __init__(self, name: str, pictures: Pictures, folder: str | None = None):
@@ -315,22 +316,26 @@ def open_images(
     label_column: str = "label",
 ) -> ImageSource:
     """
-    Opens pictures by what names them: `*.npz`; a folder of the sampler or of PNG files;
-    `textures:<number>:<seed>`, the procedural ones; a folder with a sub-folder per class, or with Parquet or tar
-    files; or a data set of the Hub. The last two are cropped as ADM does, to the resolution that must be given.
+    Opens images by their name.
+
+    - `*.npz`: an npz file.
+    - `textures:<number>:<seed>`: procedural textures.
+    - A folder of the sampler or of PNG files.
+    - A folder with a sub-folder per class, or with Parquet or tar files; or a data set of the Hub. Their images are
+      cropped as ADM does, to the resolution, which must be given.
 
     Args:
         name (`str`): The name.
-        resolution (`int`, *optional*): Height and width in pixels; of textures 32 if not given.
-        image_column (`str`, defaults to `"image"`): Column of the pictures of a data set.
-        label_column (`str`, defaults to `"label"`): Column of its classes.
+        resolution (`int`, *optional*): Height and width in pixels. By default 32 for textures.
+        image_column (`str`, defaults to `"image"`): Column of the images of a data set.
+        label_column (`str`, defaults to `"label"`): Column of the classes of a data set.
 
     Returns:
         [`ImageSource`].
 
     Raises:
-        `OSError`: something cannot be read.
-        `ValueError`: there are no such pictures, or they are not of this resolution.
+        `OSError`: a file cannot be read.
+        `ValueError`: there are no such images, or they have another resolution.
     """
     if resolution is not None:
         check_at_least("resolution", resolution, 1)

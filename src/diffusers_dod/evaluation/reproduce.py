@@ -4,10 +4,10 @@ Computes a published number again, from the file that came with it, and says whe
 
     python -m diffusers_dod.evaluation.reproduce docs/results/desk_evaluation.json --rtol 0.01 --trust_extractor
 
-The commands and their arguments are those in the file, with its paths, relative to where it is called; samples are
-drawn again. It ends with the exit code 1 if a number does not agree, and refuses another checkpoint than the published
-one; another extractor, other samples and other data are warned of. An extractor other than `inception` is code that
-the file names, and is run with `--trust_extractor` only.
+It runs the commands in the file with their arguments. Paths are relative to the current folder, and samples are drawn
+again. The exit code is 1 if a number does not agree. Another checkpoint than the published one is refused. Another
+extractor, other samples and other data give warnings. An extractor other than `inception` is code that the file names;
+it runs with `--trust_extractor` only.
 """
 
 import argparse
@@ -28,24 +28,24 @@ from . import evaluate, sample
 
 
 TASKS = ("evaluate", "reconstruction", "linear_probe", "sweep", "compute")
-# What a command writes or keeps goes into a folder of its own, so that nothing is read back and nothing overwritten.
+# Options for outputs. They get a folder of their own, so that nothing is read back and nothing overwritten.
 OUTPUTS = ("--output_file", "--output_dir", "--cache_dir", "--save_statistics", "--grid_file")
-# What tells pictures and statistics from others, wherever they lie.
+# Entries that identify images and statistics, wherever they are.
 IDENTITIES = ("sha256", "fingerprint", "pictures")
 
 
 def compare(published: dict[str, Any], measured: dict[str, Any], rtol: float) -> list[dict[str, Any]]:
     """
-    Numbers beside each other.
+    Compares published numbers with measured ones.
 
     Args:
-        published (`dict`): Results as [`read_results`] returns them.
-        measured (`dict`): The same, computed again.
-        rtol (`float`): By how much they may differ, over the published value.
+        published (`dict`): Results from [`read_results`].
+        measured (`dict`): The same results, computed again.
+        rtol (`float`): Largest difference that agrees, divided by the published value.
 
     Returns:
-        `list[dict]`: For each published number its `name`, the values `published` and `measured`, `None` where there
-        is none, and whether it `agrees`.
+        `list[dict]`: For each published number its `name`, the values `published` and `measured` (`None` if there is
+        none), and whether it `agrees`.
     """
     rows = []
     for name, metric in published["metrics"].items():
@@ -56,7 +56,7 @@ def compare(published: dict[str, Any], measured: dict[str, Any], rtol: float) ->
 
 
 def _read_values(argv: list[str]) -> Iterator[tuple[int, str, str]]:
-    """The index of each word that may hold the value of an option, the option, and the value."""
+    """Yields the index of each word that may hold the value of an option, the option, and the value."""
     for index, word in enumerate(argv):
         option, equals, value = word.partition("=")
         if equals:
@@ -66,7 +66,7 @@ def _read_values(argv: list[str]) -> Iterator[tuple[int, str, str]]:
 
 
 def _redirect(argv: list[str], folder: Path) -> list[str]:
-    """Arguments whose outputs go to `folder`, under the names of their options; files keep their suffix."""
+    """Changes arguments so that outputs go to `folder`, named by their options; files keep their suffix."""
     redirected = list(argv)
     for index, option, value in _read_values(argv):
         if option in OUTPUTS:
@@ -77,7 +77,7 @@ def _redirect(argv: list[str], folder: Path) -> list[str]:
 
 
 def _replace_samples(argv: list[str], samples: Path) -> list[str]:
-    """Arguments of [`evaluate`] with other samples, whatever else in them is spelled as the old ones."""
+    """Replaces the samples in arguments of [`evaluate`], and nothing else that has the same spelling."""
     parser = evaluate.build_parser()
     name = parser.parse_args(argv).samples
     for index in (index for index, word in enumerate(argv) if word == name):
@@ -99,7 +99,7 @@ def _check_code(path: Path, argv: list[str]) -> None:
 
 
 def _check_extractor(published: dict[str, Any], measured: dict[str, Any]) -> None:
-    """Warns of another extractor than the published one, whose hash was that of its file alone in older results."""
+    """Warns if the extractor is not the published one; in older results its hash is that of its file alone."""
     wanted, found = (results.get("settings", {}).get("extractor_sha256") for results in (published, measured))
     if wanted != found and wanted is not None:
         name = published["settings"]["extractor"]
@@ -109,7 +109,7 @@ def _check_extractor(published: dict[str, Any], measured: dict[str, Any]) -> Non
 
 
 def _find_identities(data: dict[str, Any], name: str = "data") -> dict[str, Any]:
-    """What identifies data, by the place of it in results; a manifest says of its samples what they say themselves."""
+    """Identities of data by their place in results; a manifest and its samples have the same ones."""
     found = {}
     for key, value in data.items():
         if isinstance(value, dict) and key != "manifest":
@@ -120,7 +120,7 @@ def _find_identities(data: dict[str, Any], name: str = "data") -> dict[str, Any]
 
 
 def _check_data(published: dict[str, Any], measured: dict[str, Any]) -> None:
-    """Warns of other data than the published ones."""
+    """Warns if the data are not the published ones."""
     found = _find_identities(measured["data"])
     for name, wanted in _find_identities(published["data"]).items():
         if found.get(name) != wanted:
@@ -135,16 +135,16 @@ def reproduce(
 
     Args:
         path (`Path`): The file of results.
-        rtol (`float`): See [`compare`].
-        output_file (`Path`, *optional*): Where the new results go.
+        rtol (`float`): Tolerance, see [`compare`].
+        output_file (`Path`, *optional*): File for the new results.
         trust_extractor (`bool`, defaults to `False`): Whether code that the results name may be run.
 
     Returns:
-        `list[dict]`: What [`compare`] returns.
+        `list[dict]`: The comparison by [`compare`].
 
     Raises:
-        `ValueError`: the file is no such file, names no known command or code that is not trusted, or the checkpoint
-            is another one.
+        `ValueError`: it is not a file of results, it names an unknown command or code that is not trusted, or the
+            checkpoint is another one.
     """
     published = read_results(path)
     if published["task"] not in TASKS:

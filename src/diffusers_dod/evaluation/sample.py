@@ -8,13 +8,13 @@ Writes samples of a pipeline to disk, e.g. the 50,000 of an FID:
     output_dir/000000.png ...   the images, and `labels.txt` with the class id of each in a line of its own
     output_dir/samples.npz      in their place with `--format npz`: `arr_0` (N, H, W, 3) in uint8, `arr_1` (N,), labels
     output_dir/manifest.json    written last: what the images depend on, and their hash
-    output_dir/chunks/          what a run that was stopped need not do again
+    output_dir/chunks/          finished chunks, for a run that was stopped
 
 With `--all_stages` each stage has such a folder, `stage-1`, `stage-2`, ..., in `output_dir`.
 
 Image i depends on checkpoint, settings, seed and i alone. Images are sampled in chunks of `--batch_size`, always as
-the same batch: a run that was killed goes on where it was, on any number of processes, and so does one that has ended,
-with a larger `--num_images`. On the same kind of device, with as many threads, it ends with the same files. All
+the same batch. So a run that was killed continues where it was, on any number of processes. A run that has ended
+continues with a larger `--num_images`. The files are the same on the same kind of device with as many threads. All
 processes must see `output_dir`.
 """
 
@@ -58,7 +58,7 @@ ARCHIVE = "samples.npz"
 ROUNDING = "round(255 x)"
 LABELS = ("random", "balanced", "null")
 
-# Options under the names that the pipeline's call has for them.
+# Options, named as in the pipeline's call.
 CALL_OPTIONS = ("num_stages", "num_inference_steps", "guidance_scale", "first_stage_guidance_scale")
 CALL_OPTIONS += ("stage_inference_steps", "stage_solvers", "stage_guidance_scales")
 GUIDANCE_OPTIONS = ("null_condition", "prior_guidance_scale", "guidance_channels", "guidance_interval")
@@ -68,12 +68,12 @@ CALL_OPTIONS += (*GUIDANCE_OPTIONS, "height", "width")
 
 def draw_labels(kind: str, seed: int, num_images: int, num_classes: int) -> np.ndarray | None:
     """
-    The class of each image, which depends on its index and the seed alone.
+    Draws the class of each image; it depends on the image's index and the seed alone.
 
     Args:
         kind (`str`):
-            `"random"`, uniform and independent, `"balanced"`, all classes in turn, or `"null"`, no class for any.
-        seed (`int`): Seed of the random ones.
+            `"random"` (uniform and independent), `"balanced"` (all classes in turn) or `"null"` (no class).
+        seed (`int`): Seed of random classes.
         num_images (`int`): Number N of images.
         num_classes (`int`): Number of classes.
 
@@ -111,14 +111,14 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 def sample_settings(args: argparse.Namespace, pipeline: DoDPipeline) -> dict[str, Any]:
     """
-    What images depend on, but for versions and devices.
+    Settings that images depend on, except for versions and devices.
 
     Args:
         args (`argparse.Namespace`): The options of the command.
-        pipeline ([`DoDPipeline`]): What they apply to.
+        pipeline ([`DoDPipeline`]): The pipeline that they apply to.
 
     Returns:
-        `dict`: The settings, which JSON can hold; defaults of the checkpoint are filled in.
+        `dict`: The settings, ready for JSON. Defaults of the checkpoint are filled in.
     """
     call = {name: getattr(args, name) for name in CALL_OPTIONS}
     has_embedder = pipeline.latent_embedder is not None
@@ -154,11 +154,11 @@ class SampleFolder:
     """
     Images of one stage on their way to disk, in chunks of fixed ranges of indices.
 
-    Each file appears as a whole or not at all, and the note of a chunk, with its hash, after its images.
+    Each file is written atomically. The note of a chunk, with its hash, follows its images.
 
     Args:
-        folder (`Path`): Where images and manifest go.
-        settings (`dict`): What images depend on, with `num_images`, `batch_size` and `format`.
+        folder (`Path`): Folder of images and manifest.
+        settings (`dict`): Settings that images depend on, with `num_images`, `batch_size` and `format`.
         labels (`np.ndarray` of shape `(N,)`): The class of each image; `None` if they have none.
     """
 
@@ -180,10 +180,10 @@ class SampleFolder:
         Prepares the folder; one process must have done so before any writes.
 
         Returns:
-            `bool`: Whether all images are there already, with a manifest whose hash is theirs.
+            `bool`: Whether all images are there already, with a manifest that has their hash.
 
         Raises:
-            `ValueError`: the folder holds samples of other settings, which the message names, or something else.
+            `ValueError`: the folder holds samples with other settings, which the message names, or something else.
         """
         for path in self._chunks.glob(f"*{UNFINISHED}"):
             path.unlink()
@@ -225,9 +225,9 @@ class SampleFolder:
         Writes the images of a chunk.
 
         Args:
-            chunk (`int`): Its number.
-            images (`np.ndarray` of shape `(n, H, W, 3)`): Its images, in uint8.
-            device (`torch.device` or `str`): What computed them, for the note.
+            chunk (`int`): Number of the chunk.
+            images (`np.ndarray` of shape `(n, H, W, 3)`): The images in uint8.
+            device (`torch.device` or `str`): Device that computed them, for the note.
         """
         self._write_chunk(chunk, images, [describe_versions(device)])
 
@@ -236,7 +236,7 @@ class SampleFolder:
         Writes archive or labels, and then the manifest.
 
         Args:
-            details (`Any`): More for the manifest.
+            details (`Any`): Further entries of the manifest.
 
         Returns:
             `dict`: The manifest.
@@ -276,7 +276,7 @@ class SampleFolder:
         return manifest
 
     def _with_settings(self, found: dict[str, Any]) -> "SampleFolder":
-        """The folder as settings that are found in it say: these, but for fewer images."""
+        """The folder with the settings found in it: the same, but for fewer images."""
         for name in [*self.settings, *found]:
             wanted, value = self.settings.get(name), found.get(name)
             can_go_on = name == "num_images" and isinstance(value, int) and 0 < value < wanted
@@ -291,7 +291,7 @@ class SampleFolder:
         return SampleFolder(self.folder, found, labels)
 
     def _unpack(self, versions: list[dict[str, str | None]]) -> None:
-        """Makes chunks out of an archive again, for others to join them."""
+        """Turns an archive back into chunks, so that others can be added."""
         if self.settings["format"] == "npz":
             images = NpzImages(self.folder / ARCHIVE).batches(self.settings["batch_size"])
             for chunk, (batch, _) in enumerate(images):
@@ -328,7 +328,7 @@ class SampleFolder:
         return "".join(f"{label}\n" for label in self.labels).encode()
 
     def _find_sha256(self) -> str | None:
-        """Hash of the archive or of all PNG files in order; `None` if a file is missing or has other labels."""
+        """Hash of the archive, or of all PNG files in order; `None` if a file is missing or has other labels."""
         try:
             if self.settings["format"] == "npz":
                 return file_sha256(self.folder / ARCHIVE)
@@ -339,7 +339,7 @@ class SampleFolder:
             return None
 
     def _write_archive(self, file: io.BufferedIOBase) -> None:
-        """What `np.savez(images, labels)` would write, one chunk in memory at a time, and without a date."""
+        """Writes as `np.savez(images, labels)` would, but with one chunk in memory at a time and without a date."""
         shape = np.load(self._chunk_files(0)[0], mmap_mode="r").shape
         header = {"descr": "|u1", "fortran_order": False, "shape": (self.settings["num_images"], *shape[1:])}
         with zipfile.ZipFile(file, "w") as archive:
@@ -352,7 +352,7 @@ class SampleFolder:
                     np.lib.format.write_array(array, self.labels)
 
     def _publish(self, path: Path, write: Callable[[io.BufferedIOBase], Any]) -> None:
-        """Writes a file that is there as a whole or not at all."""
+        """Writes a file atomically."""
         with replacing(path, self._chunks) as unfinished, open(unfinished, "wb") as file:
             write(file)
 
@@ -366,7 +366,7 @@ class SampleFolder:
 
 
 def add_guidance_arguments(parser: argparse._ActionsContainer) -> None:
-    """Adds what [`Guidance`] is made of, by the names of the pipeline's call, to `parser`."""
+    """Adds the options of [`Guidance`] to `parser`, named as in the pipeline's call."""
     parser.add_argument("--null_condition", default="class_and_prior", choices=NULL_CONDITIONS)
     parser.add_argument("--prior_guidance_scale", type=float)
     parser.add_argument("--guidance_channels", type=int)
@@ -378,7 +378,7 @@ def add_guidance_arguments(parser: argparse._ActionsContainer) -> None:
 
 def build_guidance(args: argparse.Namespace) -> Guidance:
     """
-    How the options say that predictions are guided.
+    Builds the [`Guidance`] that the options describe.
 
     Args:
         args (`argparse.Namespace`): The options of [`add_guidance_arguments`].
@@ -401,7 +401,7 @@ def build_guidance(args: argparse.Namespace) -> Guidance:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command, without what they must be."""
+    """Builds the parser of the command; it does not check ranges."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -439,13 +439,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def find_errors(args: argparse.Namespace) -> list[str]:
     """
-    All that is wrong with options, as far as it can be told without the pipeline.
+    Finds all errors in options that show without the pipeline.
 
     Args:
         args (`argparse.Namespace`): The options.
 
     Returns:
-        `list[str]`: A message for each that is out of range or does not fit another one.
+        `list[str]`: A message for each option that is out of range or does not fit another one.
     """
     errors: list[str] = []
 
@@ -473,7 +473,7 @@ def find_errors(args: argparse.Namespace) -> list[str]:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The options in `argv`; all errors are reported at once, in the way of `argparse`."""
+    """Parses the options in `argv`, and reports all errors at once in the way of `argparse`."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if errors := find_errors(args):
@@ -483,12 +483,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def sample(args: argparse.Namespace, argv: list[str], accelerator: Accelerator) -> list[dict[str, Any]]:
     """
-    Writes the samples that the options ask for, but for those that are there already.
+    Writes the samples that the options ask for, except for samples that exist already.
 
     Args:
         args (`argparse.Namespace`): The options of the command.
-        argv (`list[str]`): The arguments they are of, for the manifest.
-        accelerator (`Accelerator`): The processes, which share the work.
+        argv (`list[str]`): The arguments that gave these options, for the manifest.
+        accelerator (`Accelerator`): The processes. They share the work.
 
     Returns:
         `list[dict]`: The manifest of each folder of samples.
@@ -550,7 +550,7 @@ def _sample_chunks(
     missing: list[int],
     accelerator: Accelerator,
 ) -> None:
-    """Deals chunks to the processes, one to each at a time, so that an error of one ends all."""
+    """Deals chunks to the processes, one to each at a time, so that an error in one ends all."""
     first = next(iter(outputs.values()))
     call = {name: getattr(args, name) for name in CALL_OPTIONS}
     progress = tqdm(

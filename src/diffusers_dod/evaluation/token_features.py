@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""Tokens of pictures that a linear probe compares, and the file that keeps them."""
+"""Tokens of images for a linear probe, and a file that keeps them."""
 
 import hashlib
 import json
@@ -25,11 +25,11 @@ RANDOM_LEM_SEED = 0
 
 def random_latent_embedder(embedder: nn.Module, seed: int) -> nn.Module:
     """
-    A latent embedder that has learned nothing.
+    Makes an untrained latent embedder.
 
     Args:
-        embedder ([`LatentEmbeddingModule`]): One of the same config, device and dtype.
-        seed (`int`): Seed of its weights.
+        embedder ([`LatentEmbeddingModule`]): The model for config, device and dtype.
+        seed (`int`): Seed of the weights.
 
     Returns:
         [`LatentEmbeddingModule`].
@@ -42,11 +42,11 @@ def random_latent_embedder(embedder: nn.Module, seed: int) -> nn.Module:
 
 def pool_latents(latents: torch.Tensor, num_values: int) -> torch.Tensor:
     """
-    Averages latents to the square grid, no finer than they are, whose number of values is nearest to a given one.
+    Averages latents on a square grid, with about a given number of values and no finer than the latents.
 
     Args:
         latents (`torch.Tensor` of shape `(B, C, h, w)`): The latents.
-        num_values (`int`): How many values there should be per picture.
+        num_values (`int`): Wanted number of values per image. The nearest possible one is taken.
 
     Returns:
         `torch.Tensor` of shape `(B, side * side, C)`: The places of the grid as tokens.
@@ -61,14 +61,14 @@ def compute_tokens(
     pipeline: DoDPipeline, pictures: Pictures, indices: list[int], batch_size: int, num_workers: int = 0
 ) -> dict[str, torch.Tensor]:
     """
-    The tokens of pictures, of all kinds of features.
+    Computes the tokens of images, for each kind of features.
 
     Args:
         pipeline ([`DoDPipeline`]): The model.
         pictures ([`Pictures`]): The data set.
-        indices (`list[int]`): Which pictures.
-        batch_size (`int`): Pictures at a time.
-        num_workers (`int`, defaults to 0): Processes that read pictures; 0 reads in this one.
+        indices (`list[int]`): Indices of the images.
+        batch_size (`int`): Images at a time.
+        num_workers (`int`, defaults to 0): Processes that read images; 0 reads in this process.
 
     Returns:
         `dict[str, torch.Tensor]`: `lem`, `random_lem` and `latents`, (n, tokens, width) in fp32, and `labels` (n,).
@@ -104,12 +104,12 @@ def cache_path(folder: Path, settings: dict[str, Any]) -> Path:
 
 def write_tokens(path: Path, tokens: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
     """
-    Writes tokens, as a whole or not at all.
+    Writes tokens atomically.
 
     Args:
         path (`Path`): A safetensors file.
-        tokens (`dict[str, torch.Tensor]`): What [`compute_tokens`] returns.
-        settings (`dict`): What they depend on, which JSON can hold.
+        tokens (`dict[str, torch.Tensor]`): Tokens from [`compute_tokens`].
+        settings (`dict`): Settings that the tokens depend on, ready for JSON.
     """
     with replacing(path) as unfinished:
         save_file(tokens, unfinished, metadata={"settings": json.dumps(settings, sort_keys=True)})
@@ -117,17 +117,17 @@ def write_tokens(path: Path, tokens: dict[str, torch.Tensor], settings: dict[str
 
 def read_tokens(path: Path, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     """
-    Reads what [`write_tokens`] wrote.
+    Reads a file of [`write_tokens`].
 
     Args:
         path (`Path`): The safetensors file.
-        settings (`dict`): What the tokens must depend on.
+        settings (`dict`): Settings that the tokens must depend on.
 
     Returns:
         `dict[str, torch.Tensor]`: The tokens and labels.
 
     Raises:
-        `ValueError`: they depend on something else; the message names it. Or the file is damaged.
+        `ValueError`: the settings differ, and the message names the difference; or the file is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:

@@ -38,9 +38,9 @@ def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
 
     Args:
         mean_1 (`np.ndarray` of shape `(d,)`): Mean of one Gaussian.
-        cov_1 (`np.ndarray` of shape `(d, d)`): Its covariance.
-        mean_2 (`np.ndarray` of shape `(d,)`): Mean of the other.
-        cov_2 (`np.ndarray` of shape `(d, d)`): Its covariance.
+        cov_1 (`np.ndarray` of shape `(d, d)`): Covariance of that Gaussian.
+        mean_2 (`np.ndarray` of shape `(d,)`): Mean of the other Gaussian.
+        cov_2 (`np.ndarray` of shape `(d, d)`): Covariance of the other Gaussian.
 
     Returns:
         `float`: The squared distance, 0 for the same Gaussian.
@@ -63,11 +63,11 @@ def fid_interval(
     groups: list[RunningStatistics], reference: tuple[np.ndarray, np.ndarray], confidence: float = 0.95
 ) -> tuple[float, float]:
     """
-    The [`jackknife_interval`] of a Fréchet distance: how far the distance of other samples of the same number from the
-    same model would lie from this one.
+    The [`jackknife_interval`] of a Fréchet distance.
 
-    The reference counts as fixed. The bias of the distance is about a constant over the number of samples. Where there
-    are hardly more samples than features, the interval is rough.
+    It says how far the distance would move with as many other samples of the same model. The reference counts as
+    fixed. The bias of the distance is about a constant divided by the number of samples. The interval is rough if
+    there are hardly more samples than features.
 
     Args:
         groups (`list[RunningStatistics]`): The samples in g >= 2 groups as [`assign_groups`] makes them; 10 is usual.

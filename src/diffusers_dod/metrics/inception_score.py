@@ -18,7 +18,7 @@ class InceptionScore:
     The Inception Score of each split of samples.
 
     Args:
-        splits (`tuple[float, ...]`): One for each split.
+        splits (`tuple[float, ...]`): A score for each split.
     """
 
     splits: tuple[float, ...]
@@ -30,12 +30,12 @@ class InceptionScore:
 
     @property
     def std(self) -> float:
-        """Standard deviation over the splits, with their number as the divisor, as papers give it."""
+        """Standard deviation over the splits, divided by their number as papers do."""
         return float(np.std(self.splits))
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
         """
-        The [`mean_interval`] over the splits; the bias of a split's size is no part of it.
+        The [`mean_interval`] over the splits. It does not include the bias of a split's size.
 
         Args:
             confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
@@ -51,10 +51,10 @@ class InceptionScore:
 
 class RunningInceptionScore:
     """
-    The Inception Score (Salimans et al., 2016) of logits that come in chunks, as ADM has it: exp of the mean KL
-    divergence of p(y|x) from p(y) in each split of so many samples in a row. The last split has what is left.
+    The Inception Score (Salimans et al., 2016) of logits that come in chunks, as ADM defines it.
 
-    Samples that are sorted by class have splits of few classes, and too low a score.
+    It is exp of the mean KL divergence of p(y|x) from p(y), in each split of `split_size` samples in a row. The last
+    split may be smaller. Samples that are sorted by class have splits of few classes, and get too low a score.
 
     Args:
         split_size (`int`, defaults to 5000): Samples in a split.
@@ -67,7 +67,7 @@ class RunningInceptionScore:
         check_at_least("split_size", split_size, 1)
         self.split_size = split_size
         self.num_rows = 0
-        # Of each split: samples, the sum of their negative entropies, the sum of their probabilities.
+        # For each split: number of samples, sum of their negative entropies, sum of their probabilities.
         self._splits: dict[int, tuple[int, float, np.ndarray]] = {}
 
     def update(self, logits: np.ndarray | torch.Tensor, places: np.ndarray | None = None) -> None:
@@ -75,12 +75,12 @@ class RunningInceptionScore:
         Adds samples.
 
         Args:
-            logits (`np.ndarray` or `torch.Tensor` of shape `(n, k)`): Their logits of k classes.
-            places (`np.ndarray` of shape `(n,)`, *optional*): Their places in the order that is split; after those
-                before if not given.
+            logits (`np.ndarray` or `torch.Tensor` of shape `(n, k)`): Logits of the samples for k classes.
+            places (`np.ndarray` of shape `(n,)`, *optional*):
+                Places of the samples in the order that is split. By default they follow the earlier samples.
 
         Raises:
-            `ValueError`: their shape does not fit, or one is not finite.
+            `ValueError`: the shape does not fit, or a logit is not finite.
         """
         rows = torch.from_numpy(check_rows("logits", logits).astype(np.float64))
         num_classes = next((len(probabilities) for _, _, probabilities in self._splits.values()), rows.shape[1])
@@ -100,7 +100,7 @@ class RunningInceptionScore:
 
     def result(self) -> InceptionScore:
         """
-        What was accumulated, with a warning where the last of several splits is smaller than the others.
+        The score so far, with a warning if the last of several splits is smaller than the others.
 
         Returns:
             [`InceptionScore`].

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""Confidence intervals: of any number by the jackknife, of means (Student's t) and of shares (Wilson)."""
+"""Confidence intervals for any number (jackknife), for means (Student's t) and for shares (Wilson)."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,15 +13,15 @@ def jackknife_interval(
     groups: list, estimate: Callable[[list], float], confidence: float = 0.95
 ) -> tuple[float, float]:
     """
-    Confidence interval of a number that is not negative, by the delete-a-group jackknife (Student's t).
+    Confidence interval of a non-negative number, by the delete-a-group jackknife (Student's t).
 
-    It says how far the number for as many other samples would lie from this one. The bias of the number, if it has
-    any, is neither removed nor part of the interval. A bootstrap would repeat samples, which adds a bias.
+    It says how far the number would move with as many other samples. The bias of the number, if it has any, is neither
+    removed nor part of the interval. A bootstrap would repeat samples, which adds a bias.
 
     Args:
         groups (`list`): The samples in g >= 2 random groups of about the same size. Groups that differ more than by
-            chance, as by class, make the interval too wide.
-        estimate (`Callable[[list], float]`): The number, of all groups or of all but one.
+            chance, for example by class, make the interval too wide.
+        estimate (`Callable[[list], float]`): Computes the number from all groups or from all but one.
         confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
 
     Returns:
@@ -66,7 +66,7 @@ def wilson_interval(share: float, num_samples: int, confidence: float = 0.95) ->
 
     Args:
         share (`float`): The share found, in [0, 1].
-        num_samples (`int`): In how many independent samples.
+        num_samples (`int`): Number of independent samples.
         confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
 
     Returns:

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""PSNR and SSIM: how close images are to the ones they should be."""
+"""PSNR and SSIM of images beside their references."""
 
 from collections.abc import Callable
 
@@ -8,17 +8,17 @@ import numpy as np
 
 def psnr(images: np.ndarray, references: np.ndarray) -> np.ndarray:
     """
-    Peak signal-to-noise ratio of 8-bit pictures: 10 log10(255^2 / mean squared error over pixels and channels).
+    Peak signal-to-noise ratio of 8-bit images: 10 log10(255^2 / mean squared error over pixels and channels).
 
     Args:
-        images (`np.ndarray` of shape `(B, H, W, 3)`): Pictures in uint8.
-        references (`np.ndarray` of shape `(B, H, W, 3)`): What they should be, in uint8.
+        images (`np.ndarray` of shape `(B, H, W, 3)`): Images in uint8.
+        references (`np.ndarray` of shape `(B, H, W, 3)`): Their references in uint8.
 
     Returns:
-        `np.ndarray` of shape `(B,)`: In decibels, float64; infinite for equal pictures.
+        `np.ndarray` of shape `(B,)`: PSNR in decibels, float64; infinite for equal images.
 
     Raises:
-        `ValueError`: they differ in shape or are not in uint8.
+        `ValueError`: shapes differ, or images are not in uint8.
     """
     _check_pair(images, references)
     error = ((images.astype(np.float64) - references.astype(np.float64)) ** 2).mean(axis=(1, 2, 3))
@@ -28,18 +28,20 @@ def psnr(images: np.ndarray, references: np.ndarray) -> np.ndarray:
 
 def ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
     """
-    Structural similarity of 8-bit pictures (Wang et al. 2004), by scikit-image: a Gaussian window of 11 x 11 pixels
-    with sigma 1.5, K1 = 0.01, K2 = 0.03, range 255, the mean over channels and the windows that lie in the picture.
+    Structural similarity of 8-bit images (Wang et al. 2004), by scikit-image.
+
+    It has a Gaussian window of 11 x 11 pixels with sigma 1.5, K1 = 0.01, K2 = 0.03 and range 255. It is the mean over
+    channels and over all windows within the image.
 
     Args:
-        images (`np.ndarray` of shape `(B, H, W, 3)`): Pictures in uint8, at least 11 pixels high and wide.
-        references (`np.ndarray` of shape `(B, H, W, 3)`): What they should be, in uint8.
+        images (`np.ndarray` of shape `(B, H, W, 3)`): Images in uint8, at least 11 pixels high and wide.
+        references (`np.ndarray` of shape `(B, H, W, 3)`): Their references in uint8.
 
     Returns:
-        `np.ndarray` of shape `(B,)`: In [-1, 1], float64; 1 for equal pictures.
+        `np.ndarray` of shape `(B,)`: SSIM in [-1, 1], float64; 1 for equal images.
 
     Raises:
-        `ValueError`: they differ in shape, are not in uint8, or smaller.
+        `ValueError`: shapes differ, or images are not in uint8 or are smaller.
         `ImportError`: scikit-image is not installed.
     """
     _check_pair(images, references)
@@ -64,7 +66,7 @@ def ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
 
 
 def load_structural_similarity() -> Callable:
-    """The function of scikit-image; raises an `ImportError` where that is not installed."""
+    """Loads the function of scikit-image; raises an `ImportError` if that is not installed."""
     try:
         from skimage.metrics import structural_similarity
     except ImportError as error:

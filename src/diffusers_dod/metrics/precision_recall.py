@@ -18,10 +18,10 @@ class PrecisionRecall:
     Improved precision and recall, as counts.
 
     Args:
-        num_precise (`int`): Samples within the manifold of the reference.
-        num_samples (`int`): Out of so many.
-        num_recalled (`int`): Reference pictures within the manifold of the samples.
-        num_reference (`int`): Out of so many.
+        num_precise (`int`): Number of samples within the manifold of the reference.
+        num_samples (`int`): Number of all samples.
+        num_recalled (`int`): Number of reference images within the manifold of the samples.
+        num_reference (`int`): Number of all reference images.
     """
 
     num_precise: int
@@ -41,8 +41,10 @@ class PrecisionRecall:
 
     def precision_interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """
-        The [`wilson_interval`] of precision, for other samples against the same reference. Recall has none: all
-        reference pictures are compared with the same samples, so their counts say nothing of how it varies.
+        The [`wilson_interval`] of precision, for other samples against the same reference.
+
+        Recall has none. All reference images are compared with the same samples, so their counts do not show how it
+        varies.
 
         Args:
             confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
@@ -57,7 +59,7 @@ class PrecisionRecall:
 
 
 def _squared_distances(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """(n, d) and (m, d) -> (n, m) in float64; what is zero but for rounding is zero."""
+    """Squared distances (n, m) between rows (n, d) and (m, d), in float64; distances within rounding are zero."""
     norms = rows.square().sum(dim=1)[:, None] + columns.square().sum(dim=1)
     distances = torch.addmm(norms, rows, columns.T, alpha=-2)
     return distances.masked_fill_(distances <= 1e-13 * norms, 0)
@@ -65,18 +67,19 @@ def _squared_distances(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tenso
 
 class ReferenceManifold:
     """
-    The manifold of a reference (Kynkäänniemi et al., 2019), with which any number of samples can be compared: the
-    union of balls around its members. The radius of a ball is the distance to the k-th nearest other member, and its
-    surface belongs to it.
+    The manifold of a reference (Kynkäänniemi et al., 2019): the union of balls around its members.
+
+    The radius of a ball is the distance to the k-th nearest other member, and its surface belongs to it. Any number of
+    samples can be compared with the manifold.
 
     Args:
         reference (`np.ndarray` of shape `(m, d)`): Features of the reference, m > k.
         num_neighbours (`int`, defaults to 3): The number k of neighbours.
-        block_size (`int`, defaults to 2048): Distances of so many times so many pairs are in memory at once.
-        device (`torch.device` or `str`, defaults to `"cpu"`): Where distances are computed; it must have float64.
+        block_size (`int`, defaults to 2048): At most this number squared of distances are in memory at once.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Device that computes distances. It must have float64.
 
     Raises:
-        `ValueError`: there are k pictures or fewer, a feature is not finite, or a number is out of range.
+        `ValueError`: there are k images or fewer, a feature is not finite, or a number is out of range.
     """
 
     def __init__(
@@ -121,7 +124,7 @@ class ReferenceManifold:
             [`PrecisionRecall`].
 
         Raises:
-            `ValueError`: there are k pictures or fewer, the shapes do not fit, or a feature is not finite.
+            `ValueError`: there are k images or fewer, the shapes do not fit, or a feature is not finite.
         """
         samples = check_rows("samples", samples, self.num_neighbours + 1)
         if samples.shape[1] != self._rows.shape[1]:
@@ -148,27 +151,26 @@ def precision_recall(
     device: torch.device | str = "cpu",
 ) -> PrecisionRecall:
     """
-    Improved precision and recall (Kynkäänniemi et al., 2019), as ADM computes them on `pool_3` with k = 3: the share
-    of each set within the manifold of the other one, see [`ReferenceManifold`].
+    Improved precision and recall (Kynkäänniemi et al., 2019), as ADM computes them on `pool_3` with k = 3.
 
-    Squared distances are in float64 here, where ADM's are in float16 if these are finite and else in float32: its
-    values differ in the last digits that it gives.
+    Each is the share of one set within the manifold of the other, see [`ReferenceManifold`]. Squared distances are in
+    float64 here. ADM's are in float16 if these are finite, else in float32, so its values differ in the last digits.
 
-    Both depend on the numbers of pictures: compare them at the same numbers only. Sets that are the same have both at
-    1. Sets in which more than k members are the same have balls of radius 0.
+    Both depend on the numbers of images: compare them at the same numbers only. Equal sets have both at 1. If more
+    than k members of a set are the same, their balls have radius 0.
 
     Args:
         samples (`np.ndarray` of shape `(n, d)`): Features of the samples, n > k.
         reference (`np.ndarray` of shape `(m, d)`): Features of the reference, m > k.
         num_neighbours (`int`, defaults to 3): The number k of neighbours.
-        block_size (`int`, defaults to 2048): Distances of so many times so many pairs are in memory at once.
-        device (`torch.device` or `str`, defaults to `"cpu"`): Where distances are computed; it must have float64.
+        block_size (`int`, defaults to 2048): At most this number squared of distances are in memory at once.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Device that computes distances. It must have float64.
 
     Returns:
         [`PrecisionRecall`].
 
     Raises:
-        `ValueError`: there are k pictures or fewer in a set, the shapes do not fit, a feature is not finite, or a
-            number is out of range.
+        `ValueError`: there are k images or fewer in a set, the shapes do not fit, a feature is not finite, or a number
+            is out of range.
     """
     return ReferenceManifold(reference, num_neighbours, block_size, device).compare(samples)

@@ -12,7 +12,7 @@ _CHUNK_SIZE = 1024
 
 def check_rows(name: str, rows: np.ndarray | torch.Tensor, minimum: int = 1) -> np.ndarray:
     """
-    Rows as an array, once they are known to be finite.
+    Checks that rows are finite, and returns them as an array.
 
     Args:
         name (`str`): Name of the argument, for the message.
@@ -23,7 +23,7 @@ def check_rows(name: str, rows: np.ndarray | torch.Tensor, minimum: int = 1) -> 
         `np.ndarray` of shape `(n, d)`: The same numbers.
 
     Raises:
-        `ValueError`: there are fewer rows, their shape does not fit, or one is not finite.
+        `ValueError`: there are fewer rows, their shape does not fit, or a number is not finite.
     """
     rows = rows.detach().cpu().numpy() if isinstance(rows, torch.Tensor) else np.asarray(rows)
     if rows.ndim != 2 or len(rows) < minimum or rows.shape[1] < 1:
@@ -36,9 +36,10 @@ def check_rows(name: str, rows: np.ndarray | torch.Tensor, minimum: int = 1) -> 
 
 class RunningStatistics:
     """
-    Mean and covariance of rows that come in chunks, in float64 (Chan et al., 1979). They are accumulated in chunks of
-    1,024 rows, whatever the chunks they come in: these make no difference at all. However far the mean is from zero,
-    nothing cancels.
+    Mean and covariance of rows that come in chunks, in float64 (Chan et al., 1979).
+
+    Rows are accumulated in chunks of 1,024, so the chunks in which they come make no difference at all. Nothing
+    cancels, however far the mean is from zero.
     """
 
     def __init__(self):
@@ -52,10 +53,10 @@ class RunningStatistics:
         Adds rows.
 
         Args:
-            rows (`np.ndarray` or `torch.Tensor` of shape `(n, d)`): Features of n >= 1 pictures.
+            rows (`np.ndarray` or `torch.Tensor` of shape `(n, d)`): Features of n >= 1 images.
 
         Raises:
-            `ValueError`: their shape does not fit, or one is not finite.
+            `ValueError`: the shape does not fit, or a number is not finite.
         """
         rows = check_rows("rows", rows)
         if self.num_rows and rows.shape[1] != self.num_features:
@@ -67,7 +68,7 @@ class RunningStatistics:
 
     @property
     def num_features(self) -> int:
-        """The d of the rows so far."""
+        """Length d of the rows so far."""
         return self._pending[0].shape[1] if self._pending else len(self._mean)
 
     def _accumulate(self, whole_chunks: bool) -> None:
@@ -92,13 +93,13 @@ class RunningStatistics:
 
     def merge(self, other: "RunningStatistics") -> None:
         """
-        Adds the rows of another one.
+        Adds the rows of other statistics.
 
         Args:
             other ([`RunningStatistics`]): Statistics of rows of the same length. They are not changed.
 
         Raises:
-            `ValueError`: its rows have another length.
+            `ValueError`: the rows of `other` have another length.
         """
         if other.num_rows == 0:
             return
@@ -112,8 +113,9 @@ class RunningStatistics:
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """
-        What was accumulated, with a warning where there are no more rows than dimensions, since the covariance then
-        has no full rank.
+        Mean and covariance of the rows so far.
+
+        A warning says if there are no more rows than dimensions, since the covariance then has no full rank.
 
         Returns:
             `tuple[np.ndarray, np.ndarray]`: Mean (d,) and unbiased covariance (d, d), in float64.

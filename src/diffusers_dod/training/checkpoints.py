@@ -2,8 +2,9 @@
 """
 Training checkpoints: safetensors and JSON only, never half written.
 
-A checkpoint is written into a hidden folder, hashed, flushed to disk and renamed; one whose hashes do not match is not
-taken up again. `checkpoint-<step>/` is itself a `DoDPipeline` folder with the EMA weights, next to `training_state/`.
+A checkpoint is written into a hidden folder, hashed, flushed to disk and renamed. A checkpoint whose hashes do not
+match is never resumed. `checkpoint-<step>/` is a `DoDPipeline` folder with the EMA weights, and also holds
+`training_state/`.
 """
 
 import json
@@ -45,7 +46,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """All `checkpoint-<step>` folders below `output_dir`, oldest first, valid or not."""
+    """Lists all `checkpoint-<step>` folders below `output_dir`, oldest first, valid or not."""
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=checkpoint_step)
 
@@ -56,7 +57,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with the folder `checkpoint`, or `None` if every file has the hash that its manifest states."""
+    """Describes the damage of the folder `checkpoint`; `None` if every file has the hash in its manifest."""
     try:
         hashes = dict(json.loads((checkpoint / MANIFEST).read_text())["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -71,7 +72,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def find_latest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest undamaged checkpoint below `output_dir`; damaged ones are passed over with a warning."""
+    """Finds the newest undamaged checkpoint below `output_dir`; damaged ones are skipped with a warning."""
     for checkpoint in reversed(list_checkpoints(output_dir)):
         damage = find_damage(checkpoint)
         if damage is None:
@@ -89,8 +90,8 @@ def save_checkpoint(
     Args:
         output_dir (`Path`): Folder of the run.
         step (`int`): Number of finished optimizer steps.
-        write (`Callable`): Writes the files of the checkpoint into the folder that it is given.
-        total_limit (`int`, *optional*): How many checkpoints to keep, at least 1; `None` keeps all.
+        write (`Callable`): Writes the files of the checkpoint into the folder in its argument.
+        total_limit (`int`, *optional*): Number of checkpoints to keep, at least 1. `None` keeps all.
 
     Returns:
         `Path`: The folder of the checkpoint.
@@ -104,12 +105,12 @@ def save_checkpoint(
     (unfinished / MANIFEST).write_text(json.dumps({"step": step, "sha256": hashes}, indent=2) + "\n")
     for path in unfinished.rglob("*"):
         _flush(path)
-    if checkpoint.exists():  # a damaged one of the same step, passed over when the run was resumed
+    if checkpoint.exists():  # a damaged one of the same step, which was skipped when the run was resumed
         shutil.rmtree(checkpoint)
     os.rename(unfinished, checkpoint)
     _flush(output_dir)
     if total_limit is not None:
-        # The one just written is known to be valid, so it stays whatever else there is.
+        # The checkpoint just written is known to be valid, so it stays whatever else there is.
         others = [path for path in list_checkpoints(output_dir) if path != checkpoint]
         for old in others[: max(0, len(others) + 1 - total_limit)]:
             shutil.rmtree(old)
@@ -117,7 +118,7 @@ def save_checkpoint(
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of an optimizer's moments under `<parameter>.<name>`; those of 8 bits consist of several."""
+    """Tensors of an optimizer's moments under `<parameter>.<name>`; an 8-bit moment consists of several."""
     for index, entry in optimizer.state_dict()["state"].items():
         for name, tensor in entry.items():
             if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor):
@@ -134,13 +135,13 @@ def gather_training_state(
     keep: bool = True,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """
-    The tensors that a resumed run needs beyond the pipeline; where they are sharded, all processes must ask.
+    Gathers the tensors that a resumed run needs beyond the pipeline. If they are sharded, all processes must call it.
 
     Args:
-        model (`torch.nn.Module`): The raw weights, not the average.
-        optimizer (`torch.optim.Optimizer`, *optional*): The moments, not the settings.
-        averages (`dict[str, EMAModel]`, *optional*): The averages beside that of the pipeline, by name.
-        keep (`bool`, defaults to `True`): Whether this process wants them, or only helps the others to them.
+        model (`torch.nn.Module`): The model with its raw weights, not the average.
+        optimizer (`torch.optim.Optimizer`, *optional*): The optimizer. Its moments are gathered, not its settings.
+        averages (`dict[str, EMAModel]`, *optional*): The averages by name, without the pipeline's.
+        keep (`bool`, defaults to `True`): Whether this process keeps the tensors, or only helps the others.
 
     Returns:
         `dict[str, dict[str, torch.Tensor]]`: Tensors by name for each file of [`save_training_state`]; empty without
@@ -156,7 +157,7 @@ def gather_training_state(
     for file, tensors in sources.items():
         for name, tensor in tensors.items():
             full = whole(tensor)
-            if keep:  # on the CPU if it was put together, as all of them may be too large for the device
+            if keep:  # gathered tensors go to the CPU, as all of them may be too large for the device
                 full = full.cpu() if full is not tensor else full
                 gathered[file][name] = full.contiguous()
     return gathered
@@ -164,12 +165,12 @@ def gather_training_state(
 
 def save_training_state(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict) -> None:
     """
-    Writes what a resumed run needs beyond the pipeline to `training_state/`.
+    Writes the state that a resumed run needs beyond the pipeline to `training_state/`.
 
     Args:
-        folder (`Path`): The checkpoint, which has no such sub-folder yet.
-        tensors (`dict[str, dict[str, torch.Tensor]]`): What [`gather_training_state`] returns.
-        state (`dict`): Anything else that JSON can hold.
+        folder (`Path`): The checkpoint. It must not have this sub-folder yet.
+        tensors (`dict[str, dict[str, torch.Tensor]]`): Tensors from [`gather_training_state`].
+        state (`dict`): All other state, ready for JSON.
     """
     folder = folder / STATE_FOLDER
     folder.mkdir()
@@ -185,20 +186,20 @@ def load_training_state(
     averages: dict[str, EMAModel] | None = None,
 ) -> dict:
     """
-    Loads what [`save_training_state`] wrote; shards of it where the models are sharded.
+    Loads the state of [`save_training_state`]. Sharded models load their shards of it.
 
     Args:
         checkpoint (`Path`): The folder of the checkpoint.
         model (`torch.nn.Module`): Takes the raw weights.
         optimizer (`torch.optim.Optimizer`): Takes the moments; it keeps its own learning rates and other settings.
         averages (`dict[str, EMAModel]`, *optional*):
-            The averages beside that of the pipeline, by name, which take the weights.
+            The averages by name, without the pipeline's. They take the weights.
 
     Returns:
         `dict`: The JSON state.
 
     Raises:
-        `ValueError`: the checkpoint lacks an average, or is of another model or optimizer.
+        `ValueError`: the checkpoint lacks an average, or belongs to another model or optimizer.
     """
     folder = checkpoint / STATE_FOLDER
     for key, average in (averages or {}).items():
@@ -240,7 +241,7 @@ def load_training_state(
 
 
 def _create_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Has an optimizer make its moments, which only its first step does: one that changes nothing."""
+    """Makes an optimizer create its moments, by a step that changes nothing."""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's would ask a gradient scaler
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     set_learning_rates(optimizer, [0.0] * len(rates))

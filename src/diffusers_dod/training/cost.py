@@ -1,11 +1,11 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-What a training run costs: computed from counted operations and bytes, not measured.
+Cost of a training run, computed from counted operations and bytes, not measured.
 
     python -m diffusers_dod.training.cost --utilisation 0.4 --price 2.5 training/recipes/dod-b-imagenet256.yaml
 
-A multiply-add is 2 FLOPs. Matrix products are counted, those of attention too, and nothing else. Models and batches
-are on the meta device or fake, so that nothing is computed. docs/training_cost.md explains the model.
+A multiply-add is 2 FLOPs. Matrix products are counted, including attention, and nothing else. Models and batches are
+on the meta device or fake, so that nothing is computed. docs/training_cost.md explains the model.
 """
 
 import argparse
@@ -38,7 +38,7 @@ class GPU:
     A kind of GPU, by its data sheet.
 
     Args:
-        memory (`float`): Its memory in bytes.
+        memory (`float`): Memory in bytes.
         peak_flops (`dict[str, float]`): Dense FLOP/s of matrix products in `"bf16"`, `"fp16"`, `"tf32"` and `"fp32"`.
     """
 
@@ -61,11 +61,11 @@ _NUM_GPUS = (1, 8, 64)  # in the tables
 @dataclass(frozen=True)
 class RunEstimate:
     """
-    What a run takes.
+    Time and price of a run.
 
     Args:
         images_per_second (`float`): Images per second on all GPUs together.
-        days (`float`): Days that it lasts.
+        days (`float`): Duration in days.
         gpu_hours (`float`): GPU-hours.
         price (`float`): US dollars.
     """
@@ -113,7 +113,7 @@ def estimate_run(
 
 def find_preset(args: argparse.Namespace) -> tuple[Preset, list[str]]:
     """
-    The model that the options name, out of configs alone, and what is assumed of it.
+    Finds the model that the options name, from configs alone, and the assumptions about it.
 
     Args:
         args (`argparse.Namespace`): The options of `training/train_dod.py`.
@@ -149,7 +149,7 @@ def _public(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _find_latents(args: argparse.Namespace) -> tuple[tuple[int, int, int], int, list[str]]:
-    """Shape of the latents and number of classes, without data, and what is assumed of them."""
+    """Finds shape of latents and number of classes without data, and the assumptions about them."""
     manifest = (args.latents_dir or args.output_dir / "latents") / MANIFEST
     if manifest.is_file():
         content = json.loads(manifest.read_text())
@@ -178,7 +178,7 @@ def _find_latents(args: argparse.Namespace) -> tuple[tuple[int, int, int], int, 
 def _run_cost(
     args: argparse.Namespace, gradient_checkpointing: bool
 ) -> tuple[TrainingCost, tuple[int, int, int], list[str]]:
-    """What the options cost, for latents of which shape, and under which assumptions."""
+    """Cost of a run with these options, the shape of its latents, and the assumptions."""
     preset, model_assumptions = find_preset(args)
     latent_shape, num_classes, data_assumptions = _find_latents(args)
     cost = training_cost(
@@ -197,7 +197,7 @@ def _run_cost(
 
 
 def _mixed_precision(args: argparse.Namespace) -> str:
-    """The option `mixed_precision`, or what the launcher is configured for."""
+    """The option `mixed_precision`, by default the launcher's configuration."""
     return args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
@@ -225,17 +225,18 @@ def describe_run(
     price_per_gpu_hour: float = PRICE_PER_GPU_HOUR,
 ) -> str:
     """
-    What a run would be and cost, without data, weights or computation. Whether saved models, data and options fit each
-    other is left to the run itself.
+    Describes a run and its cost, without data, weights or computation.
+
+    It does not check that saved models, data and options fit each other. The run itself does.
 
     Args:
         args (`argparse.Namespace`): The options of the trainer.
-        num_processes (`int`, *optional*): Number of processes, that of the options or of the launcher if not given.
+        num_processes (`int`, *optional*): Number of processes. By default that of the options or of the launcher.
         utilisation (`float`, defaults to `UTILISATION`): Assumed share of the peak FLOP/s, in (0, 1].
         price_per_gpu_hour (`float`, defaults to `PRICE_PER_GPU_HOUR`): Assumed price in US dollars, >= 0.
 
     Returns:
-        `str`: Options, parameters, FLOPs, memory, time and assumptions, in lines.
+        `str`: Lines with options, parameters, FLOPs, memory, time and assumptions.
 
     Raises:
         `TypeError`, `ValueError`: an argument is out of range, or the options do not fit the autoencoder.
@@ -290,18 +291,18 @@ def format_tables(
     num_processes: int = RECIPE_PROCESSES,
 ) -> str:
     """
-    What recipes cost, as Markdown.
+    Formats the cost of recipes as Markdown tables.
 
     Args:
         recipes (`Sequence[Path]`): The files.
-        gpu (`str`, defaults to `"H100"`): Which of [`GPUS`].
+        gpu (`str`, defaults to `"H100"`): Name of the GPU in [`GPUS`].
         utilisation (`float`, defaults to `UTILISATION`): Assumed share of the peak FLOP/s, in (0, 1].
         price_per_gpu_hour (`float`, defaults to `PRICE_PER_GPU_HOUR`): Assumed price in US dollars, >= 0.
-        num_processes (`int`, defaults to 8): Processes by which a recipe's batch is multiplied.
+        num_processes (`int`, defaults to 8): Number of processes. A recipe's batch is multiplied by it.
 
     Returns:
-        `str`: Tables of operations, of memory, and of time and price. What is assumed of latents and classes goes to
-        the standard error.
+        `str`: Tables of operations, of memory, and of time and price. Assumptions about latents and classes go to the
+        standard error.
 
     Raises:
         `TypeError`, `ValueError`: an argument is of the wrong type or out of range.

@@ -1,10 +1,10 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-Model cards: of a run while it trains, and of models as files name what each card is filled from.
+Writes model cards: of a run while it trains, and of models from files that list the sources of each card.
 
     python -m diffusers_dod.training.model_card model_cards/*.yaml
 
-A card goes beside its file, and into the folder of the pipeline as its `README.md`. docs/model_cards.md says more.
+A card goes beside its file, and into the pipeline's folder as `README.md`. docs/model_cards.md says more.
 """
 
 import argparse
@@ -55,7 +55,7 @@ SOURCES = {
 
 
 def _read_evaluation(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The latest line of evaluations, if there is one, in the form of results."""
+    """Reads the latest line of evaluations, if there is one, in the form of results."""
     path = args.output_dir / EVALUATIONS
     lines = path.read_text().splitlines() if path.exists() else []
     if not lines:
@@ -97,8 +97,8 @@ def write_model_card(
 
     Args:
         args (`argparse.Namespace`): The run's arguments.
-        class_names (`tuple[str]`, *optional*): Names of the classes, once they are known.
-        images_per_step (`int`, *optional*): Samples per optimizer step over all processes, once they are known.
+        class_names (`tuple[str]`, *optional*): Names of the classes, if they are known yet.
+        images_per_step (`int`, *optional*): Samples per optimizer step over all processes, if they are known yet.
         step (`int`, defaults to 0): Number of finished steps.
 
     Returns:
@@ -132,17 +132,17 @@ def write_model_card(
 
 def read_sources(path: Path) -> dict[str, Any]:
     """
-    Reads what a card is filled from.
+    Reads the file with the sources of a card.
 
     Args:
-        path (`Path`): The YAML file. The paths in it are relative to where the command is called.
+        path (`Path`): The YAML file. Paths in it are relative to the current folder.
 
     Returns:
-        `dict`: Its content.
+        `dict`: The content of the file.
 
     Raises:
-        `ValueError`: it is not such a file, or names results and no pipeline that they are of.
-        `OSError`: it cannot be read.
+        `ValueError`: it is not such a file, or it names results without their pipeline.
+        `OSError`: the file cannot be read.
     """
     try:
         sources = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -162,7 +162,7 @@ def read_sources(path: Path) -> dict[str, Any]:
 
 
 def _check_model(model: Preset, args: argparse.Namespace) -> None:
-    """Raises unless the backbone of a pipeline is that of its recipe, where this does not start from another model."""
+    """Raises unless a pipeline has the backbone of its recipe; recipes that start from another model pass."""
     names = ("num_layers", "num_attention_heads", "attention_head_dim")
     expected, found = (
         {name: config[name] for name in names}
@@ -173,7 +173,7 @@ def _check_model(model: Preset, args: argparse.Namespace) -> None:
 
 
 def _read_step(folder: Path) -> int:
-    """After how many steps of training the pipeline in `folder` was saved."""
+    """Number of training steps after which the pipeline in `folder` was saved."""
     if (folder / MANIFEST).exists():  # a checkpoint
         return json.loads((folder / MANIFEST).read_text())["step"]
     metrics = folder / METRICS_FILE  # a run
@@ -191,15 +191,15 @@ def build_card(sources: Mapping[str, Any], name: str) -> ModelCard:
     Fills the card of a model.
 
     Args:
-        sources (`Mapping[str, Any]`): What [`read_sources`] returns.
+        sources (`Mapping[str, Any]`): Sources from [`read_sources`].
         name (`str`): Name of the model.
 
     Returns:
         `ModelCard`: The card.
 
     Raises:
-        `ValueError`: a file that is named is not as it should be, or results are of another checkpoint.
-        `OSError`: one cannot be read.
+        `ValueError`: a file has another form, or results belong to another checkpoint.
+        `OSError`: a file cannot be read.
     """
     recipe = Path(sources["recipe"])
     args = build_parser().parse_args([*read_config(recipe), "--output_dir", os.devnull])

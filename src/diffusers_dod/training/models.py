@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""The models of a training run and their optimizer."""
+"""Models of a training run and their optimizer."""
 
 import argparse
 
@@ -18,17 +18,18 @@ def build_models(
     args: argparse.Namespace, latent_shape: tuple[int, ...], num_classes: int, feature_dim: int | None = None
 ) -> DoDJointModel:
     """
-    Backbone and LEM: those of `--pretrained_model_name_or_path` if given, those of the preset, seeded by `--seed`, for
-    the rest.
+    Builds backbone and LEM.
+
+    They come from `--pretrained_model_name_or_path` as far as it has them, else from the preset, seeded by `--seed`.
 
     Args:
         args (`argparse.Namespace`): The run's arguments.
         latent_shape (`tuple[int, ...]`): Shape (C, h, w) of the latents.
         num_classes (`int`): Number of classes.
-        feature_dim (`int`, *optional*): Width of the features that tokens are aligned with, if they are.
+        feature_dim (`int`, *optional*): Width of the features, if tokens are aligned.
 
     Returns:
-        [`DoDJointModel`], all of it trainable unless `--trainable_parameters` says otherwise.
+        [`DoDJointModel`]. All of it is trainable unless `--trainable_parameters` says otherwise.
 
     Raises:
         `ValueError`: a saved pipeline does not fit the latents or the arguments.
@@ -77,12 +78,13 @@ def load_pretrained(
     path: str, shape: dict[str, int], num_classes: int
 ) -> tuple[DoDTransformer2DModel, LatentEmbeddingModule | None]:
     """
-    Backbone and, where it has one, LEM of a saved pipeline, in training mode.
+    Loads the backbone of a saved pipeline, and its LEM if it has one, in training mode.
 
     Args:
         path (`str`): A folder or a repository on the Hub.
         shape (`dict[str, int]`): The `in_channels` and the `sample_size` of the latents.
-        num_classes (`int`): Number of classes; if it has another, each class starts as its null class.
+        num_classes (`int`): Number of classes. If the pipeline has another number, each class starts as its null
+            class.
 
     Returns:
         `tuple[DoDTransformer2DModel, LatentEmbeddingModule | None]`: The models.
@@ -108,14 +110,14 @@ def load_pretrained(
 
 def with_priors(transformer: DoDTransformer2DModel, prior_embed_dim: int) -> DoDTransformer2DModel:
     """
-    A plain FiTv2 as a backbone that takes priors, and that still predicts exactly the same at the start.
+    Turns a plain FiTv2 into a backbone that takes priors; at the start it predicts exactly the same.
 
     Args:
         transformer ([`DoDTransformer2DModel`]): The FiTv2, with `prior_embed_dim=None`.
         prior_embed_dim (`int`): Width of the visual priors.
 
     Returns:
-        [`DoDTransformer2DModel`], a new one.
+        [`DoDTransformer2DModel`]: A new model.
     """
     model = DoDTransformer2DModel.from_config({**transformer.config, "prior_embed_dim": prior_embed_dim})
     model.load_state_dict(add_prior_projection(transformer.state_dict(), prior_embed_dim))
@@ -126,17 +128,17 @@ def use_fast_attention(model: DoDJointModel | DoDPipeline, device: torch.device)
     """
     Gives the backbone of `model` unfused attention if `device` is a CPU.
 
-    There the backward pass of the fused one takes longer than the rest of a short sequence's step together.
+    On a CPU, the backward pass of fused attention takes longer than all the rest of a short sequence's step.
     """
     if device.type == "cpu":
         for module in model.transformer.modules():
-            if isinstance(module, DoDAttention):  # the models' own method would change the default of all others too
+            if isinstance(module, DoDAttention):  # the models' own method would change other models' default too
                 module.set_attention_backend("_native_math")
 
 
 def build_optimizer(args: argparse.Namespace, model: DoDJointModel) -> torch.optim.Optimizer:
     """
-    AdamW for what is trainable; the LEM may have its own learning rate.
+    Builds AdamW for the trainable weights; the LEM may have its own learning rate.
 
     Args:
         args (`argparse.Namespace`): The run's arguments.
@@ -177,7 +179,7 @@ def build_optimizer(args: argparse.Namespace, model: DoDJointModel) -> torch.opt
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
-    """Gives each group of parameters of `optimizer` its own of `rates`."""
+    """Sets the learning rate of each parameter group of `optimizer` from `rates`."""
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(rate)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""The metrics of a run: sums over steps and processes, and `metrics.jsonl`."""
+"""Metrics of a run: sums over steps and processes, and `metrics.jsonl`."""
 
 import json
 import math
@@ -19,11 +19,11 @@ NUM_TIME_BINS = 4  # parts of [0, 1] whose losses are logged apart
 
 class TrainingMetrics:
     """
-    Means over the steps since the latest line of `metrics.jsonl`; steps whose gradients are not finite do not count.
+    Means over the steps since the latest line of `metrics.jsonl`; steps with non-finite gradients do not count.
 
     Args:
         path (`Path`): The file.
-        accelerator (`Accelerator`): The processes, whose sums are added up.
+        accelerator (`Accelerator`): The processes. Their sums are added up.
         images_per_step (`int`): Samples per optimizer step over all processes.
         step (`int`, defaults to 0): Number of finished steps.
         sums (`list[list[float]]`, *optional*): What `state` returned in that step.
@@ -59,9 +59,9 @@ class TrainingMetrics:
         Adds a micro-batch to the step.
 
         Args:
-            losses (`torch.Tensor` of shape `(B,)`): Loss of each sample, those with a prior first.
-            sigmas (`torch.Tensor` of shape `(B,)`): Their times.
-            num_priors (`int`): How many have a prior.
+            losses (`torch.Tensor` of shape `(B,)`): Loss of each sample; samples with a prior come first.
+            sigmas (`torch.Tensor` of shape `(B,)`): Time of each sample.
+            num_priors (`int`): Number of samples with a prior.
         """
         sums = self.step_sums
         sums[0] += losses[:num_priors].sum()
@@ -78,7 +78,7 @@ class TrainingMetrics:
 
         Args:
             alignment (`torch.Tensor` of shape `(B,)`): Alignment of the backbone's tokens.
-            prior_alignment (`torch.Tensor` of shape `(K,)`): Alignment of the prior's tokens, where there are any.
+            prior_alignment (`torch.Tensor` of shape `(K,)`): Alignment of the prior's tokens; may be empty.
         """
         for index, values in ((6, alignment), (8, prior_alignment)):
             self.step_sums[index] += values.sum()
@@ -89,8 +89,8 @@ class TrainingMetrics:
         Ends an optimizer step.
 
         Args:
-            grad_norm (`torch.Tensor` of shape `()`): The norm of its gradients.
-            is_finite (`bool`): Whether the step was made.
+            grad_norm (`torch.Tensor` of shape `()`): Norm of the step's gradients.
+            is_finite (`bool`): Whether the gradients were finite, so that the step was made.
         """
         self.step_sums[4] += grad_norm
         self.step_sums[5] += 1
@@ -99,11 +99,11 @@ class TrainingMetrics:
         self.step_sums.zero_()
 
     def pause(self, seconds: float) -> None:
-        """Leaves `seconds` that were not spent on training out of the speed."""
+        """Excludes `seconds` from the measured speed, as they were not spent on training."""
         self.timed_from += seconds
 
     def state(self) -> list[list[float]]:
-        """The sums of each process since the latest line, for a resumed run; all processes must ask."""
+        """Sums of each process since the latest line, for a resumed run; all processes must call it."""
         return gather_object([self.sums.tolist()])
 
     def write(self, step: int, learning_rate: float) -> dict[str, Any]:
@@ -111,11 +111,11 @@ class TrainingMetrics:
         Writes a line, sends it to the trackers and starts anew; all processes must call it.
 
         Args:
-            step (`int`): The step that has just been finished.
-            learning_rate (`float`): Its learning rate.
+            step (`int`): The step that has just finished.
+            learning_rate (`float`): Learning rate of that step.
 
         Returns:
-            `dict`: The line; what there is no sample or no step for is `None`.
+            `dict`: The line. A value without any sample or step is `None`.
         """
         totals = self.accelerator.reduce(self.sums).tolist()
         seconds = time.perf_counter() - self.timed_from
@@ -153,11 +153,11 @@ class TrainingMetrics:
 
 def append_line(path: Path, line: dict[str, Any], accelerator: Accelerator) -> None:
     """
-    Adds a line to a file of JSON lines and to the trackers, by the main process.
+    Adds a line to a file of JSON lines and to the trackers, in the main process.
 
     Args:
         path (`Path`): The file.
-        line (`dict`): Values by name, of which `step` is one.
+        line (`dict`): Values by name, including `step`.
         accelerator (`Accelerator`): The processes.
     """
     if accelerator.is_main_process:
@@ -168,8 +168,9 @@ def append_line(path: Path, line: dict[str, Any], accelerator: Accelerator) -> N
 
 def drop_metrics_after(path: Path, step: int) -> None:
     """
-    Removes from the metrics in `path`, if it exists, the lines after `step`, which a resumed run will write again, and
-    the half of a line that a crash may have left.
+    Removes the lines after `step` from the metrics in `path`, if it exists; a resumed run will write them again.
+
+    It also removes half a line that a crash may have left.
     """
 
     def is_kept(line: str) -> bool:

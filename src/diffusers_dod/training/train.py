@@ -6,8 +6,8 @@ Trains a DoD (backbone and latent embedding module together, paper, Section 3.3)
         --pretrained_vae_name_or_path stabilityai/sd-vae-ft-ema --train_batch_size 256 --max_train_steps 400000 \
         --mixed_precision bf16 --output_dir dod-b
 
-The images are encoded once, into `output_dir/latents`. The run writes `metrics.jsonl`, `samples/`,
-`checkpoint-<step>/` (each a `DoDPipeline` with EMA weights and all that a resumed run needs) and, at its end, the
+The images are encoded once, into `output_dir/latents`. The run writes `metrics.jsonl`, `samples/` and
+`checkpoint-<step>/`: a `DoDPipeline` with EMA weights and all that a resumed run needs. At its end it writes the
 pipeline itself into `output_dir`.
 """
 
@@ -80,12 +80,12 @@ from .validation import stage_distances, stage_grid
 
 logger = get_logger(__name__, log_level="INFO")
 
-PUSH_TIMEOUT_S = 3600.0  # how long the end of a run waits for its upload
+PUSH_TIMEOUT_S = 3600.0  # longest wait for the upload at the end of a run
 
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
     """
-    The processes of a run, as its launcher and its options ask for them.
+    Sets up the processes of a run, as its launcher and its options ask for.
 
     Args:
         args (`argparse.Namespace`): The run's arguments.
@@ -94,7 +94,7 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         `Accelerator`.
 
     Raises:
-        `ValueError`: they are not those that were asked for, or the options do not fit them.
+        `ValueError`: the launcher made other processes, or the options do not fit them.
     """
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -134,20 +134,20 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
 
 def prepare_latents(args: argparse.Namespace, accelerator: Accelerator, vae: Autoencoder | None) -> Latents:
     """
-    The latents to train on: those of `--latents_dir`, or of the pictures, which all processes encode unless this has
-    been done.
+    Opens the latents to train on, from `--latents_dir` or from images.
+
+    All processes together encode images unless this has been done.
 
     Args:
         args (`argparse.Namespace`): The run's arguments.
-        accelerator (`Accelerator`): The processes, which share the shards.
+        accelerator (`Accelerator`): The processes. They share the shards.
         vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
 
     Returns:
         [`Latents`].
 
     Raises:
-        `ValueError`: the folder has the latents of other pictures or of another autoencoder, or a picture cannot be
-            read.
+        `ValueError`: the folder has latents of other images or of another autoencoder, or an image cannot be read.
     """
     if args.dataset_name is None and args.train_data_dir is None:
         latents = open_latents(args.latents_dir, vae)
@@ -165,14 +165,14 @@ def prepare_latents(args: argparse.Namespace, accelerator: Accelerator, vae: Aut
 
 class Trainer:
     """
-    A training run: what it consists of, its steps, and what it writes.
+    A training run: its data and models, its steps, and its output.
 
     Args:
         args (`argparse.Namespace`): The run's arguments.
-        accelerator (`Accelerator`): Its processes.
+        accelerator (`Accelerator`): The run's processes.
 
     Raises:
-        `ValueError`: the arguments do not fit the data, the models or what is in the folders.
+        `ValueError`: the arguments do not fit the data, the models or the content of the folders.
     """
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator):
@@ -236,7 +236,7 @@ class Trainer:
         self.batches = self._build_batches(state.get("stream"))
 
     def _build_emas(self) -> dict[str, EMAModel]:
-        """The averages of the weights by name; the first is that of pipelines and samples."""
+        """Builds the averages of the weights by name; pipelines and samples use the first."""
         parameters = list(averaged_parameters(self.joint_model).values())
         emas: dict[str, EMAModel] = {
             f"decay-{decay}": EMAModel(parameters, decay=decay, foreach=True) for decay in self.args.ema_decay
@@ -249,16 +249,16 @@ class Trainer:
 
     @property
     def ema(self) -> EMAModel:
-        """The average of pipelines and samples."""
+        """The average that pipelines and samples use."""
         return next(iter(self.emas.values()))
 
     @property
     def other_emas(self) -> dict[str, EMAModel]:
-        """The averages beside it by name."""
+        """All averages but the first, by name."""
         return dict(list(self.emas.items())[1:])
 
     def _open_data(self) -> None:
-        """Opens latents or a stream; what the data decide takes the place of what the options say."""
+        """Opens latents or a stream; settings of the data override the options."""
         args = self.args
         factor = 1 if self.vae is None else spatial_factor(self.vae)
         self.latents = self.stream = self.pictures = None
@@ -291,7 +291,7 @@ class Trainer:
             )
 
     def _build_batches(self, state: dict | None) -> Iterator[dict]:
-        """The micro-batches of this process from the current step on; `state` is that of a stream."""
+        """Builds the micro-batches of this process from the current step on; `state` is a stream's state."""
         args, accelerator = self.args, self.accelerator
         draws = SampleDraws(
             len(self.class_names),
@@ -319,7 +319,7 @@ class Trainer:
                 args.on_bad_image,
                 args.image_column,
                 args.label_column,
-                # With other processes than before, what does not fit is said by its name.
+                # With other processes than before, the error names what does not fit.
                 None if state is None else state[accelerator.process_index % len(state)],
             )
             return iter(build_stream_loader(self.stream_samples, is_pinned))
@@ -348,7 +348,7 @@ class Trainer:
 
     @property
     def last_aligned_step(self) -> int:
-        """The last step in which tokens are aligned with features, 0 if in none."""
+        """Last step in which tokens are aligned with features, 0 if there is none."""
         if self.vision is None:
             return 0
         return self.args.max_train_steps if self.args.repa_stop_step is None else self.args.repa_stop_step
@@ -356,7 +356,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def _find_checkpoint(self) -> Path | None:
-        """The checkpoint to resume from; a `ValueError` where there is one and it cannot be taken."""
+        """Finds the checkpoint to resume from; raises a `ValueError` if it cannot be used."""
         args = self.args
         if args.resume_from_checkpoint is None:
             if list_checkpoints(args.output_dir):
@@ -382,7 +382,7 @@ class Trainer:
         return checkpoint
 
     def _resume(self) -> dict:
-        """Takes up a checkpoint if there is one to be taken up; returns its JSON state."""
+        """Loads the checkpoint to resume from, if there is one, and returns its JSON state."""
         checkpoint = self.checkpoint
         if checkpoint is None:
             return {}
@@ -430,7 +430,7 @@ class Trainer:
         return state
 
     def averaged_pipeline(self) -> DoDPipeline:
-        """The pipeline of the averaged weights, which it shares with the average; all processes must ask for it."""
+        """Builds the pipeline of the averaged weights, sharing their memory; all processes must call it."""
         names = averaged_parameters(self.joint_model)
         weights = {name: whole(tensor) for name, tensor in zip(names, self.ema.shadow_params, strict=True)}
         models = {}
@@ -490,7 +490,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------- steps
 
     def _next_batch(self) -> dict[str, torch.Tensor | int]:
-        """The arguments of the next pass of the model, on its device."""
+        """Arguments of the model's next pass, on its device."""
         wait_start = time.perf_counter()
         batch = next(self.batches)
         self.metrics.data_seconds += time.perf_counter() - wait_start
@@ -509,7 +509,7 @@ class Trainer:
         return {**batch, "num_priors": num_priors}
 
     def _forward(self, batch: dict[str, torch.Tensor | int]) -> torch.Tensor:
-        """What a micro-batch adds to what is minimised; its losses go to the metrics."""
+        """Computes the objective of a micro-batch, and adds its losses to the metrics."""
         output = self.model(**batch)
         losses = output[0] if "features" in batch else output  # (B,)
         loss = losses.mean()
@@ -523,7 +523,7 @@ class Trainer:
         return loss
 
     def train_step(self) -> None:
-        """One optimizer step, which changes no weight if its gradients are not finite."""
+        """Makes one optimizer step; it changes no weight if its gradients are not finite."""
         args, accelerator = self.args, self.accelerator
         for _ in range(args.gradient_accumulation_steps):
             batch = self._next_batch()
@@ -552,14 +552,14 @@ class Trainer:
         self.metrics.end_step(grad_norm, is_finite)
 
     def _clip_gradients(self) -> torch.Tensor:
-        """Clips the gradients to `--max_grad_norm`; returns their norm before."""
+        """Clips the gradients to `--max_grad_norm`, and returns their norm before clipping."""
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         if not isinstance(norm, torch.Tensor):  # DeepSpeed clips on its own, and does not know the norm at first
             return torch.tensor(norm or 0.0, device=self.accelerator.device)
         return whole(norm)
 
     def _find_nonfinite_gradients(self) -> list[str]:
-        """Names of the weights whose gradients are not finite."""
+        """Finds the names of weights with non-finite gradients."""
         gradients = {name: p.grad for name, p in self.joint_model.named_parameters() if p.grad is not None}
         return [name for name, gradient in gradients.items() if not whole(gradient).isfinite().all()]
 
@@ -590,7 +590,7 @@ class Trainer:
         )
 
     def validate(self) -> None:
-        """Draws a grid of samples, and computes Fréchet distances where that is wanted; all processes share it."""
+        """Draws a grid of samples and, if asked to, computes Fréchet distances; all processes share the work."""
         args, accelerator = self.args, self.accelerator
         pipeline = self.averaged_pipeline()
         use_fast_attention(pipeline, accelerator.device)
@@ -623,7 +623,7 @@ class Trainer:
         Trains to the last step, with checkpoints and samples on the way.
 
         Returns:
-            `bool`: Whether it came to the end; if not, SIGTERM has stopped it, with a checkpoint.
+            `bool`: Whether the run reached its end. If not, SIGTERM has stopped it, with a checkpoint.
         """
         args, accelerator = self.args, self.accelerator
         if accelerator.is_main_process:
@@ -671,7 +671,7 @@ class Trainer:
         return True
 
     def _push_checkpoint(self) -> None:
-        """Starts to upload the latest checkpoint if it is its turn."""
+        """Starts the upload of the latest checkpoint if it is due."""
         every = self.args.push_every
         if self.pusher is not None and every is not None and self.step // self.args.checkpointing_steps % every == 0:
             self._push(f"Step {self.step}")
@@ -683,7 +683,7 @@ class Trainer:
         self.pusher.push(self.checkpoint, [folder / name for name in names], message, self.args.push_training_state)
 
     def finish(self) -> None:
-        """Writes the finished pipeline with its model card, and uploads them where that is wanted."""
+        """Writes the finished pipeline with its model card and, if asked to, uploads them."""
         args = self.args
         pipeline = self.averaged_pipeline()
         self.accelerator.wait_for_everyone()
@@ -696,13 +696,13 @@ class Trainer:
 
 def main(argv: list[str] | None = None) -> None:
     """
-    The command. It ends with the exit code 143 where SIGTERM has stopped it, after a checkpoint.
+    Runs the command. Its exit code is 143 if SIGTERM has stopped it; then it has written a checkpoint.
 
     Args:
-        argv (`list[str]`, *optional*): Its arguments, the process's by default.
+        argv (`list[str]`, *optional*): Arguments of the command. By default those of the process.
 
     Raises:
-        `ValueError`: they do not fit the processes, the data, the models or what is in the folders.
+        `ValueError`: the arguments do not fit the processes, the data, the models or the content of the folders.
         `FloatingPointError`: the gradients of too many steps in a row are not finite.
     """
     args = parse_args(argv, __doc__)
@@ -723,7 +723,7 @@ def main(argv: list[str] | None = None) -> None:
             trainer.finish()
             is_finished = True
     finally:
-        if trainer.pusher is not None:  # a run that fails or is stopped gives up what is under way
+        if trainer.pusher is not None:  # a run that fails or is stopped gives up a running upload
             trainer.pusher.finish(PUSH_TIMEOUT_S if is_finished else 0.0)
     accelerator.end_training()
     if not is_finished:

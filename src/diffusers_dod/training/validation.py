@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""Samples of a run on its way: pictures of each stage, and the Fréchet distance of each stage."""
+"""Samples during a run: a grid of images of each stage, and the Fréchet distance of each stage."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..pipeline_dod import DoDPipeline
 def _sample_own(
     pipeline: DoDPipeline, labels: list[int], seed: int, accelerator: Accelerator, batch_size: int, **call: Any
 ) -> list[tuple[int, list[np.ndarray]]]:
-    """This process's share of samples, each with its place: (stages, H, W, 3) in uint8, which depends on it alone."""
+    """Draws this process's share of samples: pairs of a place and images (stages, H, W, 3) in uint8 of that place."""
     samples = []
     own = list(range(accelerator.process_index, len(labels), accelerator.num_processes))
     for start in range(0, len(own), batch_size):
@@ -46,19 +46,18 @@ def stage_grid(
     **call: Any,
 ) -> Image.Image:
     """
-    Samples of the first `num_columns` classes: for each of `samples_per_class`, a row per stage, stage 1 on top.
+    Draws a grid of samples: a column per class, and for each sample a row per stage, with stage 1 on top.
 
     Args:
         pipeline ([`DoDPipeline`]): The model.
         seed (`int`): Seed of the noise.
-        accelerator (`Accelerator`): The processes, which share the samples.
-        num_columns (`int`, defaults to 12): How many classes to show.
-        samples_per_class (`int`, defaults to 2): How many samples of each.
+        accelerator (`Accelerator`): The processes. They share the samples.
+        num_columns (`int`, defaults to 12): Number of classes to show, from the first.
+        samples_per_class (`int`, defaults to 2): Number of samples of each class.
         call (`Any`): Further arguments of the pipeline's call.
 
     Returns:
-        `PIL.Image.Image`: The grid, its pictures enlarged by the largest whole factor that keeps them within 64
-        pixels.
+        `PIL.Image.Image`: The grid. Its images are enlarged by the largest integer that keeps them within 64 pixels.
     """
     classes = list(range(min(num_columns, pipeline.transformer.config.num_classes)))
     labels = classes * samples_per_class
@@ -81,15 +80,15 @@ def stage_distances(
     **call: Any,
 ) -> dict[str, float]:
     """
-    The Fréchet distance of each stage's samples to reference pictures; with few samples too large, by more the fewer.
+    Computes the Fréchet distance of each stage's samples to a reference; the fewer samples, the more it is too large.
 
     Args:
         pipeline ([`DoDPipeline`]): The model.
-        extractor (`Callable`): Pictures (B, 3, H, W) in uint8 -> features (B, d) or [`PictureFeatures`].
+        extractor (`Callable`): Images (B, 3, H, W) in uint8 -> features (B, d) or [`PictureFeatures`].
         reference (`tuple[np.ndarray, np.ndarray]`): Mean and covariance of the reference features.
         num_samples (`int`): Number of samples, of all classes in turn.
         seed (`int`): Seed of the noise.
-        accelerator (`Accelerator`): The processes, which share the samples.
+        accelerator (`Accelerator`): The processes. They share the samples.
         batch_size (`int`, defaults to 64): Samples per call of the pipeline.
         call (`Any`): Further arguments of the pipeline's call.
 
