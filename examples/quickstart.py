@@ -14,13 +14,13 @@ from PIL import Image, ImageDraw, ImageFont
 from diffusers_dod import DoDPipeline
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", default=Path(__file__).parents[1] / "checkpoints" / "dod-desk")
     parser.add_argument("--samples_per_class", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     pipe = DoDPipeline.from_pretrained(args.pipeline)
     names = list(pipe.label2ids)

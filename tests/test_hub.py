@@ -7,6 +7,7 @@ from pathlib import Path
 
 from helpers import tiny_pipeline
 from hub_server import Hub
+from launch import PATIENCE_S
 from PIL import Image
 
 
@@ -78,7 +79,7 @@ def run_client(folder: Path) -> Hub:
         )
         online = client.stdout.readline()
     num_requests = len(hub.requests)
-    output, _ = client.communicate("\n", timeout=60)
+    output, _ = client.communicate("\n", timeout=PATIENCE_S)
     assert (online + output, client.returncode) == ("online done\noffline done\n", 0), (folder / "errors").read_text()
     assert len(hub.requests) == num_requests
     return hub

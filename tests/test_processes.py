@@ -3,9 +3,7 @@
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from helpers import fresh_accelerator, says
+from launch import PATIENCE_S, started, tail, torchrun, wait_until
 
 from diffusers_dod.processes import check_processes
 from diffusers_dod.training.checkpoints import find_latest_checkpoint
@@ -24,7 +23,6 @@ CONFIGS = sorted((ROOT / "training" / "accelerate").glob("*.yaml"))
 ACCELERATE = (
     "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 )
-LAUNCHERS = {"accelerate": ACCELERATE.split(), "torchrun": "-m torch.distributed.run --nproc_per_node 2".split()}
 RUN = "--preset DoD-Desk --dataset_name textures --num_train_samples 8 --resolution 8 --train_batch_size 2".split()
 RUN += "--logging_steps 1 --max_train_steps 100000 --checkpointing_steps 100000".split()
 
@@ -40,29 +38,6 @@ def processes_of(run: Path) -> list[int]:
     return found
 
 
-def wait_until(condition, seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def launch(launcher: str, run: Path) -> subprocess.Popen:
-    command = [sys.executable, *LAUNCHERS[launcher]]
-    if launcher == "torchrun":
-        command += ["--standalone", "--log_dir", str(run.parent / "logs")]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [*command, str(ROOT / "training" / "train_dod.py"), *RUN, "--output_dir", str(run)],
-        env=environment,
-        stdout=(run.parent / "output").open("w"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize(
     ("launcher", "target", "code"),
@@ -74,21 +49,22 @@ def launch(launcher: str, run: Path) -> subprocess.Popen:
     ],
 )
 def test_sigterm_saves_and_ends_all_processes(tmp_path, launcher, target, code):
-    run = tmp_path / "run"
-    process = launch(launcher, run)
-    try:
-        metrics = run / "metrics.jsonl"
-        is_training = wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, 120)
-        assert is_training, (tmp_path / "output").read_text()
-        workers = [pid for pid in processes_of(run) if pid != process.pid]
-        assert len(workers) == (2 if launcher == "torchrun" else 1)
-        os.kill(process.pid if target == "launcher" else workers[0], signal.SIGTERM)
-        assert process.wait(60) == code, (tmp_path / "output").read_text()
-        assert wait_until(lambda: not processes_of(run), 60)
-    finally:
-        for pid in processes_of(run):
-            os.kill(pid, signal.SIGKILL)
-    output = (tmp_path / "output").read_text()
+    run, output_file = tmp_path / "run", tmp_path / "output"
+    metrics = run / "metrics.jsonl"
+    command = torchrun(tmp_path / "logs") if launcher == "torchrun" else [sys.executable, *ACCELERATE.split()]
+    num_workers = 2 if launcher == "torchrun" else 1
+    with started([*command, ROOT / "training" / "train_dod.py", *RUN, "--output_dir", run], output_file) as process:
+        try:
+            wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, process)
+            workers = [pid for pid in processes_of(run) if pid != process.pid]
+            assert len(workers) == num_workers
+            os.kill(process.pid if target == "launcher" else workers[0], signal.SIGTERM)
+            assert process.wait(PATIENCE_S) == code, tail(output_file)
+            wait_until(lambda: not processes_of(run))
+        finally:
+            for pid in processes_of(run):
+                os.kill(pid, signal.SIGKILL)
+    output = output_file.read_text()
     last_step = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert find_latest_checkpoint(run) == run / f"checkpoint-{last_step}"
     assert f"Stopped by SIGTERM after step {last_step}, with a checkpoint." in output

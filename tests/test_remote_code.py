@@ -14,6 +14,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from helpers import says, tiny_pipeline
 from hub_server import Hub
+from launch import PATIENCE_S
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline
 from diffusers_dod.remote_code import export_remote_code, main
@@ -314,7 +315,7 @@ def run(python: Path | str, script: str, exported: Path, expected: Path, folder:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_S,
     )
     assert (process.stdout, process.returncode) == ("done\n", 0), process.stdout + process.stderr
 

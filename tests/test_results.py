@@ -3,16 +3,18 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import says, tiny_pipeline
+from launch import PATIENCE_S
 
 from diffusers_dod import files, results
 from diffusers_dod.files import check_output, file_sha256, in_use, replacing
@@ -212,17 +214,24 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
 
 
 def test_a_folder_in_use_is_refused_until_the_other_command_ends(tmp_path):
-    code = "import sys, time; from pathlib import Path; from diffusers_dod.files import in_use\n"
-    code += "with in_use(Path(sys.argv[1])): print('in use', flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "new")], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "in use\n"
+    context = multiprocessing.get_context("fork")
+    is_in_use = context.Event()
+
+    def use():
+        with in_use(tmp_path / "new"):
+            is_in_use.set()
+            signal.pause()
+
+    process = context.Process(target=use, daemon=True)
+    process.start()
+    assert is_in_use.wait(PATIENCE_S)
     with pytest.raises(ValueError, match=says("`output_dir`", "another command", str(tmp_path / "new"))):
         with in_use(tmp_path / "new"):
             pass
     with in_use(tmp_path / "other"):
         pass
     process.kill()
-    process.wait()
+    process.join()
     for _ in range(2):
         with in_use(tmp_path / "new"):
             assert list((tmp_path / "new").iterdir()) == []

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import says, tiny_latent_embedder, tiny_pipeline, tiny_transformer, tiny_vae
+from launch import PATIENCE_S
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTModel
@@ -289,7 +290,7 @@ class Together:
     """What keeps the processes of a run together, for threads."""
 
     def __init__(self, count: int):
-        self.barrier = threading.Barrier(count, timeout=60)
+        self.barrier = threading.Barrier(count, timeout=PATIENCE_S)
         self.errors: list[Exception] = []
 
     @contextmanager

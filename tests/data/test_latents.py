@@ -4,9 +4,6 @@ import json
 import os
 import pickle
 import re
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from helpers import fresh_accelerator, says, tiny_vae, write_pictures
+from launch import run_command, torchrun
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -808,24 +806,10 @@ MANY = "--dataset_name textures --num_train_samples 4200 --resolution 8 --latent
 
 @pytest.mark.slow
 def test_two_processes_of_the_command_write_the_files_of_one(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch += ["--log_dir", str(tmp_path / "logs"), str(Path(__file__).parents[2] / "training" / "encode_latents.py")]
-    process = subprocess.Popen(
-        [*launch, *MANY, "--latents_dir", str(tmp_path / "two")],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # so that a launch that hangs can be ended with its workers
-    )
+    script = Path(__file__).parents[2] / "training" / "encode_latents.py"
+    command = [*torchrun(tmp_path / "logs"), script, *MANY, "--latents_dir", tmp_path / "two"]
+    output = run_command(command, tmp_path / "output")
     encode(*MANY, "--latents_dir", tmp_path / "one")
-    try:
-        output, _ = process.communicate(timeout=200)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"Two processes did not finish in 200 s:\n{output[-3000:]}")
-    assert process.returncode == 0, output[-5000:]
     # Some ways to launch two processes run one: the first of two has one shard to write.
     assert "/4096 " in output and "/4200 " not in output
     assert len(LatentDataset(tmp_path / "two").manifest["shards"]) == 2

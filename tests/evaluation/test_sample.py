@@ -4,9 +4,7 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
-import time
 import tracemalloc
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import fresh_accelerator, says, tiny_pipeline
+from launch import run_command, started, torchrun, wait_until
 from PIL import Image
 
 from diffusers_dod import DoDPipeline
@@ -571,33 +570,28 @@ def test_several_versions_are_named(tmp_path, caplog):
     assert "2 versions or devices" in caplog.text
 
 
-ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-SCRIPT = str(ROOT / "training" / "sample_dod.py")
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+SCRIPT = ROOT / "training" / "sample_dod.py"
+# The command, which stops before its sixth chunk, to be killed there.
+STOPS = """
+import signal, sys
+from diffusers_dod.evaluation import sample
+
+write = sample.SampleFolder.write
+sample.SampleFolder.write = lambda self, chunk, *args: signal.pause() if chunk == 5 else write(self, chunk, *args)
+sample.main(sys.argv[1:])
+"""
 
 
 @pytest.mark.slow
 def test_killed_and_restarted_on_two_processes(checkpoint, tmp_path):
     folder = tmp_path / "samples"
     many = ["--num_images", "61", "--batch_size", "2", "--num_inference_steps", "10", "--format", "npz"]
-    environment = os.environ | ENVIRONMENT
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *command(checkpoint, folder, *many)], env=environment, stderr=subprocess.DEVNULL
-    )
-    end = time.monotonic() + 120
-    while len(list(folder.glob("chunks/0*.json"))) < 3:
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    notes = {path: path.stat().st_mtime_ns for path in folder.glob("chunks/0*.json")}
-    assert 3 <= len(notes) < 31
     arguments = command(checkpoint, folder, *many)
-    two = [sys.executable, *TORCHRUN, "--log_dir", str(tmp_path / "logs"), SCRIPT, *arguments]
-    result = subprocess.run(two, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    one = [sys.executable, SCRIPT, *command(checkpoint, tmp_path / "one", *many)]
-    subprocess.run(one, env=environment, check=True, capture_output=True, timeout=300)
+    with started([sys.executable, "-c", STOPS, *arguments], tmp_path / "output") as process:
+        wait_until(lambda: len(list(folder.glob("chunks/0*.json"))) == 5, process)
+    assert len(list(folder.glob("chunks/0*.json"))) == 5
+    run_command([*torchrun(tmp_path / "logs"), SCRIPT, *arguments], tmp_path / "output")
+    run(checkpoint, tmp_path / "one", *many)
     assert contents(folder) == contents(tmp_path / "one")
 
 
@@ -606,7 +600,6 @@ def test_an_error_of_one_process_ends_all(checkpoint, tmp_path):
     folder = tmp_path / "samples"
     (folder / "chunks" / "000001.json").mkdir(parents=True)  # the second process cannot write its note
     arguments = command(checkpoint, folder, "--num_images", "2000")
-    two = [sys.executable, *TORCHRUN, "--log_dir", str(tmp_path / "logs"), SCRIPT, *arguments]
-    result = subprocess.run(two, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert result.returncode != 0 and "000001.json" in result.stderr
+    output = run_command([*torchrun(tmp_path / "logs"), SCRIPT, *arguments], tmp_path / "output", succeeds=False)
+    assert "000001.json" in output
     assert sorted(path.name for path in folder.glob("chunks/0*.json")) == ["000000.json", "000001.json"]

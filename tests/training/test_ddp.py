@@ -5,9 +5,6 @@ one process that sees the joint batch.
 """
 
 import json
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from launch import run_command, torchrun
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -144,25 +142,8 @@ def folder(tmp_path_factory) -> Path:
             Image.radial_gradient("L").rotate(40 * i + 90 * j).resize((20 + j, 20)).save(
                 folder / "pictures" / name / f"{j}.png"
             )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["--log_dir", str(folder / "logs")]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["HF_DATASETS_CACHE"] = str(folder / "cache")
-    process = subprocess.Popen(
-        [*command, __file__, str(folder)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # so that a launch that hangs can be ended with its workers
-    )
-    try:
-        output, _ = process.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"Two processes did not finish in 300 s:\n{output[-3000:]}")
-    assert process.returncode == 0, output[-5000:]
+    environment = {"HF_DATASETS_CACHE": str(folder / "cache")}
+    run_command([*torchrun(folder / "logs"), __file__, folder], folder / "output", environment)
     assert sorted(path.name for path in folder.glob("finished-*")) == ["finished-0", "finished-1"]
     return folder
 

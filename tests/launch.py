@@ -1,0 +1,83 @@
+"""Commands in processes of their own. What they wait for is long: only what hangs takes it, not what is slow."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+
+PATIENCE_S = 1200
+
+# After SIGTERM torchrun would give its workers 30 s; gloo would ask for the name of the machine.
+ENVIRONMENT = {
+    "ACCELERATE_USE_CPU": "true",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(PATIENCE_S),
+    **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
+}
+
+
+def torchrun(log_dir: Path, num_processes: int = 2) -> list[str]:
+    """What a script's path is appended to: its processes meet at a port that the system chooses."""
+    limits = "join_timeout", "close_timeout", "read_timeout", "heartbeat_timeout", "keep_alive_max_attempt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1"]
+    command += ["--rdzv_conf", ",".join(f"{limit}={PATIENCE_S}" for limit in limits)]
+    return [*command, "--nproc_per_node", str(num_processes), "--log_dir", str(log_dir)]
+
+
+def tail(output: Path, num_lines: int = 25) -> str:
+    return "\n".join(output.read_text(errors="replace").splitlines()[-num_lines:])
+
+
+@contextmanager
+def started(
+    command: Sequence[object], output: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen]:
+    """A command whose output goes to a file; at the end of the block it is killed with all that it has started."""
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            list(map(str, command)),
+            env=os.environ | ENVIRONMENT | dict(environment or {}),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+
+
+def run_command(
+    command: Sequence[object], output: Path, environment: Mapping[str, str] | None = None, succeeds: bool = True
+) -> str:
+    """Runs a command to its end, which must be success, or failure, and returns its output."""
+    with started(command, output, environment) as process:
+        try:
+            code = process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"No end within {PATIENCE_S} s:\n{tail(output)}", pytrace=False)
+    if (code == 0) != succeeds:
+        pytest.fail(f"Exit code {code}:\n{tail(output)}", pytrace=False)
+    return output.read_text()
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen | None = None) -> None:
+    """Waits until something is so, as long as the process lasts that makes it so."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        has_ended = process is not None and process.poll() is not None
+        assert not has_ended or condition(), f"The process has ended with exit code {process.returncode}."
+        assert time.monotonic() < end, f"No such thing within {PATIENCE_S} s."
+        time.sleep(0.02)
