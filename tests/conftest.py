@@ -1,11 +1,17 @@
 """What the tests share."""
 
+from collections import Counter
+from collections.abc import Iterator
+
 import datasets
 import pytest
 import torch
 from helpers import tiny_pipeline
 
 from diffusers_dod import DoDPipeline
+
+
+NUM_SHOWN_FAILURES = 3
 
 
 @pytest.fixture
@@ -25,3 +31,29 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Shows one failure of each of the first tests that failed, and counts the others; `-vv` shows all."""
+    if terminalreporter.verbosity >= 2:
+        return (yield)
+    stats = terminalreporter.stats
+    failures = {kind: stats[kind] for kind in ("failed", "error") if kind in stats}
+    counts = Counter(name_of(report) for reports in failures.values() for report in reports)
+    for kind, reports in failures.items():
+        first_ones = {name_of(report): report for report in reversed(reports)}  # one of each
+        stats[kind] = [report for report in reports if report in first_ones.values()][:NUM_SHOWN_FAILURES]
+        for report in stats[kind]:
+            report.sections = [(title, "\n".join(text.splitlines()[-10:])) for title, text in report.sections]
+            counts[name_of(report)] -= 1
+    result = yield
+    stats.update(failures)
+    for name, count in (+counts).most_common(20):
+        terminalreporter.write_line(f"FAILED {name}: {count} more")
+    return result
+
+
+def name_of(report: pytest.TestReport) -> str:
+    """The test without its parameters."""
+    return report.nodeid.partition("[")[0]
