@@ -36,9 +36,6 @@ RIDDLES = {"whole", "together", "barren", "replicas"}
 UNREVISED = (
     "src/diffusers_dod/guidance.py",
     "src/diffusers_dod/pipeline_dod.py",
-    "src/diffusers_dod/processes.py",
-    "src/diffusers_dod/data/buckets.py",
-    "src/diffusers_dod/data/streaming.py",
 )
 
 

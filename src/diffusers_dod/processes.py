@@ -94,7 +94,7 @@ class StopSignal:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def all_or_none() -> Iterator[None]:
     """Context that waits for all processes at its end, and raises a `RuntimeError` in each if one has failed."""
     error = None
     try:
@@ -108,7 +108,7 @@ def together() -> Iterator[None]:
         raise RuntimeError(f"Another process failed: {failures[0]}")
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Gathers `tensor` if this process holds only a shard of it; then every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

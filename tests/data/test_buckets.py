@@ -311,7 +311,7 @@ def test_any_number_of_processes_writes_the_same(tmp_path, pictures, count):
 
     def run(index: int) -> None:
         results[index] = encode(
-            pictures, tmp_path / "shared", process_index=index, num_processes=count, together=together
+            pictures, tmp_path / "shared", process_index=index, num_processes=count, all_or_none=together
         )
 
     threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]

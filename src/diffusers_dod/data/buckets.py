@@ -211,7 +211,7 @@ def encode_buckets(
     process_index: int = 0,
     num_processes: int = 1,
     vision: VisionFeatures | None = None,
-    together: Callable[[], AbstractContextManager] = nullcontext,
+    all_or_none: Callable[[], AbstractContextManager] = nullcontext,
 ) -> "BucketedLatents":
     """
     Encodes all buckets with all processes, unless this has been done, and opens their latents.
@@ -233,7 +233,7 @@ def encode_buckets(
         process_index (`int`, defaults to 0): Index of this process.
         num_processes (`int`, defaults to 1): Number of processes. They share the shards.
         vision ([`VisionFeatures`], *optional*): A vision model whose features of the images are stored too.
-        together (`Callable`, defaults to `nullcontext`):
+        all_or_none (`Callable`, defaults to `nullcontext`):
             Gives a context that waits at its end for all processes and raises in each if one has failed.
 
     Returns:
@@ -245,10 +245,10 @@ def encode_buckets(
     """
     shared = latent_settings(pictures, vae, random_flip, latents_dtype, vision)
     settings = shared | {"transform": "ADM centre crop to buckets", "bucket_sizes": [list(size) for size in sizes]}
-    with together():  # all have looked before anyone writes
+    with all_or_none():  # all have looked before anyone writes
         is_done = _is_done(folder, settings)
     if not is_done:
-        with together():
+        with all_or_none():
             buckets = split_pictures(pictures, sizes, num_workers)
             num_shards = 0
             for size, bucket in buckets.items():
@@ -267,7 +267,7 @@ def encode_buckets(
                     vision=vision,
                 )
                 num_shards += -(-len(bucket.dataset) // shard_size)
-        with together():
+        with all_or_none():
             if process_index == 0:
                 _finish_buckets(folder, buckets, settings, shared, on_bad_image)
     latents = BucketedLatents(folder)

@@ -299,20 +299,20 @@ class PictureStream(IterableDataset):
         epoch, next_index, next_offset, num_bad = state.readers[reader]
         reader += state.process_index * state.num_workers
         num_readers = state.num_processes * state.num_workers
-        barren = set()  # shards without a picture, since the last picture
+        empty_shards = set()  # shards without an image since the last image
         while True:
             shards = self._permutation(state.num_shards, epoch)[reader::num_readers]
             for index in range(next_index, len(shards)):
                 shard = shards[index]
                 if next_offset == 0:
-                    barren.add(shard)
+                    empty_shards.add(shard)
                 for offset, sample in self._read_shard(epoch, shard, next_offset):
                     if sample is None:
                         num_bad += 1
                         continue
-                    barren.clear()
+                    empty_shards.clear()
                     yield *sample, [epoch, index, offset + 1, num_bad]
-                if len(barren) == state.num_shards:
+                if len(empty_shards) == state.num_shards:
                     raise ValueError(
                         f"The stream must have pictures, got {state.num_shards} shards with none that can be read and "
                         f"has a label in [0, {self.draws.num_classes - 1}]."

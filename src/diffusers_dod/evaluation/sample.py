@@ -42,7 +42,7 @@ from ..checks import attempt, check_at_least, check_number
 from ..files import UNFINISHED, check_output, file_sha256, in_use, replacing
 from ..guidance import NULL_CONDITIONS, Guidance
 from ..pipeline_dod import DoDPipeline
-from ..processes import check_processes, end_with_launcher, together
+from ..processes import all_or_none, check_processes, end_with_launcher
 from ..results import checkpoint_sha256, describe_versions
 from ..seeding import stateless_generator
 from ..tableaus import SOLVERS
@@ -515,7 +515,7 @@ def sample(args: argparse.Namespace, argv: list[str], accelerator: Accelerator) 
     outputs = {n: SampleFolder(folder, {**settings, "stage": n}, labels) for n, folder in folders.items()}
     complete: list[int] = []
     with ExitStack() as stack:
-        with together():
+        with all_or_none():
             if accelerator.is_main_process:
                 stack.enter_context(in_use(args.output_dir))
                 complete = [n for n, output in outputs.items() if output.open()]
@@ -527,7 +527,7 @@ def sample(args: argparse.Namespace, argv: list[str], accelerator: Accelerator) 
             own = [chunk for chunk in own if not all(output.is_done(chunk) for output in outputs.values())]
             missing = sorted(gather_object(own))
             _sample_chunks(args, pipeline, outputs, missing, accelerator)
-            with together():
+            with all_or_none():
                 if accelerator.is_main_process:
                     details = {
                         "task": "sample",
@@ -563,7 +563,7 @@ def _sample_chunks(
     with progress:
         for start in range(0, len(missing), accelerator.num_processes):
             dealt = missing[start : start + accelerator.num_processes]
-            with together():
+            with all_or_none():
                 for chunk in dealt[accelerator.process_index :][:1]:
                     indices = first.indices(chunk)
                     known = first.labels is not None

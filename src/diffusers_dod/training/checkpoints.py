@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..files import file_sha256
-from ..processes import sharded_like, whole
+from ..processes import full_tensor, sharded_like
 from .ema import averaged_parameters
 from .models import set_learning_rates
 
@@ -156,7 +156,7 @@ def gather_training_state(
     gathered: dict[str, dict[str, torch.Tensor]] = {file: {} for file in sources if keep}
     for file, tensors in sources.items():
         for name, tensor in tensors.items():
-            full = whole(tensor)
+            full = full_tensor(tensor)
             if keep:  # gathered tensors go to the CPU, as all of them may be too large for the device
                 full = full.cpu() if full is not tensor else full
                 gathered[file][name] = full.contiguous()

@@ -30,7 +30,7 @@ from ..data.encoding import ON_BAD_IMAGE, SHARD_SIZE, check_bad_images, encode_l
 from ..data.latents import DTYPES, LatentDataset, Latents, check_settings, find_damaged_shards, is_complete
 from ..data.pictures import Pictures, load_pictures
 from ..data.vision_features import VisionFeatures
-from ..processes import together
+from ..processes import all_or_none
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -196,7 +196,7 @@ def encode_data(
             accelerator.process_index,
             accelerator.num_processes,
             vision=vision,
-            together=together,
+            all_or_none=all_or_none,
         )
         _warn_of_bad_images(latents)
         return latents
@@ -204,7 +204,7 @@ def encode_data(
     is_done = is_complete(folder)
     accelerator.wait_for_everyone()  # all have looked before anyone writes
     if not is_done:
-        with together():
+        with all_or_none():
             encode_latents(
                 pictures,
                 vae,
@@ -219,7 +219,7 @@ def encode_data(
                 num_processes=accelerator.num_processes,
                 vision=vision,
             )
-        with together():
+        with all_or_none():
             if accelerator.is_main_process:
                 finish_latents(folder, settings, args.on_bad_image)
     latents = LatentDataset(folder)

@@ -49,11 +49,11 @@ from ..presets import PRESETS
 from ..processes import (
     STOPPED_EXIT_CODE,
     StopSignal,
+    all_or_none,
     check_processes,
     end_with_launcher,
+    full_tensor,
     sharded_like,
-    together,
-    whole,
 )
 from ..scheduling_dod import DoDFlowMatchScheduler
 from ..transformer_dod import DoDTransformer2DModel
@@ -183,7 +183,7 @@ class Trainer:
             args.output_dir.mkdir(parents=True, exist_ok=True)
         self.checkpoint = self._find_checkpoint()  # the latest
         if args.push_to_hub:  # before anything else, so that a refusal costs nothing
-            with together():
+            with all_or_none():
                 if accelerator.is_main_process:
                     name = args.hub_model_id or args.output_dir.resolve().name
                     self.pusher = HubPusher(name, args.output_dir, args.hub_token)
@@ -432,7 +432,7 @@ class Trainer:
     def averaged_pipeline(self) -> DoDPipeline:
         """Builds the pipeline of the averaged weights, sharing their memory; all processes must call it."""
         names = averaged_parameters(self.joint_model)
-        weights = {name: whole(tensor) for name, tensor in zip(names, self.ema.shadow_params, strict=True)}
+        weights = {name: full_tensor(tensor) for name, tensor in zip(names, self.ema.shadow_params, strict=True)}
         models = {}
         for part in ("transformer", "latent_embedder"):
             model = getattr(self.joint_model, part)
@@ -556,12 +556,12 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         if not isinstance(norm, torch.Tensor):  # DeepSpeed clips on its own, and does not know the norm at first
             return torch.tensor(norm or 0.0, device=self.accelerator.device)
-        return whole(norm)
+        return full_tensor(norm)
 
     def _find_nonfinite_gradients(self) -> list[str]:
         """Finds the names of weights with non-finite gradients."""
         gradients = {name: p.grad for name, p in self.joint_model.named_parameters() if p.grad is not None}
-        return [name for name, gradient in gradients.items() if not whole(gradient).isfinite().all()]
+        return [name for name, gradient in gradients.items() if not full_tensor(gradient).isfinite().all()]
 
     def _note_nonfinite_step(self, grad_norm: float, suspects: list[str]) -> None:
         """Counts a step that was left out, and ends the run with a report if there are too many."""
@@ -577,7 +577,7 @@ class Trainer:
             "loss_with_prior_sum_and_count": loss_sums[:2],
             "loss_without_prior_sum_and_count": loss_sums[2:],
             "nonfinite_weights": [
-                name for name, value in self.joint_model.named_parameters() if not whole(value).isfinite().all()
+                name for name, value in self.joint_model.named_parameters() if not full_tensor(value).isfinite().all()
             ],
             "nonfinite_gradients": suspects,
         }
