@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDTransformer2DModel, LatentEmbeddingModule
+from diffusers_dod.metrics.inception import InceptionV3
 
 
 # Id 0 has two names, and one name ("crane") belongs to two ids, as in ImageNet.
@@ -209,3 +210,13 @@ def table(rows: Iterable[tuple]) -> pytest.MarkDecorator:
             for number, (argument, kwargs, exception, *fragments) in enumerate(rows)
         ],
     )
+
+
+def constant_inception_weights() -> dict[str, torch.Tensor]:
+    """Weights of Inception whose file is small: one number for each tensor, another one for each."""
+    with torch.device("meta"):
+        state = InceptionV3().state_dict()
+    for i, (name, tensor) in enumerate(state.items()):
+        number = (1 + i / 1000) / (tensor[0].numel() if tensor.ndim > 1 else 1)
+        state[name] = torch.tensor(number, dtype=tensor.dtype).expand(tensor.shape)
+    return state

@@ -166,9 +166,13 @@ def test_a_training_run_fills_a_card(tmp_path):
     metrics["precision"] = as_metric(0.5)
     first = write(tmp_path / "a.json", metrics, checkpoint=folder, extractor="some/features.py:name", num_stages=2)
     second = write(tmp_path / "b.json", {"fid": as_metric(5.125)}, checkpoint=folder, extractor="inception")
+    named = {"extractor": "inception:own/weights.pth", "extractor_sha256": "6726825d" + 56 * "0"}  # the published ones
+    third = write(tmp_path / "c.json", {"fid": as_metric(6.5)}, checkpoint=folder, **named)
     texts = {"description": "Of stripes.", "hardware": "a GPU", "license": "mit", "datasets": ["me/stripes"]}
     texts["repo_id"] = "me/dod"
-    source = save(tmp_path / "own.yaml", desk(pipeline=str(folder), results=[first, second], num_processes=4) | texts)
+    source = save(
+        tmp_path / "own.yaml", desk(pipeline=str(folder), results=[first, second, third], num_processes=4) | texts
+    )
     main([str(source)])
     assert (tmp_path / "own.md").read_text() == (folder / "README.md").read_text()
     card = ModelCard.load(folder / "README.md")
@@ -191,9 +195,10 @@ def test_a_training_run_fills_a_card(tmp_path):
         ("accuracy", 0.75),
         ("improved_precision", 0.5),
         ("fid", 5.125),
+        ("fid", 6.5),
     ]
     assert entries[0].metric_name == "FID, 1,200 samples, features of features.py:name (95 %: 4 to 4.5)"
-    assert entries[4].metric_name == "FID, 1,200 samples"
+    assert entries[4].metric_name == entries[5].metric_name == "FID, 1,200 samples"
     assert entries[0].metric_config == "num_stages 2" and entries[4].metric_config is None
     assert {(entry.dataset_type, entry.dataset_name) for entry in entries} == {("me/stripes", "textures:20:1")}
 

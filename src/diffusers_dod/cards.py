@@ -17,6 +17,8 @@ from .compute import sampling_compute, training_cost
 from .data.pictures import TEXTURES
 from .files import METRICS_FILE
 from .latent_embedding import LatentEmbeddingModule
+from .metrics.extractors import INCEPTION
+from .metrics.inception import WEIGHTS_SHA256
 from .pipeline_dod import DoDPipeline
 from .presets import PRESETS, Preset
 from .tables import format_table
@@ -66,9 +68,11 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _features(results: Mapping[str, Any]) -> str | None:
-    """Name of the extractor without folders; nothing for Inception."""
-    extractor = results["settings"].get("extractor")
-    return None if extractor in (None, "inception") else Path(extractor).name
+    """Name of the extractor without folders; nothing for Inception with the published weights."""
+    settings = results["settings"]
+    extractor, sha256 = settings.get("extractor"), settings.get("extractor_sha256")
+    is_published = extractor == INCEPTION or (sha256 or "").startswith(WEIGHTS_SHA256)
+    return None if extractor is None or is_published else Path(extractor).name
 
 
 def _settings(results: Mapping[str, Any]) -> str:

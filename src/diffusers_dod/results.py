@@ -24,7 +24,7 @@ from .files import folder_sha256, replacing
 
 FORMAT = 1
 PACKAGES = ("diffusers-dod", "torch", "diffusers", "transformers", "accelerate", "numpy", "scipy", "Pillow")
-PACKAGES += ("scikit-image", "torch-fidelity", "torchvision")  # where they are installed
+PACKAGES += ("scikit-image",)  # where it is installed
 
 
 def checkpoint_sha256(path: str | os.PathLike) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import says
+from helpers import constant_inception_weights, says
 
 from diffusers_dod.data.pictures import Pictures
 from diffusers_dod.data.textures import TextureDataset
@@ -16,6 +16,7 @@ from diffusers_dod.evaluation import evaluate
 from diffusers_dod.evaluation.images import DatasetImages, draw_indices, open_images
 from diffusers_dod.evaluation.reproduce import reproduce
 from diffusers_dod.files import file_sha256
+from diffusers_dod.metrics import inception
 from diffusers_dod.metrics.extractors import (
     PictureFeatures,
     check_extractor,
@@ -274,9 +275,10 @@ def test_accuracy_needs_the_logits_of_the_samples_classes(classified, capsys):
     textures = ["textures:24:0", "--extractor", f"{classified / 'classifier.py'}:classifier", "--metrics", "accuracy"]
     with pytest.raises(ValueError, match=says("`extractor`", "12 classes", "got 10")):
         evaluate.main(textures)
-    with pytest.raises(SystemExit):
-        evaluate.main(["samples.npz", "--extractor", "inception", "--metrics", "accuracy"])
-    assert "`extractor` must be a classifier of the samples' classes" in capsys.readouterr().err
+    for name in ("inception", "inception:own.pth"):
+        with pytest.raises(SystemExit):
+            evaluate.main(["samples.npz", "--extractor", name, "--metrics", "accuracy"])
+        assert "`extractor` must be a classifier of the samples' classes" in capsys.readouterr().err
 
 
 def test_few_samples_are_warned_of(world):
@@ -380,12 +382,30 @@ def test_extractors_by_name(world):
 FLAT = Flat()
 
 
-def test_inception_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(
-        ImportError, match=says("torch-fidelity", "torchvision", "pip install 'diffusers-dod[evaluation]'")
-    ):
-        load_extractor("inception")
+def test_inception_is_known_by_the_file_of_its_weights(world, tmp_path, monkeypatch):
+    torch.save(constant_inception_weights(), tmp_path / "weights.pt")
+    sha256 = file_sha256(tmp_path / "weights.pt")
+    name = f"inception:{tmp_path / 'weights.pt'}"
+    output = tmp_path / "inception.json"
+    argv = [str(world / "samples.npz"), "--extractor", name, "--metrics", "is", "--num_samples", "2"]
+    evaluate.main([*argv, "--num_groups", "0", "--device", "cpu", "--output_file", str(output)])
+    results = json.loads(output.read_text())
+    assert results["settings"]["extractor_sha256"] == sha256 and results["settings"]["extractor"] == name
+
+    pictures = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    features = extract(load_extractor(name), pictures)
+    assert {name: len(values[0]) for name, values in vars(features).items()} == {
+        "features": 2048,
+        "spatial_features": 17 * 17 * 7,
+        "logits": 1008,
+    }
+    assert extractor_file(name) is None
+
+    monkeypatch.setenv("INCEPTION_WEIGHTS", str(tmp_path / "weights.pt"))
+    with pytest.raises(ValueError, match=says("`extractor`", "published weights", sha256)):
+        load_extractor("inception", argument="extractor")
+    monkeypatch.setattr(inception, "WEIGHTS_SHA256", sha256[:8])
+    assert extractor_sha256("inception", load_extractor("inception")) == sha256
 
 
 class Weighted(torch.nn.Module):

@@ -83,9 +83,10 @@ def test_code_is_run_only_if_it_is_trusted(tmp_path, command):
             reproduce.reproduce(path, 0.0)
         assert len(command.calls) == number
         assert reproduce.reproduce(path, 0.0, trust_extractor=True)[0]["agrees"]
-    argv = ["samples.pt", "--extractor", "inception", "--output_file", "published.json"]
-    write_results(path, "evaluate", argv, command.metrics, {"name": "samples"}, {}, "cpu")
-    assert reproduce.reproduce(path, 0.0)[0]["agrees"]
+    for name in ("inception", "inception:own/weights.pt"):
+        argv = ["samples.pt", "--extractor", name, "--output_file", "published.json"]
+        write_results(path, "evaluate", argv, command.metrics, {"name": "samples"}, {}, "cpu")
+        assert reproduce.reproduce(path, 0.0)[0]["agrees"]
 
 
 def test_another_extractor_is_warned_of(tmp_path, command, recwarn):

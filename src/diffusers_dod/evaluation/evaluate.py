@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from ..checks import attempt, check_at_least
 from ..files import check_output, file_sha256, replacing
-from ..metrics.extractors import INCEPTION, Extractor, extract, extractor_sha256, load_extractor, load_statistics
+from ..metrics.extractors import Extractor, extract, extractor_sha256, is_inception, load_extractor, load_statistics
 from ..metrics.frechet import fid_interval, frechet_distance
 from ..metrics.inception_score import RunningInceptionScore
 from ..metrics.intervals import wilson_interval
@@ -276,7 +276,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--extractor",
         required=True,
-        help="`inception` (pip install 'diffusers-dod[evaluation]'), `package.module:attribute`, `file.py:attribute`, "
+        help="`inception`, `inception:path/weights.pth`, `package.module:attribute`, `file.py:attribute`, "
         "or a TorchScript file.",
     )
     parser.add_argument("--trust_extractor", action="store_true", help="Let a TorchScript file run what it holds.")
@@ -325,10 +325,10 @@ def find_errors(args: argparse.Namespace) -> list[str]:
         errors.append("`metrics` or `save_statistics` must be given, got neither.")
     if args.save_statistics is not None and args.save_statistics.suffix != ".npz":
         errors.append(f"`save_statistics` must end with .npz, got {args.save_statistics}.")
-    if "accuracy" in args.metrics and args.extractor == INCEPTION:
+    if "accuracy" in args.metrics and is_inception(args.extractor):
         errors.append(
-            "`extractor` must be a classifier of the samples' classes for `accuracy`, got 'inception', whose 1008 "
-            "logits are those of other classes."
+            "`extractor` must be a classifier of the samples' classes for `accuracy`, "
+            f"got {args.extractor!r}, whose 1008 logits are those of other classes."
         )
     attempt(errors, check_device, args.device)
     for name in ("output_file", "save_statistics"):

@@ -22,7 +22,7 @@ from typing import Any
 
 from ..checks import check_number
 from ..files import check_output, file_sha256
-from ..metrics.extractors import INCEPTION, extractor_file
+from ..metrics.extractors import extractor_file, is_inception
 from ..results import checkpoint_sha256, read_results
 from . import evaluate, sample
 
@@ -89,7 +89,7 @@ def _replace_samples(argv: list[str], samples: Path) -> list[str]:
 
 def _check_code(path: Path, argv: list[str]) -> None:
     """Raises if a command would run code that it names."""
-    found = [value for _, option, value in _read_values(argv) if option == "--extractor" and value != INCEPTION]
+    found = [value for _, option, value in _read_values(argv) if option == "--extractor" and not is_inception(value)]
     found += [word for word in argv if word.startswith("--trust")]
     if found:
         raise ValueError(

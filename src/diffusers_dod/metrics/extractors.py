@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..files import file_sha256
+from .inception import load_inception
 
 
 INCEPTION = "inception"
@@ -76,44 +77,36 @@ def extract(extractor: Extractor, pictures: torch.Tensor) -> PictureFeatures:
     return features
 
 
+def is_inception(name: str) -> bool:
+    """Whether `name` is that of Inception: `inception`, or `inception:` and the file of its weights."""
+    return name.partition(":")[0] == INCEPTION
+
+
 class InceptionFeatures(torch.nn.Module):
     """
-    Inception-v3 with the weights and the resizing of the TensorFlow graph that ADM's evaluation runs, out of
-    torch-fidelity, which downloads the weights (91 MB) on first use.
+    [`InceptionV3`] as an extractor, for comparison with ADM's numbers.
 
-    Pictures (B, 3, H, W) in uint8 -> `pool_3` (B, 2048), the first 7 channels of `mixed_6/conv` (B, 17 * 17 * 7) in
-    the order (row, column, channel), and logits without the bias (B, 1008).
+    Images (B, 3, H, W) in uint8 -> `pool_3` (B, 2048), the first 7 channels of `mixed_6/conv` (B, 17 * 17 * 7), and
+    logits without the bias (B, 1008).
+
+    Args:
+        name (`str`, defaults to `"inception"`):
+            `inception` has the published weights. `inception:path/weights.pth` has any weights of this network.
+        argument (`str`, defaults to `"fid_extractor"`): What messages call the name.
 
     Raises:
-        `ImportError`: torch-fidelity cannot be imported.
-        `OSError`: its weights are not here and cannot be downloaded.
+        `OSError`: the file of the weights is not here.
+        `ValueError`: the file does not hold them.
     """
 
-    def __init__(self):
+    def __init__(self, name: str = INCEPTION, argument: str = "fid_extractor"):
         super().__init__()
-        try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except (ImportError, RuntimeError) as error:  # the latter from a torchvision of another torch
-            raise ImportError(
-                "The extractor 'inception' needs torch-fidelity, and the torchvision that belongs to the installed "
-                f"torch: `pip install 'diffusers-dod[evaluation]'`. {error}"
-            ) from error
-        try:
-            self.model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
-        except OSError as error:
-            folder = Path(torch.hub.get_dir()) / "checkpoints"
-            raise OSError(
-                f"The weights of 'inception' are not in {folder} and cannot be downloaded: {error}"
-            ) from error
-        self.model.Mixed_6d.branch1x1.register_forward_hook(self._keep)  # TensorFlow's `mixed_6/conv`, after its ReLU
-
-    def _keep(self, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        self._maps = output[:, :7].permute(0, 2, 3, 1).flatten(1)  # TensorFlow has channels last
+        path = None if name == INCEPTION else Path(name.partition(":")[2])
+        self.model, self.weights_sha256 = load_inception(path, argument)
 
     def forward(self, pictures: torch.Tensor) -> PictureFeatures:
         """The [`PictureFeatures`] of `pictures`."""
-        features, logits = self.model(pictures)
-        return PictureFeatures(features, self._maps, logits)
+        return PictureFeatures(*self.model(pictures))
 
 
 def load_extractor(
@@ -125,9 +118,9 @@ def load_extractor(
     """
     What turns pictures into features, by its name.
 
-    `inception` is [`InceptionFeatures`]. `package.module:attribute` and `path/file.py:attribute` name anything that
-    takes pictures (B, 3, H, W) in uint8 and returns features (B, d) or [`PictureFeatures`]. A file `*.pt` or `*.ts` is
-    a TorchScript module that returns features.
+    `inception` and `inception:path/weights.pth` are [`InceptionFeatures`]. `package.module:attribute` and
+    `path/file.py:attribute` name anything that takes pictures (B, 3, H, W) in uint8 and returns features (B, d) or
+    [`PictureFeatures`]. A file `*.pt` or `*.ts` is a TorchScript module that returns features.
 
     Args:
         name (`str`): Its name.
@@ -139,12 +132,12 @@ def load_extractor(
         `Callable`: The extractor; a module in evaluation mode.
 
     Raises:
-        `ImportError`: it is Inception, and torch-fidelity cannot be imported.
-        `OSError`: it is Inception, and its weights cannot be downloaded.
-        `ValueError`: there is nothing of this name that can be called, or it is a program that is not trusted.
+        `OSError`: it is Inception, and its weights are not here.
+        `ValueError`: there is nothing of this name that can be called, it is a program that is not trusted, or it is
+            Inception with other weights.
     """
-    if name == INCEPTION:
-        extractor = InceptionFeatures()
+    if is_inception(name):
+        extractor = InceptionFeatures(name, argument)
     elif name.endswith(TORCHSCRIPT):
         extractor = _load_torchscript(name, trust, argument)
     else:
@@ -177,8 +170,8 @@ def _load_attribute(name: str, argument: str) -> Extractor:
         return getattr(loaded, attribute)
     except (ImportError, OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"`{argument}` must be named as `package.module:attribute`, or `file.py:attribute`, or be {INCEPTION!r} "
-            f"or a TorchScript file, got {name!r}: {error}."
+            f"`{argument}` must be named as `package.module:attribute`, or `file.py:attribute`, be {INCEPTION!r} or "
+            f"{INCEPTION + ':weights.pth'!r}, or be a TorchScript file, got {name!r}: {error}."
         ) from error
 
 
@@ -197,7 +190,7 @@ def _import_file(path: Path) -> ModuleType:
 
 def extractor_file(name: str) -> Path | None:
     """The file that holds the code of the extractor `name`, which has been loaded; `None` for Inception."""
-    if name == INCEPTION:
+    if is_inception(name):
         return None
     module = name if name.endswith(TORCHSCRIPT) else name.rpartition(":")[0]
     if not module.endswith((".py", *TORCHSCRIPT)):
@@ -209,6 +202,8 @@ def extractor_sha256(name: str, extractor: Extractor) -> str:
     """
     What identifies an extractor: a hash of the file of its code and, if it is a module, of its weights.
 
+    Inception's is the hash of the file of its weights.
+
     Args:
         name (`str`): Its name, see [`load_extractor`].
         extractor (`Callable`): What that returned.
@@ -216,6 +211,8 @@ def extractor_sha256(name: str, extractor: Extractor) -> str:
     Returns:
         `str`: A SHA-256.
     """
+    if isinstance(extractor, InceptionFeatures):
+        return extractor.weights_sha256
     file = extractor_file(name)
     digest = hashlib.sha256(f"{None if file is None else file_sha256(file)}\n".encode())
     state = extractor.state_dict() if isinstance(extractor, torch.nn.Module) else {}
