@@ -1,12 +1,8 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """Files of results: what they hold, what identifies a checkpoint, and that they are written whole or not at all."""
 
-import hashlib
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
@@ -14,10 +10,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import says, tiny_pipeline
-from launch import PATIENCE_S
 
-from diffusers_dod import files, results
-from diffusers_dod.files import check_output, file_sha256, in_use, replacing
+from diffusers_dod import results
 from diffusers_dod.results import (
     FORMAT,
     as_metric,
@@ -175,89 +169,7 @@ def test_another_format_and_a_missing_file_are_refused(tmp_path):
         read_results(path)
 
 
-# ------------------------------------------------------------------------------------------------------ files, folders
-
-
-def test_what_can_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "new.json", tmp_path / "deep" / "er" / "new.json", tmp_path / "file", None):
-        check_output("output_file", path)
-    check_output("output_dir", tmp_path, is_folder=True)
-    check_output("output_dir", tmp_path / "a" / "b", is_folder=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    for path, is_folder in ((tmp_path, False), (tmp_path / "file", True), (tmp_path / "file" / "new.json", False)):
-        with pytest.raises(ValueError, match=says("`name`", "can be written", str(path))):
-            check_output("name", path, is_folder)
-
-
-def test_folders_that_cannot_be_written_to(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(ValueError, match=says("`output_file`", "can be written")):
-        check_output("output_file", tmp_path / "deep" / "new.json")
-
-
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "deep" / "file"
-    with replacing(path) as unfinished:
-        assert unfinished.parent == path.parent and str(os.getpid()) in unfinished.name
-        unfinished.write_text("first")
-        assert not path.exists()
-    with pytest.raises(KeyError), replacing(path, tmp_path) as unfinished:
-        assert unfinished.parent == tmp_path
-        unfinished.write_text("second")
-        raise KeyError
-    assert path.read_text() == "first" and not unfinished.exists()
-    with pytest.raises(KeyError), replacing(tmp_path / "folder") as unfinished:
-        (unfinished / "deep").mkdir(parents=True)
-        raise KeyError
-    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
-
-
-def test_a_folder_in_use_is_refused_until_the_other_command_ends(tmp_path):
-    context = multiprocessing.get_context("fork")
-    is_in_use = context.Event()
-
-    def use():
-        with in_use(tmp_path / "new"):
-            is_in_use.set()
-            signal.pause()
-
-    process = context.Process(target=use, daemon=True)
-    process.start()
-    assert is_in_use.wait(PATIENCE_S)
-    with pytest.raises(ValueError, match=says("`output_dir`", "another command", str(tmp_path / "new"))):
-        with in_use(tmp_path / "new"):
-            pass
-    with in_use(tmp_path / "other"):
-        pass
-    process.kill()
-    process.join()
-    for _ in range(2):
-        with in_use(tmp_path / "new"):
-            assert list((tmp_path / "new").iterdir()) == []
-
-
-def test_systems_without_locks(tmp_path, monkeypatch):
-    def flock(*arguments):
-        raise OSError("no locks")
-
-    monkeypatch.setattr(files.fcntl, "flock", flock)
-    with in_use(tmp_path), in_use(tmp_path):
-        pass
-    monkeypatch.setattr(files, "fcntl", None)
-    with in_use(tmp_path / "new"):
-        assert (tmp_path / "new").is_dir()
-
-
 # -------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def test_the_hash_of_a_file_is_the_usual_one(tmp_path):
-    (tmp_path / "file").write_bytes(b"marble" * 100_000)
-    assert file_sha256(tmp_path / "file") == hashlib.sha256(b"marble" * 100_000).hexdigest()
-    (tmp_path / "next").write_bytes(b"wood")
-    both = file_sha256(tmp_path / "file", tmp_path / "next")
-    assert both == hashlib.sha256(b"marble" * 100_000 + b"wood").hexdigest()
 
 
 def test_the_hash_is_of_the_content_and_not_of_the_place(saved, checkpoint):

@@ -1,8 +1,26 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""The Fréchet distance against closed forms and SciPy, and its interval against plain loops."""
+
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
+from helpers import says
 
-from diffusers_dod.metrics.frechet import feature_statistics, frechet_distance
+from diffusers_dod.metrics.frechet import feature_statistics, fid_interval, frechet_distance
+from diffusers_dod.metrics.statistics import RunningStatistics
+
+
+def accumulate(rows: np.ndarray, size: int) -> RunningStatistics:
+    running = RunningStatistics()
+    for start in range(0, len(rows), size):
+        running.update(rows[start : start + size])
+    return running
+
+
+@pytest.fixture(scope="module")
+def rows() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(2500, 6)).astype(np.float32) @ np.diag([1, 2, 3, 4, 5, 6]) + 3
 
 
 def test_closed_form_for_diagonal_gaussians():
@@ -45,3 +63,60 @@ def test_bad_features_are_refused():
         feature_statistics(features)
     with pytest.raises(ValueError, match=r"`mean_1`.*got \(2,\), \(3,\)"):
         frechet_distance(np.zeros(2), np.eye(2), np.zeros(3), np.eye(3))
+
+
+def test_distance_of_gaussians_with_a_known_one():
+    """N(0, 1) and N(m, s^2) in each dimension: the sum of m^2 + (s - 1)^2."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(200_000, 3)) * [1.0, 2.0, 0.5] + [0.0, 1.0, -2.0]
+    measured = frechet_distance(*accumulate(rows, 5000).result(), np.zeros(3), np.eye(3))
+    assert measured == pytest.approx(1 + 4 + 1 + 0.25, rel=0.01)
+
+
+def test_distance_against_scipy(rows):
+    other = rows[::2] ** 2 / 5
+    (mean_1, cov_1), (mean_2, cov_2) = accumulate(rows, 64).result(), accumulate(other, 64).result()
+    root = scipy.linalg.sqrtm(np.cov(rows, rowvar=False) @ np.cov(other, rowvar=False)).real
+    expected = ((rows.mean(0) - other.mean(0)) ** 2).sum() + np.trace(
+        np.cov(rows, rowvar=False) + np.cov(other, rowvar=False) - 2 * root
+    )
+    assert frechet_distance(mean_1, cov_1, mean_2, cov_2) == pytest.approx(expected, rel=1e-5)
+
+
+def groups_of(rows: np.ndarray, number: int = 10) -> list[RunningStatistics]:
+    return [accumulate(rows[i::number], 100) for i in range(number)]
+
+
+def test_interval_is_the_jackknife_of_plain_loops(rows):
+    reference = (np.zeros(6), np.eye(6))
+    distances = [
+        frechet_distance(*feature_statistics(np.delete(rows, np.s_[i::5], axis=0)), *reference) for i in range(5)
+    ]
+    error = np.sqrt(4 / 5 * ((np.array(distances) - np.mean(distances)) ** 2).sum())
+    center = frechet_distance(*feature_statistics(rows), *reference)
+    expected = (center - 2.7764451 * error, center + 2.7764451 * error)  # Student's t with 4 degrees of freedom
+    assert fid_interval(groups_of(rows, 5), reference) == pytest.approx(expected, rel=1e-6)
+
+
+def test_intervals_hold_the_expected_distance_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    drawn = [rng.normal(size=(300, 4)) * [1, 2, 0.5, 1] + 0.3 for _ in range(200)]
+    reference = (np.zeros(4), np.eye(4))
+    expected = np.mean([frechet_distance(*feature_statistics(rows), *reference) for rows in drawn])
+    held = [low <= expected <= high for low, high in (fid_interval(groups_of(rows), reference) for rows in drawn)]
+    assert 0.9 < np.mean(held) < 0.99
+
+
+def test_interval_is_never_below_zero_and_grows_with_confidence(rows):
+    reference = accumulate(rows, 100).result()
+    low, high = fid_interval(groups_of(rows), reference)
+    assert low == 0 < high
+    assert fid_interval(groups_of(rows), reference, confidence=0.99)[1] > high
+
+
+def test_what_intervals_refuse(rows):
+    reference = (np.zeros(6), np.eye(6))
+    with pytest.raises(ValueError, match=says("`len(groups)`", ">= 2", "got 1")):
+        fid_interval(groups_of(rows, 1), reference)
+    with pytest.raises(ValueError, match=says("`confidence`", "got 1")):
+        fid_interval(groups_of(rows), reference, confidence=1.0)

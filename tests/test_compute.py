@@ -34,7 +34,7 @@ from diffusers_dod.presets import PRESETS
 from diffusers_dod.results import read_results
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 DOCUMENT = (ROOT / "docs" / "compute.md").read_text()
 DESK = ["--presets", "DoD-Desk", "FiTv2-Desk", "--steps", "10", "20"]
 

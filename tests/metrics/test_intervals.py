@@ -1,0 +1,42 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""Intervals against Student's, Wilson's and each other."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+from helpers import says
+
+from diffusers_dod.metrics.intervals import jackknife_interval, mean_interval, wilson_interval
+from diffusers_dod.metrics.precision_recall import PrecisionRecall
+
+
+def test_the_jackknife_of_a_mean_is_the_usual_interval():
+    values = np.random.default_rng(3).normal(5, 2, size=40)
+    found = jackknife_interval(list(values), lambda part: float(np.mean(part)))
+    assert found == pytest.approx(mean_interval(values), rel=1e-9)
+    margin = 2.0227 * values.std(ddof=1) / 40**0.5  # Student's t of 39 degrees of freedom
+    assert mean_interval(values) == pytest.approx((values.mean() - margin, values.mean() + margin), rel=1e-4)
+    assert mean_interval([1.0, 3.0]) == pytest.approx((2 - 12.706, 2 + 12.706), rel=1e-4)
+    assert jackknife_interval([-1.0, 0.0, 1.0], lambda part: float(np.mean(part)))[0] == 0
+    for values, name in (([1.0], "`len(values)`"), ([], "`len(values)`")):
+        with pytest.raises(ValueError, match=says(name, ">= 2")):
+            mean_interval(values)
+    with pytest.raises(ValueError, match=says("`confidence`", "got 1")):
+        mean_interval([1.0, 2.0], confidence=1)
+
+
+def test_intervals_of_shares():
+    """Wilson's, by SciPy, which takes counts."""
+    for number, total in ((30, 100), (0, 10), (7, 7), (1, 3)):
+        for confidence in (0.95, 0.8):
+            expected = scipy.stats.binomtest(number, total).proportion_ci(confidence, method="wilson")
+            found = wilson_interval(number / total, total, confidence)
+            assert found == pytest.approx((expected.low, expected.high), abs=1e-12)
+            assert 0 <= found[0] <= number / total <= found[1] <= 1
+    assert wilson_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # a textbook's
+    for arguments, name in (((1.5, 10), "`share`"), ((0.5, 0), "`num_samples`"), ((0.5, 9, 1.0), "`confidence`")):
+        with pytest.raises(ValueError, match=says(name)):
+            wilson_interval(*arguments)
+    ours = PrecisionRecall(30, 100, 50, 50)
+    assert ours.precision_interval() == wilson_interval(0.3, 100)

@@ -1,0 +1,89 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""Improved precision and recall against plain loops."""
+
+import numpy as np
+import pytest
+from helpers import says
+
+from diffusers_dod.metrics.precision_recall import PrecisionRecall, ReferenceManifold, precision_recall
+
+
+def naive(samples: np.ndarray, reference: np.ndarray, k: int = 3) -> tuple[float, float]:
+    def share(points, others):
+        rests = [np.delete(others, i, axis=0) for i in range(len(others))]
+        radii = [np.sort(np.linalg.norm(rest - a, axis=1))[k - 1] for a, rest in zip(others, rests, strict=True)]
+        return np.mean([any(np.linalg.norm(p - a) <= r for a, r in zip(others, radii, strict=True)) for p in points])
+
+    return share(samples, reference), share(reference, samples)
+
+
+@pytest.fixture(scope="module")
+def sets() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(60, 5)).astype(np.float32) + 50.4, rng.normal(size=(45, 5)).astype(np.float32) * 0.8 + 50
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_and_recall_against_plain_loops(sets, k):
+    expected = naive(*sets, k=k)
+    assert 0.1 < expected[0] < 0.95 and 0.1 < expected[1] < 0.95 and expected[0] != expected[1]
+    ours = precision_recall(*sets, num_neighbours=k)
+    assert (ours.precision, ours.recall) == expected
+    swapped = precision_recall(*sets[::-1], num_neighbours=k)
+    assert (swapped.recall, swapped.precision) == expected
+
+
+def test_samples_in_turn_with_one_reference(sets):
+    manifold = ReferenceManifold(sets[1])
+    for samples in (sets[0], sets[0][:30], sets[0]):
+        assert manifold.compare(samples) == precision_recall(samples, sets[1])
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 60])
+def test_blocks_and_order_make_no_difference(sets, block_size):
+    rng = np.random.default_rng(1)
+    shuffled = [rng.permutation(rows) for rows in sets]
+    assert precision_recall(*shuffled, block_size=block_size) == precision_recall(*sets)
+
+
+def test_equal_sets_have_both_at_one(sets):
+    ours = precision_recall(sets[0], sets[0][::-1])
+    assert ours == PrecisionRecall(60, 60, 60, 60)
+
+
+def test_sets_of_copies_have_balls_of_radius_zero():
+    """However far from the origin: what rounding leaves of a distance of 0 must not put copies outside."""
+    copies = np.repeat(np.random.default_rng(0).normal(size=(30, 700)).astype(np.float32) * 100, 5, axis=0)
+    shuffled = np.random.default_rng(1).permutation(copies)
+    assert precision_recall(copies, shuffled, block_size=7) == PrecisionRecall(150, 150, 150, 150)
+    near = copies + 1e-2
+    assert precision_recall(near, copies) == PrecisionRecall(0, 150, 0, 150)
+
+
+def test_dropped_modes_lower_recall_and_noise_lowers_precision():
+    rng = np.random.default_rng(0)
+
+    def draw(number, modes, std=1.0):
+        return rng.normal(size=(number, 8)) * std + 20 * np.eye(8)[np.arange(number) % modes]
+
+    reference = draw(400, 4)
+    whole, dropped, noisy = (precision_recall(draw(400, *of), reference) for of in ((4,), (1,), (4, 2.0)))
+    assert whole.precision > 0.8 and whole.recall > 0.8
+    assert dropped.recall < 0.4 and dropped.precision > 0.8
+    assert noisy.precision < 0.5 and noisy.recall > 0.8
+
+
+def test_what_precision_and_recall_refuse(sets):
+    with pytest.raises(ValueError, match=says("`samples`", "n >= 4", "got (3, 5)")):
+        precision_recall(sets[0][:3], sets[1])
+    with pytest.raises(ValueError, match=says("`reference`", "n >= 3", "got (2, 5)")):
+        precision_recall(sets[0], sets[1][:2], num_neighbours=2)
+    assert precision_recall(sets[0][:4], sets[1]).num_samples == 4
+    with pytest.raises(ValueError, match=says("as many features", "got 5 and 4")):
+        precision_recall(sets[0], sets[1][:, :4])
+    broken = sets[1].copy()
+    broken[2, 0] = np.nan
+    with pytest.raises(ValueError, match=says("`reference`", "finite", "1 of 45")):
+        precision_recall(sets[0], broken)
+    with pytest.raises(ValueError, match=says("`num_neighbours`", ">= 1", "got 0")):
+        precision_recall(*sets, num_neighbours=0)
