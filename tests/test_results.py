@@ -13,7 +13,7 @@ from helpers import says, tiny_pipeline
 
 from diffusers_dod import results
 from diffusers_dod.results import (
-    FORMAT,
+    RESULTS_FORMAT,
     as_metric,
     checkpoint_sha256,
     describe_versions,
@@ -52,7 +52,7 @@ def test_what_is_written_is_read(tmp_path, checkpoint):
     assert {name: written[name] for name in ARGUMENTS if name != "device"} == {
         name: value for name, value in ARGUMENTS.items() if name != "device"
     }
-    assert written["format"] == FORMAT
+    assert written["format"] == RESULTS_FORMAT
     assert written["checkpoint"] == {"path": str(checkpoint), "sha256": checkpoint_sha256(checkpoint)}
     assert written["versions"] == describe_versions("cpu")
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
@@ -165,7 +165,7 @@ def test_another_format_and_a_missing_file_are_refused(tmp_path):
     with pytest.raises(ValueError, match=says("`path`", "without argv")):
         read_results(path)
     path.write_text(json.dumps(written | {"format": 7}))
-    with pytest.raises(ValueError, match=says("`path`", f"format {FORMAT}", "of 7")):
+    with pytest.raises(ValueError, match=says("`path`", f"format {RESULTS_FORMAT}", "of 7")):
         read_results(path)
 
 

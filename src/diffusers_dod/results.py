@@ -22,7 +22,7 @@ from huggingface_hub import snapshot_download
 from .files import folder_sha256, replacing
 
 
-FORMAT = 1
+RESULTS_FORMAT = 1
 PACKAGES = ("diffusers-dod", "torch", "diffusers", "transformers", "accelerate", "numpy", "scipy", "Pillow")
 PACKAGES += ("scikit-image",)  # where it is installed
 
@@ -150,7 +150,7 @@ def write_results(
     if checkpoint is not None and not isinstance(checkpoint, dict):
         checkpoint = {"path": str(checkpoint), "sha256": checkpoint_sha256(checkpoint)}
     results = {
-        "format": FORMAT,
+        "format": RESULTS_FORMAT,
         "task": task,
         "argv": argv,
         "checkpoint": checkpoint,
@@ -185,6 +185,8 @@ def read_results(path: Path) -> dict[str, Any]:
         raise ValueError(f"`path` must be a file of results, got {path}: {error}") from error
     if missing:
         raise ValueError(f"`path` must be a file of results, got {path} without {', '.join(sorted(missing))}.")
-    if results["format"] != FORMAT:
-        raise ValueError(f"`path` must be a file of results of format {FORMAT}, got {path} of {results['format']!r}.")
+    if results["format"] != RESULTS_FORMAT:
+        raise ValueError(
+            f"`path` must be a file of results of format {RESULTS_FORMAT}, got {path} of {results['format']!r}."
+        )
     return results

@@ -27,7 +27,7 @@ from diffusers_dod.data.encoding import (
     finish_latents,
     latent_settings,
 )
-from diffusers_dod.data.latents import MANIFEST, LatentDataset, check_settings, find_damaged_shards
+from diffusers_dod.data.latents import SHARD_MANIFEST, LatentDataset, check_settings, find_damaged_shards
 from diffusers_dod.data.pictures import PictureDataset, Pictures, load_pictures, to_pixels
 from diffusers_dod.data.sample_stream import SampleDraws, TrainingStream, collate_priors_first
 from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
@@ -108,7 +108,7 @@ def pixels_of(pictures: Pictures) -> torch.Tensor:
 def test_manifest(tmp_path):
     vae = tiny_vae()
     latents = write(tmp_path / "deep" / "latents", textures(), vae, random_flip=True, latents_dtype="float16")
-    manifest = json.loads((tmp_path / "deep" / "latents" / MANIFEST).read_text())
+    manifest = json.loads((tmp_path / "deep" / "latents" / SHARD_MANIFEST).read_text())
     shards = manifest.pop("shards")
     assert manifest == {
         "format": 1,
@@ -135,7 +135,7 @@ def test_manifest(tmp_path):
     assert find_damaged_shards(latents.folder) == []
     assert latents.manifest == {**manifest, "shards": shards}
     names = [f"shard-0000{i}.{kind}" for i in range(3) for kind in ("json", "safetensors")]
-    assert sorted(path.name for path in latents.folder.iterdir()) == [MANIFEST, *names]  # nothing unfinished
+    assert sorted(path.name for path in latents.folder.iterdir()) == [SHARD_MANIFEST, *names]  # nothing unfinished
     assert (len(latents), latents.num_views, latents.latent_shape) == (11, 2, (4, 8, 8))
     assert latents.labels.tolist() == list(range(11))
 
@@ -278,7 +278,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, stop_at, again):
     vae = tiny_vae()
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "ours", textures(stop_at=stop_at), vae)
-    assert not (tmp_path / "ours" / MANIFEST).exists()
+    assert not (tmp_path / "ours" / SHARD_MANIFEST).exists()
     with pytest.raises(ValueError, match=says("manifest.json", "got none")):
         LatentDataset(tmp_path / "ours")
     pictures = textures()
@@ -293,7 +293,7 @@ def test_a_shard_that_has_gone_is_written_again(tmp_path, kind):
     write(tmp_path / "latents", textures())
     expected = contents(tmp_path / "latents")
     (tmp_path / "latents" / f"shard-00001.{kind}").unlink()
-    (tmp_path / "latents" / MANIFEST).unlink()
+    (tmp_path / "latents" / SHARD_MANIFEST).unlink()
     pictures = textures()
     write(tmp_path / "latents", pictures)
     assert pictures.dataset.seen == [4, 5, 6, 7]
@@ -303,7 +303,7 @@ def test_a_shard_that_has_gone_is_written_again(tmp_path, kind):
 def test_a_shard_that_was_being_written_is_no_shard(tmp_path, monkeypatch):
     """Killed between the shard and its note, or while it writes the note."""
     rename = os.replace
-    for target in ("shard-00001.safetensors", "shard-00001.json", MANIFEST):
+    for target in ("shard-00001.safetensors", "shard-00001.json", SHARD_MANIFEST):
 
         def killed(source, path, target=target):
             if Path(path).name == target:
@@ -315,7 +315,7 @@ def test_a_shard_that_was_being_written_is_no_shard(tmp_path, monkeypatch):
             patch.setattr(encoding.os, "replace", killed)
             with pytest.raises(KeyboardInterrupt):
                 write(folder, textures())
-        assert not (folder / target).exists() and not (folder / MANIFEST).exists()
+        assert not (folder / target).exists() and not (folder / SHARD_MANIFEST).exists()
         write(folder, textures())
         write(tmp_path / f"expected {target}", textures())
         assert contents(folder) == contents(tmp_path / f"expected {target}")
@@ -329,7 +329,7 @@ def test_no_manifest_without_all_shards(tmp_path, kind):
         path.unlink()
     with pytest.raises(ValueError, match=says("must hold 3 shards", "got 2")):
         finish_latents(folder, settings_of(textures()))
-    assert not (folder / MANIFEST).exists()
+    assert not (folder / SHARD_MANIFEST).exists()
 
 
 def test_no_manifest_of_no_shards(tmp_path):
@@ -466,7 +466,7 @@ def test_latents_with_a_shard_that_was_cut_are_refused(tmp_path):
 )
 def test_what_is_no_manifest(tmp_path, text, fragments):
     if text is not None:
-        (tmp_path / MANIFEST).write_text(text)
+        (tmp_path / SHARD_MANIFEST).write_text(text)
     with pytest.raises(ValueError, match=says(str(tmp_path), *fragments)):
         LatentDataset(tmp_path)
 
@@ -587,7 +587,7 @@ def test_all_pictures_that_cannot_be_read_are_named_at_once(tmp_path, spoilt, pr
     }
     assert "UnidentifiedImageError" in reasons["ant2"] and "UnidentifiedImageError" in reasons["newt0"]
     assert all("truncated" in reasons[name].lower() for name in ("ant1", "newt1"))
-    assert not (tmp_path / "latents" / MANIFEST).exists()
+    assert not (tmp_path / "latents" / SHARD_MANIFEST).exists()
 
 
 @pytest.mark.parametrize("shard_size", [1, 2, 3, 8])
@@ -639,7 +639,7 @@ def test_no_picture_at_all(tmp_path):
         write(tmp_path / "latents", pictures)
     with pytest.raises(ValueError, match=says("at least one picture", "got none of 11")):
         write(tmp_path / "latents", pictures, on_bad_image="skip")
-    assert not (tmp_path / "latents" / MANIFEST).exists()
+    assert not (tmp_path / "latents" / SHARD_MANIFEST).exists()
 
 
 def test_a_long_list_is_cut(tmp_path):

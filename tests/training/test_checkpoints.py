@@ -8,7 +8,7 @@ import torch
 from helpers import says
 
 from diffusers_dod.training.checkpoints import (
-    MANIFEST,
+    CHECKPOINT_MANIFEST,
     STATE_FOLDER,
     checkpoint_step,
     find_damage,
@@ -161,13 +161,13 @@ def flip_a_bit(checkpoint: Path) -> None:
 
 
 def remove_manifest(checkpoint: Path) -> None:
-    (checkpoint / MANIFEST).unlink()
+    (checkpoint / CHECKPOINT_MANIFEST).unlink()
 
 
 def manifest_of(content: str | bytes):
     def damage(checkpoint: Path) -> None:
         content_ = content.encode() if isinstance(content, str) else content
-        (checkpoint / MANIFEST).write_bytes(content_)
+        (checkpoint / CHECKPOINT_MANIFEST).write_bytes(content_)
 
     return damage
 
@@ -177,13 +177,13 @@ DAMAGES = {
     "truncated file": (truncate, "transformer/weights.safetensors"),
     "empty file": (empty, "transformer/weights.safetensors"),
     "flipped bit": (flip_a_bit, "transformer/weights.safetensors"),
-    "missing manifest": (remove_manifest, MANIFEST),
-    "empty manifest": (manifest_of(""), MANIFEST),
-    "torn manifest": (manifest_of('{"step": 1, "sha2'), MANIFEST),
-    "manifest of zero bytes": (manifest_of(b"\0" * 200), MANIFEST),
-    "manifest that is no text": (manifest_of(b"\xff\xfe\x81"), MANIFEST),
-    "manifest without hashes": (manifest_of('{"step": 1}'), MANIFEST),
-    "manifest of another shape": (manifest_of("[]"), MANIFEST),
+    "missing manifest": (remove_manifest, CHECKPOINT_MANIFEST),
+    "empty manifest": (manifest_of(""), CHECKPOINT_MANIFEST),
+    "torn manifest": (manifest_of('{"step": 1, "sha2'), CHECKPOINT_MANIFEST),
+    "manifest of zero bytes": (manifest_of(b"\0" * 200), CHECKPOINT_MANIFEST),
+    "manifest that is no text": (manifest_of(b"\xff\xfe\x81"), CHECKPOINT_MANIFEST),
+    "manifest without hashes": (manifest_of('{"step": 1}'), CHECKPOINT_MANIFEST),
+    "manifest of another shape": (manifest_of("[]"), CHECKPOINT_MANIFEST),
 }
 each_damage = pytest.mark.parametrize(("damage", "culprit"), DAMAGES.values(), ids=DAMAGES)
 
@@ -192,7 +192,7 @@ def test_an_undamaged_checkpoint(tmp_path):
     checkpoint = save(tmp_path, 10)
     assert checkpoint == tmp_path / "checkpoint-10"
     assert find_damage(checkpoint) is None and find_latest_checkpoint(tmp_path) == checkpoint
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest = json.loads((checkpoint / CHECKPOINT_MANIFEST).read_text())
     assert manifest["step"] == 10 == checkpoint_step(checkpoint)
     assert set(manifest["sha256"]) == {"transformer/weights.safetensors", "model_index.json"}
 
@@ -267,7 +267,7 @@ def test_saving_again_after_a_crash(tmp_path):
         save_checkpoint(tmp_path, 20, write_half)
     checkpoint = save(tmp_path, 20)
     assert find_damage(checkpoint) is None
-    assert set(contents(checkpoint)) == {"transformer/weights.safetensors", "model_index.json", MANIFEST}
+    assert set(contents(checkpoint)) == {"transformer/weights.safetensors", "model_index.json", CHECKPOINT_MANIFEST}
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-20"]  # nothing unfinished is left
 
 

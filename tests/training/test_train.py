@@ -17,7 +17,7 @@ from diffusers_dod.data.latents import LatentDataset
 from diffusers_dod.data.sample_stream import SampleDraws, TrainingStream
 from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.presets import PRESETS
-from diffusers_dod.training.checkpoints import MANIFEST, STATE_FOLDER
+from diffusers_dod.training.checkpoints import CHECKPOINT_MANIFEST, STATE_FOLDER
 from diffusers_dod.training.train import main, parse_args
 
 
@@ -67,7 +67,7 @@ def averaged_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def hashes(output_dir: Path, step: int) -> dict[str, str]:
-    return json.loads((output_dir / f"checkpoint-{step}" / MANIFEST).read_text())["sha256"]
+    return json.loads((output_dir / f"checkpoint-{step}" / CHECKPOINT_MANIFEST).read_text())["sha256"]
 
 
 def read_metrics(output_dir: Path) -> list[dict]:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from diffusers_dod import DoDPipeline
 from diffusers_dod.training import train
-from diffusers_dod.training.checkpoints import MANIFEST, STATE_FOLDER, find_damage
+from diffusers_dod.training.checkpoints import CHECKPOINT_MANIFEST, STATE_FOLDER, find_damage
 from diffusers_dod.training.push import HubPusher
 
 
@@ -86,7 +86,7 @@ def test_a_run_is_pushed_and_goes_on_from_its_repository(hub, wait, pictures, tm
     messages = list(hub.repos[REPO].messages)
     assert messages[:2] == ["Start of training", "Step 1"] and messages[-1] == "End of training"
     assert messages[2:-1] in ([], ["Step 2"])
-    assert at_the_root(hub) == PIPELINE | CARD | {STATE_FOLDER, MANIFEST}
+    assert at_the_root(hub) == PIPELINE | CARD | {STATE_FOLDER, CHECKPOINT_MANIFEST}
     assert not list(first.glob(".push-*"))
 
     repository = download(hub, tmp_path / "repository")
@@ -108,7 +108,7 @@ def test_a_run_is_pushed_and_goes_on_from_its_repository(hub, wait, pictures, tm
     whole = run(tmp_path / "whole", *data, "--max_train_steps", 4)
     again = ["--resume_from_checkpoint", repository, "--max_train_steps", 4]
     second = run(tmp_path / "second", *data, *PUSH, *again)
-    manifests = [json.loads((folder / "checkpoint-4" / MANIFEST).read_text()) for folder in (second, whole)]
+    manifests = [json.loads((folder / "checkpoint-4" / CHECKPOINT_MANIFEST).read_text()) for folder in (second, whole)]
     assert manifests[0] == manifests[1]
     assert at_the_root(hub) == PIPELINE | CARD
     assert hub.repos[REPO].messages[len(messages) :] == ["Start of training", "End of training"]

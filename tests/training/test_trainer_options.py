@@ -21,7 +21,7 @@ from diffusers_dod.data.sample_stream import SampleDraws
 from diffusers_dod.data.streaming import PictureStream, open_stream
 from diffusers_dod.training import encode_latents, train
 from diffusers_dod.training.arguments import to_recipe
-from diffusers_dod.training.checkpoints import MANIFEST, STATE_FOLDER, find_damage
+from diffusers_dod.training.checkpoints import CHECKPOINT_MANIFEST, STATE_FOLDER, find_damage
 from diffusers_dod.training.train import main, parse_args
 
 
@@ -60,7 +60,8 @@ def metrics(run_dir: Path) -> list[dict]:
 
 def assert_same(ours: Path, expected: Path, step: int) -> None:
     """Bit by bit."""
-    hashes = [json.loads((path / f"checkpoint-{step}" / MANIFEST).read_text())["sha256"] for path in (ours, expected)]
+    manifests = [path / f"checkpoint-{step}" / CHECKPOINT_MANIFEST for path in (ours, expected)]
+    hashes = [json.loads(manifest.read_text())["sha256"] for manifest in manifests]
     assert hashes[0] == hashes[1]
     assert f"{STATE_FOLDER}/optimizer.safetensors" in hashes[0]
     assert metrics(ours) == metrics(expected)

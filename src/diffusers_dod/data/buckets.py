@@ -35,7 +35,7 @@ from .vision_features import VisionFeatures
 
 
 BUCKETS = "buckets.json"
-FORMAT = 1
+BUCKETS_FORMAT = 1
 SHARED_SETTINGS = ("class_names", "resolution", "random_flip", "autoencoder", "latents_dtype", "vision_model")
 STEPS_PER_BLOCK = 4096
 
@@ -316,7 +316,7 @@ def _finish_buckets(
         raise ValueError(f"{folder} must hold at least one picture, got none of {settings['num_pictures']}.")
     side = settings["resolution"] // factor
     content = {
-        "format": FORMAT,
+        "format": BUCKETS_FORMAT,
         **settings,
         "num_samples": sum(entry["num_samples"] for entry in entries),
         "num_views": manifest["num_views"],
@@ -347,8 +347,8 @@ class BucketedLatents(Latents):
             manifest = json.loads((folder / BUCKETS).read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} must hold buckets, with a {BUCKETS}, got none: {error}") from error
-        if manifest.get("format") != FORMAT:
-            raise ValueError(f"{folder} must hold buckets of format {FORMAT}, got {manifest.get('format')}.")
+        if manifest.get("format") != BUCKETS_FORMAT:
+            raise ValueError(f"{folder} must hold buckets of format {BUCKETS_FORMAT}, got {manifest.get('format')}.")
         #: The latents of each bucket.
         self.buckets = [LatentDataset(folder / bucket["folder"]) for bucket in manifest["buckets"]]
         shared = {name: manifest.get(name) for name in SHARED_SETTINGS}

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..autoencoders import Autoencoder, encode_moments
 from ..checks import check_choice
 from ..files import file_sha256, sha256_of_weights
-from .latents import DTYPES, FORMAT, MANIFEST, check_settings
+from .latents import DTYPES, SHARD_FORMAT, SHARD_MANIFEST, check_settings
 from .pictures import TRANSFORM, Pictures, to_pixels
 from .vision_features import VisionFeatures
 
@@ -281,7 +281,7 @@ def finish_latents(folder: Path, settings: dict[str, Any], on_bad_image: str = "
     if num_samples == 0:
         raise ValueError(f"{folder} must hold at least one picture, got none of {settings['num_pictures']}.")
     manifest = {
-        "format": FORMAT,
+        "format": SHARD_FORMAT,
         **settings,
         "num_samples": num_samples,
         "num_views": 2 if settings["random_flip"] else 1,
@@ -292,7 +292,7 @@ def finish_latents(folder: Path, settings: dict[str, Any], on_bad_image: str = "
             for shard, note in enumerate(notes)
         ],
     }
-    _write_json(folder / MANIFEST, manifest)
+    _write_json(folder / SHARD_MANIFEST, manifest)
     return manifest
 
 

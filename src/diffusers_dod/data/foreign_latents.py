@@ -19,7 +19,7 @@ import torch
 
 from ..autoencoders import Autoencoder, latent_statistics
 from .buckets import BUCKETS, BucketedLatents
-from .latents import MANIFEST, LatentDataset, Latents, MappedShards
+from .latents import SHARD_MANIFEST, LatentDataset, Latents, MappedShards
 
 
 LIGHTNING_DIT_SHARDS = "latents_rank*_shard*.safetensors"
@@ -126,14 +126,14 @@ def open_latents(folder: Path, vae: Autoencoder | None) -> Latents:
     """
     if (folder / BUCKETS).exists():
         return BucketedLatents(folder)
-    if (folder / MANIFEST).exists():
+    if (folder / SHARD_MANIFEST).exists():
         return LatentDataset(folder)
     forms = {LightningDiTLatents: any(folder.glob(LIGHTNING_DIT_SHARDS)), Edm2Latents: (folder / EDM2_INDEX).exists()}
     form = next((form for form, is_there in forms.items() if is_there), None)
     if form is None:
         raise ValueError(
-            f"`latents_dir` must hold a {MANIFEST}, LightningDiT's {LIGHTNING_DIT_SHARDS} or EDM2's {EDM2_INDEX}, "
-            f"got {folder}."
+            f"`latents_dir` must hold a {SHARD_MANIFEST}, LightningDiT's {LIGHTNING_DIT_SHARDS} or EDM2's "
+            f"{EDM2_INDEX}, got {folder}."
         )
     if vae is None:
         raise ValueError(

@@ -26,8 +26,8 @@ from ..files import file_sha256
 from .pictures import TRANSFORM, Pictures
 
 
-MANIFEST = "manifest.json"
-FORMAT = 1
+SHARD_MANIFEST = "manifest.json"
+SHARD_FORMAT = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -62,15 +62,15 @@ def check_settings(folder: Path, found: dict[str, Any], expected: dict[str, Any]
 
 def is_complete(folder: Path) -> bool:
     """Whether `folder` has a manifest and all of its shards."""
-    if not (folder / MANIFEST).exists():
+    if not (folder / SHARD_MANIFEST).exists():
         return False
-    shards = json.loads((folder / MANIFEST).read_text())["shards"]
+    shards = json.loads((folder / SHARD_MANIFEST).read_text())["shards"]
     return all((folder / shard["file"]).is_file() for shard in shards)
 
 
 def find_damaged_shards(folder: Path) -> list[str]:
     """Names of the shards in `folder` that are missing or do not have the hash of the manifest."""
-    shards = json.loads((folder / MANIFEST).read_text())["shards"]
+    shards = json.loads((folder / SHARD_MANIFEST).read_text())["shards"]
     return [
         shard["file"]
         for shard in shards
@@ -209,15 +209,15 @@ class LatentDataset(Latents):
     def __init__(self, folder: Path):
         folder = Path(folder)
         try:
-            manifest = json.loads((folder / MANIFEST).read_text())
+            manifest = json.loads((folder / SHARD_MANIFEST).read_text())
         except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} must hold latents, with a {MANIFEST}, got none: {error}") from error
-        if manifest.get("format") != FORMAT:
-            raise ValueError(f"{folder} must hold latents of format {FORMAT}, got {manifest.get('format')}.")
+            raise ValueError(f"{folder} must hold latents, with a {SHARD_MANIFEST}, got none: {error}") from error
+        if manifest.get("format") != SHARD_FORMAT:
+            raise ValueError(f"{folder} must hold latents of format {SHARD_FORMAT}, got {manifest.get('format')}.")
         shards = manifest["shards"]
         missing = [shard["file"] for shard in shards if not (folder / shard["file"]).is_file()]
         if missing:
-            raise ValueError(f"{folder} must hold all shards of its {MANIFEST}, got it without {missing}.")
+            raise ValueError(f"{folder} must hold all shards of its {SHARD_MANIFEST}, got it without {missing}.")
         self._shards = MappedShards([folder / shard["file"] for shard in shards if shard["num_samples"]], "mean")
         super().__init__(folder, manifest, self._shards.labels)
 

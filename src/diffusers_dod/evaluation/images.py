@@ -21,7 +21,7 @@ from ..seeding import stateless_generator
 
 
 # Files beside samples: their manifest, the class id of each PNG file, and the notes of finished chunks.
-MANIFEST = "manifest.json"
+SAMPLES_MANIFEST = "manifest.json"
 LABELS_FILE = "labels.txt"
 CHUNKS = "chunks"
 OTHER_SUFFIXES = (".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -297,15 +297,15 @@ class DatasetImages(ImageSource):
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    path = folder / MANIFEST
+    path = folder / SAMPLES_MANIFEST
     if not path.is_file():
         return None
     try:
         manifest = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"`{MANIFEST}` must be JSON, got {path}: {error}") from error
+        raise ValueError(f"`{SAMPLES_MANIFEST}` must be JSON, got {path}: {error}") from error
     if not isinstance(manifest, dict):
-        raise ValueError(f"`{MANIFEST}` must be a mapping, got {path} with a {type(manifest).__name__}.")
+        raise ValueError(f"`{SAMPLES_MANIFEST}` must be a mapping, got {path} with a {type(manifest).__name__}.")
     return manifest
 
 

@@ -46,13 +46,13 @@ from ..processes import all_or_none, check_processes, end_with_launcher
 from ..results import checkpoint_sha256, describe_versions
 from ..seeding import stateless_generator
 from ..tableaus import SOLVERS
-from .images import CHUNKS, LABELS_FILE, MANIFEST, NpzImages
+from .images import CHUNKS, LABELS_FILE, SAMPLES_MANIFEST, NpzImages
 from .options import DTYPES
 
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+SAMPLES_FORMAT = 1
 SETTINGS = "settings.json"
 ARCHIVE = "samples.npz"
 ROUNDING = "round(255 x)"
@@ -189,8 +189,8 @@ class SampleFolder:
             path.unlink()
         files = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()}
         is_complete = False
-        if MANIFEST in files:
-            manifest = json.loads((self.folder / MANIFEST).read_text())
+        if SAMPLES_MANIFEST in files:
+            manifest = json.loads((self.folder / SAMPLES_MANIFEST).read_text())
             found = self._with_settings(manifest.get("settings", {}))
             is_intact = found._find_sha256() == manifest["sha256"]
             is_complete = is_intact and found.settings == self.settings
@@ -207,7 +207,7 @@ class SampleFolder:
         else:
             self._chunks.mkdir(parents=True, exist_ok=True)
             self._write_json(self._chunks / SETTINGS, self.settings)
-            for name in (MANIFEST, ARCHIVE):
+            for name in (SAMPLES_MANIFEST, ARCHIVE):
                 (self.folder / name).unlink(missing_ok=True)
         return is_complete
 
@@ -262,7 +262,7 @@ class SampleFolder:
             self._publish(self.folder / LABELS_FILE, lambda file: file.write(self._labels_text()))
         labels = LABELS_FILE if is_png else f"arr_1 of {ARCHIVE}"
         manifest = {
-            "format": FORMAT,
+            "format": SAMPLES_FORMAT,
             **details,
             "num_images": self.settings["num_images"],
             "images": "*.png" if is_png else f"arr_0 of {ARCHIVE}",
@@ -271,7 +271,7 @@ class SampleFolder:
             "settings": self.settings,
             "versions": versions,
         }
-        self._write_json(self.folder / MANIFEST, manifest)
+        self._write_json(self.folder / SAMPLES_MANIFEST, manifest)
         self._clean()
         return manifest
 
@@ -510,7 +510,7 @@ def sample(args: argparse.Namespace, argv: list[str], accelerator: Accelerator) 
         folders = {n: args.output_dir / f"stage-{n}" for n in stages}
     else:
         folders = {stages[-1]: args.output_dir}
-    if args.all_stages and any((args.output_dir / name).exists() for name in (MANIFEST, CHUNKS)):
+    if args.all_stages and any((args.output_dir / name).exists() for name in (SAMPLES_MANIFEST, CHUNKS)):
         raise ValueError(f"`output_dir` must not hold one stage alone with `all_stages`, got {args.output_dir}.")
     outputs = {n: SampleFolder(folder, {**settings, "stage": n}, labels) for n, folder in folders.items()}
     complete: list[int] = []
@@ -540,7 +540,7 @@ def sample(args: argparse.Namespace, argv: list[str], accelerator: Accelerator) 
                     }
                     for output in outputs.values():
                         output.finish(**details)
-    return [json.loads((folder / MANIFEST).read_text()) for folder in folders.values()]
+    return [json.loads((folder / SAMPLES_MANIFEST).read_text()) for folder in folders.values()]
 
 
 def _sample_chunks(

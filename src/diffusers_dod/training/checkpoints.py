@@ -29,7 +29,7 @@ from .models import set_learning_rates
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+CHECKPOINT_MANIFEST = "manifest.json"
 STATE_FOLDER = "training_state"
 
 
@@ -42,7 +42,7 @@ def _flush(path: Path) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKPOINT_MANIFEST)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -59,9 +59,9 @@ def checkpoint_step(checkpoint: Path) -> int:
 def find_damage(checkpoint: Path) -> str | None:
     """Describes the damage of the folder `checkpoint`; `None` if every file has the hash in its manifest."""
     try:
-        hashes = dict(json.loads((checkpoint / MANIFEST).read_text())["sha256"])
+        hashes = dict(json.loads((checkpoint / CHECKPOINT_MANIFEST).read_text())["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"its {MANIFEST} cannot be read ({error})"
+        return f"its {CHECKPOINT_MANIFEST} cannot be read ({error})"
     present = {str(path.relative_to(checkpoint)) for path in _files(checkpoint)}
     if missing := sorted(set(hashes) - present):
         return f"files are missing: {', '.join(missing)}"
@@ -102,7 +102,7 @@ def save_checkpoint(
     unfinished.mkdir(parents=True)
     write(unfinished)
     hashes = {str(path.relative_to(unfinished)): file_sha256(path) for path in _files(unfinished)}
-    (unfinished / MANIFEST).write_text(json.dumps({"step": step, "sha256": hashes}, indent=2) + "\n")
+    (unfinished / CHECKPOINT_MANIFEST).write_text(json.dumps({"step": step, "sha256": hashes}, indent=2) + "\n")
     for path in unfinished.rglob("*"):
         _flush(path)
     if checkpoint.exists():  # a damaged one of the same step, which was skipped when the run was resumed

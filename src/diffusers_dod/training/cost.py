@@ -23,7 +23,7 @@ import torch
 from ..autoencoders import AUTOENCODERS, check_image_size, latent_channels, spatial_factor
 from ..checks import check_at_least, check_choice, check_number
 from ..compute import TrainingCost, training_cost
-from ..data.latents import MANIFEST
+from ..data.latents import SHARD_MANIFEST
 from ..latent_embedding import LatentEmbeddingModule
 from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS, Preset
@@ -150,7 +150,7 @@ def _public(config: dict[str, Any]) -> dict[str, Any]:
 
 def _find_latents(args: argparse.Namespace) -> tuple[tuple[int, int, int], int, list[str]]:
     """Finds shape of latents and number of classes without data, and the assumptions about them."""
-    manifest = (args.latents_dir or args.output_dir / "latents") / MANIFEST
+    manifest = (args.latents_dir or args.output_dir / "latents") / SHARD_MANIFEST
     if manifest.is_file():
         content = json.loads(manifest.read_text())
         return tuple(content["latent_shape"]), len(content["class_names"]), []

@@ -25,7 +25,7 @@ from ..files import METRICS_FILE
 from ..presets import PRESETS, Preset
 from ..results import checkpoint_sha256, read_results
 from .arguments import PLACES, build_parser, read_config, to_recipe
-from .checkpoints import MANIFEST, list_checkpoints
+from .checkpoints import CHECKPOINT_MANIFEST, list_checkpoints
 from .cost import find_preset
 from .plot_metrics import plot_metrics
 from .run_metrics import EVALUATIONS
@@ -174,13 +174,13 @@ def _check_model(model: Preset, args: argparse.Namespace) -> None:
 
 def _read_step(folder: Path) -> int:
     """Number of training steps after which the pipeline in `folder` was saved."""
-    if (folder / MANIFEST).exists():  # a checkpoint
-        return json.loads((folder / MANIFEST).read_text())["step"]
+    if (folder / CHECKPOINT_MANIFEST).exists():  # a checkpoint
+        return json.loads((folder / CHECKPOINT_MANIFEST).read_text())["step"]
     metrics = folder / METRICS_FILE  # a run
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     if not lines:
         raise ValueError(
-            f"`pipeline` must be a folder whose {MANIFEST} or {METRICS_FILE} says how long it was trained, "
+            f"`pipeline` must be a folder whose {CHECKPOINT_MANIFEST} or {METRICS_FILE} says how long it was trained, "
             f"got {str(folder)!r}."
         )
     return json.loads(lines[-1])["step"]

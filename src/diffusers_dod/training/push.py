@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ..checks import check_at_least, check_number, check_type
 from . import hub_client
-from .checkpoints import MANIFEST, STATE_FOLDER
+from .checkpoints import CHECKPOINT_MANIFEST, STATE_FOLDER
 
 
 logger = logging.getLogger(__name__)
@@ -218,7 +218,8 @@ class HubPusher:
                     shutil.copy2(path, target)
             for path in checkpoint.rglob("*"):
                 name = path.relative_to(checkpoint)
-                if path.is_file() and (with_training_state or name.parts[0] not in (STATE_FOLDER, MANIFEST)):
+                is_state = name.parts[0] in (STATE_FOLDER, CHECKPOINT_MANIFEST)
+                if path.is_file() and (with_training_state or not is_state):
                     (folder / name).parent.mkdir(parents=True, exist_ok=True)
                     _link(path, folder / name)
         except BaseException:
@@ -235,7 +236,7 @@ class HubPusher:
                 action="upload",
                 folder=str(push.snapshot),
                 message=push.message,
-                removed=[STATE_FOLDER, MANIFEST, hub_client.MARKER],
+                removed=[STATE_FOLDER, CHECKPOINT_MANIFEST, hub_client.MARKER],
             )
             with self._changed:
                 done = [] if self._failed is None else [self._failed]
