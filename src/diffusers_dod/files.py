@@ -59,7 +59,7 @@ def sha256_of_weights(weights: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def check_output(name: str, path: Path | None, is_folder: bool = False) -> None:
+def check_output(name: str, path: Path | None, is_folder: bool = False, suffix: str = "") -> None:
     """
     Raises unless a file or a folder can be written; called before anything is computed.
 
@@ -67,12 +67,15 @@ def check_output(name: str, path: Path | None, is_folder: bool = False) -> None:
         name (`str`): Name of the option, for the message.
         path (`Path` or `None`): Path of the file or folder. `None` passes.
         is_folder (`bool`, defaults to `False`): Whether it is a folder.
+        suffix (`str`, defaults to `""`): End of its name, such as `.npz`.
 
     Raises:
         `ValueError`: something else is in the way, or the parent folder cannot be written to.
     """
     if path is None:
         return
+    if not str(path).endswith(suffix):
+        raise ValueError(f"`{name}` must end with {suffix}, got {path}.")
     path = Path(path).absolute()
     folder = next(parent for parent in ([path] * is_folder + list(path.parents)) if parent.exists())
     is_free = not path.exists() or path.is_dir() == is_folder

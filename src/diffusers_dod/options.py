@@ -209,6 +209,15 @@ def to_values(options: Any) -> dict[str, Any]:
     return values
 
 
+def to_json(value: Any) -> Any:
+    """Returns a `value` of an option, or values by name, in the form of JSON: tuples are lists, paths are texts."""
+    if isinstance(value, Mapping):
+        return {name: to_json(entry) for name, entry in value.items()}
+    if isinstance(value, tuple):
+        return list(map(to_json, value))
+    return str(value) if isinstance(value, Path) else value
+
+
 def find_given(options: Any) -> dict[str, Any]:
     """Values of those `options`, a dataclass, and of its groups, that differ from their defaults, by name."""
     known = list_options(type(options))
@@ -363,7 +372,7 @@ def parse_options(
         argv (`list[str]`, *optional*): The arguments; those of the process if not given.
         description (`str`, *optional*): Text at the head of `--help`.
         complete (`Callable`, *optional*):
-            Returns options with more values filled in, before they are checked; a `ValueError` of it is reported too.
+            Returns the options with values that depend on more than the options; its `ValueError` is reported too.
 
     Returns:
         `kind`.
@@ -375,11 +384,12 @@ def parse_options(
     except (OSError, ValueError) as error:
         parser.error(str(error))
     options = from_values(kind, vars(parser.parse_args(words)))
+    errors = find_errors(options)
     try:
         options = options if complete is None else complete(options)
     except ValueError as error:
-        parser.error(str(error))
-    if errors := find_errors(options):
+        errors.append(str(error))
+    if errors:
         parser.error("\n".join(errors))
     return options
 

@@ -294,8 +294,9 @@ def test_options_are_refused_at_once(world, capsys):
     with pytest.raises(SystemExit):
         run(world, *options, "--device", "nowhere", "--save_statistics", "a.txt", "--resolution", 0)
     message = capsys.readouterr().err
-    for name in ("batch_size", "num_samples", "num_groups", "resolution", "metrics", "reference", "device"):
+    for name in ("batch_size", "num_samples", "num_groups", "resolution", "reference", "device"):
         assert f"`{name}` must be" in message, name
+    assert "`metrics` must hold different values, got ['fid', 'fid']" in message
     assert "`save_statistics` must end with .npz, got a.txt" in message
     for options, text in (
         ((), "`metrics` or `save_statistics` must be given"),

@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from safetensors import safe_open
 from diffusers_dod.data.pictures import Pictures, load_pictures
 from diffusers_dod.evaluation import linear_probe
 from diffusers_dod.evaluation.linear_probe import (
+    LinearProbeOptions,
+    ProbeOptions,
     knn_scores,
-    parse_args,
     probe,
     split_validation,
     standardise,
@@ -34,12 +36,14 @@ from diffusers_dod.evaluation.token_features import (
     read_tokens,
     write_tokens,
 )
+from diffusers_dod.options import parse_options
 from diffusers_dod.results import checkpoint_sha256, read_results
 
 
 CLASSES = 12
 pytestmark = pytest.mark.filterwarnings("ignore:The best of")
-PROBE = dict(num_classes=CLASSES, learning_rates=[1e-3, 1e-2, 1e-1], seeds=[0, 1], num_epochs=20, batch_size=64)
+PROBE = ProbeOptions(learning_rates=(1e-3, 1e-2, 1e-1), num_epochs=20, probe_batch_size=64, num_seeds=2)
+ONE_SEED = replace(PROBE, num_seeds=1)
 
 
 def draw(num: int, seed: int, signal: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,14 +56,14 @@ def draw(num: int, seed: int, signal: float) -> tuple[torch.Tensor, torch.Tensor
 
 
 def test_separable_features_are_told_apart_without_an_error():
-    metrics = probe(*draw(600, 0, signal=20.0), *draw(200, 1, signal=20.0), **PROBE)
+    metrics = probe(draw(600, 0, signal=20.0), draw(200, 1, signal=20.0), CLASSES, PROBE)
     assert [metrics[name]["value"] for name in ("top1", "top5", "knn")] == [1, 1, 1]
     assert metrics["top1"]["standard_error"] == 0
     assert metrics["top1"]["interval"] == pytest.approx([200 / (200 + 1.96**2), 1])
 
 
 def test_features_without_a_signal_stay_at_chance():
-    metrics = probe(*draw(1200, 0, signal=0.0), *draw(1200, 1, signal=0.0), **PROBE)
+    metrics = probe(draw(1200, 0, signal=0.0), draw(1200, 1, signal=0.0), CLASSES, PROBE)
     for name, chance in (("top1", 1 / 12), ("top5", 5 / 12), ("knn", 1 / 12)):
         assert metrics[name]["value"] == pytest.approx(chance, abs=4 * (chance * (1 - chance) / 1200) ** 0.5)
 
@@ -68,34 +72,34 @@ def test_the_test_pictures_choose_nothing():
     """The best on the validation pictures of each seed, which are not trained on, whatever the test pictures say."""
     train, (test, _) = draw(300, 0, signal=1.5), draw(300, 1, signal=1.5)
     features, test_features = standardise(train[0], test)
-    for seed in PROBE["seeds"]:
+    for seed in range(PROBE.num_seeds):
         fit, validation = split_validation(300, seed)
-        models = train_classifiers(features[fit], train[1][fit], CLASSES, PROBE["learning_rates"], 20, 64, seed)
+        models = train_classifiers(features[fit], train[1][fit], CLASSES, PROBE, seed)
         accuracies = [top_k_accuracy(model(features[validation]), train[1][validation], 1) for model in models]
         best, worst = int(np.argmax(accuracies)), int(np.argmin(accuracies))
         assert accuracies[best] > accuracies[worst]
         labels = models[worst](test_features).argmax(dim=1)  # on which the worst makes no error
-        found = probe(*train, test, labels, **{**PROBE, "seeds": [seed]})["top1"]
+        found = probe(train, (test, labels), CLASSES, ONE_SEED, seed)["top1"]
         assert found["validation_accuracies"] == [accuracies[best]]
-        assert found["learning_rates"] == [PROBE["learning_rates"][best]]
+        assert found["learning_rates"] == [PROBE.learning_rates[best]]
         assert found["value"] == top_k_accuracy(models[best](test_features), labels, 1) < 1
 
 
 def test_the_probe_is_deterministic_and_seeds_differ():
-    data = (*draw(300, 0, signal=1.5), *draw(300, 1, signal=1.5))
+    data = (draw(300, 0, signal=1.5), draw(300, 1, signal=1.5), CLASSES)
     torch.manual_seed(1)
-    first = probe(*data, **PROBE)
+    first = probe(*data, PROBE)
     torch.manual_seed(2)
-    assert probe(*data, **PROBE) == first
+    assert probe(*data, PROBE) == first
     values = first["top1"]["values"]
     assert values[0] != values[1] and first["top1"]["value"] == pytest.approx(np.mean(values))
     assert first["top1"]["standard_error"] == pytest.approx(abs(values[0] - values[1]) / 2)
-    assert probe(*data, **{**PROBE, "seeds": [0]})["top1"]["standard_error"] is None
+    assert probe(*data, ONE_SEED)["top1"]["standard_error"] is None
 
 
 def test_few_classes_have_no_top_5():
     train, labels = draw(200, 0, signal=5.0)
-    metrics = probe(train, labels % 3, train, labels % 3, **{**PROBE, "num_classes": 3})
+    metrics = probe((train, labels % 3), (train, labels % 3), 3, PROBE)
     assert metrics.keys() == {"top1", "knn"}
 
 
@@ -104,11 +108,11 @@ def test_a_best_learning_rate_at_the_end_of_the_sweep_is_said(recwarn):
     # Mixed features in two epochs: 31 % of 400 pictures at 0.1, 21 to 22 % at the others, so that no rounding decides.
     mixing = torch.randn(20, 20, generator=torch.Generator().manual_seed(5))
     (train, labels), (test, test_labels) = draw(4000, 0, signal=1.0), draw(300, 1, signal=1.0)
-    data = ((train - 100) @ mixing, labels, (test - 100) @ mixing, test_labels)
-    at_end, within, equal = [1e-6, 0.1, 1e-4], [100.0, 0.1, 1e-4], [1e-8, 1e-7, 1e-6]
+    data = (((train - 100) @ mixing, labels), ((test - 100) @ mixing, test_labels), CLASSES)
+    at_end, within, equal = (1e-6, 0.1, 1e-4), (100.0, 0.1, 1e-4), (1e-8, 1e-7, 1e-6)
     for rates, is_said in ((at_end, True), (within, False), (equal, False)):
         recwarn.clear()
-        probe(*data, **{**PROBE, "learning_rates": rates, "seeds": [0], "num_epochs": 2})
+        probe(*data, replace(ONE_SEED, learning_rates=rates, num_epochs=2))
         assert ["`learning_rates` is at their end, 0.1" in str(entry.message) for entry in recwarn] == [True] * is_said
 
 
@@ -127,12 +131,12 @@ def test_classifiers_reach_the_optimum_and_know_nothing_of_each_other():
     features, labels = draw(400, 0, signal=1.0)
     features, _ = standardise(features, features)
     labels = labels % 3
-    rates = [1e-5, 0.05]
-    slow, fast = train_classifiers(features, labels, 3, rates, 300, 400, 0)
+    options = ProbeOptions(learning_rates=(1e-5, 0.05), num_epochs=300, probe_batch_size=400)
+    slow, fast = train_classifiers(features, labels, 3, options, 0)
     F.cross_entropy(fast(features), labels).backward()
     assert fast.weight.grad.abs().max() < 1e-4  # the loss is convex: this is its minimum
     assert slow.weight.abs().max() < 0.01 < fast.weight.abs().max()
-    alone = train_classifiers(features, labels, 3, rates[:1], 300, 400, 0)[0]
+    alone = train_classifiers(features, labels, 3, replace(options, learning_rates=(1e-5,)), 0)[0]
     torch.testing.assert_close(alone.weight, slow.weight, rtol=1e-4, atol=1e-7)
 
 
@@ -298,11 +302,10 @@ def test_the_command_and_its_cache(checkpoint, tmp_path, capsys):
 
 
 def test_pictures_to_train_and_to_test_on_are_disjoint_and_drawn_by_the_seed(tmp_path):
-    args = parse_args(arguments("x", "r.json", "--dataset_name", "textures"))
-    _, chosen, _ = open_pictures(args, 160)
+    options = parse_options(LinearProbeOptions, arguments("x", "r.json", "--dataset_name", "textures")).comparison
+    _, chosen, _ = open_pictures(options, 160)
     assert sorted(chosen) == list(range(160)) and chosen != sorted(chosen)
-    args.data_seed = 2
-    assert open_pictures(args, 160)[1] != chosen
+    assert open_pictures(replace(options, data_seed=2), 160)[1] != chosen
 
 
 def test_folders(checkpoint, tmp_path):
@@ -338,7 +341,7 @@ def test_folders(checkpoint, tmp_path):
 def test_all_options_that_are_wrong_are_named_at_once(capsys):
     wrong = "--dataset_name textures --test_data_dir x --num_epochs 0 --learning_rates 0 --num_neighbors 121"
     with pytest.raises(SystemExit):
-        parse_args(arguments("x", "r.json", *wrong.split(), "--batch_size", "0"))
+        parse_options(LinearProbeOptions, arguments("x", "r.json", *wrong.split(), "--batch_size", "0"))
     message = capsys.readouterr().err
     for name in ("test_data_dir", "num_epochs", "learning_rates", "num_neighbors", "batch_size"):
         assert f"`{name}`" in message

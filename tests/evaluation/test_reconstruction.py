@@ -13,16 +13,17 @@ from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
 from diffusers_dod.evaluation import reconstruction
 from diffusers_dod.evaluation.options import open_pictures, read_batches
 from diffusers_dod.evaluation.reconstruction import (
+    ReconstructionOptions,
     as_metrics,
     check_classes,
     compare,
-    parse_args,
     reconstruct,
     rfid_interval,
 )
 from diffusers_dod.guidance import NULL_CONDITIONS
 from diffusers_dod.metrics.frechet import feature_statistics, frechet_distance
 from diffusers_dod.metrics.statistics import RunningStatistics
+from diffusers_dod.options import parse_options
 from diffusers_dod.results import read_results
 from diffusers_dod.seeding import stateless_noise
 
@@ -230,7 +231,7 @@ def test_the_command(checkpoint, tmp_path, capsys, pipeline):
         np.testing.assert_array_equal(corner, TextureDataset(26, size=16, seed=1)[1]["image"])
 
     # The numbers are those of the pictures that the options name, and the same again.
-    pictures, indices, _ = open_pictures(parse_args(argv), 26)
+    pictures, indices, _ = open_pictures(parse_options(ReconstructionOptions, argv).comparison, 26)
     batches = read_batches(pictures, sorted(indices), 8)
     pairs = [
         (reconstruct(pipeline, images, labels, places, 2.5, 4, num_inference_steps=3), images.numpy())
@@ -252,7 +253,7 @@ def test_what_the_null_condition_lacks(checkpoint, tmp_path, pipeline):
         reconstruction.main(arguments(checkpoint, tmp_path / f"{condition}.json", *more))
         results = read_results(tmp_path / f"{condition}.json")
         assert results["settings"]["null_condition"] == condition
-        pictures, indices, _ = open_pictures(parse_args(results["argv"]), 26)
+        pictures, indices, _ = open_pictures(parse_options(ReconstructionOptions, results["argv"]).comparison, 26)
         call = {"num_inference_steps": 2, "null_condition": condition}
         pairs = [
             (reconstruct(pipeline, images, labels, places, 3.0, 0, **call), images.numpy())
@@ -326,7 +327,10 @@ def test_all_options_that_are_wrong_are_named_at_once(tmp_path, capsys):
     wrong = "--guidance_scales -1 2 2.0000001 --num_inference_steps 0 --data_seed -1 --train_data_dir x"
     wrong += " --grid_file grid.jpg"
     with pytest.raises(SystemExit):
-        parse_args(arguments("x", tmp_path / "r.json", *wrong.split(), "--resolution", "8", "--device", "nonsense"))
+        parse_options(
+            ReconstructionOptions,
+            arguments("x", tmp_path / "r.json", *wrong.split(), "--resolution", "8", "--device", "nonsense"),
+        )
     message = capsys.readouterr().err
     for name in (
         "guidance_scales` must be a finite",

@@ -18,8 +18,9 @@ from PIL import Image
 
 from diffusers_dod import DoDPipeline
 from diffusers_dod.evaluation.images import open_images
-from diffusers_dod.evaluation.sample import SampleFolder, draw_labels, main, to_uint8
+from diffusers_dod.evaluation.sample import SampleFolder, SamplingOptions, draw_labels, main, to_uint8
 from diffusers_dod.files import file_sha256, in_use
+from diffusers_dod.options import parse_options
 from diffusers_dod.results import checkpoint_sha256
 
 
@@ -100,7 +101,8 @@ def test_images_are_those_of_the_pipeline(checkpoint, finished):
 def test_the_manifest_says_what_they_are(checkpoint, finished):
     manifest = json.loads((finished / "manifest.json").read_text())
     is_png = finished.name == "png"
-    assert manifest["argv"] == command(checkpoint, finished, "--format", finished.name)
+    options = parse_options(SamplingOptions, command(checkpoint, finished, "--format", finished.name))
+    assert parse_options(SamplingOptions, manifest["argv"]) == options
     assert manifest["checkpoint"] == {"path": str(checkpoint), "sha256": checkpoint_sha256(checkpoint)}
     assert manifest["num_images"] == NUM_IMAGES and manifest["num_classes"] == 10
     assert manifest["images"] == ("*.png" if is_png else "arr_0 of samples.npz")

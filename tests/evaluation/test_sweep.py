@@ -17,6 +17,7 @@ from diffusers_dod.compute import sampling_compute
 from diffusers_dod.evaluation import evaluate, sample, sweep
 from diffusers_dod.files import in_use
 from diffusers_dod.losses import DoDJointModel
+from diffusers_dod.options import parse_options, replace_values, to_argv
 from diffusers_dod.results import as_metric, checkpoint_sha256, read_results
 
 
@@ -119,8 +120,9 @@ def test_a_number_is_that_of_the_two_commands(finished, checkpoint, stage, tmp_p
     where = ["--pretrained_model_name_or_path", str(checkpoint), "--output_dir", str(tmp_path / "samples")]
     sample.main([*arguments, *where])
     ours = read_results(path)
-    judged = [str(tmp_path / "samples" / "samples.npz"), *ours["argv"][1:-1], str(tmp_path / "results.json")]
-    evaluate.main(judged)
+    options = parse_options(evaluate.EvaluationOptions, ours["argv"])
+    places = {"samples": str(tmp_path / "samples" / "samples.npz"), "output_file": tmp_path / "results.json"}
+    evaluate.main(to_argv(replace_values(options, **places)))
     theirs = read_results(tmp_path / "results.json")
     assert ours["metrics"] == theirs["metrics"] and ours["settings"] == theirs["settings"]
     assert ours["data"]["reference"] == theirs["data"]["reference"]
@@ -151,7 +153,7 @@ def test_finished_settings_are_not_run_again(finished, checkpoint, extractor, mo
     before = {path: path.stat().st_mtime_ns for path in (finished / "settings").iterdir()}
     calls = []
     function = sample.sample
-    monkeypatch.setattr(sample, "sample", lambda *args: (calls.append(args[1]), function(*args))[1])
+    monkeypatch.setattr(sample, "sample", lambda *args: (calls.append(args[0].call.num_stages), function(*args))[1])
     results = run(finished, checkpoint, extractor, *GRID)
     assert calls == [] and len(results["metrics"]) == 60
     missing = [finished / "settings" / f"pipeline_1_euler_{name}.json" for name in ("1-1_0_stage-2", "1.5_0_stage-1")]
@@ -159,7 +161,7 @@ def test_finished_settings_are_not_run_again(finished, checkpoint, extractor, mo
     for path in missing:
         path.unlink()
     run(finished, checkpoint, extractor, *GRID)
-    assert len(calls) == 2 and [argv[argv.index("--num_stages") + 1] for argv in calls] == ["2", "1"]
+    assert calls == [2, 1]
     assert [json.loads(path.read_text())["metrics"] for path in missing] == contents
     assert {path: path.stat().st_mtime_ns for path in before if path not in missing}.items() <= before.items()
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
+from ..options import option
 from .textures import TEXTURE_CLASSES, TextureDataset
 
 
@@ -143,6 +144,39 @@ class Pictures:
     def path_of(self, index: int) -> str:
         """The path of the picture at `index`, or its place in the data set if it has none."""
         return self.dataset.path_of(index) if hasattr(self.dataset, "path_of") else f"row {index}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """Source of images."""
+
+    dataset_name: str | None = option(
+        None, is_place=True, help="`textures` (procedural) or a data set that `datasets` can load."
+    )
+    train_data_dir: str | None = option(
+        None, is_private=True, help="Folder with one sub-folder of images per class, or of Parquet or tar files."
+    )
+    image_column: str = option("image", help="Column of the images.")
+    label_column: str = option("label", help="Column of the class ids.")
+    resolution: int = option(256, at_least=1, help="Side of the centre crop in pixels.")
+
+    def find_source_errors(self, is_needed: bool = True) -> list[str]:
+        """
+        Finds out whether images have one source.
+
+        Args:
+            is_needed (`bool`, defaults to `True`): Whether there must be one. If not, latents may take its place.
+
+        Returns:
+            `list[str]`: A message if they do not.
+        """
+        sources = [self.dataset_name, self.train_data_dir]
+        if None in sources and (any(sources) or not is_needed):
+            return []
+        return [
+            "Exactly one of `dataset_name` and `train_data_dir` must be given"
+            f"{'' if is_needed else ', or none beside `latents_dir`'}, got {sources[0]!r} and {sources[1]!r}."
+        ]
 
 
 def load_pictures(

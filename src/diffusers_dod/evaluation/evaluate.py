@@ -15,10 +15,11 @@ A reference with `mu` and `sigma` is taken as statistics, and its pictures serve
         --save_statistics imagenet256.npz
 """
 
-import argparse
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..checks import attempt, check_at_least
+from ..checks import check_at_least
 from ..files import check_output, file_sha256, replacing
 from ..metrics.extractors import Extractor, extract, extractor_sha256, is_inception, load_extractor, load_statistics
 from ..metrics.frechet import fid_interval, frechet_distance
@@ -35,10 +36,11 @@ from ..metrics.inception_score import RunningInceptionScore
 from ..metrics.intervals import wilson_interval
 from ..metrics.precision_recall import ReferenceManifold
 from ..metrics.statistics import RunningStatistics, merge_statistics
+from ..options import option, parse_options
 from ..results import as_metric, write_results
 from ..seeding import stateless_generator
 from .images import DatasetImages, ImageSource, draw_indices, open_images
-from .options import check_device
+from .options import device_option
 
 
 METRICS = ("fid", "sfid", "is", "precision_recall", "accuracy")
@@ -188,7 +190,7 @@ class Reference:
 
     Args:
         name (`str`): What names it, see [`open_images`]; or an npz file of statistics.
-        metrics (`list[str]`): The metrics that need it.
+        metrics (`Sequence[str]`): The metrics that need it.
         extractor (`str`): Name of the extractor, for statistics that say of which one they are.
         extractor_sha256 (`str`): What identifies it.
         options (`Any`): Arguments of [`open_images`].
@@ -198,7 +200,7 @@ class Reference:
         `ValueError`: it does not have what the metrics need.
     """
 
-    def __init__(self, name: str, metrics: list[str], extractor: str, extractor_sha256: str, **options: Any):
+    def __init__(self, name: str, metrics: Sequence[str], extractor: str, extractor_sha256: str, **options: Any):
         self.metrics = metrics
         self.statistics: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.manifold: ReferenceManifold | None = None
@@ -266,90 +268,81 @@ def _read_names(path: str) -> set[str]:
         raise ValueError(f"`reference` must be an npz file, got {path}: {error}") from error
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options of the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("samples", help="The pictures to evaluate.")
-    parser.add_argument("--reference", help="What they are compared with.")
-    parser.add_argument(
-        "--extractor",
-        required=True,
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions:
+    """Metrics, and what they need."""
+
+    reference: str | None = option(None, help="Images or statistics that the samples are compared with.")
+    extractor: str = option(
         help="`inception`, `inception:path/weights.pth`, `package.module:attribute`, `file.py:attribute`, "
-        "or a TorchScript file.",
+        "or a TorchScript file."
     )
-    parser.add_argument("--trust_extractor", action="store_true", help="Let a TorchScript file run what it holds.")
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, help="`fid` by default, where there is a reference.")
-    parser.add_argument("--num_samples", type=int, help="So many of the pictures, drawn at random; all by default.")
-    parser.add_argument("--resolution", type=int, help="Of pictures that are cropped, and of textures.")
-    parser.add_argument("--image_column", default="image", help="Column of the pictures of a data set.")
-    parser.add_argument("--label_column", default="label", help="Column of its class ids.")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--num_groups",
-        type=int,
-        default=10,
+    trust_extractor: bool = option(False, help="Let a TorchScript file run what it holds.")
+    metrics: tuple[str, ...] | None = option(
+        None, choices=METRICS, is_distinct=True, help="`fid` by default, if there is a reference."
+    )
+    resolution: int | None = option(
+        None, at_least=1, help="Side in pixels of images that are cropped, and of textures."
+    )
+    image_column: str = option("image", help="Column of the images of a data set.")
+    label_column: str = option("label", help="Column of its class ids.")
+    batch_size: int = option(64, at_least=1, help="Images at a time.")
+    device: str = device_option()
+    num_groups: int = option(
+        10,
+        at_least=0,
         help="Groups of the jackknife that gives the confidence intervals of FID and sFID; 0 for no interval of any.",
     )
-    parser.add_argument("--output_file", type=Path, help="JSON file of the results.")
-    parser.add_argument("--save_statistics", type=Path, help="npz file of the statistics of the samples.")
-    return parser
+
+    @property
+    def wanted_metrics(self) -> tuple[str, ...]:
+        """The metrics to compute: those that are given, or `fid` if there is a reference."""
+        if self.metrics is None:
+            return () if self.reference is None else ("fid",)
+        return self.metrics
+
+    @property
+    def image_options(self) -> dict[str, Any]:
+        """Arguments of [`open_images`]."""
+        return {name: getattr(self, name) for name in ("resolution", "image_column", "label_column")}
+
+    def find_conflicts(self) -> list[str]:
+        """Messages about options that do not fit each other."""
+        found, metrics = [], self.wanted_metrics
+        if self.num_groups == 1:
+            found.append("`num_groups` must be 0 or an integer >= 2, got 1.")
+        needs_reference = not set(metrics).isdisjoint(REFERENCE_METRICS)
+        if needs_reference and self.reference is None:
+            found.append(f"`reference` must be given for the metrics {list(metrics)}, got none.")
+        if not needs_reference and self.reference is not None:
+            found.append(f"`reference` must not be given for the metrics {list(metrics)}, got {self.reference!r}.")
+        if "accuracy" in metrics and is_inception(self.extractor):
+            found.append(
+                "`extractor` must be a classifier of the samples' classes for `accuracy`, "
+                f"got {self.extractor!r}, whose 1008 logits are those of other classes."
+            )
+        return found
 
 
-def find_errors(args: argparse.Namespace) -> list[str]:
-    """
-    All that is wrong with options, as far as it can be told without pictures and extractor.
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """Options of the command."""
 
-    Args:
-        args (`argparse.Namespace`): The options, with `metrics`.
+    samples: str = option(is_positional=True, help="The images to evaluate.")
+    num_samples: int | None = option(
+        None, at_least=2, help="Evaluate so many of the images, drawn at random; all by default."
+    )
+    output_file: Path | None = option(None, check=check_output, help="JSON file of the results.")
+    save_statistics: Path | None = option(
+        None, check=partial(check_output, suffix=".npz"), help="npz file of the statistics of the samples."
+    )
+    judge: JudgeOptions
 
-    Returns:
-        `list[str]`: A message for each that is out of range or does not fit another one.
-    """
-    errors: list[str] = []
-    for name, minimum in {"batch_size": 1, "num_samples": 2, "resolution": 1, "num_groups": 0}.items():
-        if getattr(args, name) is not None:
-            attempt(errors, check_at_least, name, getattr(args, name), minimum)
-    if args.num_groups == 1:
-        errors.append("`num_groups` must be 0 or an integer >= 2, got 1.")
-    if len(set(args.metrics)) < len(args.metrics):
-        errors.append(f"`metrics` must be different ones, got {args.metrics}.")
-    needs_reference = not set(args.metrics).isdisjoint(REFERENCE_METRICS)
-    if needs_reference and args.reference is None:
-        errors.append(f"`reference` must be given for the metrics {args.metrics}, got none.")
-    if not needs_reference and args.reference is not None:
-        errors.append(f"`reference` must not be given for the metrics {args.metrics}, got {args.reference!r}.")
-    if not args.metrics and args.save_statistics is None:
-        errors.append("`metrics` or `save_statistics` must be given, got neither.")
-    if args.save_statistics is not None and args.save_statistics.suffix != ".npz":
-        errors.append(f"`save_statistics` must end with .npz, got {args.save_statistics}.")
-    if "accuracy" in args.metrics and is_inception(args.extractor):
-        errors.append(
-            "`extractor` must be a classifier of the samples' classes for `accuracy`, "
-            f"got {args.extractor!r}, whose 1008 logits are those of other classes."
-        )
-    attempt(errors, check_device, args.device)
-    for name in ("output_file", "save_statistics"):
-        attempt(errors, check_output, name, getattr(args, name))
-    return errors
-
-
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The options in `argv`; all errors are reported at once, in the way of `argparse`."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.metrics is None:
-        args.metrics = [] if args.reference is None else ["fid"]
-    if errors := find_errors(args):
-        parser.error("\n".join(errors))
-    return args
-
-
-def picture_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options in `args` that [`open_images`] takes."""
-    return {name: getattr(args, name) for name in ("resolution", "image_column", "label_column")}
+    def find_conflicts(self) -> list[str]:
+        """Messages about options that do not fit each other."""
+        if not self.judge.wanted_metrics and self.save_statistics is None:
+            return ["`metrics` or `save_statistics` must be given, got neither."]
+        return []
 
 
 class Evaluator:
@@ -358,7 +351,7 @@ class Evaluator:
     computed once.
 
     Args:
-        args (`argparse.Namespace`): What [`parse_args`] returns, but for what is of one set of samples alone.
+        options ([`JudgeOptions`]): Metrics, reference and extractor.
 
     Raises:
         `ImportError`: the extractor needs what is not installed.
@@ -366,15 +359,15 @@ class Evaluator:
         `ValueError`: reference, extractor and metrics do not fit each other.
     """
 
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-        self.extractor = load_extractor(args.extractor, args.trust_extractor, args.device, "extractor")
+    def __init__(self, options: JudgeOptions):
+        self.options = options
+        self.extractor = load_extractor(options.extractor, options.trust_extractor, options.device, "extractor")
         #: What identifies the extractor, see [`extractor_sha256`].
-        self.extractor_sha256 = extractor_sha256(args.extractor, self.extractor)
+        self.extractor_sha256 = extractor_sha256(options.extractor, self.extractor)
         self.reference = None
-        if args.reference is not None:
-            identity = (args.extractor, self.extractor_sha256)
-            self.reference = Reference(args.reference, args.metrics, *identity, **picture_options(args))
+        if options.reference is not None:
+            identity = (options.extractor, self.extractor_sha256)
+            self.reference = Reference(options.reference, options.wanted_metrics, *identity, **options.image_options)
 
     def evaluate(
         self, samples: ImageSource, num_samples: int | None = None, statistics_file: Path | None = None
@@ -394,26 +387,28 @@ class Evaluator:
             `OSError`: something cannot be read.
             `ValueError`: samples, reference, extractor and metrics do not fit each other, or features are not finite.
         """
-        args, reference = self.args, self.reference
+        options, reference = self.options, self.reference
         num_samples = len(samples) if num_samples is None else num_samples
-        minimum = max(4 if args.num_groups == 2 else 2, args.num_groups)  # two are left without any of the groups
+        minimum = max(
+            4 if options.num_groups == 2 else 2, options.num_groups
+        )  # two are left without any of the groups
         if not minimum <= num_samples <= len(samples):
             raise ValueError(
-                f"`num_samples` must be an integer from {minimum}, for `num_groups` {args.num_groups}, to the "
+                f"`num_samples` must be an integer from {minimum}, for `num_groups` {options.num_groups}, to the "
                 f"{len(samples)} pictures of {samples.name!r}, got {num_samples}."
             )
         self.check(samples.resolution, samples.num_classes, samples.labels)
-        if num_samples < PUBLISHED_NUM_SAMPLES and {"fid", "sfid"} & set(args.metrics):
+        if num_samples < PUBLISHED_NUM_SAMPLES and {"fid", "sfid"} & set(options.wanted_metrics):
             warnings.warn(
                 f"FID of {num_samples:,} samples is larger than that of the {PUBLISHED_NUM_SAMPLES:,} of published "
                 "ones, by more the fewer: compare it at this number only.",
                 stacklevel=2,
             )
-        settings = (self.extractor, args.batch_size, args.device)
-        keep = "precision_recall" in args.metrics
-        summary = compute_features(samples, *settings, num_samples, max(1, args.num_groups), keep)
+        settings = (self.extractor, options.batch_size, options.device)
+        keep = "precision_recall" in options.wanted_metrics
+        summary = compute_features(samples, *settings, num_samples, max(1, options.num_groups), keep)
         if statistics_file is not None:
-            save_statistics(statistics_file, summary, args.extractor, self.extractor_sha256)
+            save_statistics(statistics_file, summary, options.extractor, self.extractor_sha256)
         if reference is not None:
             reference.prepare(*settings)
         data = {
@@ -439,46 +434,48 @@ class Evaluator:
         Raises:
             `ValueError`: they do not.
         """
-        args, reference = self.args, self.reference
+        options, reference = self.options, self.reference
         if reference is not None and reference.images is not None:
             if tuple(reference.images.resolution) != tuple(resolution):
                 raise ValueError(
                     f"`reference` must have pictures of {tuple(resolution)} pixels as the samples have, "
                     f"got {tuple(reference.images.resolution)}."
                 )
-        black = torch.zeros(2, 3, *resolution, dtype=torch.uint8, device=args.device)
+        black = torch.zeros(2, 3, *resolution, dtype=torch.uint8, device=options.device)
         found = extract(self.extractor, black)
-        for metric in args.metrics:
+        for metric in options.wanted_metrics:
             name = FEATURES[metric]
             if getattr(found, name) is None:
-                raise ValueError(f"`extractor` must give `{name}` for `{metric}`, got none from {args.extractor!r}.")
+                raise ValueError(
+                    f"`extractor` must give `{name}` for `{metric}`, got none from {options.extractor!r}."
+                )
         for name, (mean, _) in ({} if reference is None else reference.statistics).items():
             number = getattr(found, name).shape[1]
             if number != len(mean):
                 raise ValueError(
                     f"`extractor` must give {len(mean)} `{name}` as `reference` has them, got {number} from "
-                    f"{args.extractor!r}."
+                    f"{options.extractor!r}."
                 )
-        if "accuracy" in args.metrics:
+        if "accuracy" in options.wanted_metrics:
             number = found.logits.shape[1]
             if labels is None and num_classes is None:
                 raise ValueError("`samples` must have class ids for `accuracy`, got none.")
             if num_classes not in (None, number):
                 raise ValueError(
                     f"`extractor` must give `logits` of the {num_classes} classes of the samples for `accuracy`, "
-                    f"got {number} from {args.extractor!r}."
+                    f"got {number} from {options.extractor!r}."
                 )
             if labels is not None and not 0 <= labels.min() <= labels.max() < number:
                 raise ValueError(
                     f"`samples` must have class ids in [0, {number - 1}] for `accuracy`, of which "
-                    f"{args.extractor!r} gives logits, got {labels.min()} to {labels.max()}."
+                    f"{options.extractor!r} gives logits, got {labels.min()} to {labels.max()}."
                 )
 
     def _compute_metrics(self, summary: FeatureSummary, num_samples: int) -> dict[str, dict[str, Any]]:
         """What [`as_metric`] returns for each number, by name."""
-        has_intervals = self.args.num_groups > 0
+        has_intervals = self.options.num_groups > 0
         metrics = {}
-        for metric in self.args.metrics:
+        for metric in self.options.wanted_metrics:
             if metric in ("fid", "sfid"):
                 groups = summary.statistics[FEATURES[metric]]
                 statistics = self.reference.statistics[FEATURES[metric]]
@@ -515,9 +512,19 @@ class Evaluator:
             `dict`: What [`write_results`] returns.
         """
         names = ("extractor", "metrics", "batch_size", "num_groups", "resolution")
-        settings = {name: getattr(self.args, name) for name in names} | {"extractor_sha256": self.extractor_sha256}
+        settings = {name: getattr(self.options, name) for name in names}
+        settings |= {"metrics": self.options.wanted_metrics, "extractor_sha256": self.extractor_sha256}
         checkpoint = data["samples"].get("manifest", {}).get("checkpoint")
-        return write_results(path, "evaluate", argv, metrics, data, settings, self.args.device, checkpoint)
+        return write_results(
+            path,
+            task="evaluate",
+            argv=argv,
+            metrics=metrics,
+            data=data,
+            settings=settings,
+            device=self.options.device,
+            checkpoint=checkpoint,
+        )
 
 
 def to_table(metrics: dict[str, dict[str, Any]]) -> str:
@@ -532,14 +539,14 @@ def to_table(metrics: dict[str, dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
-    samples = open_images(args.samples, **picture_options(args))
-    evaluator = Evaluator(args)
-    metrics, data = evaluator.evaluate(samples, args.num_samples, args.save_statistics)
+    options = parse_options(EvaluationOptions, argv, __doc__)
+    samples = open_images(options.samples, **options.judge.image_options)
+    evaluator = Evaluator(options.judge)
+    metrics, data = evaluator.evaluate(samples, options.num_samples, options.save_statistics)
     if metrics:
         print(to_table(metrics))
-    if args.output_file is not None:
-        evaluator.write(args.output_file, argv, metrics, data)
+    if options.output_file is not None:
+        evaluator.write(options.output_file, argv, metrics, data)
 
 
 if __name__ == "__main__":

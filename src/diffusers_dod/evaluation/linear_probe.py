@@ -18,11 +18,12 @@ the tenth is tested on the test pictures, which choose nothing. Accuracies are m
 Wilson interval for the number of test pictures, `standard_error` that of the mean over seeds.
 """
 
-import argparse
 import hashlib
 import json
 import sys
 import warnings
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..checks import attempt, check_at_least, check_choice, check_number
+from ..checks import check_at_least, check_choice
 from ..files import check_output
 from ..metrics.intervals import wilson_interval
+from ..options import option, parse_options, replace_values
 from ..results import as_metric, checkpoint_sha256, write_results
 from ..seeding import stateless_generator
-from .options import add_picture_arguments, find_picture_errors, load_pipeline, open_pictures
+from .options import ComparisonOptions, load_pipeline, open_pictures
 from .token_features import FEATURES, RANDOM_LEM_SEED, cache_path, compute_tokens, read_tokens, write_tokens
 
 
@@ -61,6 +63,19 @@ def to_features(tokens: torch.Tensor, pooling: str) -> torch.Tensor:
     """
     check_choice("pooling", pooling, POOLING)
     return tokens.flatten(1) if pooling == "flatten" else tokens.mean(dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """Classifiers of the probe."""
+
+    learning_rates: tuple[float, ...] = option(
+        (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0), above=0, help="Learning rates to choose from."
+    )
+    num_epochs: int = option(50, at_least=1, help="Passes of each classifier over its images.")
+    probe_batch_size: int = option(256, at_least=1, help="Images per step of a classifier.")
+    num_seeds: int = option(3, at_least=1, help="Number of seeds, from `--seed` on, each with a classifier.")
+    num_neighbors: int = option(20, at_least=1, help="The k of k-NN.")
 
 
 def standardise(train: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,9 +119,7 @@ def train_classifiers(
     features: torch.Tensor,
     labels: torch.Tensor,
     num_classes: int,
-    learning_rates: list[float],
-    num_epochs: int,
-    batch_size: int,
+    options: ProbeOptions,
     seed: int,
 ) -> list[nn.Linear]:
     """
@@ -117,27 +130,25 @@ def train_classifiers(
         features (`torch.Tensor` of shape `(n, d)`): Standardised features.
         labels (`torch.Tensor` of shape `(n,)`): Class ids.
         num_classes (`int`): Number of classes.
-        learning_rates (`list[float]`): The learning rates.
-        num_epochs (`int`): Passes over the samples.
-        batch_size (`int`): Samples per step.
+        options ([`ProbeOptions`]): Learning rates, passes over the samples and samples per step.
         seed (`int`): Seed of the order of the samples.
 
     Returns:
         `list[nn.Linear]`: A classifier per learning rate.
     """
-    classifiers = [nn.Linear(features.shape[1], num_classes).to(features.device) for _ in learning_rates]
+    classifiers = [nn.Linear(features.shape[1], num_classes).to(features.device) for _ in options.learning_rates]
     for parameter in nn.ModuleList(classifiers).parameters():
         nn.init.zeros_(parameter)
     groups = [
         {"params": list(classifier.parameters()), "lr": rate}
-        for classifier, rate in zip(classifiers, learning_rates, strict=True)
+        for classifier, rate in zip(classifiers, options.learning_rates, strict=True)
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    num_steps = num_epochs * -(-len(features) // batch_size)
+    num_steps = options.num_epochs * -(-len(features) // options.probe_batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-    for epoch in range(num_epochs):
+    for epoch in range(options.num_epochs):
         order = torch.randperm(len(features), generator=stateless_generator(seed, 1, epoch))
-        for batch in order.to(features.device).split(batch_size):
+        for batch in order.to(features.device).split(options.probe_batch_size):
             # Each loss has parameters of its own: the gradient of the sum is that of each.
             sum(F.cross_entropy(classifier(features[batch]), labels[batch]) for classifier in classifiers).backward()
             optimizer.step()
@@ -190,45 +201,36 @@ def knn_scores(
 
 
 def probe(
-    train: torch.Tensor,
-    train_labels: torch.Tensor,
-    test: torch.Tensor,
-    test_labels: torch.Tensor,
+    train: tuple[torch.Tensor, torch.Tensor],
+    test: tuple[torch.Tensor, torch.Tensor],
     num_classes: int,
-    learning_rates: list[float],
-    seeds: list[int],
-    num_epochs: int,
-    batch_size: int,
-    k: int = 20,
+    options: ProbeOptions,
+    seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """
     Accuracies of a linear classifier and of nearest neighbours. The test pictures choose nothing.
 
     Args:
-        train (`torch.Tensor` of shape `(n, d)`): Features of the training pictures.
-        train_labels (`torch.Tensor` of shape `(n,)`): Their class ids.
-        test (`torch.Tensor` of shape `(m, d)`): Features of the test pictures.
-        test_labels (`torch.Tensor` of shape `(m,)`): Their class ids.
+        train (`tuple[torch.Tensor, torch.Tensor]`): Features (n, d) of the training images, and their class ids (n,).
+        test (`tuple[torch.Tensor, torch.Tensor]`): Features (m, d) of the test images, and their class ids (m,).
         num_classes (`int`): Number of classes.
-        learning_rates (`list[float]`): Learning rates to choose from by the validation pictures of each seed.
-        seeds (`list[int]`): Seeds of the validation pictures and of the order of the others.
-        num_epochs (`int`): Passes over the training pictures.
-        batch_size (`int`): Pictures per step.
-        k (`int`, defaults to 20): Number of neighbours.
+        options ([`ProbeOptions`]): Settings of the classifiers. Each seed chooses among their learning rates by
+            validation images of its own.
+        seed (`int`, defaults to 0): First seed of the validation images and of the order of the others.
 
     Returns:
         `dict[str, dict]`: What [`as_metric`] gives for `top1`, `top5` (with at least 10 classes) and `knn`, in [0, 1].
     """
+    (train, train_labels), (test, test_labels) = train, test
     train, test = standardise(train, test)
+    learning_rates = options.learning_rates
     top = [1, 5] if num_classes >= TOP_5_MIN_CLASSES else [1]
     accuracies: list[list[float]] = []
     chosen, validation_accuracies = [], []
-    for seed in seeds:
-        fit, validation = split_validation(len(train), seed)
+    for current_seed in range(seed, seed + options.num_seeds):
+        fit, validation = split_validation(len(train), current_seed)
         fit, validation = fit.to(train.device), validation.to(train.device)
-        classifiers = train_classifiers(
-            train[fit], train_labels[fit], num_classes, learning_rates, num_epochs, batch_size, seed
-        )
+        classifiers = train_classifiers(train[fit], train_labels[fit], num_classes, options, current_seed)
         with torch.no_grad():
             found = [top_k_accuracy(model(train[validation]), train_labels[validation], 1) for model in classifiers]
             best = int(np.argmax(found))  # the first of equal ones
@@ -250,7 +252,7 @@ def probe(
             mean, wilson_interval(mean, len(test)), standard_error=error, values=values.tolist()
         )
     metrics["top1"] |= {"learning_rates": chosen, "validation_accuracies": validation_accuracies}
-    knn = top_k_accuracy(knn_scores(train, train_labels, test, num_classes, k), test_labels, 1)
+    knn = top_k_accuracy(knn_scores(train, train_labels, test, num_classes, options.num_neighbors), test_labels, 1)
     return metrics | {"knn": as_metric(knn, wilson_interval(knn, len(test)))}
 
 
@@ -268,61 +270,50 @@ def to_table(rows: dict[str, dict[str, dict[str, Any]]], num_values: dict[str, i
     return "\n".join(lines)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options of the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_picture_arguments(parser)
-    parser.add_argument(
-        "--test_data_dir",
-        help="Folder of the test pictures, in the form of `--train_data_dir`; others of the same data if not given.",
-    )
-    parser.add_argument("--num_test_pictures", type=int, default=10_000, help="How many to test on.")
-    parser.add_argument("--features", nargs="+", default=list(FEATURES), choices=FEATURES, help="What to probe.")
-    parser.add_argument("--pooling", default="flatten", choices=POOLING, help="How tokens become features.")
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0])
-    parser.add_argument("--num_epochs", type=int, default=50, help="Of each classifier.")
-    parser.add_argument("--probe_batch_size", type=int, default=256, help="Pictures per step of a classifier.")
-    parser.add_argument("--num_seeds", type=int, default=3, help="Classifiers from `--seed` on.")
-    parser.add_argument("--num_neighbors", type=int, default=20, help="The k of k-NN.")
-    parser.add_argument("--cache_dir", type=Path, help="Where tokens are kept for other calls of this command.")
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class LinearProbeOptions:
+    """Options of the command."""
 
+    comparison: ComparisonOptions
+    test_data_dir: str | None = option(
+        None,
+        needs="train_data_dir",
+        help="Folder of the test images, in the form of `--train_data_dir`; others of the same data if not given.",
+    )
+    num_test_pictures: int = option(10_000, at_least=1, help="Number of images to test on.")
+    features: tuple[str, ...] = option(FEATURES, choices=FEATURES, help="What to probe.")
+    pooling: str = option("flatten", choices=POOLING, help="How tokens become features.")
+    cache_dir: Path | None = option(
+        None,
+        check=partial(check_output, is_folder=True),
+        help="Where tokens are kept for other calls of this command.",
+    )
+    probe: ProbeOptions = field(default_factory=ProbeOptions)
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The options in `argv`; all errors are reported at once, in the way of `argparse`."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    errors = find_picture_errors(args)
-    for name in ("num_test_pictures", "num_epochs", "probe_batch_size", "num_seeds", "num_neighbors"):
-        attempt(errors, check_at_least, name, getattr(args, name), 1)
-    for rate in args.learning_rates:
-        attempt(errors, check_number, "learning_rates", rate, 0, open_minimum=True)
-    attempt(errors, check_output, "cache_dir", args.cache_dir, is_folder=True)
-    if args.num_neighbors > args.num_pictures:
-        errors.append(
-            f"`num_neighbors` must be at most `num_pictures` = {args.num_pictures}, got {args.num_neighbors}."
-        )
-    if args.test_data_dir is not None and args.dataset_name is not None:
-        errors.append("`test_data_dir` must be given with `train_data_dir` only.")
-    if errors:
-        parser.error("\n".join(errors))
-    return args
+    def find_conflicts(self) -> list[str]:
+        """Messages about options that do not fit each other."""
+        num_pictures, num_neighbors = self.comparison.num_pictures, self.probe.num_neighbors
+        if num_neighbors <= num_pictures:
+            return []
+        return [f"`num_neighbors` must be at most `num_pictures` = {num_pictures}, got {num_neighbors}."]
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
-    if args.test_data_dir is None:
-        pictures, chosen, data = open_pictures(args, args.num_pictures + args.num_test_pictures)
+    options = parse_options(LinearProbeOptions, argv, __doc__)
+    comparison, probe_options = options.comparison, options.probe
+    if options.test_data_dir is None:
+        pictures, chosen, data = open_pictures(comparison, comparison.num_pictures + options.num_test_pictures)
         test_pictures, test_data = pictures, data
-        train_indices, test_indices = sorted(chosen[: args.num_pictures]), sorted(chosen[args.num_pictures :])
+        train_indices, test_indices = (
+            sorted(chosen[: comparison.num_pictures]),
+            sorted(chosen[comparison.num_pictures :]),
+        )
     else:
-        pictures, train_indices, data = open_pictures(args, args.num_pictures)
-        test_args = argparse.Namespace(**{**vars(args), "train_data_dir": args.test_data_dir})
-        test_pictures, test_indices, test_data = open_pictures(test_args, args.num_test_pictures)
+        pictures, train_indices, data = open_pictures(comparison, comparison.num_pictures)
+        others = replace_values(comparison, train_data_dir=options.test_data_dir)
+        test_pictures, test_indices, test_data = open_pictures(others, options.num_test_pictures)
         if test_pictures.class_names != pictures.class_names:
             raise ValueError(
                 "`test_data_dir` must have the classes of `train_data_dir`, "
@@ -331,12 +322,12 @@ def main(argv: list[str] | None = None) -> None:
         if test_data["pictures"] == data["pictures"]:
             raise ValueError(
                 "`test_data_dir` must hold other pictures than `train_data_dir`, "
-                f"got the same in {args.test_data_dir} and {args.train_data_dir}."
+                f"got the same in {options.test_data_dir} and {comparison.images.train_data_dir}."
             )
         train_indices.sort()
         test_indices.sort()
 
-    sha256 = checkpoint_sha256(args.pretrained_model_name_or_path)
+    sha256 = checkpoint_sha256(comparison.pretrained_model_name_or_path)
     pipeline = None
     tokens = []
     for source, indices, description in ((pictures, train_indices, data), (test_pictures, test_indices, test_data)):
@@ -344,66 +335,63 @@ def main(argv: list[str] | None = None) -> None:
             "checkpoint": sha256,
             "data": {name: value for name, value in description.items() if name != "name"},  # wherever it lies
             "indices": hashlib.sha256(json.dumps(indices).encode()).hexdigest(),
-            "columns": [args.image_column, args.label_column],
-            "dtype": args.dtype,
-            "device": torch.device(args.device).type,
-            "batch_size": args.batch_size,
+            "columns": [comparison.images.image_column, comparison.images.label_column],
+            "dtype": comparison.dtype,
+            "device": torch.device(comparison.device).type,
+            "batch_size": comparison.batch_size,
             "random_lem_seed": RANDOM_LEM_SEED,
         }
-        path = None if args.cache_dir is None else cache_path(args.cache_dir, settings)
+        path = None if options.cache_dir is None else cache_path(options.cache_dir, settings)
         if path is not None and path.exists():
             tokens.append(read_tokens(path, settings))
             continue
-        pipeline = load_pipeline(args) if pipeline is None else pipeline
-        tokens.append(compute_tokens(pipeline, source, indices, args.batch_size, args.dataloader_num_workers))
+        pipeline = load_pipeline(comparison) if pipeline is None else pipeline
+        tokens.append(
+            compute_tokens(pipeline, source, indices, comparison.batch_size, comparison.dataloader_num_workers)
+        )
         if path is not None:
             write_tokens(path, tokens[-1], settings)
 
-    train, test = ({name: values.to(args.device) for name, values in part.items()} for part in tokens)
+    train, test = ({name: values.to(comparison.device) for name, values in part.items()} for part in tokens)
     rows, num_values = {}, {}
-    for kind in args.features:
-        features = [to_features(part[kind], args.pooling) for part in (train, test)]
+    for kind in options.features:
+        features = [to_features(part[kind], options.pooling) for part in (train, test)]
         num_values[kind] = features[0].shape[1]
         rows[kind] = probe(
-            features[0],
-            train["labels"],
-            features[1],
-            test["labels"],
+            (features[0], train["labels"]),
+            (features[1], test["labels"]),
             len(pictures.class_names),
-            args.learning_rates,
-            list(range(args.seed, args.seed + args.num_seeds)),
-            args.num_epochs,
-            args.probe_batch_size,
-            args.num_neighbors,
+            probe_options,
+            comparison.seed,
         )
     print(to_table(rows, num_values))
     write_results(
-        args.output_file,
-        "linear_probe",
-        argv,
-        {f"{name}_{kind}": metric for kind, metrics in rows.items() for name, metric in metrics.items()},
-        {
+        comparison.output_file,
+        task="linear_probe",
+        argv=argv,
+        metrics={f"{name}_{kind}": metric for kind, metrics in rows.items() for name, metric in metrics.items()},
+        data={
             "name": data["name"],
             "train": data,
             "test": test_data,
-            "num_pictures": args.num_pictures,
-            "num_test": args.num_test_pictures,
+            "num_pictures": comparison.num_pictures,
+            "num_test": options.num_test_pictures,
         },
-        {
+        settings={
             "features": num_values,
-            "pooling": args.pooling,
+            "pooling": options.pooling,
             "classifier": "linear, AdamW without weight decay, cosine schedule to 0, standardised features",
-            "learning_rates": args.learning_rates,
-            "num_epochs": args.num_epochs,
-            "probe_batch_size": args.probe_batch_size,
-            "seeds": list(range(args.seed, args.seed + args.num_seeds)),
+            "learning_rates": probe_options.learning_rates,
+            "num_epochs": probe_options.num_epochs,
+            "probe_batch_size": probe_options.probe_batch_size,
+            "seeds": list(range(comparison.seed, comparison.seed + probe_options.num_seeds)),
             "validation_share": VALIDATION_SHARE,
-            "knn": f"k = {args.num_neighbors}, cosine of standardised features, temperature 0.07",
-            "batch_size": args.batch_size,
-            "dtype": args.dtype,
+            "knn": f"k = {probe_options.num_neighbors}, cosine of standardised features, temperature 0.07",
+            "batch_size": comparison.batch_size,
+            "dtype": comparison.dtype,
         },
-        args.device,
-        args.pretrained_model_name_or_path,
+        device=comparison.device,
+        checkpoint=comparison.pretrained_model_name_or_path,
     )
 
 

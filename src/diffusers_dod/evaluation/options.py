@@ -1,78 +1,66 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """The pictures and the pipeline of a command that compares both, from its options."""
 
-import argparse
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from ..checks import attempt, check_at_least
 from ..data.latents import DTYPES
-from ..data.pictures import TRANSFORM, Pictures, load_pictures
+from ..data.pictures import TRANSFORM, ImageOptions, Pictures, load_pictures
 from ..files import check_output
+from ..options import option
 from ..pipeline_dod import DoDPipeline
 from ..seeding import stateless_generator
 from .images import picture_identity
 
 
-def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of pictures, the model and what computes to `parser`."""
-    parser.add_argument("--pretrained_model_name_or_path", required=True, help="The pipeline (folder or Hub id).")
-    parser.add_argument("--dataset_name", help="`textures` (procedural) or a data set that `datasets` can load.")
-    parser.add_argument("--train_data_dir", help="Folder with one sub-folder of pictures per class, of any split.")
-    parser.add_argument("--image_column", default="image", help="Column of the pictures.")
-    parser.add_argument("--label_column", default="label", help="Column of the class ids.")
-    parser.add_argument(
-        "--num_pictures", type=int, default=50_000, help="How many; drawn at random if there are more."
-    )
-    parser.add_argument(
-        "--data_seed",
-        type=int,
-        default=1,
-        help="Of that draw, and of procedural pictures; the trainer's default is 0, so these are others.",
-    )
-    parser.add_argument("--resolution", type=int, default=256, help="Side of the centre crop in pixels.")
-    parser.add_argument("--seed", type=int, default=0, help="Of everything that is random beside the pictures.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Pictures at a time.")
-    parser.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that read pictures.")
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="Of the weights.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output_file", type=Path, required=True, help="JSON file of the results.")
-
-
-def check_device(device: str) -> None:
-    """Raises a `ValueError` unless PyTorch has the option `device` here."""
+def check_device(name: str, device: str) -> None:
+    """Raises a `ValueError` that names the argument `name` unless PyTorch has the `device` here."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter where PyTorch was built without CUDA
-        raise ValueError(f"`device` must be one that PyTorch has here, got {device!r}: {error}") from error
+        raise ValueError(f"`{name}` must be one that PyTorch has here, got {device!r}: {error}") from error
 
 
-def find_picture_errors(args: argparse.Namespace) -> list[str]:
-    """All that is wrong with the options of [`add_picture_arguments`] in `args`, a message for each."""
-    errors: list[str] = []
-    minimums = {"num_pictures": 2, "data_seed": 0, "resolution": 1, "seed": 0, "batch_size": 1}
-    for name, minimum in (minimums | {"dataloader_num_workers": 0}).items():
-        attempt(errors, check_at_least, name, getattr(args, name), minimum)
-    if (args.dataset_name is None) == (args.train_data_dir is None):
-        errors.append(
-            "Exactly one of `dataset_name` and `train_data_dir` must be given, "
-            f"got {args.dataset_name!r} and {args.train_data_dir!r}."
-        )
-    attempt(errors, check_device, args.device)
-    attempt(errors, check_output, "output_file", args.output_file)
-    return errors
+def device_option() -> Any:
+    """Declares the option of the device, a GPU by default if there is one."""
+    return option("cuda" if torch.cuda.is_available() else "cpu", check=check_device, help="Device to compute on.")
 
 
-def open_pictures(args: argparse.Namespace, num_pictures: int) -> tuple[Pictures, list[int], dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True)
+class ComparisonOptions:
+    """Pipeline and images of a command that compares both."""
+
+    pretrained_model_name_or_path: str = option(help="The pipeline (folder or Hub id).")
+    num_pictures: int = option(50_000, at_least=2, help="Number of images; drawn at random if there are more.")
+    data_seed: int = option(
+        1,
+        at_least=0,
+        help="Seed of that draw, and of procedural images; the trainer's is 0 by default, so these are others.",
+    )
+    seed: int = option(0, at_least=0, help="Seed of everything else that is random.")
+    batch_size: int = option(64, at_least=1, help="Images at a time.")
+    dataloader_num_workers: int = option(0, at_least=0, help="Processes that read images.")
+    dtype: str = option("float32", choices=DTYPES, help="Data type of the weights.")
+    device: str = device_option()
+    output_file: Path = option(check=check_output, help="JSON file of the results.")
+    images: ImageOptions = field(default_factory=ImageOptions)
+
+    def find_conflicts(self) -> list[str]:
+        """Messages about options that do not fit each other."""
+        return self.images.find_source_errors()
+
+
+def open_pictures(options: ComparisonOptions, num_pictures: int) -> tuple[Pictures, list[int], dict[str, Any]]:
     """
     The pictures that the options name, and which of them to take.
 
     Args:
-        args (`argparse.Namespace`): The options of [`add_picture_arguments`].
+        options ([`ComparisonOptions`]): The options.
         num_pictures (`int`): How many to take.
 
     Returns:
@@ -82,31 +70,32 @@ def open_pictures(args: argparse.Namespace, num_pictures: int) -> tuple[Pictures
     Raises:
         `ValueError`: there are fewer, or the data cannot be opened, see [`load_pictures`].
     """
+    images = options.images
     try:
         pictures = load_pictures(
-            args.dataset_name,
-            args.train_data_dir,
-            args.resolution,
-            num_pictures,
-            args.data_seed,
-            args.image_column,
-            args.label_column,
+            dataset_name=images.dataset_name,
+            train_data_dir=images.train_data_dir,
+            resolution=images.resolution,
+            num_train_samples=num_pictures,
+            seed=options.data_seed,
+            image_column=images.image_column,
+            label_column=images.label_column,
         )
     except FileNotFoundError as error:
-        source = "dataset_name" if args.train_data_dir is None else "train_data_dir"
-        raise ValueError(f"`{source}` must hold pictures, got {getattr(args, source)!r}: {error}") from error
+        source = "dataset_name" if images.train_data_dir is None else "train_data_dir"
+        raise ValueError(f"`{source}` must hold pictures, got {getattr(images, source)!r}: {error}") from error
     available = len(pictures.dataset)
     if num_pictures > available:
         raise ValueError(f"The number of pictures must be at most the {available} that there are, got {num_pictures}.")
-    order = torch.randperm(available, generator=stateless_generator(args.data_seed, 0))
+    order = torch.randperm(available, generator=stateless_generator(options.data_seed, 0))
     description = {
-        "name": args.dataset_name or args.train_data_dir,
-        "pictures": picture_identity(pictures, args.train_data_dir),
+        "name": images.dataset_name or images.train_data_dir,
+        "pictures": picture_identity(pictures, images.train_data_dir),
         "num_available": available,
         "num_pictures": num_pictures,
-        "data_seed": args.data_seed,
+        "data_seed": options.data_seed,
         "transform": TRANSFORM,
-        "resolution": args.resolution,
+        "resolution": images.resolution,
     }
     return pictures, order[:num_pictures].tolist(), description
 
@@ -131,12 +120,12 @@ def read_batches(
         yield indices[start : start + batch_size], batch["image"], torch.as_tensor(batch["label"])
 
 
-def load_pipeline(args: argparse.Namespace) -> DoDPipeline:
+def load_pipeline(options: ComparisonOptions) -> DoDPipeline:
     """
     The pipeline that the options name, without progress bars.
 
     Args:
-        args (`argparse.Namespace`): The options of [`add_picture_arguments`].
+        options ([`ComparisonOptions`]): The options.
 
     Returns:
         [`DoDPipeline`].
@@ -144,11 +133,11 @@ def load_pipeline(args: argparse.Namespace) -> DoDPipeline:
     Raises:
         `ValueError`: it has no latent embedder.
     """
-    pipeline = DoDPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=DTYPES[args.dtype])
+    pipeline = DoDPipeline.from_pretrained(options.pretrained_model_name_or_path, dtype=DTYPES[options.dtype])
     if pipeline.latent_embedder is None:
         raise ValueError(
             "`pretrained_model_name_or_path` must hold a pipeline with a `latent_embedder`, "
-            f"got {args.pretrained_model_name_or_path!r}."
+            f"got {options.pretrained_model_name_or_path!r}."
         )
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(args.device)
+    return pipeline.to(options.device)

@@ -13,11 +13,11 @@ are means over pictures, with Student's. All of them are of uint8 pictures, roun
 stopped goes on after the rows that it has finished.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..checks import attempt, check_at_least, check_number
 from ..data.image_grid import make_grid
 from ..data.pictures import to_pixels
 from ..files import check_output
@@ -36,10 +35,11 @@ from ..metrics.frechet import frechet_distance
 from ..metrics.intervals import jackknife_interval, mean_interval
 from ..metrics.pairs import load_structural_similarity, psnr, ssim
 from ..metrics.statistics import RunningStatistics, merge_statistics
+from ..options import option, parse_options
 from ..pipeline_dod import DoDPipeline
 from ..results import as_metric, checkpoint_sha256, describe_versions, half_width, read_results, write_results
 from ..tableaus import SOLVERS
-from .options import add_picture_arguments, find_picture_errors, load_pipeline, open_pictures, read_batches
+from .options import ComparisonOptions, load_pipeline, open_pictures, read_batches
 
 
 AUTOENCODER = "autoencoder"
@@ -233,47 +233,39 @@ def to_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options of the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionOptions:
+    """Options of the command."""
+
+    comparison: ComparisonOptions
+    guidance_scales: tuple[float, ...] | None = option(
+        None, at_least=0, help="Guidance scales to compare; the checkpoint's default if not given."
     )
-    add_picture_arguments(parser)
-    parser.add_argument("--guidance_scales", type=float, nargs="+", help="The checkpoint's default if not given.")
-    parser.add_argument(
-        "--null_condition",
-        default="class_and_prior",
+    null_condition: str = option(
+        "class_and_prior",
         choices=NULL_CONDITIONS,
         help="What the null condition of guidance lacks; one by one they say what rFID gains from.",
     )
-    parser.add_argument("--num_inference_steps", type=int, help="The checkpoint's default if not given.")
-    parser.add_argument("--solver", choices=SOLVERS, help="The checkpoint's if not given; the paper's is dopri5.")
-    parser.add_argument("--extractor", help="Of the features of rFID; no rFID without one.")
-    parser.add_argument("--trust_extractor", action="store_true", help="Runs the code of an extractor in a file.")
-    parser.add_argument("--grid_file", type=Path, help="PNG of the first pictures above their reconstructions.")
-    return parser
+    num_inference_steps: int | None = option(None, at_least=1, help="Steps; the checkpoint's default if not given.")
+    solver: str | None = option(
+        None, choices=SOLVERS, help="Solver; the checkpoint's if not given. The paper's is dopri5."
+    )
+    extractor: str | None = option(None, help="Extractor of the features of rFID; no rFID without one.")
+    trust_extractor: bool = option(False, help="Run the code of an extractor in a file.")
+    grid_file: Path | None = option(
+        None,
+        check=partial(check_output, suffix=".png"),
+        help="PNG file of the first images above their reconstructions.",
+    )
 
-
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The options in `argv`; all errors are reported at once, in the way of `argparse`."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    errors = find_picture_errors(args)
-    if args.resolution < 11:
-        errors.append(f"`resolution` must be an integer >= 11, the window of SSIM, got {args.resolution}.")
-    scales = args.guidance_scales or []
-    for scale in scales:
-        attempt(errors, check_number, "guidance_scales", scale, 0)
-    if len({f"{scale:g}" for scale in scales}) < len(scales):  # as they are named
-        errors.append(f"`guidance_scales` must be different numbers, in 6 digits, got {scales}.")
-    if args.num_inference_steps is not None:
-        attempt(errors, check_at_least, "num_inference_steps", args.num_inference_steps, 1)
-    if args.grid_file is not None and args.grid_file.suffix != ".png":
-        errors.append(f"`grid_file` must end with .png, got {args.grid_file}.")
-    attempt(errors, check_output, "grid_file", args.grid_file)
-    if errors:
-        parser.error("\n".join(errors))
-    return args
+    def find_conflicts(self) -> list[str]:
+        """Messages about options that do not fit each other."""
+        found, resolution, scales = [], self.comparison.images.resolution, self.guidance_scales or ()
+        if resolution < 11:
+            found.append(f"`resolution` must be an integer >= 11, the window of SSIM, got {resolution}.")
+        if len({f"{scale:g}" for scale in scales}) < len(scales):  # as they are named
+            found.append(f"`guidance_scales` must be different numbers, in 6 digits, got {list(scales)}.")
+        return found
 
 
 def read_rows(path: Path, identity: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -302,52 +294,52 @@ def read_rows(path: Path, identity: dict[str, Any]) -> dict[str, dict[str, dict[
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
+    options = parse_options(ReconstructionOptions, argv, __doc__)
+    comparison = options.comparison
     load_structural_similarity()  # missing packages show before hours of sampling
     extractor = None
-    if args.extractor is not None:
-        extractor = load_extractor(args.extractor, args.trust_extractor, args.device, "extractor")
-    pipeline = load_pipeline(args)
-    pictures, indices, data = open_pictures(args, args.num_pictures)
+    if options.extractor is not None:
+        extractor = load_extractor(options.extractor, options.trust_extractor, comparison.device, "extractor")
+    pipeline = load_pipeline(comparison)
+    pictures, indices, data = open_pictures(comparison, comparison.num_pictures)
     check_classes(pipeline, pictures.class_names)
     indices.sort()
 
-    if args.guidance_scales is None:
-        args.guidance_scales = [pipeline.config.default_guidance_scale]
+    guidance_scales = options.guidance_scales or (pipeline.config.default_guidance_scale,)
     # In a pixel-space model there is no autoencoder to measure.
     scales: dict[str, float | None] = {} if pipeline.vae is None else {AUTOENCODER: None}
-    scales |= {f"scale_{scale:g}": scale for scale in args.guidance_scales}
+    scales |= {f"scale_{scale:g}": scale for scale in guidance_scales}
     call = {
-        "seed": args.seed,
-        "null_condition": args.null_condition,
-        "num_inference_steps": args.num_inference_steps,
-        "stage_solvers": None if args.solver is None else [args.solver],
+        "seed": comparison.seed,
+        "null_condition": options.null_condition,
+        "num_inference_steps": options.num_inference_steps,
+        "stage_solvers": None if options.solver is None else [options.solver],
     }
     identity = {
         "checkpoint": {
-            "path": args.pretrained_model_name_or_path,
-            "sha256": checkpoint_sha256(args.pretrained_model_name_or_path),
+            "path": comparison.pretrained_model_name_or_path,
+            "sha256": checkpoint_sha256(comparison.pretrained_model_name_or_path),
         },
         "data": data,
         "settings": {
             "class_labels": "those of the pictures",
-            "null_condition": args.null_condition,
-            "num_inference_steps": args.num_inference_steps or pipeline.config.default_num_inference_steps,
+            "null_condition": options.null_condition,
+            "num_inference_steps": options.num_inference_steps or pipeline.config.default_num_inference_steps,
             "scheduler": {name: value for name, value in pipeline.scheduler.config.items() if name[0] != "_"},
-            "solver": args.solver,
-            "seed": args.seed,
-            "batch_size": args.batch_size,
-            "dtype": args.dtype,
+            "solver": options.solver,
+            "seed": comparison.seed,
+            "batch_size": comparison.batch_size,
+            "dtype": comparison.dtype,
             "rounding": "round(255 x)",
-            "extractor": args.extractor,
-            "extractor_sha256": None if extractor is None else extractor_sha256(args.extractor, extractor),
+            "extractor": options.extractor,
+            "extractor_sha256": None if extractor is None else extractor_sha256(options.extractor, extractor),
             "ssim": "scikit-image, 11 x 11 Gaussian window, sigma 1.5, K1 0.01, K2 0.03, range 255, mean of channels",
         },
     }
 
     def pairs(name: str, scale: float | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        batches = read_batches(pictures, indices, args.batch_size, args.dataloader_num_workers)
-        progress = tqdm(batches, desc=name, total=-(-len(indices) // args.batch_size))
+        batches = read_batches(pictures, indices, comparison.batch_size, comparison.dataloader_num_workers)
+        progress = tqdm(batches, desc=name, total=-(-len(indices) // comparison.batch_size))
         for places, images, labels in progress:
             yield reconstruct(pipeline, images, labels, places, scale, **call), images.numpy()
 
@@ -355,24 +347,33 @@ def main(argv: list[str] | None = None) -> None:
         metrics = {key: metric for metrics in rows.values() for key, metric in metrics.items()}
         settings = {**identity["settings"], **settings}
         write_results(
-            path, "reconstruction", argv, metrics, data, settings, args.device, checkpoint=identity["checkpoint"]
+            path,
+            task="reconstruction",
+            argv=argv,
+            metrics=metrics,
+            data=data,
+            settings=settings,
+            device=comparison.device,
+            checkpoint=identity["checkpoint"],
         )
 
-    rows_file = args.output_file.with_name(f".{args.output_file.name}.rows")
-    done = read_rows(rows_file, {**identity, "versions": describe_versions(args.device)})
+    rows_file = comparison.output_file.with_name(f".{comparison.output_file.name}.rows")
+    done = read_rows(rows_file, {**identity, "versions": describe_versions(comparison.device)})
     rows = {}
     for name, scale in scales.items():
-        rows[name] = done.get(name) or as_metrics(name, compare(pairs(name, scale), extractor, args.device))
+        rows[name] = done.get(name) or as_metrics(name, compare(pairs(name, scale), extractor, comparison.device))
         write(rows_file, done | rows)
-    if args.grid_file is not None:
+    if options.grid_file is not None:
         places, images, labels = next(read_batches(pictures, indices[:GRID_COLUMNS], GRID_COLUMNS))
         grid = [images.numpy()]
         grid += [reconstruct(pipeline, images, labels, places, scale, **call) for scale in scales.values()]
-        args.grid_file.parent.mkdir(parents=True, exist_ok=True)
-        picture = make_grid([list(map(Image.fromarray, row)) for row in grid], scale=max(1, 64 // args.resolution))
-        picture.save(args.grid_file)
+        options.grid_file.parent.mkdir(parents=True, exist_ok=True)
+        picture = make_grid(
+            [list(map(Image.fromarray, row)) for row in grid], scale=max(1, 64 // comparison.images.resolution)
+        )
+        picture.save(options.grid_file)
     print(to_table(rows))
-    write(args.output_file, rows, guidance_scales=args.guidance_scales)
+    write(comparison.output_file, rows, guidance_scales=guidance_scales)
     rows_file.unlink(missing_ok=True)
 
 

@@ -10,19 +10,19 @@ extractor, other samples and other data give warnings. An extractor other than `
 it runs with `--trust_extractor` only.
 """
 
-import argparse
 import importlib
 import shutil
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_number
 from ..files import check_output, file_sha256
 from ..metrics.extractors import extractor_file, is_inception
+from ..options import build_parser, option, parse_options
 from ..results import checkpoint_sha256, read_results
 from . import evaluate, sample
 
@@ -58,9 +58,9 @@ def compare(published: dict[str, Any], measured: dict[str, Any], rtol: float) ->
 def _read_values(argv: list[str]) -> Iterator[tuple[int, str, str]]:
     """Yields the index of each word that may hold the value of an option, the option, and the value."""
     for index, word in enumerate(argv):
-        option, equals, value = word.partition("=")
+        name, equals, value = word.partition("=")
         if equals:
-            yield index, option, value
+            yield index, name, value
         elif index + 1 < len(argv):
             yield index + 1, word, argv[index + 1]
 
@@ -68,17 +68,17 @@ def _read_values(argv: list[str]) -> Iterator[tuple[int, str, str]]:
 def _redirect(argv: list[str], folder: Path) -> list[str]:
     """Changes arguments so that outputs go to `folder`, named by their options; files keep their suffix."""
     redirected = list(argv)
-    for index, option, value in _read_values(argv):
-        if option in OUTPUTS:
-            suffix = "" if option.endswith("_dir") else Path(value).suffix
-            target = folder / f"{option.removeprefix('--')}{suffix}"
+    for index, name, value in _read_values(argv):
+        if name in OUTPUTS:
+            suffix = "" if name.endswith("_dir") else Path(value).suffix
+            target = folder / f"{name.removeprefix('--')}{suffix}"
             redirected[index] = f"{argv[index].removesuffix(value)}{target}"
     return redirected
 
 
 def _replace_samples(argv: list[str], samples: Path) -> list[str]:
     """Replaces the samples in arguments of [`evaluate`], and nothing else that has the same spelling."""
-    parser = evaluate.build_parser()
+    parser = build_parser(evaluate.EvaluationOptions)
     name = parser.parse_args(argv).samples
     for index in (index for index, word in enumerate(argv) if word == name):
         replaced = [*argv[:index], str(samples), *argv[index + 1 :]]
@@ -89,7 +89,7 @@ def _replace_samples(argv: list[str], samples: Path) -> list[str]:
 
 def _check_code(path: Path, argv: list[str]) -> None:
     """Raises if a command would run code that it names."""
-    found = [value for _, option, value in _read_values(argv) if option == "--extractor" and not is_inception(value)]
+    found = [value for _, name, value in _read_values(argv) if name == "--extractor" and not is_inception(value)]
     found += [word for word in argv if word.startswith("--trust")]
     if found:
         raise ValueError(
@@ -181,21 +181,20 @@ def reproduce(
         return compare(published, measured, rtol)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReproductionOptions:
+    """Options of the command."""
+
+    results: Path = option(is_positional=True, help="File of results.")
+    rtol: float = option(1e-3, at_least=0, help="Accepted difference, as a share of the number.")
+    output_file: Path | None = option(None, check=check_output, help="JSON file of the new results.")
+    trust_extractor: bool = option(False, help="Run the code that the results name, such as an extractor.")
+
+
 def main(argv: list[str] | None = None) -> None:
-    """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("results", type=Path, help="File of results.")
-    parser.add_argument("--rtol", type=float, default=1e-3, help="Difference that is let pass, over the number.")
-    parser.add_argument("--output_file", type=Path, help="Where the new results go.")
-    parser.add_argument(
-        "--trust_extractor", action="store_true", help="Run the code that the results name, such as an extractor."
-    )
-    args = parser.parse_args(argv)
-    check_number("rtol", args.rtol, 0)
-    check_output("output_file", args.output_file)
-    rows = reproduce(args.results, args.rtol, args.output_file, args.trust_extractor)
+    """Runs the command; `argv` defaults to the process's arguments. Raises a `ValueError` if they do not fit."""
+    options = parse_options(ReproductionOptions, argv, __doc__)
+    rows = reproduce(options.results, options.rtol, options.output_file, options.trust_extractor)
     print("| | published | measured | agrees |\n| --- | ---: | ---: | --- |")
     for row in rows:
         measured = "missing" if row["measured"] is None else f"{row['measured']:.6g}"

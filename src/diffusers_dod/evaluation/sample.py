@@ -18,18 +18,19 @@ continues with a larger `--num_images`. The files are the same on the same kind 
 processes must see `output_dir`.
 """
 
-import argparse
+import dataclasses
 import io
 import json
 import logging
 import shutil
-import sys
 import zipfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -38,9 +39,10 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..checks import attempt, check_at_least, check_number
+from ..checks import attempt
 from ..files import UNFINISHED, check_output, file_sha256, in_use, replacing
 from ..guidance import NULL_CONDITIONS, Guidance
+from ..options import option, parse_options, to_argv, to_json, to_values
 from ..pipeline_dod import DoDPipeline
 from ..processes import all_or_none, check_processes, end_with_launcher
 from ..results import checkpoint_sha256, describe_versions
@@ -58,12 +60,101 @@ ARCHIVE = "samples.npz"
 ROUNDING = "round(255 x)"
 LABELS = ("random", "balanced", "null")
 
-# Options, named as in the pipeline's call.
-CALL_OPTIONS = ("num_stages", "num_inference_steps", "guidance_scale", "first_stage_guidance_scale")
-CALL_OPTIONS += ("stage_inference_steps", "stage_solvers", "stage_guidance_scales")
-GUIDANCE_OPTIONS = ("null_condition", "prior_guidance_scale", "guidance_channels", "guidance_interval")
-GUIDANCE_OPTIONS += ("guidance_power", "guidance_rescale", "guidance_cosine_threshold")
-CALL_OPTIONS += (*GUIDANCE_OPTIONS, "height", "width")
+# Options of guidance, and the field of [`Guidance`] that each of them sets.
+GUIDANCE_FIELDS = {"null_condition": "null_condition", "prior_guidance_scale": "prior_scale"}
+GUIDANCE_FIELDS |= {
+    f"guidance_{field.name}": field.name
+    for field in dataclasses.fields(Guidance)
+    if field.name not in (*GUIDANCE_FIELDS.values(), "transformer")  # a model is no option
+}
+
+
+def _declare(name: str) -> tuple[str, Any, Any]:
+    """Name, type and field of an option of guidance."""
+    field = Guidance.__dataclass_fields__[GUIDANCE_FIELDS[name]]
+    choices = NULL_CONDITIONS if name == "null_condition" else None
+    declared = option(field.default, choices=choices, help=f"`{field.name}` of `Guidance`, see docs/sampling.md.")
+    return name, get_type_hints(Guidance)[field.name], declared
+
+
+class _ToGuidance:
+    """Methods of [`GuidanceOptions`]."""
+
+    def to_guidance(self) -> Guidance:
+        """Returns the [`Guidance`] that the options describe. Raises a `ValueError` or `TypeError` as it does."""
+        return Guidance(**{field: getattr(self, name) for name, field in GUIDANCE_FIELDS.items()})
+
+    def find_conflicts(self) -> list[str]:
+        """Messages about options that are out of range or do not fit each other."""
+        errors: list[str] = []
+        attempt(errors, self.to_guidance)
+        return errors
+
+
+GuidanceOptions = dataclasses.make_dataclass(
+    "GuidanceOptions",
+    [_declare(name) for name in GUIDANCE_FIELDS],
+    bases=(_ToGuidance,),
+    namespace={"__doc__": "Guidance.", "__module__": __name__},
+    frozen=True,
+    kw_only=True,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallOptions:
+    """
+    Sampling.
+
+    What the call of the pipeline takes, see docs/sampling.md.
+    """
+
+    num_stages: int | None = option(None, at_least=1, help="Number of stages; the checkpoint's by default.")
+    num_inference_steps: int | None = option(None, at_least=1, help="Steps of a stage; the checkpoint's by default.")
+    guidance_scale: float | None = option(
+        None, at_least=0, help="From stage 2 on, or of the only stage without a LEM; the checkpoint's by default."
+    )
+    first_stage_guidance_scale: float = option(1.0, at_least=0, help="Guidance scale of stage 1.")
+    stage_inference_steps: tuple[int, ...] | None = option(None, at_least=1, help="Steps of each stage.")
+    stage_solvers: tuple[str, ...] | None = option(None, choices=SOLVERS, help="Solver of each stage.")
+    stage_guidance_scales: tuple[float, ...] | None = option(None, at_least=0, help="Guidance scale of each stage.")
+    height: int | None = option(None, at_least=1, help="Height in pixels; the trained size by default.")
+    width: int | None = option(None, at_least=1, help="Width in pixels; the trained size by default.")
+
+    def find_conflicts(self) -> list[str]:
+        """Messages about options that do not fit each other."""
+        of_stages = {name: getattr(self, name) for name in ("stage_inference_steps", "stage_solvers")}
+        of_stages["stage_guidance_scales"] = self.stage_guidance_scales
+        return [
+            f"`{name}` must hold {self.num_stages} values, got {len(values)}."
+            for name, values in of_stages.items()
+            if None not in (values, self.num_stages) and len(values) != self.num_stages
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """Options of the command."""
+
+    pretrained_model_name_or_path: str = option(help="Pipeline (folder or Hub id).")
+    output_dir: Path = option(check=partial(check_output, is_folder=True), help="Folder that the images go to.")
+    num_images: int = option(50_000, at_least=1, help="Number of images.")
+    batch_size: int = option(64, at_least=1, help="Images in a chunk, the unit of the work.")
+    labels: str = option(
+        "random", choices=LABELS, help="Uniform and independent, all classes in turn, or no class (the null class)."
+    )
+    seed: int = option(0, at_least=0, below=2**64, help="Seed of noise and random labels.")
+    format: str = option("png", choices=("png", "npz"), help="A PNG file each, or ADM's archive.")
+    all_stages: bool = option(False, help="Write the images of each stage, not of the last one alone.")
+    dtype: str = option("float32", choices=DTYPES, help="Data type of the weights of all models.")
+    allow_tf32: bool = option(False, help="TF32 products and convolutions on NVIDIA GPUs.")
+    call: CallOptions = field(default_factory=CallOptions)
+    guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
+
+    @property
+    def call_arguments(self) -> dict[str, Any]:
+        """Arguments of the call of the pipeline."""
+        return to_json(to_values(self.call) | to_values(self.guidance))
 
 
 def draw_labels(kind: str, seed: int, num_images: int, num_classes: int) -> np.ndarray | None:
@@ -109,18 +200,18 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return np.round(255 * images).astype(np.uint8)
 
 
-def sample_settings(args: argparse.Namespace, pipeline: DoDPipeline) -> dict[str, Any]:
+def sample_settings(options: SamplingOptions, pipeline: DoDPipeline) -> dict[str, Any]:
     """
     Settings that images depend on, except for versions and devices.
 
     Args:
-        args (`argparse.Namespace`): The options of the command.
+        options ([`SamplingOptions`]): The options.
         pipeline ([`DoDPipeline`]): The pipeline that they apply to.
 
     Returns:
         `dict`: The settings, ready for JSON. Defaults of the checkpoint are filled in.
     """
-    call = {name: getattr(args, name) for name in CALL_OPTIONS}
+    call = options.call_arguments
     has_embedder = pipeline.latent_embedder is not None
     if call["num_stages"] is None:
         call["num_stages"] = pipeline.config.default_num_stages if has_embedder else 1
@@ -137,15 +228,15 @@ def sample_settings(args: argparse.Namespace, pipeline: DoDPipeline) -> dict[str
     for name in ("height", "width"):
         call[name] = trained_size if call[name] is None else call[name]
     return {
-        "checkpoint_sha256": checkpoint_sha256(args.pretrained_model_name_or_path),
-        "num_images": args.num_images,
-        "labels": args.labels,
-        "seed": args.seed,
-        "batch_size": args.batch_size,
-        "dtype": args.dtype,
-        "allow_tf32": args.allow_tf32,
+        "checkpoint_sha256": checkpoint_sha256(options.pretrained_model_name_or_path),
+        "num_images": options.num_images,
+        "labels": options.labels,
+        "seed": options.seed,
+        "batch_size": options.batch_size,
+        "dtype": options.dtype,
+        "allow_tf32": options.allow_tf32,
         **call,
-        "format": args.format,
+        "format": options.format,
         "rounding": ROUNDING,
     }
 
@@ -365,129 +456,12 @@ class SampleFolder:
             shutil.rmtree(self._chunks, ignore_errors=True)
 
 
-def add_guidance_arguments(parser: argparse._ActionsContainer) -> None:
-    """Adds the options of [`Guidance`] to `parser`, named as in the pipeline's call."""
-    parser.add_argument("--null_condition", default="class_and_prior", choices=NULL_CONDITIONS)
-    parser.add_argument("--prior_guidance_scale", type=float)
-    parser.add_argument("--guidance_channels", type=int)
-    parser.add_argument("--guidance_interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"))
-    parser.add_argument("--guidance_power", type=float)
-    parser.add_argument("--guidance_rescale", type=float, default=0.0)
-    parser.add_argument("--guidance_cosine_threshold", type=float)
-
-
-def build_guidance(args: argparse.Namespace) -> Guidance:
-    """
-    Builds the [`Guidance`] that the options describe.
-
-    Args:
-        args (`argparse.Namespace`): The options of [`add_guidance_arguments`].
-
-    Returns:
-        [`Guidance`].
-
-    Raises:
-        `ValueError`, `TypeError`: see [`Guidance`].
-    """
-    return Guidance(
-        null_condition=args.null_condition,
-        prior_scale=args.prior_guidance_scale,
-        channels=args.guidance_channels,
-        interval=tuple(args.guidance_interval),
-        power=args.guidance_power,
-        rescale=args.guidance_rescale,
-        cosine_threshold=args.guidance_cosine_threshold,
-    )
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Builds the parser of the command; it does not check ranges."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--pretrained_model_name_or_path", required=True, help="Pipeline (folder or Hub id).")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--num_images", type=int, default=50_000)
-    parser.add_argument("--batch_size", type=int, default=64, help="Images in a chunk, the unit of the work.")
-    parser.add_argument(
-        "--labels",
-        default="random",
-        choices=LABELS,
-        help="Uniform and independent, all classes in turn, or no class at all (the null class).",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="Of noise and random labels.")
-    parser.add_argument("--format", default="png", choices=("png", "npz"), help="A PNG file each, or ADM's archive.")
-    parser.add_argument(
-        "--all_stages", action="store_true", help="Write the images of each stage, not of the last one alone."
-    )
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="Of the weights of all models.")
-    parser.add_argument("--allow_tf32", action="store_true", help="TF32 products and convolutions on NVIDIA GPUs.")
-
-    call = parser.add_argument_group("sampling", "What the pipeline's call takes; see docs/sampling.md.")
-    call.add_argument("--num_stages", type=int, help="The checkpoint's by default, as the next two.")
-    call.add_argument("--num_inference_steps", type=int)
-    call.add_argument("--guidance_scale", type=float, help="From stage 2 on, or of the only stage without a LEM.")
-    call.add_argument("--first_stage_guidance_scale", type=float, default=1.0)
-    call.add_argument("--stage_inference_steps", type=int, nargs="+", help="One for each stage.")
-    call.add_argument("--stage_solvers", nargs="+", choices=SOLVERS, help="One for each stage.")
-    call.add_argument("--stage_guidance_scales", type=float, nargs="+", help="One for each stage.")
-    add_guidance_arguments(call)
-    call.add_argument("--height", type=int, help="In pixels, as `--width`; the trained size by default.")
-    call.add_argument("--width", type=int)
-    return parser
-
-
-def find_errors(args: argparse.Namespace) -> list[str]:
-    """
-    Finds all errors in options that show without the pipeline.
-
-    Args:
-        args (`argparse.Namespace`): The options.
-
-    Returns:
-        `list[str]`: A message for each option that is out of range or does not fit another one.
-    """
-    errors: list[str] = []
-
-    def values_of(name: str) -> list[Any]:
-        value = getattr(args, name)
-        return value if isinstance(value, list) else [] if value is None else [value]
-
-    for name in ("num_images", "batch_size", "num_stages", "num_inference_steps", "stage_inference_steps"):
-        for value in values_of(name):
-            attempt(errors, check_at_least, name, value, 1)
-    for name in ("height", "width"):
-        for value in values_of(name):
-            attempt(errors, check_at_least, name, value, 1)
-    for name in ("guidance_scale", "first_stage_guidance_scale", "stage_guidance_scales"):
-        for value in values_of(name):
-            attempt(errors, check_number, name, value, 0)
-    attempt(errors, check_number, "seed", args.seed, 0, 2**64, open_maximum=True)
-    attempt(errors, build_guidance, args)
-    attempt(errors, check_output, "output_dir", args.output_dir, is_folder=True)
-    if args.num_stages is not None:
-        for name in ("stage_inference_steps", "stage_solvers", "stage_guidance_scales"):
-            if values_of(name) and len(values_of(name)) != args.num_stages:
-                errors.append(f"`{name}` must hold {args.num_stages} values, got {len(values_of(name))}.")
-    return errors
-
-
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """Parses the options in `argv`, and reports all errors at once in the way of `argparse`."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if errors := find_errors(args):
-        parser.error("\n".join(errors))
-    return args
-
-
-def sample(args: argparse.Namespace, argv: list[str], accelerator: Accelerator) -> list[dict[str, Any]]:
+def sample(options: SamplingOptions, accelerator: Accelerator) -> list[dict[str, Any]]:
     """
     Writes the samples that the options ask for, except for samples that exist already.
 
     Args:
-        args (`argparse.Namespace`): The options of the command.
-        argv (`list[str]`): The arguments that gave these options, for the manifest.
+        options ([`SamplingOptions`]): The options.
         accelerator (`Accelerator`): The processes. They share the work.
 
     Returns:
@@ -498,26 +472,26 @@ def sample(args: argparse.Namespace, argv: list[str], accelerator: Accelerator) 
         `RuntimeError`: another process has failed.
         `ValueError`: the options do not fit the pipeline, the folder holds something else, or samples are not finite.
     """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
     with accelerator.local_main_process_first():  # which downloads what is on the Hub
-        pipeline = DoDPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=DTYPES[args.dtype])
-        settings = sample_settings(args, pipeline)
+        pipeline = DoDPipeline.from_pretrained(options.pretrained_model_name_or_path, dtype=DTYPES[options.dtype])
+        settings = sample_settings(options, pipeline)
     pipeline.to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
-    labels = draw_labels(args.labels, args.seed, args.num_images, pipeline.transformer.config.num_classes)
+    labels = draw_labels(options.labels, options.seed, options.num_images, pipeline.transformer.config.num_classes)
     stages = range(1, settings["num_stages"] + 1)
-    if args.all_stages:
-        folders = {n: args.output_dir / f"stage-{n}" for n in stages}
+    if options.all_stages:
+        folders = {n: options.output_dir / f"stage-{n}" for n in stages}
     else:
-        folders = {stages[-1]: args.output_dir}
-    if args.all_stages and any((args.output_dir / name).exists() for name in (SAMPLES_MANIFEST, CHUNKS)):
-        raise ValueError(f"`output_dir` must not hold one stage alone with `all_stages`, got {args.output_dir}.")
+        folders = {stages[-1]: options.output_dir}
+    if options.all_stages and any((options.output_dir / name).exists() for name in (SAMPLES_MANIFEST, CHUNKS)):
+        raise ValueError(f"`output_dir` must not hold one stage alone with `all_stages`, got {options.output_dir}.")
     outputs = {n: SampleFolder(folder, {**settings, "stage": n}, labels) for n, folder in folders.items()}
     complete: list[int] = []
     with ExitStack() as stack:
         with all_or_none():
             if accelerator.is_main_process:
-                stack.enter_context(in_use(args.output_dir))
+                stack.enter_context(in_use(options.output_dir))
                 complete = [n for n, output in outputs.items() if output.open()]
         complete = gather_object(complete)
         outputs = {n: output for n, output in outputs.items() if n not in complete}
@@ -526,14 +500,14 @@ def sample(args: argparse.Namespace, argv: list[str], accelerator: Accelerator) 
             own = range(accelerator.process_index, first.num_chunks, accelerator.num_processes)
             own = [chunk for chunk in own if not all(output.is_done(chunk) for output in outputs.values())]
             missing = sorted(gather_object(own))
-            _sample_chunks(args, pipeline, outputs, missing, accelerator)
+            _sample_chunks(options, pipeline, outputs, missing, accelerator)
             with all_or_none():
                 if accelerator.is_main_process:
                     details = {
                         "task": "sample",
-                        "argv": argv,
+                        "argv": to_argv(options),
                         "checkpoint": {
-                            "path": args.pretrained_model_name_or_path,
+                            "path": options.pretrained_model_name_or_path,
                             "sha256": settings["checkpoint_sha256"],
                         },
                         "num_classes": None if labels is None else pipeline.transformer.config.num_classes,
@@ -544,7 +518,7 @@ def sample(args: argparse.Namespace, argv: list[str], accelerator: Accelerator) 
 
 
 def _sample_chunks(
-    args: argparse.Namespace,
+    options: SamplingOptions,
     pipeline: DoDPipeline,
     outputs: dict[int, SampleFolder],
     missing: list[int],
@@ -552,10 +526,9 @@ def _sample_chunks(
 ) -> None:
     """Deals chunks to the processes, one to each at a time, so that an error in one ends all."""
     first = next(iter(outputs.values()))
-    call = {name: getattr(args, name) for name in CALL_OPTIONS}
     progress = tqdm(
-        total=args.num_images,
-        initial=args.num_images - sum(len(first.indices(chunk)) for chunk in missing),
+        total=options.num_images,
+        initial=options.num_images - sum(len(first.indices(chunk)) for chunk in missing),
         desc="Sampling",
         unit="images",
         disable=not accelerator.is_main_process,
@@ -569,29 +542,28 @@ def _sample_chunks(
                     known = first.labels is not None
                     stages = pipeline(
                         first.labels[indices.start : indices.stop] if known else [None] * len(indices),
-                        seed=args.seed,
+                        seed=options.seed,
                         sample_indices=indices,
                         output_type="np",
-                        return_stages=args.all_stages,
+                        return_stages=options.all_stages,
                         return_dict=False,
-                        **call,
+                        **options.call_arguments,
                     )[-1]
                     for n, output in outputs.items():
-                        images = stages[n - 1] if args.all_stages else stages
+                        images = stages[n - 1] if options.all_stages else stages
                         output.write(chunk, to_uint8(images), accelerator.device)
             progress.update(sum(len(first.indices(chunk)) for chunk in dealt))
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
+    options = parse_options(SamplingOptions, argv, __doc__)
     end_with_launcher()
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))])
     check_processes(accelerator)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("diffusers_dod").setLevel(logging.INFO)
-    for manifest in sample(args, argv, accelerator):
+    for manifest in sample(options, accelerator):
         if accelerator.is_main_process:
             stage = manifest["settings"]["stage"]
             logger.info(f"{manifest['num_images']:,} images of stage {stage}, SHA-256 {manifest['sha256']}.")

@@ -19,13 +19,14 @@ without a latent embedder both options mean the only stage. Every setting is sam
 judged as [`evaluate`](evaluate.html) does, in one process.
 """
 
-import argparse
 import itertools
 import json
 import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +35,77 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from ..checks import attempt, check_at_least, check_number
 from ..compute import count_model, sampling_compute
 from ..files import check_output, file_sha256, in_use, replacing
 from ..guidance import Guidance
 from ..losses import DoDJointModel
 from ..metrics.intervals import mean_interval
+from ..options import check_options, option, parse_options, to_argv, to_json, to_values
 from ..pipeline_dod import DoDPipeline
 from ..results import as_metric, checkpoint_sha256, half_width, read_results, write_results
 from ..scheduling_dod import DoDFlowMatchScheduler
 from ..tableaus import SOLVERS
 from ..training.checkpoints import STATE_FOLDER
 from . import evaluate, sample
+from .evaluate import EvaluationOptions, JudgeOptions
 from .images import open_images
 from .options import DTYPES
+from .sample import LABELS, CallOptions, GuidanceOptions, SamplingOptions
 
 
 PIPELINE = "pipeline"  # the average that a checkpoint's pipeline has
 NAMES = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "precision", "recall": "recall"}
 NAMES |= {"accuracy": "accuracy"}
-SCALES = ("first_stage_guidance_scales", "guidance_scales")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """Options of the command."""
+
+    pretrained_model_name_or_path: str = option(help="Folder of the pipeline.")
+    num_images: int = option(10_000, at_least=2, help="Number of images of each setting and seed.")
+    labels: str = option("balanced", choices=LABELS, help="Classes of the images, see the command `sample`.")
+    dtype: str = option("float32", choices=DTYPES, help="Data type of the weights of all models.")
+    seeds: tuple[int, ...] = option(
+        (0,), at_least=0, below=2**64, is_distinct=True, help="Seeds; with several, intervals are of their mean."
+    )
+    num_stages: int | None = option(
+        None, at_least=1, help="Number of stages, all of which are judged; the checkpoint's by default."
+    )
+    first_stage_guidance_scales: tuple[float, ...] | None = option(
+        None, at_least=0, is_distinct=True, help="Scales of stage 1; 1 by default where other stages follow."
+    )
+    guidance_scales: tuple[float, ...] | None = option(
+        None,
+        at_least=0,
+        is_distinct=True,
+        help="Scales from stage 2 on, or of the only stage without a LEM; the checkpoint's by default.",
+    )
+    num_inference_steps: tuple[int, ...] | None = option(
+        None, at_least=1, is_distinct=True, help="Steps of each stage; the checkpoint's by default."
+    )
+    solvers: tuple[str, ...] | None = option(
+        None, choices=SOLVERS, is_distinct=True, help="Solvers of all stages; the checkpoint's by default."
+    )
+    averages: tuple[str, ...] = option(
+        (PIPELINE,),
+        is_distinct=True,
+        help=f"Averages of a training checkpoint, e.g. decay-0.9999; `{PIPELINE}` is its own.",
+    )
+    keep_samples: bool = option(False, help="Keep the images of every setting.")
+    output_dir: Path = option(check=partial(check_output, is_folder=True), help="Folder of the sweep.")
+    output_file: Path | None = option(None, check=check_output, help="`sweep.json` in `--output_dir` by default.")
+    judge: JudgeOptions
+    guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
+
+    def find_conflicts(self) -> list[str]:
+        """Messages about options that do not fit each other."""
+        found = []
+        if self.num_images < self.judge.num_groups:
+            found.append(f"`num_images` must be an integer >= {self.judge.num_groups}, got {self.num_images}.")
+        if not self.judge.wanted_metrics:
+            found.append("`reference` or `metrics` must be given, got neither.")
+        return found
 
 
 def write_average(checkpoint: Path, name: str, folder: Path) -> None:
@@ -99,50 +151,22 @@ def format_scales(scales: Sequence[float]) -> str:
     return ":".join(np.format_float_positional(scale, trim="-") for scale in scales)
 
 
-def list_scales(args: argparse.Namespace, has_embedder: bool) -> list[list[float]]:
+def list_scales(options: SweepOptions, has_embedder: bool) -> list[list[float]]:
     """
     The guidance scales of all stages, of each setting.
 
     Args:
-        args (`argparse.Namespace`): The options of the command.
+        options ([`SweepOptions`]): The options, with the checkpoint's defaults.
         has_embedder (`bool`): Whether the pipeline has a latent embedder.
 
     Returns:
         `list[list[float]]`: One scale for each stage.
     """
     if not has_embedder:
-        return [[scale] for scale in args.guidance_scales or args.first_stage_guidance_scales]
-    later_scales = args.guidance_scales if args.num_stages > 1 else [None]
-    grid = itertools.product(args.first_stage_guidance_scales, later_scales)
-    return [[first] + [later] * (args.num_stages - 1) for first, later in grid]
-
-
-def evaluate_argv(args: argparse.Namespace, samples: str) -> list[str]:
-    """
-    The arguments of [`evaluate`] for samples of the sweep.
-
-    Args:
-        args (`argparse.Namespace`): The options of the sweep.
-        samples (`str`): Where the samples are.
-
-    Returns:
-        `list[str]`: The arguments.
-    """
-    argv = [samples, "--extractor", args.extractor, "--metrics", *args.metrics]
-    argv += ["--num_groups", str(args.num_groups), "--batch_size", str(args.batch_size), "--device", args.device]
-    for name in ("reference", "resolution"):
-        argv += [] if getattr(args, name) is None else [f"--{name}", str(getattr(args, name))]
-    return argv + ["--trust_extractor"] * args.trust_extractor
-
-
-def guidance_argv(args: argparse.Namespace) -> list[str]:
-    """The options of [`add_guidance_arguments`] in `args` as arguments."""
-    argv = []
-    for name in sample.GUIDANCE_OPTIONS:
-        value = getattr(args, name)
-        if value is not None:
-            argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return argv
+        return [[scale] for scale in options.guidance_scales or options.first_stage_guidance_scales]
+    later_scales = options.guidance_scales if options.num_stages > 1 else [None]
+    grid = itertools.product(options.first_stage_guidance_scales, later_scales)
+    return [[first] + [later] * (options.num_stages - 1) for first, later in grid]
 
 
 def has_known_cost(guidance: Guidance) -> bool:
@@ -156,52 +180,53 @@ class Sweep:
     Samples and judges settings, but for what has been done.
 
     Args:
-        args (`argparse.Namespace`): What [`parse_args`] returns.
+        options ([`SweepOptions`]): The options, with the checkpoint's defaults.
 
     Raises:
         `ImportError`, `OSError`: see [`Evaluator`].
         `ValueError`: see [`Evaluator`]; or the folder is that of another sweep.
     """
 
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-        self.checkpoint = Path(args.pretrained_model_name_or_path)
-        self.evaluator = evaluate.Evaluator(evaluate.parse_args(evaluate_argv(args, "samples")))
-        device = torch.device(args.device)
+    def __init__(self, options: SweepOptions):
+        self.options = options
+        self.checkpoint = Path(options.pretrained_model_name_or_path)
+        self.evaluator = evaluate.Evaluator(options.judge)
+        device = torch.device(options.judge.device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # which accelerate then takes
         self.accelerator = Accelerator(cpu=device.type == "cpu")
         self._check_folder()
         if self.evaluator.reference is not None:
-            self.evaluator.reference.cache = args.output_dir / "reference.npz"
+            self.evaluator.reference.cache = options.output_dir / "reference.npz"
 
     def _check_folder(self) -> None:
         """Makes sure that all settings in the folder are of one sweep."""
-        args = self.args
-        names = ("extractor", "metrics", "resolution", "num_groups", "num_images", "batch_size", "labels", "dtype")
-        options = {name: getattr(args, name) for name in (*names, *sample.GUIDANCE_OPTIONS)}
-        options["extractor_sha256"] = self.evaluator.extractor_sha256
-        options["reference"] = self.evaluator.reference and self.evaluator.reference.data
-        options["checkpoint_sha256"] = checkpoint_sha256(self.checkpoint)
-        for average in args.averages:
+        options = self.options
+        names = ("extractor", "resolution", "num_groups", "num_images", "batch_size", "labels", "dtype")
+        settings = {name: value for name, value in to_values(options).items() if name in names}
+        settings = to_json(settings | {"metrics": options.judge.wanted_metrics} | to_values(options.guidance))
+        settings["extractor_sha256"] = self.evaluator.extractor_sha256
+        settings["reference"] = self.evaluator.reference and self.evaluator.reference.data
+        settings["checkpoint_sha256"] = checkpoint_sha256(self.checkpoint)
+        for average in options.averages:
             path = self.checkpoint / STATE_FOLDER / f"ema-{average}.safetensors"
-            options[f"{average}_sha256"] = file_sha256(path) if path.is_file() else None
-        path = args.output_dir / "options.json"
+            settings[f"{average}_sha256"] = file_sha256(path) if path.is_file() else None
+        path = options.output_dir / "options.json"
         found = json.loads(path.read_text()) if path.exists() else {}
-        for name, value in options.items():
+        for name, value in settings.items():
             if found.get(name, value) != value:  # a sweep may go on with more averages
                 raise ValueError(
-                    f"`output_dir` must be the folder of a sweep with `{name}` = {value!r}, got {args.output_dir} "
+                    f"`output_dir` must be the folder of a sweep with `{name}` = {value!r}, got {options.output_dir} "
                     f"with {found[name]!r}: use another one."
                 )
         with replacing(path) as unfinished:
-            unfinished.write_text(json.dumps(found | options, indent=2) + "\n")
+            unfinished.write_text(json.dumps(found | settings, indent=2) + "\n")
 
     def pipeline_folder(self, average: str) -> Path:
         """The pipeline with an `average` of the weights, which is written if need be; see [`write_average`]."""
         if average == PIPELINE:
             return self.checkpoint
-        folder = self.args.output_dir / "pipelines" / average
+        folder = self.options.output_dir / "pipelines" / average
         if not folder.exists():
             write_average(self.checkpoint, average, folder)
         return folder
@@ -225,28 +250,41 @@ class Sweep:
         Raises:
             `ValueError`: the options of sampling and judging do not fit.
         """
-        args = self.args
+        options = self.options
         paths = {}
         for stage in range(1, len(scales) + 1):
             parts = (average, num_inference_steps, solver, format_scales(scales[:stage]).replace(":", "-"), seed)
-            paths[stage] = args.output_dir / "settings" / f"{'_'.join(map(str, parts))}_stage-{stage}.json"
+            paths[stage] = options.output_dir / "settings" / f"{'_'.join(map(str, parts))}_stage-{stage}.json"
         missing = [stage for stage, path in paths.items() if not path.exists()]
         if missing:
             scales = scales[: missing[-1]]
-            samples = args.output_dir / "samples" / paths[missing[-1]].stem
-            argv = ["--pretrained_model_name_or_path", str(self.pipeline_folder(average)), "--all_stages"]
-            argv += ["--num_images", str(args.num_images), "--batch_size", str(args.batch_size), "--format", "npz"]
-            argv += ["--labels", args.labels, "--seed", str(seed), "--dtype", args.dtype]
-            argv += ["--num_stages", str(len(scales)), "--num_inference_steps", str(num_inference_steps)]
-            argv += ["--stage_solvers", *[solver] * len(scales)] if solver in SOLVERS else []
-            argv += ["--stage_guidance_scales", *map(str, scales), *guidance_argv(args), "--output_dir", str(samples)]
-            sample.sample(sample.parse_args(argv), argv, self.accelerator)
+            samples = options.output_dir / "samples" / paths[missing[-1]].stem
+            sampling = SamplingOptions(
+                pretrained_model_name_or_path=str(self.pipeline_folder(average)),
+                output_dir=samples,
+                num_images=options.num_images,
+                batch_size=options.judge.batch_size,
+                labels=options.labels,
+                seed=seed,
+                format="npz",
+                all_stages=True,
+                dtype=options.dtype,
+                call=CallOptions(
+                    num_stages=len(scales),
+                    num_inference_steps=num_inference_steps,
+                    stage_solvers=(solver,) * len(scales) if solver in SOLVERS else None,
+                    stage_guidance_scales=tuple(scales),
+                ),
+                guidance=options.guidance,
+            )
+            check_options(sampling)
+            sample.sample(sampling, self.accelerator)
             for stage in missing:
                 archive = str(samples / f"stage-{stage}" / sample.ARCHIVE)
-                metrics, data = self.evaluator.evaluate(open_images(archive, args.resolution))
-                argv = [*evaluate_argv(args, archive), "--output_file", str(paths[stage])]
-                self.evaluator.write(paths[stage], argv, metrics, data)
-            if not args.keep_samples:
+                metrics, data = self.evaluator.evaluate(open_images(archive, options.judge.resolution))
+                judging = EvaluationOptions(samples=archive, judge=options.judge, output_file=paths[stage])
+                self.evaluator.write(paths[stage], to_argv(judging), metrics, data)
+            if not options.keep_samples:
                 shutil.rmtree(samples)
                 if not any(samples.parent.iterdir()):
                     samples.parent.rmdir()
@@ -263,19 +301,19 @@ class Sweep:
         Raises:
             `ValueError`: see [`Sweep.run_setting`] and [`write_average`].
         """
-        args = self.args
+        options = self.options
         pipeline = DoDPipeline.from_pretrained(self.checkpoint)
         side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
-        num_classes = None if args.labels == "null" else pipeline.transformer.config.num_classes
+        num_classes = None if options.labels == "null" else pipeline.transformer.config.num_classes
         self.evaluator.check((side, side), num_classes)  # before anything is sampled
         cost = count_model(pipeline)
         metrics: dict[str, dict[str, Any]] = {}
         rows: dict[str, dict[str, Any]] = {}
-        all_scales = list_scales(args, pipeline.latent_embedder is not None)
-        grid = itertools.product(args.averages, args.num_inference_steps, args.solvers, all_scales)
+        all_scales = list_scales(options, pipeline.latent_embedder is not None)
+        grid = itertools.product(options.averages, options.num_inference_steps, options.solvers, all_scales)
         for average, num_steps, solver, scales in grid:
-            of_seeds = [self.run_setting(average, num_steps, solver, scales, seed) for seed in args.seeds]
-            for stage in range(1, args.num_stages + 1):
+            of_seeds = [self.run_setting(average, num_steps, solver, scales, seed) for seed in options.seeds]
+            for stage in range(1, options.num_stages + 1):
                 label = f"stage-{stage}/{average}/{num_steps}/{solver}/{format_scales(scales[:stage])}"
                 if label in rows:
                     continue  # it is the same for all scales of later stages
@@ -288,9 +326,9 @@ class Sweep:
                     "stage": stage,
                     "gflops": None,
                 }
-                if solver != "dopri5" and has_known_cost(sample.build_guidance(args)):
+                if solver != "dopri5" and has_known_cost(options.guidance.to_guidance()):
                     solvers = [solver] * stage if solver in SOLVERS else None
-                    interval = tuple(args.guidance_interval)
+                    interval = options.guidance.guidance_interval
                     found = sampling_compute(
                         pipeline, [num_steps] * stage, scales[:stage], solvers, interval, cost=cost
                     )
@@ -371,126 +409,83 @@ def draw_plots(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     return paths
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options of the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--pretrained_model_name_or_path", required=True, help="Folder of the pipeline.")
-    parser.add_argument("--reference", help="See the command `evaluate`, as the next six.")
-    parser.add_argument("--extractor", required=True)
-    parser.add_argument("--trust_extractor", action="store_true")
-    parser.add_argument("--metrics", nargs="+", default=["fid"], choices=evaluate.METRICS)
-    parser.add_argument("--resolution", type=int)
-    parser.add_argument("--num_groups", type=int, default=10)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--num_images", type=int, default=10_000, help="Of each setting and seed.")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--labels", default="balanced", choices=sample.LABELS)
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="With several, intervals are of their mean.")
-    parser.add_argument("--num_stages", type=int, help="All of them are judged; the checkpoint's by default.")
-    parser.add_argument(
-        "--first_stage_guidance_scales", type=float, nargs="+", help="Of stage 1, 1 by default where others follow."
-    )
-    parser.add_argument(
-        "--guidance_scales",
-        type=float,
-        nargs="+",
-        help="From stage 2 on, or of the only stage without a LEM; the checkpoint's by default.",
-    )
-    parser.add_argument(
-        "--num_inference_steps", type=int, nargs="+", help="Of each stage; the checkpoint's by default."
-    )
-    parser.add_argument("--solvers", nargs="+", choices=SOLVERS, help="Of all stages; the checkpoint's by default.")
-    parser.add_argument(
-        "--averages",
-        nargs="+",
-        default=[PIPELINE],
-        help=f"Averages of a training checkpoint, e.g. decay-0.9999; `{PIPELINE}` is its own.",
-    )
-    sample.add_guidance_arguments(parser.add_argument_group("guidance", "The same for all settings of a folder."))
-    parser.add_argument("--keep_samples", action="store_true", help="Keep the images of every setting.")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--output_file", type=Path, help="`sweep.json` in `--output_dir` by default.")
-    return parser
+def fill_in_defaults(options: SweepOptions) -> SweepOptions:
+    """
+    Gives options that are not given the values of the checkpoint.
 
+    Args:
+        options ([`SweepOptions`]): The options.
 
-def _fill_in_defaults(args: argparse.Namespace, config: dict[str, Any], scheduler: dict[str, Any]) -> None:
-    """Gives options that are not given the values of a checkpoint, whose configs these are."""
-    has_embedder = config["latent_embedder"][0] is not None
-    if args.num_stages is None:
-        args.num_stages = config["default_num_stages"] if has_embedder else 1
-    if has_embedder:
-        args.first_stage_guidance_scales = args.first_stage_guidance_scales or [1.0]
-    has_default_scale = args.num_stages > 1 or not args.first_stage_guidance_scales
-    if args.guidance_scales is None and has_default_scale:
-        args.guidance_scales = [config["default_guidance_scale"]]
-    args.num_inference_steps = args.num_inference_steps or [config["default_num_inference_steps"]]
-    args.solvers = args.solvers or [scheduler.get("solver", scheduler["_class_name"])]
+    Returns:
+        [`SweepOptions`]: With number of stages, scales, steps and solvers.
 
-
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The options in `argv`, with the checkpoint's defaults; all errors are reported at once, as `argparse` does."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    Raises:
+        `ValueError`: there is no pipeline, the options do not fit it, or there are several processes.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        parser.error(f"The command must run in one process, got {os.environ['WORLD_SIZE']}.")
-    checkpoint = Path(args.pretrained_model_name_or_path)
+        raise ValueError(f"The command must run in one process, got {os.environ['WORLD_SIZE']}.")
+    checkpoint = Path(options.pretrained_model_name_or_path)
     if not (checkpoint / "model_index.json").is_file():
-        parser.error(f"`pretrained_model_name_or_path` must be the folder of a pipeline, got {checkpoint}.")
+        raise ValueError(f"`pretrained_model_name_or_path` must be the folder of a pipeline, got {checkpoint}.")
     config = DoDPipeline.load_config(checkpoint)
+    scheduler = DoDFlowMatchScheduler.load_config(checkpoint, subfolder="scheduler")
     has_embedder = config["latent_embedder"][0] is not None
-    _fill_in_defaults(args, config, DoDFlowMatchScheduler.load_config(checkpoint, subfolder="scheduler"))
-    errors = evaluate.find_errors(evaluate.build_parser().parse_args(evaluate_argv(args, "samples")))
-    attempt(errors, check_at_least, "num_images", args.num_images, max(2, args.num_groups))
-    attempt(errors, check_at_least, "num_stages", args.num_stages, 1)
-    for value in args.num_inference_steps:
-        attempt(errors, check_at_least, "num_inference_steps", value, 1)
-    for value in args.seeds:
-        attempt(errors, check_number, "seeds", value, 0, 2**64, open_maximum=True)
-    for name in SCALES:
-        for value in getattr(args, name) or ():
-            attempt(errors, check_number, name, value, 0)
-    attempt(errors, sample.build_guidance, args)
-    for name in (*SCALES, "num_inference_steps", "solvers", "averages", "seeds"):
-        values = getattr(args, name) or []
-        if len(set(values)) < len(values):
-            errors.append(f"`{name}` must hold different values, got {values}.")
-    if args.num_stages > 1 and not has_embedder:
-        errors.append(f"`num_stages` must be 1 without a latent embedder, got {args.num_stages}.")
-    if args.num_stages == 1 and args.first_stage_guidance_scales and args.guidance_scales:
-        errors.append(
+    num_stages, first_scales = options.num_stages, options.first_stage_guidance_scales
+    if num_stages is None:
+        num_stages = config["default_num_stages"] if has_embedder else 1
+    if num_stages > 1 and not has_embedder:
+        raise ValueError(f"`num_stages` must be 1 without a latent embedder, got {num_stages}.")
+    if has_embedder:
+        first_scales = first_scales or (1.0,)
+    later_scales = options.guidance_scales
+    if num_stages == 1 and first_scales and later_scales:
+        raise ValueError(
             "`guidance_scales` must not be given for one stage, whose scales are `first_stage_guidance_scales`, "
-            f"got {args.guidance_scales}."
+            f"got {list(later_scales)}."
         )
-    attempt(errors, check_output, "output_dir", args.output_dir, is_folder=True)
-    attempt(errors, check_output, "output_file", args.output_file)
-    if errors:
-        parser.error("\n".join(errors))
-    return args
+    if later_scales is None and (num_stages > 1 or not first_scales):
+        later_scales = (config["default_guidance_scale"],)
+    return replace(
+        options,
+        num_stages=num_stages,
+        first_stage_guidance_scales=first_scales,
+        guidance_scales=later_scales,
+        num_inference_steps=options.num_inference_steps or (config["default_num_inference_steps"],),
+        solvers=options.solvers or (scheduler.get("solver", scheduler["_class_name"]),),
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
-    with in_use(args.output_dir):
-        sweep = Sweep(args)
+    options = parse_options(SweepOptions, argv, __doc__, fill_in_defaults)
+    with in_use(options.output_dir):
+        sweep = Sweep(options)
         metrics, rows = sweep.run()
         table = to_table(rows)
-        (args.output_dir / "sweep.md").write_text(table + "\n")
+        (options.output_dir / "sweep.md").write_text(table + "\n")
         print(table)
         try:
-            draw_plots(rows, args.output_dir)
+            draw_plots(rows, options.output_dir)
         except ImportError:
             print("No plots: drawing them needs matplotlib.", file=sys.stderr)
-        settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "output_file")}
-        settings["extractor_sha256"] = sweep.evaluator.extractor_sha256
+        settings = to_json({name: value for name, value in to_values(options).items() if name[:7] != "output_"})
+        settings |= {"metrics": options.judge.wanted_metrics, "extractor_sha256": sweep.evaluator.extractor_sha256}
         reference = sweep.evaluator.reference
-        data = {"name": args.reference, "num_samples": args.num_images, "reference": reference and reference.data}
-        path = args.output_file or args.output_dir / "sweep.json"
-        write_results(path, "sweep", argv, metrics, data, settings, args.device, args.pretrained_model_name_or_path)
+        write_results(
+            options.output_file or options.output_dir / "sweep.json",
+            task="sweep",
+            argv=argv,
+            metrics=metrics,
+            data={
+                "name": options.judge.reference,
+                "num_samples": options.num_images,
+                "reference": reference and reference.data,
+            },
+            settings=settings,
+            device=options.judge.device,
+            checkpoint=options.pretrained_model_name_or_path,
+        )
 
 
 if __name__ == "__main__":
