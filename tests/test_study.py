@@ -1,6 +1,5 @@
 """The study: its commands are those of the package, and its page is made of its results."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -8,6 +7,10 @@ from pathlib import Path
 import pytest
 from helpers import check_all, says, tiny_pipeline
 
+from diffusers_dod.evaluation.linear_probe import LinearProbeOptions
+from diffusers_dod.evaluation.reconstruction import ReconstructionOptions
+from diffusers_dod.evaluation.sweep import SweepOptions
+from diffusers_dod.options import build_parser
 from diffusers_dod.results import as_metric, write_results
 from diffusers_dod.training.arguments import parse_args
 
@@ -19,6 +22,7 @@ import study  # noqa: E402
 
 
 STUDY = study.load_study()
+COMMANDS = {"sweep": SweepOptions, "reconstruction": ReconstructionOptions, "linear_probe": LinearProbeOptions}
 EVALUATIONS = [
     (run, step, name)
     for run in STUDY["runs"]
@@ -42,7 +46,7 @@ def test_runs_are_what_the_trainer_takes(monkeypatch):
 def test_evaluations_are_what_the_commands_take():
     def check(run, step, name):
         module, *argv = study.evaluation_argv(STUDY, run, step, name)
-        args = importlib.import_module(module).build_parser().parse_args(argv)
+        args = build_parser(COMMANDS[module.rpartition(".")[2]]).parse_args(argv)
         assert args.output_file == study.result_file(run, step, name)
 
     check_all(check, EVALUATIONS)
