@@ -1,6 +1,6 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-FID, sFID, Inception Score, precision and recall of pictures, as ADM's evaluation defines them, and class accuracy:
+Computes FID, sFID, Inception Score, precision and recall as ADM defines them, and class accuracy:
 
     python -m diffusers_dod.evaluation.evaluate outputs/samples.npz --reference VIRTUAL_imagenet256_labeled.npz \\
         --extractor inception --metrics fid sfid is precision_recall --output_file outputs/evaluation.json
@@ -60,14 +60,14 @@ PUBLISHED_NUM_SAMPLES = 50_000
 @dataclass
 class FeatureSummary:
     """
-    What metrics need of the features of pictures, without the features of all of them unless they do.
+    Summary of the features of images, as metrics need it; all features are kept only if a metric needs them.
 
     Args:
         statistics (`dict[str, list[RunningStatistics]]`):
-            Mean and covariance of the `features` and of the `spatial_features`, where there are any, by group.
-        inception_score ([`RunningInceptionScore`]): The score of the logits, where there are any.
-        num_correct (`int`, defaults to 0): Pictures whose largest logit is that of their class.
-        features (`np.ndarray` of shape `(n, d)`, *optional*): The features of all pictures, in fp32.
+            Mean and covariance of the `features` and, if there are any, of the `spatial_features`, by group.
+        inception_score ([`RunningInceptionScore`]): The score of the logits, if there are any.
+        num_correct (`int`, defaults to 0): Number of images whose largest logit is that of their class.
+        features (`np.ndarray` of shape `(n, d)`, *optional*): The features of all images, in fp32.
     """
 
     statistics: dict[str, list[RunningStatistics]]
@@ -78,19 +78,19 @@ class FeatureSummary:
 
 def assign_groups(num_images: int, num_groups: int, labels: np.ndarray | None = None) -> np.ndarray:
     """
-    Deals pictures out to the groups of a jackknife at random, the same for the same arguments.
+    Deals images at random to the groups of a jackknife; the same arguments give the same groups.
 
-    Where all classes occur equally often, as in samples of balanced labels, that is no chance, and each group gets an
-    equal share of each class. Random groups would count how the classes vary from group to group as an error of the
-    sampling, and make an interval several times too wide where features tell classes apart.
+    If all classes occur equally often, as with balanced labels, each group gets an equal share of each class. Random
+    groups would count variation of the classes between groups as an error of sampling. They would make an interval
+    several times too wide if features tell classes apart.
 
     Args:
-        num_images (`int`): How many pictures.
-        num_groups (`int`): How many groups, of sizes that differ by at most one.
-        labels (`np.ndarray` of shape `(num_images,)`, *optional*): Their class ids, where these are known.
+        num_images (`int`): Number of images.
+        num_groups (`int`): Number of groups. Their sizes differ by at most one.
+        labels (`np.ndarray` of shape `(num_images,)`, *optional*): Class ids, if they are known.
 
     Returns:
-        `np.ndarray` of shape `(num_images,)`: The group of each picture.
+        `np.ndarray` of shape `(num_images,)`: The group of each image.
     """
     order = torch.randperm(num_images, generator=stateless_generator(num_images)).numpy()
     if labels is not None and np.ptp(np.unique(labels, return_counts=True)[1]) <= 1:
@@ -109,22 +109,22 @@ def compute_features(
     keep_features: bool = False,
 ) -> FeatureSummary:
     """
-    Runs pictures through an extractor.
+    Runs images through an extractor.
 
     Args:
-        images ([`ImageSource`]): The pictures.
-        extractor (`Callable`): Pictures (B, 3, H, W) in uint8 -> features (B, d) or [`PictureFeatures`].
-        batch_size (`int`, defaults to 64): Pictures at a time.
-        device (`torch.device` or `str`, defaults to `"cpu"`): Where the extractor takes pictures.
-        num_images (`int`, *optional*): How many pictures, as [`draw_indices`] draws them; all if not given.
+        images ([`ImageSource`]): The images.
+        extractor (`Callable`): Images (B, 3, H, W) in uint8 -> features (B, d) or [`PictureFeatures`].
+        batch_size (`int`, defaults to 64): Images at a time.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Device on which the extractor takes images.
+        num_images (`int`, *optional*): Number of images, drawn by [`draw_indices`]. By default all.
         num_groups (`int`, defaults to 1): Groups of the statistics, see [`assign_groups`].
-        keep_features (`bool`, defaults to `False`): Whether to keep the features of all pictures.
+        keep_features (`bool`, defaults to `False`): Whether to keep the features of all images.
 
     Returns:
         [`FeatureSummary`].
 
     Raises:
-        `ValueError`: there are too few pictures, one cannot be read, or features are not finite.
+        `ValueError`: there are too few images, an image cannot be read, or features are not finite.
     """
     check_at_least("num_groups", num_groups, 1)
     indices = draw_indices(len(images), num_images, shuffle=isinstance(images, DatasetImages))
@@ -166,14 +166,16 @@ def compute_features(
 
 def save_statistics(path: Path, summary: FeatureSummary, extractor: str, extractor_sha256: str) -> None:
     """
-    Writes the statistics of features as an npz file of ADM's form: `mu`, `sigma`, and of spatial features `mu_s` and
-    `sigma_s`; with `num_images` and what identifies the extractor.
+    Writes the statistics of features as an npz file of ADM's form.
+
+    It has `mu` and `sigma`, for spatial features also `mu_s` and `sigma_s`, then `num_images` and the identity of the
+    extractor.
 
     Args:
         path (`Path`): The file.
-        summary ([`FeatureSummary`]): What [`compute_features`] returns.
+        summary ([`FeatureSummary`]): Summary from [`compute_features`].
         extractor (`str`): Name of the extractor.
-        extractor_sha256 (`str`): What identifies it, see [`extractor_sha256`].
+        extractor_sha256 (`str`): Hash of the extractor, see [`extractor_sha256`].
     """
     merged = {name: merge_statistics(groups) for name, groups in summary.statistics.items()}
     arrays: dict[str, Any] = {"num_images": merged["features"].num_rows}
@@ -186,18 +188,18 @@ def save_statistics(path: Path, summary: FeatureSummary, extractor: str, extract
 
 class Reference:
     """
-    What samples are compared with: statistics, or pictures, or both, checked against the metrics that need them.
+    The reference of samples: statistics, images or both, checked against the metrics that need them.
 
     Args:
-        name (`str`): What names it, see [`open_images`]; or an npz file of statistics.
-        metrics (`Sequence[str]`): The metrics that need it.
-        extractor (`str`): Name of the extractor, for statistics that say of which one they are.
-        extractor_sha256 (`str`): What identifies it.
+        name (`str`): Name for [`open_images`], or an npz file of statistics.
+        metrics (`Sequence[str]`): The metrics that need the reference.
+        extractor (`str`): Name of the extractor, to be compared with that of the statistics.
+        extractor_sha256 (`str`): Hash of the extractor.
         options (`Any`): Arguments of [`open_images`].
 
     Raises:
-        `OSError`: something cannot be read.
-        `ValueError`: it does not have what the metrics need.
+        `OSError`: a file cannot be read.
+        `ValueError`: the reference lacks data that a metric needs.
     """
 
     def __init__(self, name: str, metrics: Sequence[str], extractor: str, extractor_sha256: str, **options: Any):
@@ -205,7 +207,7 @@ class Reference:
         self.statistics: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.manifold: ReferenceManifold | None = None
         self.images: ImageSource | None = None
-        #: A file that keeps the statistics for other processes with the same pictures and extractor.
+        #: A file that keeps the statistics for other processes with the same images and extractor.
         self.cache: Path | None = None
         self._extractor = (extractor, extractor_sha256)
         names = _read_names(name) if name.endswith(".npz") else set()
@@ -234,12 +236,12 @@ class Reference:
 
     def prepare(self, extractor: Extractor, batch_size: int, device: str) -> None:
         """
-        Computes what the metrics need of the pictures, unless that has been done.
+        Computes the features that metrics need, unless that has been done.
 
         Args:
-            extractor (`Callable`): Pictures (B, 3, H, W) in uint8 -> features (B, d) or [`PictureFeatures`].
-            batch_size (`int`): Pictures at a time.
-            device (`str`): Where the extractor takes pictures.
+            extractor (`Callable`): Images (B, 3, H, W) in uint8 -> features (B, d) or [`PictureFeatures`].
+            batch_size (`int`): Images at a time.
+            device (`str`): Device on which the extractor takes images.
         """
         wanted = {FEATURES[metric] for metric in {"fid", "sfid"} & set(self.metrics)}
         needs_manifold = "precision_recall" in self.metrics
@@ -347,22 +349,21 @@ class EvaluationOptions:
 
 class Evaluator:
     """
-    Evaluates any number of sets of samples by one extractor, which is loaded once, against one reference, which is
-    computed once.
+    Evaluates any number of sets of samples. The extractor is loaded once, and the reference computed once.
 
     Args:
         options ([`JudgeOptions`]): Metrics, reference and extractor.
 
     Raises:
-        `ImportError`: the extractor needs what is not installed.
-        `OSError`: something cannot be read.
+        `ImportError`: the extractor needs a package that is not installed.
+        `OSError`: a file cannot be read.
         `ValueError`: reference, extractor and metrics do not fit each other.
     """
 
     def __init__(self, options: JudgeOptions):
         self.options = options
         self.extractor = load_extractor(options.extractor, options.trust_extractor, options.device, "extractor")
-        #: What identifies the extractor, see [`extractor_sha256`].
+        #: Hash of the extractor, see [`extractor_sha256`].
         self.extractor_sha256 = extractor_sha256(options.extractor, self.extractor)
         self.reference = None
         if options.reference is not None:
@@ -377,21 +378,21 @@ class Evaluator:
 
         Args:
             samples ([`ImageSource`]): The samples.
-            num_samples (`int`, *optional*): How many of them, as [`draw_indices`] draws them; all if not given.
-            statistics_file (`Path`, *optional*): Where their statistics go, see [`save_statistics`].
+            num_samples (`int`, *optional*): Number of samples, drawn by [`draw_indices`]. By default all.
+            statistics_file (`Path`, *optional*): File for their statistics, see [`save_statistics`].
 
         Returns:
-            `tuple[dict, dict]`: What [`as_metric`] returns for each number, by name; and what identifies the data.
+            `tuple[dict, dict]`: An [`as_metric`] for each number, by name; and the identity of the data.
 
         Raises:
-            `OSError`: something cannot be read.
+            `OSError`: a file cannot be read.
             `ValueError`: samples, reference, extractor and metrics do not fit each other, or features are not finite.
         """
         options, reference = self.options, self.reference
         num_samples = len(samples) if num_samples is None else num_samples
         minimum = max(
             4 if options.num_groups == 2 else 2, options.num_groups
-        )  # two are left without any of the groups
+        )  # without any one group, two samples are left
         if not minimum <= num_samples <= len(samples):
             raise ValueError(
                 f"`num_samples` must be an integer from {minimum}, for `num_groups` {options.num_groups}, to the "
@@ -428,11 +429,11 @@ class Evaluator:
 
         Args:
             resolution (`tuple[int, int]`): Height and width of the samples in pixels.
-            num_classes (`int`, *optional*): Number of their classes, where it is known.
-            labels (`np.ndarray` of shape `(n,)`, *optional*): Their class ids, where these are known.
+            num_classes (`int`, *optional*): Number of classes, if it is known.
+            labels (`np.ndarray` of shape `(n,)`, *optional*): Class ids, if they are known.
 
         Raises:
-            `ValueError`: they do not.
+            `ValueError`: they do not fit.
         """
         options, reference = self.options, self.reference
         if reference is not None and reference.images is not None:
@@ -472,7 +473,7 @@ class Evaluator:
                 )
 
     def _compute_metrics(self, summary: FeatureSummary, num_samples: int) -> dict[str, dict[str, Any]]:
-        """What [`as_metric`] returns for each number, by name."""
+        """Computes an [`as_metric`] for each number, by name."""
         has_intervals = self.options.num_groups > 0
         metrics = {}
         for metric in self.options.wanted_metrics:
@@ -505,11 +506,11 @@ class Evaluator:
         Args:
             path (`Path`): The JSON file.
             argv (`list[str]`): The arguments with which the command computes them.
-            metrics (`dict`): What [`Evaluator.evaluate`] returned.
-            data (`dict`): What it returned beside.
+            metrics (`dict`): Numbers from [`Evaluator.evaluate`].
+            data (`dict`): Identity of the data from [`Evaluator.evaluate`].
 
         Returns:
-            `dict`: What [`write_results`] returns.
+            `dict`: The content of the file, see [`write_results`].
         """
         names = ("extractor", "metrics", "batch_size", "num_groups", "resolution")
         settings = {name: getattr(self.options, name) for name in names}
@@ -528,7 +529,7 @@ class Evaluator:
 
 
 def to_table(metrics: dict[str, dict[str, Any]]) -> str:
-    """The numbers in `metrics` as a table in Markdown."""
+    """Formats the numbers in `metrics` as a Markdown table."""
     lines = ["| metric | value | 95 % interval |", "| --- | ---: | --- |"]
     for name, metric in metrics.items():
         interval = "" if metric["interval"] is None else " to ".join(f"{end:.4g}" for end in metric["interval"])

@@ -1,21 +1,25 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-How much of the class is in the latent tokens (paper, Table 2, Top-1): a linear classifier and nearest neighbours.
+Linear probe: how much of the class is in the latent tokens (paper, Table 2, Top-1)?
 
     python -m diffusers_dod.evaluation.linear_probe --pretrained_model_name_or_path outputs/dod-b \\
         --train_data_dir path/to/imagenet/train --num_pictures 100000 \\
         --test_data_dir path/to/imagenet/val --num_test_pictures 50000 \\
         --cache_dir outputs/probe --output_file results/linear_probe.json
 
-Features are of the posterior mean of a picture's latents, without augmentation: `lem`, the tokens of the latent
-embedder; `random_lem`, those of one with random weights; `latents`, the latents themselves, averaged to the square
-grid whose number of values is nearest to that of the tokens. The last two are what the first is to be compared with.
-By default all tokens are joined (N * d_e numbers); `--pooling mean` averages them. The paper does not say which.
+It trains a linear classifier, and looks up nearest neighbours, on three kinds of features:
 
-Every feature is standardised by mean and standard deviation of the training pictures. For each seed a tenth of the
-training pictures is set apart, one classifier per learning rate is trained on the others, and that which is best on
-the tenth is tested on the test pictures, which choose nothing. Accuracies are means over seeds; `interval` is the 95 %
-Wilson interval for the number of test pictures, `standard_error` that of the mean over seeds.
+    lem         the tokens of the latent embedder
+    random_lem  the tokens of a latent embedder with random weights, for comparison
+    latents     the latents, averaged on a square grid with about as many values as the tokens, for comparison
+
+Features come from the posterior mean of an image's latents, without augmentation. By default all tokens are joined
+(N * d_e numbers); `--pooling mean` averages them. The paper does not say which.
+
+Every feature is standardised by mean and standard deviation of the training images. For each seed a tenth of the
+training images is set apart. One classifier per learning rate is trained on the others. The classifier that is best on
+the tenth is tested on the test images, which choose nothing. Accuracies are means over seeds. `interval` is the 95 %
+Wilson interval for the number of test images, and `standard_error` that of the mean over seeds.
 """
 
 import hashlib
@@ -49,7 +53,7 @@ TOP_5_MIN_CLASSES = 10
 
 def to_features(tokens: torch.Tensor, pooling: str) -> torch.Tensor:
     """
-    One row of features per picture.
+    Makes one row of features per image.
 
     Args:
         tokens (`torch.Tensor` of shape `(n, N, width)`): The tokens.
@@ -59,7 +63,7 @@ def to_features(tokens: torch.Tensor, pooling: str) -> torch.Tensor:
         `torch.Tensor` of shape `(n, N * width)` or `(n, width)`.
 
     Raises:
-        `ValueError`: the pooling is none of these.
+        `ValueError`: the pooling is neither of these.
     """
     check_choice("pooling", pooling, POOLING)
     return tokens.flatten(1) if pooling == "flatten" else tokens.mean(dim=1)
@@ -80,15 +84,15 @@ class ProbeOptions:
 
 def standardise(train: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Shifts and scales each feature such that it has mean 0 and standard deviation 1 on the training pictures.
+    Shifts and scales each feature to mean 0 and standard deviation 1 on the training images.
 
     Args:
-        train (`torch.Tensor` of shape `(n, d)`): Features of the training pictures.
-        test (`torch.Tensor` of shape `(m, d)`): Features of the test pictures.
+        train (`torch.Tensor` of shape `(n, d)`): Features of the training images.
+        test (`torch.Tensor` of shape `(m, d)`): Features of the test images.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Both, with the mean and the deviation of the first. A feature that is the
-        same for all training pictures is only shifted.
+        `tuple[torch.Tensor, torch.Tensor]`: Both, standardised by the first. A feature that is the same for all
+        training images is only shifted.
     """
     std, mean = torch.std_mean(train, dim=0, correction=0)
     std = torch.where(std > 0, std, 1)
@@ -100,14 +104,14 @@ def split_validation(num_samples: int, seed: int) -> tuple[torch.Tensor, torch.T
     Divides training samples at random.
 
     Args:
-        num_samples (`int`): How many there are, at least 2.
-        seed (`int`): Which division.
+        num_samples (`int`): Number of samples, at least 2.
+        seed (`int`): Seed of the division.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Indices to train on, and a tenth (at least one) to choose by.
 
     Raises:
-        `ValueError`: there are fewer than 2.
+        `ValueError`: there are fewer than 2 samples.
     """
     check_at_least("num_samples", num_samples, 2)
     order = torch.randperm(num_samples, generator=stateless_generator(seed, 0))
@@ -123,8 +127,9 @@ def train_classifiers(
     seed: int,
 ) -> list[nn.Linear]:
     """
-    Trains a linear classifier for each learning rate, all on the same batches: cross-entropy, AdamW without weight
-    decay, cosine schedule to 0, from zero weights.
+    Trains a linear classifier for each learning rate, all on the same batches.
+
+    It uses cross-entropy, AdamW without weight decay, a cosine schedule to 0, and zero weights at the start.
 
     Args:
         features (`torch.Tensor` of shape `(n, d)`): Standardised features.
@@ -149,7 +154,7 @@ def train_classifiers(
     for epoch in range(options.num_epochs):
         order = torch.randperm(len(features), generator=stateless_generator(seed, 1, epoch))
         for batch in order.to(features.device).split(options.probe_batch_size):
-            # Each loss has parameters of its own: the gradient of the sum is that of each.
+            # Each loss has its own parameters, so the gradient of the sum is the gradient of each.
             sum(F.cross_entropy(classifier(features[batch]), labels[batch]) for classifier in classifiers).backward()
             optimizer.step()
             schedule.step()
@@ -158,7 +163,7 @@ def train_classifiers(
 
 
 def top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int) -> float:
-    """The share of rows of `scores` (n, classes) whose `k` largest are at their `labels` (n,) too."""
+    """Share of rows of `scores` (n, classes) that have their label in `labels` (n,) among the `k` largest."""
     return float((scores.topk(k, dim=1).indices == labels[:, None]).any(dim=1).float().mean())
 
 
@@ -177,8 +182,8 @@ def knn_scores(
 
     Args:
         train (`torch.Tensor` of shape `(n, d)`): Features of the neighbours.
-        train_labels (`torch.Tensor` of shape `(n,)`): Their class ids.
-        test (`torch.Tensor` of shape `(m, d)`): Features of what is to be classified.
+        train_labels (`torch.Tensor` of shape `(n,)`): Class ids of the neighbours.
+        test (`torch.Tensor` of shape `(m, d)`): Features to classify.
         num_classes (`int`): Number of classes.
         k (`int`, defaults to 20): Number of neighbours.
         temperature (`float`, defaults to 0.07): The temperature.
@@ -208,7 +213,7 @@ def probe(
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """
-    Accuracies of a linear classifier and of nearest neighbours. The test pictures choose nothing.
+    Measures the accuracies of a linear classifier and of nearest neighbours. The test images choose nothing.
 
     Args:
         train (`tuple[torch.Tensor, torch.Tensor]`): Features (n, d) of the training images, and their class ids (n,).
@@ -219,7 +224,7 @@ def probe(
         seed (`int`, defaults to 0): First seed of the validation images and of the order of the others.
 
     Returns:
-        `dict[str, dict]`: What [`as_metric`] gives for `top1`, `top5` (with at least 10 classes) and `knn`, in [0, 1].
+        `dict[str, dict]`: An [`as_metric`] for `top1`, `top5` (with at least 10 classes) and `knn`, in [0, 1].
     """
     (train, train_labels), (test, test_labels) = train, test
     train, test = standardise(train, test)
@@ -257,7 +262,7 @@ def probe(
 
 
 def to_table(rows: dict[str, dict[str, dict[str, Any]]], num_values: dict[str, int]) -> str:
-    """`rows`, what [`probe`] gives by kind of features, and their `num_values` as a Markdown table."""
+    """Formats `rows`, a [`probe`] for each kind of features, and their `num_values` as a Markdown table."""
     names = [name for name in ("top1", "top5", "knn") if name in next(iter(rows.values()))]
     lines = [f"| features | numbers | {' | '.join(names)} | learning rates |", f"|---|{'---:|' * (len(names) + 2)}"]
     for kind, metrics in rows.items():

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""The pictures and the pipeline of a command that compares both, from its options."""
+"""Images and pipeline of a command that compares both, from its options."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -57,18 +57,18 @@ class ComparisonOptions:
 
 def open_pictures(options: ComparisonOptions, num_pictures: int) -> tuple[Pictures, list[int], dict[str, Any]]:
     """
-    The pictures that the options name, and which of them to take.
+    Opens the images that the options name, and draws some of them.
 
     Args:
         options ([`ComparisonOptions`]): The options.
-        num_pictures (`int`): How many to take.
+        num_pictures (`int`): Number of images to take.
 
     Returns:
-        `tuple[Pictures, list[int], dict]`: The data set, that many different indices of it in random order, and what
-        identifies both.
+        `tuple[Pictures, list[int], dict]`: The data set, that many different indices in random order, and the identity
+        of both.
 
     Raises:
-        `ValueError`: there are fewer, or the data cannot be opened, see [`load_pictures`].
+        `ValueError`: there are fewer images, or the data cannot be opened, see [`load_pictures`].
     """
     images = options.images
     try:
@@ -104,13 +104,13 @@ def read_batches(
     pictures: Pictures, indices: list[int], batch_size: int, num_workers: int = 0
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """
-    Reads some pictures of a data set, a batch at a time.
+    Reads some images of a data set, a batch at a time.
 
     Args:
         pictures ([`Pictures`]): The data set.
-        indices (`list[int]`): Which pictures, in the order wanted.
-        batch_size (`int`): Pictures in a batch; the last one may be smaller.
-        num_workers (`int`, defaults to 0): Processes that read; 0 reads in this one.
+        indices (`list[int]`): Indices of the images, in the wanted order.
+        batch_size (`int`): Images in a batch. The last batch may be smaller.
+        num_workers (`int`, defaults to 0): Processes that read images; 0 reads in this process.
 
     Returns:
         `Iterator` of the indices of a batch, its images (B, H, W, 3) in uint8 and its labels (B,).
@@ -122,7 +122,7 @@ def read_batches(
 
 def load_pipeline(options: ComparisonOptions) -> DoDPipeline:
     """
-    The pipeline that the options name, without progress bars.
+    Loads the pipeline that the options name, without progress bars.
 
     Args:
         options ([`ComparisonOptions`]): The options.
@@ -131,7 +131,7 @@ def load_pipeline(options: ComparisonOptions) -> DoDPipeline:
         [`DoDPipeline`].
 
     Raises:
-        `ValueError`: it has no latent embedder.
+        `ValueError`: the pipeline has no latent embedder.
     """
     pipeline = DoDPipeline.from_pretrained(options.pretrained_model_name_or_path, dtype=DTYPES[options.dtype])
     if pipeline.latent_embedder is None:

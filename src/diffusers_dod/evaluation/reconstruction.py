@@ -1,16 +1,18 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-How much of a picture its visual prior keeps (paper, Tables 2 and 3, Figure 4 left): stage 2 draws real pictures again,
-each from its own class and its own prior, and rFID, PSNR and SSIM compare the result with the picture.
+Reconstruction: how much of an image does its visual prior keep (paper, Tables 2 and 3, Figure 4 left)?
+
+Stage 2 draws real images again, each from its own class and its own prior. rFID, PSNR and SSIM compare the result with
+the image.
 
     python -m diffusers_dod.evaluation.reconstruction --pretrained_model_name_or_path outputs/dod-b \\
         --train_data_dir path/to/imagenet/val --guidance_scales 1 2.5 4 5.5 7 --extractor inception \\
         --output_file results/reconstruction.json
 
-The row `autoencoder` is encoding and decoding alone: no model in its latents can do better on PSNR and SSIM, but for
-chance. rFID is the Fréchet distance to the pictures themselves, with the 95 % interval of a jackknife; PSNR and SSIM
-are means over pictures, with Student's. All of them are of uint8 pictures, rounded as round(255 x). A run that was
-stopped goes on after the rows that it has finished.
+The row `autoencoder` only encodes and decodes: no model in its latents can do better on PSNR and SSIM, except by
+chance. rFID is the Fréchet distance to the images themselves, with the 95 % interval of a jackknife. PSNR and SSIM are
+means over images, with Student's interval. All metrics use uint8 images, rounded as round(255 x). A run that was
+stopped continues after its finished rows.
 """
 
 import json
@@ -49,11 +51,11 @@ NUM_GROUPS = 10  # of the jackknife
 
 def check_classes(pipeline: DoDPipeline, class_names: tuple[str, ...]) -> None:
     """
-    Raises unless the class ids of pictures can be those of a model.
+    Raises unless the class ids of images can be class ids of a model.
 
     Args:
         pipeline ([`DoDPipeline`]): The model.
-        class_names (`tuple[str, ...]`): Names of the pictures' classes by id.
+        class_names (`tuple[str, ...]`): Names of the images' classes by id.
 
     Raises:
         `ValueError`: there are more or fewer classes, or the same names in another order.
@@ -81,13 +83,13 @@ def reconstruct(
     **call: Any,
 ) -> np.ndarray:
     """
-    Draws pictures again from their own classes and visual priors: stage 2, with the pictures in place of stage 1.
+    Draws images again from their own classes and visual priors: stage 2, with the images in place of stage 1.
 
     Args:
         pipeline ([`DoDPipeline`]): The model.
-        images (`torch.Tensor` of shape `(B, H, W, 3)`): Pictures in uint8.
-        labels (`torch.Tensor` of shape `(B,)`): Their class ids.
-        indices (`list[int]`): A number for each: its noise depends on that and the seed alone.
+        images (`torch.Tensor` of shape `(B, H, W, 3)`): Images in uint8.
+        labels (`torch.Tensor` of shape `(B,)`): Class ids of the images.
+        indices (`list[int]`): A number for each image. Its noise depends on this number and the seed alone.
         guidance_scale (`float` or `None`): Scale of classifier-free guidance; `None` only encodes and decodes.
         seed (`int`): Seed of the noise.
         call (`Any`): Further arguments of the pipeline's call.
@@ -96,7 +98,7 @@ def reconstruct(
         `np.ndarray` of shape `(B, H, W, 3)`, in uint8.
 
     Raises:
-        `ValueError`: the model gives numbers that are not finite, or does not take the arguments.
+        `ValueError`: the model gives non-finite numbers, or does not take the arguments.
     """
     if guidance_scale is None:
         latents = pipeline.encode_image(to_pixels(images).to(pipeline.device))
@@ -120,13 +122,13 @@ def reconstruct(
 @dataclass
 class Comparison:
     """
-    What pictures are like beside their originals.
+    Result of comparing images with their originals.
 
     Args:
-        psnr (`np.ndarray` of shape `(n,)`): See [`psnr`].
-        ssim (`np.ndarray` of shape `(n,)`): See [`ssim`].
-        rfid (`float`, *optional*): Fréchet distance of their features, where there is an extractor.
-        rfid_interval (`tuple[float, float]`, *optional*): See [`rfid_interval`].
+        psnr (`np.ndarray` of shape `(n,)`): PSNR of each image, see [`psnr`].
+        ssim (`np.ndarray` of shape `(n,)`): SSIM of each image, see [`ssim`].
+        rfid (`float`, *optional*): Fréchet distance of the features, if there is an extractor.
+        rfid_interval (`tuple[float, float]`, *optional*): Interval of that distance, see [`rfid_interval`].
     """
 
     psnr: np.ndarray
@@ -142,15 +144,17 @@ def _rfid(pairs: list[tuple[RunningStatistics, RunningStatistics]]) -> float:
 
 def rfid_interval(groups: list[tuple[RunningStatistics, RunningStatistics]]) -> tuple[float, float] | None:
     """
-    The [`jackknife_interval`] of the Fréchet distance of pictures to their own originals, which leaves out pictures
-    together with their originals: how far the distance for as many other pictures would lie from this one.
+    The [`jackknife_interval`] of the Fréchet distance of images to their own originals.
+
+    It leaves out images together with their originals, and says how far the distance would move with as many other
+    images.
 
     Args:
         groups (`list[tuple[RunningStatistics, RunningStatistics]]`):
-            Features of the pictures and of their originals in random groups of about the same size.
+            Features of the images and of their originals in random groups of about the same size.
 
     Returns:
-        `tuple[float, float]`: Both ends, the lower one at least 0; `None` where a group has less than two pictures.
+        `tuple[float, float]`: Both ends, the lower one at least 0; `None` if a group has less than two images.
     """
     if min(images.num_rows for images, _ in groups) < 2:
         return None
@@ -163,19 +167,19 @@ def compare(
     device: torch.device | str = "cpu",
 ) -> Comparison:
     """
-    Compares pictures with their originals, in memory that does not grow with their number but for two numbers each.
+    Compares images with their originals; only two numbers per image stay in memory.
 
     Args:
         pairs (`Iterable[tuple[np.ndarray, np.ndarray]]`):
-            Batches of pictures and of their originals, (B, H, W, 3) in uint8.
-        extractor (`Callable`, *optional*): Pictures (B, 3, H, W) in uint8 -> features; without it there is no rFID.
-        device (`torch.device` or `str`, defaults to `"cpu"`): Where the extractor takes pictures.
+            Batches of images and of their originals, (B, H, W, 3) in uint8.
+        extractor (`Callable`, *optional*): Images (B, 3, H, W) in uint8 -> features. Without it there is no rFID.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Device on which the extractor takes images.
 
     Returns:
         [`Comparison`].
 
     Raises:
-        `ValueError`: pictures of a pair do not fit, there are fewer than two, or features are not finite.
+        `ValueError`: images of a pair do not fit, there are fewer than two images, or features are not finite.
     """
     ratios: list[np.ndarray] = []
     similarities: list[np.ndarray] = []
@@ -186,7 +190,7 @@ def compare(
         similarities.append(ssim(*pair))
         if extractor is None:
             continue
-        # In turn and then shuffled: of the same size, and unlike in nothing else.
+        # Dealt in turn and then shuffled, so that groups have the same size and differ in nothing else.
         numbers = rng.permutation((num_pairs + np.arange(len(pair[0]))) % NUM_GROUPS)
         num_pairs += len(pair[0])
         for side, images in enumerate(pair):
@@ -200,14 +204,14 @@ def compare(
 
 def as_metrics(name: str, comparison: Comparison) -> dict[str, dict[str, Any]]:
     """
-    A comparison as results hold it. A PSNR that is infinite, as a picture is met exactly, is left out.
+    Puts a comparison into the form of results. An infinite PSNR, of an image that is met exactly, is left out.
 
     Args:
-        name (`str`): What is compared, the end of each name.
+        name (`str`): Name of the compared images, the end of each number's name.
         comparison ([`Comparison`]): The comparison.
 
     Returns:
-        `dict[str, dict]`: What [`as_metric`] gives for `rfid_<name>`, `psnr_<name>` and `ssim_<name>`.
+        `dict[str, dict]`: An [`as_metric`] for `rfid_<name>`, `psnr_<name>` and `ssim_<name>`.
     """
     metrics = {}
     if comparison.rfid is not None:
@@ -219,7 +223,7 @@ def as_metrics(name: str, comparison: Comparison) -> dict[str, dict[str, Any]]:
 
 
 def to_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """`rows`, what [`as_metrics`] gives by name, as a Markdown table."""
+    """Formats `rows`, an [`as_metrics`] by name, as a Markdown table."""
     lines = ["| reconstruction | rFID | PSNR, dB | SSIM |", "|---|---:|---:|---:|"]
     for name, metrics in rows.items():
         cells = []
@@ -270,14 +274,14 @@ class ReconstructionOptions:
 
 def read_rows(path: Path, identity: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     """
-    The rows of a run that was stopped.
+    Reads the finished rows of a run that was stopped.
 
     Args:
-        path (`Path`): Where it wrote them.
-        identity (`dict`): What their numbers depend on, which must be what that file says.
+        path (`Path`): The file that it wrote.
+        identity (`dict`): Settings that the numbers depend on. The file must have the same.
 
     Returns:
-        `dict[str, dict]`: What [`as_metrics`] gave for each, by name; none, if it is a file of another run.
+        `dict[str, dict]`: An [`as_metrics`] for each row, by name; empty if the file belongs to another run.
     """
     try:
         found = read_results(path)

@@ -1,22 +1,22 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-Guidance scales x steps x solvers x averages of the weights, and the stages of each, for one checkpoint:
+Samples and evaluates a checkpoint over guidance scales x steps x solvers x averages of the weights, for each stage:
 
     python -m diffusers_dod.evaluation.sweep --pretrained_model_name_or_path checkpoints/dod-desk \\
         --reference textures:20000:101 --resolution 32 --extractor training/desk/texture_features.py:extractor \\
         --metrics fid accuracy --num_images 1200 --first_stage_guidance_scales 1 3 --guidance_scales 1 2 3 4 \\
         --num_inference_steps 10 20 --seeds 0 1 --output_dir outputs/sweep
 
-    output_dir/reference.npz  statistics of the reference, unless its pictures are needed
-    output_dir/settings/      results of each stage, setting and seed: what a run that was stopped need not do again
+    output_dir/reference.npz  statistics of the reference, unless its images are needed
+    output_dir/settings/      results of each stage, setting and seed, for a run that was stopped
     output_dir/sweep.json     all numbers, as `<metric>/stage-<n>/<average>/<steps>/<solver>/<scales>`
     output_dir/sweep.md       all numbers as a table
     output_dir/*.png          FID against scale and against compute, precision against recall (needs matplotlib)
 
-Scales are those of all stages up to the one that is judged, such as `1:3`: stage 1 at one of
-`--first_stage_guidance_scales`, all later ones at one of `--guidance_scales`. With one stage there are only the first;
-without a latent embedder both options mean the only stage. Every setting is sampled by [`sample`](sample.html) and
-judged as [`evaluate`](evaluate.html) does, in one process.
+Scales are named for all stages up to the judged one, such as `1:3`: stage 1 at one of `--first_stage_guidance_scales`,
+all later stages at one of `--guidance_scales`. With one stage there are only the first scales. Without a latent
+embedder both options mean the only stage. Every setting is sampled by [`sample`](sample.html) and judged as by
+[`evaluate`](evaluate.html), in one process.
 """
 
 import itertools
@@ -115,7 +115,7 @@ def write_average(checkpoint: Path, name: str, folder: Path) -> None:
     Args:
         checkpoint (`Path`): The checkpoint.
         name (`str`): The average, such as `decay-0.9999`, as its file `training_state/ema-<name>.safetensors` says.
-        folder (`Path`): Where the pipeline goes.
+        folder (`Path`): Folder for the pipeline.
 
     Raises:
         `ValueError`: the checkpoint has no such average.
@@ -133,13 +133,13 @@ def write_average(checkpoint: Path, name: str, folder: Path) -> None:
 
 def mean_over_seeds(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
-    One number out of those of several seeds.
+    Averages a number over several seeds.
 
     Args:
-        metrics (`Sequence[dict]`): What [`as_metric`] returned for each seed.
+        metrics (`Sequence[dict]`): An [`as_metric`] for each seed.
 
     Returns:
-        `dict`: The mean, with Student's 95 % interval of it; of a single seed the number as it is.
+        `dict`: The mean with its 95 % interval (Student's). The number of a single seed stays as it is.
     """
     values = [metric["value"] for metric in metrics]
     interval = mean_interval(values) if len(values) > 1 else metrics[0]["interval"]
@@ -147,20 +147,20 @@ def mean_over_seeds(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def format_scales(scales: Sequence[float]) -> str:
-    """The guidance `scales` of stages in one word that tells all numbers apart, such as `1:5.5`."""
+    """Formats the guidance `scales` of stages as one word, such as `1:5.5`; different numbers stay different."""
     return ":".join(np.format_float_positional(scale, trim="-") for scale in scales)
 
 
 def list_scales(options: SweepOptions, has_embedder: bool) -> list[list[float]]:
     """
-    The guidance scales of all stages, of each setting.
+    Lists the guidance scales of all stages, for each setting.
 
     Args:
         options ([`SweepOptions`]): The options, with the checkpoint's defaults.
         has_embedder (`bool`): Whether the pipeline has a latent embedder.
 
     Returns:
-        `list[list[float]]`: One scale for each stage.
+        `list[list[float]]`: A scale for each stage, for each setting.
     """
     if not has_embedder:
         return [[scale] for scale in options.guidance_scales or options.first_stage_guidance_scales]
@@ -170,21 +170,21 @@ def list_scales(options: SweepOptions, has_embedder: bool) -> list[list[float]]:
 
 
 def has_known_cost(guidance: Guidance) -> bool:
-    """Whether [`sampling_compute`] tells what `guidance` costs."""
+    """Whether [`sampling_compute`] can count the cost of `guidance`."""
     has_default_condition = guidance.null_condition == "class_and_prior" and guidance.prior_scale is None
     return has_default_condition and guidance.cosine_threshold is None
 
 
 class Sweep:
     """
-    Samples and judges settings, but for what has been done.
+    Samples and judges settings, except for settings that are done.
 
     Args:
         options ([`SweepOptions`]): The options, with the checkpoint's defaults.
 
     Raises:
         `ImportError`, `OSError`: see [`Evaluator`].
-        `ValueError`: see [`Evaluator`]; or the folder is that of another sweep.
+        `ValueError`: see [`Evaluator`]; or the folder belongs to another sweep.
     """
 
     def __init__(self, options: SweepOptions):
@@ -200,7 +200,7 @@ class Sweep:
             self.evaluator.reference.cache = options.output_dir / "reference.npz"
 
     def _check_folder(self) -> None:
-        """Makes sure that all settings in the folder are of one sweep."""
+        """Raises unless all settings in the folder belong to one sweep."""
         options = self.options
         names = ("extractor", "resolution", "num_groups", "num_images", "batch_size", "labels", "dtype")
         settings = {name: value for name, value in to_values(options).items() if name in names}
@@ -214,7 +214,7 @@ class Sweep:
         path = options.output_dir / "options.json"
         found = json.loads(path.read_text()) if path.exists() else {}
         for name, value in settings.items():
-            if found.get(name, value) != value:  # a sweep may go on with more averages
+            if found.get(name, value) != value:  # a sweep may continue with more averages
                 raise ValueError(
                     f"`output_dir` must be the folder of a sweep with `{name}` = {value!r}, got {options.output_dir} "
                     f"with {found[name]!r}: use another one."
@@ -223,7 +223,7 @@ class Sweep:
             unfinished.write_text(json.dumps(found | settings, indent=2) + "\n")
 
     def pipeline_folder(self, average: str) -> Path:
-        """The pipeline with an `average` of the weights, which is written if need be; see [`write_average`]."""
+        """Folder of the pipeline with an `average` of the weights; it is written if needed, see [`write_average`]."""
         if average == PIPELINE:
             return self.checkpoint
         folder = self.options.output_dir / "pipelines" / average
@@ -235,17 +235,17 @@ class Sweep:
         self, average: str, num_inference_steps: int, solver: str, scales: Sequence[float], seed: int
     ) -> dict[int, dict[str, dict[str, Any]]]:
         """
-        Samples and judges all stages of one setting, but for those that have been judged.
+        Samples and judges all stages of one setting, except for stages that have been judged.
 
         Args:
             average (`str`): The average of the weights.
             num_inference_steps (`int`): Steps of each stage.
-            solver (`str`): Solver of all stages; the class of the checkpoint's scheduler if that has no solvers.
+            solver (`str`): Solver of all stages, or the class of the checkpoint's scheduler if that has no solvers.
             scales (`Sequence[float]`): Guidance scale of each stage.
             seed (`int`): Seed of the samples.
 
         Returns:
-            `dict[int, dict]`: The metrics of each stage, as results hold them.
+            `dict[int, dict]`: The metrics of each stage, in the form of results.
 
         Raises:
             `ValueError`: the options of sampling and judging do not fit.
@@ -295,8 +295,8 @@ class Sweep:
         Runs all settings.
 
         Returns:
-            `tuple[dict, list[dict]]`: The numbers by `<metric>/<stage>/<setting>`, and a row of all that belongs
-            together for each stage of each setting.
+            `tuple[dict, list[dict]]`: The numbers by `<metric>/<stage>/<setting>`, and a row for each stage of each
+            setting.
 
         Raises:
             `ValueError`: see [`Sweep.run_setting`] and [`write_average`].
@@ -340,7 +340,7 @@ class Sweep:
 
 
 def to_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The `rows` of a sweep as a table in Markdown."""
+    """Formats the `rows` of a sweep as a Markdown table."""
     names = [name for name in NAMES if name in rows[0]]
     header = ["stage", "average", "steps", "solver", "scales", "GFLOPs", *(NAMES[name] for name in names)]
     lines = ["| " + " | ".join(header) + " |", "| ---: | --- | ---: | --- | ---: |" + " ---: |" * (len(names) + 1)]
@@ -356,15 +356,15 @@ def to_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def draw_plots(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     """
-    Draws what a sweep has found.
+    Draws the plots of a sweep.
 
     Args:
-        rows (`Sequence[dict]`): Its rows.
-        folder (`Path`): Where the pictures go.
+        rows (`Sequence[dict]`): Rows of the sweep.
+        folder (`Path`): Folder for the plots.
 
     Returns:
-        `list[Path]`: `fid_scale.png` and `fid_gflops.png` where there is an FID, `precision_recall.png` where there
-        are both.
+        `list[Path]`: `fid_scale.png` and `fid_gflops.png` if there is an FID, `precision_recall.png` if there are
+        both.
 
     Raises:
         `ImportError`: matplotlib is not installed.
@@ -411,13 +411,13 @@ def draw_plots(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
 
 def fill_in_defaults(options: SweepOptions) -> SweepOptions:
     """
-    Gives options that are not given the values of the checkpoint.
+    Fills in missing options with the values of the checkpoint.
 
     Args:
         options ([`SweepOptions`]): The options.
 
     Returns:
-        [`SweepOptions`]: With number of stages, scales, steps and solvers.
+        [`SweepOptions`]: Options with number of stages, scales, steps and solvers.
 
     Raises:
         `ValueError`: there is no pipeline, the options do not fit it, or there are several processes.
