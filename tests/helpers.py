@@ -5,6 +5,7 @@ import io
 import re
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -163,10 +164,25 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-5
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
+def quicken_training(patch: pytest.MonkeyPatch) -> None:
+    """Leaves out what takes most of the time of a short run: the curves of its card, and 20 steps for its samples."""
+    from diffusers_dod.training import model_card, train  # most tests need neither
+
+    patch.setattr(model_card, "_draw_curves", lambda folder: None)
+    patch.setattr(train, "stage_grid", partial(train.stage_grid, num_inference_steps=1))
+
+
 @contextmanager
-def fresh_accelerator():
-    """The state of accelerate outlives a run; each run of these tests is the first one of its process."""
+def fresh_accelerator(is_quick: bool = True):
+    """
+    Makes a run the first one of its process, as the state of accelerate outlives it.
+
+    Args:
+        is_quick (`bool`, defaults to `True`): Whether [`quicken_training`] is applied to it.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        if is_quick:
+            quicken_training(patch)
         patch.setenv("ACCELERATE_USE_CPU", "true")
         AcceleratorState._reset_state(True)
         GradientState._reset_state()

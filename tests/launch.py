@@ -20,6 +20,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(PATIENCE_S),
+    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),  # helpers
     **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from helpers import fresh_accelerator, quicken_training
 from launch import run_command, torchrun
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -95,6 +95,7 @@ def work(folder: Path) -> None:
         save_file(whole_gradients, folder / f"sharded-gradients-{step}-{rank}.safetensors")
 
     Accelerator.end_training = lambda self: None  # or the processes could not train again
+    quicken_training(pytest.MonkeyPatch())
 
     def train(name: str, *arguments: str) -> None:
         where = ["--train_data_dir", str(folder / "pictures"), "--output_dir", str(folder / name)]
@@ -222,15 +223,10 @@ def one(folder) -> Path:
     """The same training by one process with twice the batch."""
     import datasets
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
+    with fresh_accelerator(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
         arguments = ["--train_data_dir", str(folder / "pictures"), "--output_dir", str(folder / "one")]
         main([*TRAIN, *arguments, "--train_batch_size", "4", "--max_train_steps", "2"])
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
     return folder / "one"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from accelerate import Accelerator
+from helpers import quicken_training
 from launch import run_command, torchrun
 from PIL import Image
 
@@ -33,6 +34,7 @@ def train(folder: Path, name: str, batch_size: int, *arguments: object) -> None:
 
 def run_all(folder: Path, batch_size: int, is_main: bool, wait) -> None:
     """The whole run, and a resumed one for every stop and number of workers."""
+    quicken_training(pytest.MonkeyPatch())
     train(folder, "whole", batch_size)
     for stop in STOPS:
         for workers in WORKERS:
