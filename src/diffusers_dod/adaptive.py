@@ -11,7 +11,7 @@ from .tableaus import ButcherTableau, weighted_sum
 VelocityFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], bool | None]
 
-MAX_ATTEMPTS = 10_000  # of a step, accepted ones included
+MAX_ATTEMPTS = 10_000  # attempted steps, including accepted ones
 
 
 class _Stop(Exception):
@@ -48,8 +48,9 @@ def integrate_by_sample(
     callback: StepCallback | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Integrates every sample in steps of its own, which land exactly on sigma = 0, with the error control of Hairer,
-    Norsett and Wanner (Solving ODEs I, II.4).
+    Integrates every sample in steps of its own. The last step lands exactly on sigma = 0.
+
+    The error control is that of Hairer, Norsett and Wanner (Solving ODEs I, II.4).
 
     Args:
         velocity (`Callable`):
@@ -82,7 +83,7 @@ def integrate_by_sample(
         num_evaluations[indices] += 1
         return velocity(state, sigma, indices)
 
-    # Of the samples that are left: which they are, where they are, and the length of the next step.
+    # For the samples that are left: their indices, their times, and the lengths of their next steps.
     indices = torch.arange(batch_size, device=device)
     state = sample.to(dtype)
     sigma = torch.ones(batch_size, dtype=torch.float64, device=device)
@@ -145,8 +146,9 @@ def integrate_by_batch(
     callback: StepCallback | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Integrates the batch in common steps as SiT and FiT do, by torchdiffeq: the last step goes past sigma = 0, with the
-    time clamped there, and the result is interpolated.
+    Integrates the batch in common steps as SiT and FiT do, by torchdiffeq.
+
+    The last step goes past sigma = 0, with the time clamped there. The result is interpolated.
 
     Args:
         velocity (`Callable`):

@@ -186,7 +186,7 @@ def list_options(kind: type) -> dict[str, OptionField]:
         kind (`type`): A dataclass of options.
 
     Returns:
-        `dict[str, OptionField]`: By name the options of the dataclass and of its groups.
+        `dict[str, OptionField]`: The options of the dataclass and of its groups, by name.
 
     Raises:
         `TypeError`: two options have the same name.

@@ -55,7 +55,7 @@ def check_starts(
 
     Args:
         name (`str`): Name of the argument, for the message.
-        values (`Sequence[float]`): What was received.
+        values (`Sequence[float]`): The values received.
         maximum (`float`): The greatest time.
         num_inference_steps (`int`, *optional*): The number of times, if it was given.
 
@@ -63,7 +63,7 @@ def check_starts(
         `torch.Tensor` of shape `(N,)`: The times in fp32.
 
     Raises:
-        `ValueError`: they are no strictly decreasing numbers above 0, or of another number.
+        `ValueError`: the values are not strictly decreasing and above 0, or have another number.
     """
     expected = f"`{name}` must be strictly decreasing numbers in (0, {maximum}]"
     try:
@@ -83,7 +83,8 @@ def check_starts(
 class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
     r"""
     Rectified-flow scheduler with fixed-step and adaptive solvers of the ODE and of the SDEs that share its marginals.
-    Time is Diffusers' own: sigma in [0, 1], 0 = data, `timestep` = 1000 * sigma, and the model predicts the velocity
+
+    Time is Diffusers' own: sigma in [0, 1], 0 = data, `timestep` = 1000 * sigma. The model predicts the velocity
     noise - data.
 
     The fixed-step solvers serve `set_timesteps` and `step`, with one entry of `timesteps` per evaluation of the model.
@@ -93,10 +94,10 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
     of `diffusion_form`. Its last interval is a deterministic step, see `last_step`.
 
     Args:
-        num_train_timesteps (`int`, defaults to 1000): `timestep` / sigma. DoD models are trained with 1000.
+        num_train_timesteps (`int`, defaults to 1000): Ratio of `timestep` to sigma. DoD models are trained with 1000.
         solver (`str`, defaults to `"euler"`):
-            For the ODE `"euler"` (N evaluations for N steps), `"midpoint"` (2N), `"heun"` (2N), `"rk4"` (4N) or
-            `"dopri5"` (adaptive). For the SDE `"euler_maruyama"` (N) or `"stochastic_heun"` (2N - 1).
+            Name of the solver. For the ODE: `"euler"` (N evaluations for N steps), `"midpoint"` (2N), `"heun"` (2N),
+            `"rk4"` (4N) or `"dopri5"` (adaptive). For the SDE: `"euler_maruyama"` (N) or `"stochastic_heun"` (2N - 1).
         shift (`float`, defaults to 1.0): Time shift of the fixed steps, shift * s / (1 + (shift - 1) * s).
         rtol (`float`, defaults to 1e-3): Relative tolerance of dopri5.
         atol (`float`, defaults to 1e-6): Absolute tolerance of dopri5.
@@ -112,9 +113,9 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
             of the ODE, which has the same marginals.
         diffusion_norm (`float`, defaults to 1.0): The factor c.
         last_step (`str`, defaults to `"mean"`):
-            How the SDE ends: `"mean"` follows the SDE without its noise, `"euler"` the ODE, and `"tweedie"` goes to
-            the expected data, which is the same for a velocity. `"none"` has no such step: the SDE runs to sigma = 0,
-            and the noise of the last interval stays in the sample.
+            Last step of the SDE: `"mean"` follows the SDE without its noise, `"euler"` follows the ODE, and
+            `"tweedie"` goes to the expected data, which for a velocity is the same. `"none"` has no such step: the SDE
+            runs to sigma = 0, and the noise of the last interval stays in the sample.
         last_step_size (`float`, defaults to 0.04): Sigma at which the last step begins.
 
     Raises:
@@ -212,8 +213,9 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
     @property
     def init_noise_sigma(self) -> float:
         """
-        Standard deviation of the initial noise. It is 1 but for the stochastic Heun solver: that one adds noise before
-        each interval, and the noise of the first one is in here.
+        Standard deviation of the initial noise: 1, except for the stochastic Heun solver.
+
+        That solver adds noise before each interval. The initial noise includes the noise of the first interval.
         """
         return math.sqrt(1 + self._noise_scale(0) ** 2) if self._solver.noise_before else 1.0
 
@@ -234,7 +236,7 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         return (self._late_start[1] if starts_late else sigma), next_sigma
 
     def _drift(self, sample: torch.Tensor, velocity: torch.Tensor, sigma: float, interval: int) -> torch.Tensor:
-        """The direction dx / dsigma of an evaluation, at `sigma` in an interval."""
+        """Direction dx / dsigma of an evaluation, at `sigma` in an interval."""
         has_drift = self.is_stochastic and (not self._is_last(interval) or LAST_STEPS[self.config.last_step].has_drift)
         diffusion = self._diffusion
         # At sigma = 0 a step has no length.
@@ -260,7 +262,7 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
             begin_index (`int`, defaults to 0): Index into `timesteps`.
 
         Raises:
-            `ValueError`, `TypeError`: it is no index into `timesteps`.
+            `ValueError`, `TypeError`: `begin_index` is no index into `timesteps`.
         """
         check_at_least("begin_index", begin_index, 0)
         if begin_index >= len(self.timesteps):
@@ -268,7 +270,7 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index = begin_index
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
-        """Returns `sample` as it is at any `timestep`; for interchangeability with schedulers that scale it."""
+        """Returns `sample` unchanged at any `timestep`; other schedulers of Diffusers scale it."""
         return sample
 
     def scale_noise(self, sample: torch.Tensor, timestep: float | torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -329,7 +331,7 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         Args:
             num_inference_steps (`int`, *optional*):
                 Number N of intervals between sigma = 1 and sigma = 0. The last step of an SDE is one of them.
-            device (`str` or `torch.device`, *optional*): Where `timesteps` goes.
+            device (`str` or `torch.device`, *optional*): Device of `timesteps`.
             sigmas (`Sequence[float]`, *optional*):
                 The N strictly decreasing starts of the intervals in (0, 1], before the shift; the end 0 is appended.
                 1, 1 - 1/N, ..., 1/N by default; for an SDE from 1 to `last_step_size` in equal steps.
@@ -405,14 +407,15 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> DoDFlowMatchSchedulerOutput | tuple[torch.Tensor]:
         """
-        Advances the sample by one evaluation of the model. Between the evaluations of an interval the sample is a
-        prediction, where the next one takes place.
+        Advances the sample by one evaluation of the model.
+
+        Between the evaluations of an interval the sample is a prediction: the next evaluation takes place there.
 
         Args:
             model_output (`torch.Tensor`): Velocity (noise - data) at `timestep`.
             timestep (`float` or `torch.Tensor`):
-                The current entry of `timesteps`. Without a begin index the first call begins there, and so does one
-                after the last step: another time within the range leads to the end of the interval it lies in.
+                The current entry of `timesteps`. Without a begin index the first call begins there, and so does a call
+                after the last step. Another time within the range leads to the end of its interval.
             sample (`torch.Tensor`): The current sample.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of an SDE's noise, one for all samples or one for each.

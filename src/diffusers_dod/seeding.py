@@ -97,7 +97,7 @@ class NoiseSource:
         Args:
             step (`int`): The step that it is for; 0 is the initial noise.
             shape (`tuple[int, ...]`): Shape of the noise of one sample.
-            device (`torch.device`): Where it goes.
+            device (`torch.device`): Device of the noise.
 
         Returns:
             `torch.Tensor` of shape `(batch_size * num_replicas, *shape)`, in fp32.

@@ -16,7 +16,7 @@ class ButcherTableau:
         order (`int`): The order of convergence.
         nodes (`tuple[float, ...]`): Place of each evaluation, from 0, the start of the interval, to 1, its end.
         weights (`tuple[tuple[float, ...], ...]`):
-            For each evaluation the weights of the ones before it, which lead to its sample.
+            Weights of the earlier evaluations, for each evaluation. They lead to its sample.
         solution (`tuple[float, ...]`): Weights of the evaluations in the step.
         error (`tuple[float, ...]`, *optional*):
             Weights of the estimated error: `solution` less an embedded method. Methods with an error estimate choose

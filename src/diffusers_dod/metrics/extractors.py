@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""What turns pictures into the features that metrics compare."""
+"""Extractors: they turn images into the features that metrics compare."""
 
 import hashlib
 import importlib
@@ -25,12 +25,12 @@ TORCHSCRIPT = (".pt", ".ts")
 @dataclass
 class PictureFeatures:
     """
-    The features of B pictures.
+    The features of B images.
 
     Args:
-        features (`torch.Tensor` of shape `(B, d)`): For the Fréchet distance, precision and recall.
-        spatial_features (`torch.Tensor` of shape `(B, s)`, *optional*): For sFID, those of all places in one row.
-        logits (`torch.Tensor` of shape `(B, k)`, *optional*): For the Inception Score, of k classes.
+        features (`torch.Tensor` of shape `(B, d)`): Features for the Fréchet distance, precision and recall.
+        spatial_features (`torch.Tensor` of shape `(B, s)`, *optional*): Features of all places in one row, for sFID.
+        logits (`torch.Tensor` of shape `(B, k)`, *optional*): Logits of k classes, for the Inception Score.
     """
 
     features: torch.Tensor
@@ -43,17 +43,17 @@ Extractor = Callable[[torch.Tensor], torch.Tensor | PictureFeatures]
 
 def extract(extractor: Extractor, pictures: torch.Tensor) -> PictureFeatures:
     """
-    The features of pictures, in one form and without gradients.
+    Computes the features of images, in one form and without gradients.
 
     Args:
-        extractor (`Callable`): Pictures (B, 3, H, W) in uint8 -> features (B, d) or [`PictureFeatures`].
-        pictures (`torch.Tensor` of shape `(B, 3, H, W)`): The pictures, in uint8.
+        extractor (`Callable`): Images (B, 3, H, W) in uint8 -> features (B, d) or [`PictureFeatures`].
+        pictures (`torch.Tensor` of shape `(B, 3, H, W)`): The images, in uint8.
 
     Returns:
         [`PictureFeatures`].
 
     Raises:
-        `ValueError`: the pictures are of another form, or what the extractor gives is.
+        `ValueError`: the images or the features have another form.
     """
     if pictures.ndim != 4 or pictures.shape[1] != 3 or pictures.dtype != torch.uint8:
         raise ValueError(
@@ -92,11 +92,11 @@ class InceptionFeatures(torch.nn.Module):
     Args:
         name (`str`, defaults to `"inception"`):
             `inception` has the published weights. `inception:path/weights.pth` has any weights of this network.
-        argument (`str`, defaults to `"fid_extractor"`): What messages call the name.
+        argument (`str`, defaults to `"fid_extractor"`): Name of the argument, for messages.
 
     Raises:
-        `OSError`: the file of the weights is not here.
-        `ValueError`: the file does not hold them.
+        `OSError`: the file of the weights is missing.
+        `ValueError`: the file does not hold such weights.
     """
 
     def __init__(self, name: str = INCEPTION, argument: str = "fid_extractor"):
@@ -116,25 +116,25 @@ def load_extractor(
     argument: str = "fid_extractor",
 ) -> Extractor:
     """
-    What turns pictures into features, by its name.
+    Loads an extractor by its name.
 
     `inception` and `inception:path/weights.pth` are [`InceptionFeatures`]. `package.module:attribute` and
-    `path/file.py:attribute` name anything that takes pictures (B, 3, H, W) in uint8 and returns features (B, d) or
+    `path/file.py:attribute` name any callable that takes images (B, 3, H, W) in uint8 and returns features (B, d) or
     [`PictureFeatures`]. A file `*.pt` or `*.ts` is a TorchScript module that returns features.
 
     Args:
-        name (`str`): Its name.
+        name (`str`): Name of the extractor.
         trust (`bool`, defaults to `False`): Whether a TorchScript file may be run.
-        device (`torch.device` or `str`, *optional*): Where a module goes; it stays where it is if not given.
-        argument (`str`, defaults to `"fid_extractor"`): What messages call the name.
+        device (`torch.device` or `str`, *optional*): Device for a module. By default it stays where it is.
+        argument (`str`, defaults to `"fid_extractor"`): Name of the argument, for messages.
 
     Returns:
         `Callable`: The extractor; a module in evaluation mode.
 
     Raises:
-        `OSError`: it is Inception, and its weights are not here.
-        `ValueError`: there is nothing of this name that can be called, it is a program that is not trusted, or it is
-            Inception with other weights.
+        `OSError`: the weights of Inception are missing.
+        `ValueError`: the name leads to nothing that can be called, to a program that is not trusted, or to other
+            weights than Inception's.
     """
     if is_inception(name):
         extractor = InceptionFeatures(name, argument)
@@ -176,7 +176,7 @@ def _load_attribute(name: str, argument: str) -> Extractor:
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Runs a Python file, which finds its neighbours as if it were run as a script."""
+    """Imports a Python file; it finds its neighbours as if it were run as a script."""
     spec = importlib.util.spec_from_file_location(f"_extractor_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -189,7 +189,7 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def extractor_file(name: str) -> Path | None:
-    """The file that holds the code of the extractor `name`, which has been loaded; `None` for Inception."""
+    """Finds the file with the code of the loaded extractor `name`; `None` for Inception."""
     if is_inception(name):
         return None
     module = name if name.endswith(TORCHSCRIPT) else name.rpartition(":")[0]
@@ -200,13 +200,13 @@ def extractor_file(name: str) -> Path | None:
 
 def extractor_sha256(name: str, extractor: Extractor) -> str:
     """
-    What identifies an extractor: a hash of the file of its code and, if it is a module, of its weights.
+    Hash that identifies an extractor: of the file of its code and, if it is a module, of its weights.
 
-    Inception's is the hash of the file of its weights.
+    For Inception it is the hash of the file of its weights.
 
     Args:
-        name (`str`): Its name, see [`load_extractor`].
-        extractor (`Callable`): What that returned.
+        name (`str`): Name of the extractor, see [`load_extractor`].
+        extractor (`Callable`): The loaded extractor.
 
     Returns:
         `str`: A SHA-256.
@@ -226,19 +226,19 @@ def extractor_sha256(name: str, extractor: Extractor) -> str:
 
 def load_statistics(path: Path, suffix: str = "", argument: str = "fid_reference") -> tuple[np.ndarray, np.ndarray]:
     """
-    Mean and covariance of the features of reference pictures.
+    Loads mean and covariance of the features of reference images.
 
     Args:
-        path (`Path`): An npz file with `mu` (d,) and `sigma` (d, d), as of ADM's evaluation.
-        suffix (`str`, defaults to `""`): At the end of both names: `"_s"` for those of the spatial features.
-        argument (`str`, defaults to `"fid_reference"`): What messages call the path.
+        path (`Path`): An npz file with `mu` (d,) and `sigma` (d, d), as in ADM's evaluation.
+        suffix (`str`, defaults to `""`): End of both names: `"_s"` for spatial features.
+        argument (`str`, defaults to `"fid_reference"`): Name of the argument, for messages.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: Both, in float64.
 
     Raises:
         `OSError`: the file cannot be read.
-        `ValueError`: it does not have them, or in other shapes, or they are not finite.
+        `ValueError`: the arrays are missing, have other shapes, or are not finite.
     """
     names = [f"mu{suffix}", f"sigma{suffix}"]
     try:
@@ -266,16 +266,16 @@ def load_statistics(path: Path, suffix: str = "", argument: str = "fid_reference
 
 def check_extractor(extractor: Extractor, num_features: int, resolution: int, device: torch.device | str) -> None:
     """
-    Raises unless an extractor gives the features that it is to be compared with.
+    Raises unless an extractor's features fit a reference.
 
     Args:
-        extractor (`Callable`): Pictures (B, 3, H, W) in uint8 -> features (B, d) or [`PictureFeatures`].
-        num_features (`int`): The d of the reference.
-        resolution (`int`): Height and width of pictures in pixels.
-        device (`torch.device` or `str`): Where pictures are.
+        extractor (`Callable`): Images (B, 3, H, W) in uint8 -> features (B, d) or [`PictureFeatures`].
+        num_features (`int`): Width d of the reference's features.
+        resolution (`int`): Height and width of images in pixels.
+        device (`torch.device` or `str`): Device of the images.
 
     Raises:
-        `ValueError`: it gives something else for two black pictures.
+        `ValueError`: the extractor gives something else for two black images.
     """
     wanted = f"`fid_extractor` must give features of shape (2, {num_features}), as `fid_reference` has them"
     pictures = torch.zeros(2, 3, resolution, resolution, dtype=torch.uint8, device=device)

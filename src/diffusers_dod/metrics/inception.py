@@ -99,7 +99,7 @@ class Mixed(nn.Module):
         in_channels (`int`): Channels of the input.
         branches (`dict[str, list[list[tuple]]]`):
             Kernels of each branch, step after step. The outputs of the kernels of one step are put together.
-        pool (`Callable`): What the branch `branch_pool` begins with.
+        pool (`Callable`): Pooling at the start of the branch `branch_pool`.
         stride (`int`, defaults to 1): Stride of each branch's last convolution, which is not padded if it is 2.
     """
 
@@ -272,7 +272,7 @@ def load_inception(path: Path | None = None, argument: str = "extractor") -> tup
 
     Args:
         path (`Path`, *optional*): A file of any weights for this network.
-        argument (`str`, defaults to `"extractor"`): What messages call the option that asks for the network.
+        argument (`str`, defaults to `"extractor"`): Name of the option that asks for the network, for messages.
 
     Returns:
         `tuple[InceptionV3, str]`: The network in evaluation mode, and the SHA-256 of the file of its weights.

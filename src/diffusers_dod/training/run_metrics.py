@@ -26,7 +26,7 @@ class TrainingMetrics:
         accelerator (`Accelerator`): The processes. Their sums are added up.
         images_per_step (`int`): Samples per optimizer step over all processes.
         step (`int`, defaults to 0): Number of finished steps.
-        sums (`list[list[float]]`, *optional*): What `state` returned in that step.
+        sums (`list[list[float]]`, *optional*): The `state` in that step, to continue from.
     """
 
     def __init__(
