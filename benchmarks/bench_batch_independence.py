@@ -1,11 +1,11 @@
 """
-How much an image depends on the batch it was sampled in: its latents alone, compared with those among 12.
+Measures how much an image depends on its batch: compares latents sampled alone with latents in a batch of 12.
 
     make bench
 
-Two stages, both guided, seed 0. Matrix products of other sizes round differently, and nothing else may differ. The
-last column is what a change of the noise by 1e-7, the rounding of fp32, does to the same samples: how sensitive the
-model is by itself. Differences are norms relative to the norm of a sample's latents, the largest of 12.
+Both of two stages are guided, with seed 0. Matrix products of other sizes round differently, and nothing else may
+differ. The last column shows how sensitive the model is by itself: it changes the noise by 1e-7, the rounding of fp32.
+A difference is the largest of 12 norms, relative to the norm of a sample's latents.
 """
 
 import argparse

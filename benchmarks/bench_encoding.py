@@ -1,10 +1,10 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-Pictures per second and bytes per picture of encoding, by autoencoders of published sizes with random weights.
+Measures images per second and bytes per image of encoding, for autoencoders of published sizes with random weights.
 
     python benchmarks/bench_encoding.py --num_pictures 16 --device cpu
 
-Weights make no difference to either. Reading and decoding of files is not in it: pictures are made beforehand.
+Weights make no difference to either number. Reading and decoding of files is not included: images are made beforehand.
 """
 
 import argparse

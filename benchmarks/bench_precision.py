@@ -1,10 +1,10 @@
 """
-What lower precision costs: memory of a pipeline's two models, and how far its samples move.
+Measures lower precision: the memory of a pipeline's two models, and how far its samples move.
 
     make bench
 
 The same seed is sampled in two stages with weights in fp32, bf16, fp8 (layerwise casting) and int8 (torchao, weights
-only), computed in bf16 but for the first. Takes about a minute on a CPU.
+only). All but fp32 compute in bf16. It takes about a minute on a CPU.
 """
 
 import argparse

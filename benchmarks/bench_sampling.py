@@ -1,10 +1,10 @@
 """
-Cost of sampling: what one stage and one guided evaluation cost, and what splitting the modulation by sample saves.
+Measures the cost of one stage and of one guided evaluation, and the saving by splitting the modulation by sample.
 
     make bench
 
-Single-threaded on CPU, interleaved repetitions, medians of process time; the ratios carry over better than the times.
-Takes about a minute.
+It runs on one thread of a CPU, with interleaved repetitions and medians of process time. Ratios carry over to other
+machines better than times. It takes about a minute.
 """
 
 import argparse

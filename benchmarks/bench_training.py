@@ -1,12 +1,13 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-Images per second of training steps on this machine, and the FLOP/s that this is, to take the place of the assumed
-utilisation of docs/training_cost.md.
+Measures images per second and FLOP/s of training steps on this machine.
+
+The measured utilisation can replace the assumed one of docs/training_cost.md.
 
     python benchmarks/bench_training.py --preset DoD-B --batch_size 32 --mixed_precision bf16 --peak_tflops 989
 
-A step is that of the trainer on random latents, half of them with a prior: forward, backward, clipping, AdamW. Data
-and averages of the weights are not in it.
+A step is the trainer's, on random latents, half of them with a prior: forward, backward, clipping, AdamW. Data and
+averages of the weights are not included.
 """
 
 import argparse

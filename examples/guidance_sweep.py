@@ -1,5 +1,5 @@
 """
-The same samples at several guidance scales: one column per scale, one row per class. Stage 1 is the same everywhere.
+Draws the same samples at several guidance scales: one column per scale, one row per class, from one stage 1.
 
     python examples/guidance_sweep.py --guidance_scales 1 2 3 5 8 --output outputs/guidance_sweep.png
 """

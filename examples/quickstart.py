@@ -1,6 +1,7 @@
 """
-Samples the checkpoint of this repository in two stages and writes the picture: stage 1 above stage 2, one column per
-class, from one seed.
+Samples the checkpoint of this repository in two stages, from one seed.
+
+The image has stage 1 above stage 2, and one column per class.
 
     python examples/quickstart.py --output outputs/demo.png
 """

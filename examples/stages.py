@@ -1,5 +1,5 @@
 """
-The stages of some samples side by side: one row per sample, stage 1 on the left.
+Draws the stages of some samples side by side: one row per sample, stage 1 on the left.
 
     python examples/stages.py --class_label bricks --num_stages 4 --output outputs/stages.png
 """

@@ -1,12 +1,13 @@
 """
-DoD in the plane: what a stage, the visual prior and guidance do. About a minute on one CPU core; needs matplotlib.
+DoD in the plane: shows what a stage, the visual prior and guidance do. It takes a minute of one CPU core and
+matplotlib.
 
     OMP_NUM_THREADS=1 python examples/toy_2d.py --output outputs/toy_2d.png
 
 Three classes lie on thin wavy curves, and a small network learns them by rectified flow. As in DoD it is conditioned
-on c = time + class + prior, or + S where there is no prior (paper, Eq. 5). The prior is decoded from what an encoder
-makes of a point: one number, or without a bottleneck two. All of it is trained together, with a prior for half of the
-points. docs/how_dod_works.md says what there is to be seen.
+on c = time + class + prior, or on c = time + class + S without a prior (paper, Eq. 5). An encoder compresses a point
+to one number, or without a bottleneck to two, and a decoder makes the prior of it. All parts are trained together,
+with a prior for half of the points. docs/how_dod_works.md explains the figure.
 
 Two distances from the data stand under every picture, averages over the classes: W, the sliced Wasserstein distance
 of the distributions, and d, the mean distance to the nearest point. Under `data` are those of other data.

@@ -1,6 +1,7 @@
 """
-Variations of a picture of your own: it becomes the visual prior in place of stage 1, of which many images are drawn.
-With a second picture the priors in between are shown too, one row each.
+Draws variations of an image of your own: it gives the visual prior in place of stage 1, and many images are drawn.
+
+With a second image the figure also has the priors in between, one row each.
 
     python examples/variations.py --image picture.png --class_label marble --output outputs/variations.png
     python examples/variations.py --image one.png --second_image two.png --class_label marble

@@ -1,10 +1,10 @@
 """
-FID of the desk-size checkpoint against evaluations of the model, for every solver, as a table and a plot.
+Compares all solvers on the desk-size checkpoint: FID against evaluations of the model, as a table and a plot.
 
     python training/desk/compare_solvers.py --output_file outputs/solvers.json --plot outputs/solvers.png
 
-One guided stage at a scale of 3; all solvers start from the same noise. An evaluation is one of the guided velocity.
-About an hour on one CPU core. Settings that the output file has already are not run again.
+There is one guided stage at a scale of 3, and all solvers start from the same noise. Evaluations count the guided
+velocity. It takes about an hour of one CPU core. Settings that are in the output file already are not run again.
 """
 
 import argparse

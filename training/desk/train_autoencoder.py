@@ -3,8 +3,8 @@ Trains the autoencoder of the desk-size checkpoint on procedural textures: 32x32
 
     python training/desk/train_autoencoder.py --output_dir outputs/desk-autoencoder
 
-Writes a Diffusers `AutoencoderKL` (0.9 M parameters) with `latents_mean` and `latents_std` in its config, a picture of
-reconstructions and `metrics.json`.
+It writes a Diffusers `AutoencoderKL` (0.9 M parameters) with `latents_mean` and `latents_std` in its config, an image
+of reconstructions, and `metrics.json`.
 """
 
 import argparse

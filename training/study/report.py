@@ -3,10 +3,10 @@ Writes the tables and plots of docs/study.md from docs/results/study:
 
     python training/study/report.py
 
-A table stands between `<!-- table: name -->` and `<!-- end -->`, and nothing else of the page is changed. Numbers are
-means over runs that differ in their seed alone, with half of Student's 95 % interval, or of one run, with that of its
-own samples. Until all of them have been evaluated, they are of the first one. A dash is a number that has not been
-measured.
+A table stands between `<!-- table: name -->` and `<!-- end -->`; nothing else of the page changes. A number is the
+mean over runs that differ in their seed alone, with half of Student's 95 % interval; or it is the number of one run,
+with half of the interval of its samples. Until all runs have been evaluated, it is the number of the first run. A dash
+means not measured.
 """
 
 import argparse

@@ -1,12 +1,12 @@
 """
-Trains and evaluates what `study.yaml` names; docs/study.md is made of the results.
+Trains and evaluates the runs in `study.yaml`; their results make the tables of docs/study.md.
 
     python training/study/study.py train [RUN ...]
     python training/study/study.py evaluate [RUN ...]
     python training/study/report.py
 
-Both go on where they were stopped, and any number of processes can work side by side: each takes the next run, or the
-next checkpoint, that no other one has. Checkpoints go to `outputs/study`, results to `docs/results/study`.
+Both commands continue where they were stopped. Any number of processes can work side by side: each takes the next run,
+or the next checkpoint, that no other process has. Checkpoints go to `outputs/study`, results to `docs/results/study`.
 """
 
 import argparse
