@@ -42,7 +42,7 @@ Number = tuple[float, float] | None  # with half of its 95 % interval
 
 
 def stage_label(name: str, scales: str, steps: int = 20, null_condition: str = DEFAULT) -> str:
-    """The label of a metric of the last stage with guidance `scales`, such as `1:3`, at `steps` steps each."""
+    """Label of a metric of the last stage, with guidance `scales` such as `1:3` and `steps` steps each."""
     label = f"{name}/stage-{scales.count(':') + 1}/pipeline/{steps}/euler/{scales}"
     return label if null_condition == DEFAULT else f"{null_condition}/{label}"
 
@@ -52,7 +52,7 @@ class Results:
     All numbers of the study.
 
     Args:
-        folder (`Path`): Where the result files are, in one folder for each checkpoint.
+        folder (`Path`): Folder of the results, with a folder for each checkpoint.
 
     Raises:
         `ValueError`: a folder has results of several checkpoints.
@@ -79,17 +79,17 @@ class Results:
         }
 
     def group(self, runs: str | tuple[str, ...], step: int = STEPS) -> tuple[str, ...]:
-        """The `runs` whose numbers after `step` steps are shown: all if all have some, else the first one."""
+        """Chooses the `runs` to show after `step` steps: all if all have numbers, else the first one."""
         runs = (runs,) if isinstance(runs, str) else runs
         return runs if all(f"{run}-{step}" in self.metrics for run in runs) else runs[:1]
 
     def find_all(self, runs: tuple[str, ...], name: str, step: int = STEPS) -> list[dict]:
-        """The metric `name` of the checkpoints of `runs` after `step` steps; empty if one of them lacks it."""
+        """Finds the metric `name` of the checkpoints of `runs` after `step` steps; empty if one of them lacks it."""
         found = [self.metrics.get(f"{run}-{step}", {}).get(name) for run in runs]
         return [] if None in found else found
 
     def find(self, runs: str | tuple[str, ...], name: str, step: int = STEPS) -> Number:
-        """The mean of the metric `name` over the [`group`] of `runs`, if all of it have it."""
+        """Mean of the metric `name` over the [`group`] of `runs`, if all of them have it."""
         found = self.find_all(self.group(runs, step), name, step)
         if not found:
             return None
@@ -100,7 +100,7 @@ class Results:
         return mean["value"], half_width(mean)
 
     def losses(self, run: str, name: str, window: int = 10) -> tuple[list[int], np.ndarray]:
-        """Images seen, and means of the loss `name` over `window` lines of a training; nothing where it has none."""
+        """Images seen, and means of the loss `name` over `window` lines of a training; empty if it has none."""
         lines = [line for line in self.trainings.get(run, []) if line["step"] <= STEPS and line[name] is not None]
         images = [line["step"] * IMAGES_PER_STEP for line in lines][window - 1 :]
         values = np.array([line[name] for line in lines])
@@ -111,7 +111,7 @@ class Results:
         return self.find(runs, stage_label(name, scales, **options), step)
 
     def differences(self, one: tuple, other: tuple, step: int = STEPS) -> list[float]:
-        """By how much a metric of `one` is above that of `other`, both (runs, name), of each seed."""
+        """Difference of a metric of `one` to that of `other`, both (runs, name), for each seed."""
         values = [[metric["value"] for metric in self.find_all(runs, name, step)] for runs, name in (one, other)]
         return np.subtract(*values).tolist() if all(values) else []
 
@@ -149,7 +149,7 @@ BRIEF = ["3", "4"]  # what all models and numbers of steps have
 
 
 def stages_table(results: Results) -> str:
-    """Claim a."""
+    """Table of claim a: the stages, with and without guidance."""
     rows = [samples_row(results, "stage 1", DOD, scales) for scales in SCALES]
     rows += [samples_row(results, "stage 2", DOD, f"1:{scale}") for scale in SCALES]
     rows.append(samples_row(results, "stage 3", DOD, "1:3:3"))
@@ -166,7 +166,7 @@ def difference_cells(found: list[float]) -> list[str]:
 
 
 def differences_table(results: Results) -> str:
-    """What claims a and e compare, seed by seed."""
+    """Table of the comparisons of claims a and e, seed by seed."""
     first, second = results.best(DOD, "", BRIEF), results.best(DOD, "1:", BRIEF)
     often_first, often_second = results.best(OFTEN, "", BRIEF), results.best(OFTEN, "1:", BRIEF)
     fitv2 = results.best(FITV2, "", BRIEF)
@@ -199,7 +199,7 @@ def differences_table(results: Results) -> str:
 
 
 def guidance_table(results: Results) -> str:
-    """Stage 2 of one run, guided away from several null conditions."""
+    """Table of stage 2 of one run, guided away from several null conditions."""
     rows = []
     for label, null_condition in (
         ("(null class, S)", DEFAULT),
@@ -218,7 +218,7 @@ def guidance_table(results: Results) -> str:
 
 
 def unconditional_table(results: Results) -> str:
-    """Models that know no classes."""
+    """Table of models without classes."""
     dod, fitv2 = "dod-unconditional", "fitv2-unconditional"
     rows = []
     for label, run, scales, steps in (
@@ -235,7 +235,7 @@ def unconditional_table(results: Results) -> str:
 
 
 def longer_table(results: Results) -> str:
-    """The stages of one run and its baseline, after more steps of training."""
+    """Table of the stages of one run and its baseline, after more steps of training."""
     rows = []
     for step in (STEPS, 20000):
         best = [results.best(DOD[0], prefix, scales, step=step) for prefix, scales in (("", BRIEF), ("1:", BRIEF))]
@@ -250,7 +250,7 @@ def longer_table(results: Results) -> str:
 
 
 def learning_rates_table(results: Results) -> str:
-    """Both models with other learning rates."""
+    """Table of both models with other learning rates."""
     step, rows = 4000, []
     runs = {
         ("FiTv2", "5e-4"): "fitv2-lr5e-4",
@@ -267,7 +267,7 @@ def learning_rates_table(results: Results) -> str:
 
 
 def tasks_table(results: Results) -> str:
-    """Stage 1 with fewer blocks, and with half of the pictures."""
+    """Table of stage 1 with fewer blocks, and with half of the images."""
     rows = []
     for step in (2000, 4000, STEPS):
         runs = (FITV2[0], "dod-ps100", DOD[0])
@@ -279,7 +279,7 @@ def tasks_table(results: Results) -> str:
 
 
 def reconstruction_table(results: Results) -> str:
-    """Claim b."""
+    """Table of claim b: reconstruction by guidance scale."""
     rows = []
     for label, name in [("autoencoder alone", "autoencoder")] + [(f"scale {s}", f"scale_{s}") for s in SCALES]:
         numbers = [results.find(DOD, f"{metric}_{name}") for metric in ("rfid", "psnr", "ssim")]
@@ -288,7 +288,7 @@ def reconstruction_table(results: Results) -> str:
 
 
 def reconstruction_differences_table(results: Results) -> str:
-    """rFID at the scales around the best one, seed by seed."""
+    """Table of rFID at the scales around the best one, seed by seed."""
     rows = []
     for scale in ("2", "4"):
         found = results.differences((DOD, f"rfid_scale_{scale}"), (DOD, "rfid_scale_3"))
@@ -329,20 +329,20 @@ ABLATION_HEADER += ["rFID (scale)", "PSNR", "SSIM", "top-1, %", "untrained, top-
 
 
 def tokens_table(results: Results) -> str:
-    """Claim c."""
+    """Table of claim c: numbers of latent tokens."""
     runs = {"2 (16)": "dod-n2", "4 (32)": DOD[0], "8 (64)": "dod-n8", "32 (256)": "dod-n32", "4, three seeds": DOD}
     return format_table(["tokens (numbers)", *ABLATION_HEADER], ablation_rows(results, runs))
 
 
 def dropout_table(results: Results) -> str:
-    """Claim d."""
+    """Table of claim d: probabilities of dropping the prior."""
     runs = {"0.25": OFTEN[0], "0.5": DOD[0], "0.75": "dod-ps75", "1, no prior at all": "dod-ps100"}
     runs |= {"0.25, three seeds": OFTEN, "0.5, three seeds": DOD}
     return format_table(["p_s", *ABLATION_HEADER], ablation_rows(results, runs))
 
 
 def dropout_differences_table(results: Results) -> str:
-    """What a lower p_s changes, seed by seed."""
+    """Table of the changes by a lower p_s, seed by seed."""
     rows = []
     for label, scales in (
         ("stage 1", "1"),
@@ -358,7 +358,7 @@ def dropout_differences_table(results: Results) -> str:
 
 
 def compute_table(results: Results) -> str:
-    """Claim e."""
+    """Table of claim e: FID at equal sampling compute."""
     rows = []
     for label, runs, preset, first, choices in (
         ("FiTv2, guided", FITV2, "FiTv2-Desk", "", BRIEF),
@@ -380,7 +380,7 @@ def compute_table(results: Results) -> str:
 
 
 def training_compute_table(results: Results) -> str:
-    """What trainings of one seed cost, and what came of it."""
+    """Table of the cost and the results of trainings of one seed."""
     rows, costs = [], {}
     for label, run, preset, dropout, step in (
         ("FiTv2", FITV2[0], "FiTv2-Desk", 0.5, STEPS),
@@ -406,7 +406,7 @@ def training_compute_table(results: Results) -> str:
 
 
 def training_table(results: Results) -> str:
-    """Claim f."""
+    """Table of claim f: FID by images seen."""
     rows = []
     for step in (2000, 4000, 8000):
         fitv2, first = results.best(FITV2, "", BRIEF, step=step), results.best(DOD, "", BRIEF, step=step)
@@ -421,7 +421,7 @@ def training_table(results: Results) -> str:
 
 
 def training_differences_table(results: Results) -> str:
-    """What claim f compares, seed by seed."""
+    """Table of the comparisons of claim f, seed by seed."""
     rows = []
     for step in (2000, 4000, STEPS):
         fitv2, first = results.best(FITV2, "", BRIEF, step=step), results.best(DOD, "", BRIEF, step=step)
@@ -442,7 +442,7 @@ def training_differences_table(results: Results) -> str:
 
 
 def class_table(results: Results) -> str:
-    """What the tokens say of the class."""
+    """Table of classifiers on the tokens."""
     rows = []
     for label, runs, step in (
         ("with classes, 8,000 steps", DOD, STEPS),
@@ -461,7 +461,7 @@ def class_table(results: Results) -> str:
 
 
 def draw_plots(results: Results, folder: Path) -> None:
-    """FID and rFID by scale, FID and the losses in training by images seen: `study.png` in `folder`."""
+    """Draws `study.png` in `folder`: FID and rFID by scale, FID and losses of training by images seen."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     axes = axes.flat
 

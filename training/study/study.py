@@ -32,12 +32,12 @@ LATENTS = OUTPUTS / "latents"
 
 
 def load_study() -> dict[str, Any]:
-    """The content of `study.yaml`."""
+    """Reads `study.yaml`."""
     return yaml.safe_load((Path(__file__).parent / "study.yaml").read_text())
 
 
 def to_argv(options: dict[str, Any]) -> list[str]:
-    """Options of a command as its arguments: a list has several values, `True` is a flag."""
+    """Turns options of a command into arguments: a list has several values, `True` is a flag."""
     argv = []
     for name, value in options.items():
         argv.append(f"--{name}")
@@ -53,7 +53,7 @@ def training_argv(study: dict[str, Any], run: str) -> list[str]:
 
 
 def result_file(run: str, step: int, evaluation: str) -> Path:
-    """Where the result of an evaluation of the checkpoint of `run` after `step` steps goes."""
+    """Path for the result of an evaluation of the checkpoint of `run` after `step` steps."""
     return RESULTS / f"{run}-{step}" / f"{evaluation}.json"
 
 
@@ -71,7 +71,7 @@ def evaluation_argv(study: dict[str, Any], run: str, step: int, evaluation: str)
 
 
 def has_result(study: dict[str, Any], run: str, step: int, evaluation: str) -> bool:
-    """Whether there is a result of these very options and weights."""
+    """Whether there is a result with exactly these options and weights."""
     file = result_file(run, step, evaluation)
     if not file.is_file():
         return False
@@ -93,7 +93,7 @@ def evaluations_of(study: dict[str, Any], run: str) -> dict[int, list[str]]:
 
 
 def work_off(names: list[str], is_done: Callable[[str], bool], work: Callable[[str], None]) -> None:
-    """Does what is not done in order, each by one of the processes that do so at the same time."""
+    """Does the tasks that are not done, in order; processes that run at the same time share them."""
     locks = OUTPUTS / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -134,7 +134,7 @@ def train(runs: list[str]) -> None:
 
 
 def evaluate(runs: list[str]) -> None:
-    """Evaluates those checkpoints of `runs` that are there."""
+    """Evaluates the existing checkpoints of `runs`."""
     study = load_study()
     jobs = {f"{run}-{step}": (run, step, names) for run in runs for step, names in evaluations_of(study, run).items()}
 
