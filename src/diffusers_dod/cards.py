@@ -19,6 +19,7 @@ from .files import METRICS_FILE
 from .latent_embedding import LatentEmbeddingModule
 from .metrics.extractors import INCEPTION
 from .metrics.inception import WEIGHTS_SHA256
+from .metrics.table import METRICS
 from .pipeline_dod import DoDPipeline
 from .presets import PRESETS, Preset
 from .tables import format_table
@@ -27,20 +28,6 @@ from .transformer_dod import DoDTransformer2DModel
 
 CARD = "README.md"
 CURVES = "curves.png"
-
-# Titles of metrics on cards. Names in results may have more after `_` or `/`: `fid_stage_1` is `fid` of "stage 1".
-METRIC_NAMES = {
-    "fid": "FID",
-    "sfid": "sFID",
-    "is": "Inception Score",
-    "rfid": "rFID",
-    "psnr": "PSNR, dB",
-    "ssim": "SSIM",
-}
-METRIC_NAMES |= {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "knn": "k-NN accuracy"}
-HUB_METRIC_TYPES = {"is": "inception_score"}  # where the Hub has another name
-# Metrics of images; the Hub's `precision` and `recall` are metrics of classifiers.
-HUB_METRIC_TYPES |= {"precision": "improved_precision", "recall": "improved_recall"}
 
 # Tasks of results: a heading, and the title of the rows of their table.
 TASKS = {
@@ -65,6 +52,10 @@ def _split(name: str) -> tuple[str, str]:
     """Kind of a metric and what it is of: `fid_stage_1` -> `fid`, `stage 1`."""
     kind, label = re.fullmatch(r"([^_/]+)[_/]?(.*)", name).groups()
     return kind, re.sub(r"\blem\b", "LEM", label.replace("_", " ").replace("/", ", "))
+
+
+def _title(kind: str) -> str:
+    return METRICS[kind].title if kind in METRICS else kind
 
 
 def _features(results: Mapping[str, Any]) -> str | None:
@@ -110,7 +101,7 @@ def to_eval_results(results: Mapping[str, Any], dataset_type: str | None = None)
     evaluated = []
     for name, metric in results["metrics"].items():
         kind, label = _split(name)
-        parts = [METRIC_NAMES.get(kind, kind), label, num_samples and f"{num_samples:,} samples"]
+        parts = [_title(kind), label, num_samples and f"{num_samples:,} samples"]
         shown = ", ".join(part for part in [*parts, features and f"features of {features}"] if part)
         if metric["interval"] is not None:
             shown += " (95 %: {:.4g} to {:.4g})".format(*metric["interval"])
@@ -119,7 +110,7 @@ def to_eval_results(results: Mapping[str, Any], dataset_type: str | None = None)
                 task_type="unconditional-image-generation",
                 dataset_type=dataset_type or dataset.split(":")[0],
                 dataset_name=dataset,
-                metric_type=HUB_METRIC_TYPES.get(kind, kind),
+                metric_type=METRICS[kind].hub_type or kind if kind in METRICS else kind,
                 metric_name=shown,
                 metric_value=round(metric["value"], 4),
                 metric_config=_settings(results) or None,
@@ -136,7 +127,7 @@ def _table(results: Mapping[str, Any]) -> str:
         interval = "" if metric["interval"] is None else " [{:.4g}, {:.4g}]".format(*metric["interval"])
         rows.setdefault(label or "all", {})[kind] = f"{metric['value']:.4g}{interval}"
     kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row))
-    header = [TASKS[results["task"]][1], *(METRIC_NAMES.get(kind, kind) for kind in kinds)]
+    header = [TASKS[results["task"]][1], *(_title(kind) for kind in kinds)]
     return format_table(header, [[label, *(row.get(kind, "") for kind in kinds)] for label, row in rows.items()])
 
 

@@ -28,6 +28,7 @@ from diffusers_dod.metrics.extractors import (
 from diffusers_dod.metrics.frechet import feature_statistics, fid_interval, frechet_distance
 from diffusers_dod.metrics.inception_score import RunningInceptionScore
 from diffusers_dod.metrics.intervals import wilson_interval
+from diffusers_dod.metrics.kernel_distance import kernel_distance
 from diffusers_dod.metrics.precision_recall import precision_recall
 from diffusers_dod.metrics.statistics import RunningStatistics
 from diffusers_dod.results import read_results
@@ -88,9 +89,9 @@ def reference_of(world: Path) -> tuple:
 
 
 def test_all_metrics_against_what_they_are_made_of(world, capsys):
-    results = run(world, *reference_of(world), "--metrics", "fid", "sfid", "is", "precision_recall")
+    results = run(world, *reference_of(world), "--metrics", "fid", "sfid", "kid", "is", "precision_recall")
     metrics = results["metrics"]
-    assert list(metrics) == ["fid", "sfid", "is", "precision", "recall"]
+    assert list(metrics) == ["fid", "sfid", "kid", "is", "precision", "recall"]
     samples, reference = draw(60, 1), draw(80, 2)
     features = [expected_features(pictures).astype(np.float32) for pictures in (samples, reference)]
     expected = frechet_distance(*(array for rows in features for array in feature_statistics(rows)))
@@ -98,6 +99,8 @@ def test_all_metrics_against_what_they_are_made_of(world, capsys):
     spatial = [p[:, ::16, ::16].transpose(0, 3, 1, 2).reshape(len(p), -1) for p in (samples, reference)]
     expected = frechet_distance(*(array for rows in spatial for array in feature_statistics(rows)))
     assert metrics["sfid"]["value"] == pytest.approx(expected, rel=1e-9)
+    assert metrics["kid"]["value"] == pytest.approx(kernel_distance(*features).mean, rel=1e-4)
+    assert metrics["kid"]["num_subsets"] == 10
     probabilities = np.exp(10 * features[0].astype(np.float64))
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     divergence = (probabilities * np.log(probabilities / probabilities.mean(axis=0))).sum(axis=1).mean()
@@ -105,7 +108,7 @@ def test_all_metrics_against_what_they_are_made_of(world, capsys):
     counts = precision_recall(*features)
     assert (metrics["precision"]["value"], metrics["recall"]["value"]) == (counts.precision, counts.recall)
     assert metrics["recall"]["interval"] is None  # all of the reference is compared with the same samples
-    for name in ("fid", "sfid", "precision"):
+    for name in ("fid", "sfid", "kid", "precision"):
         low, high = metrics[name]["interval"]
         assert low < metrics[name]["value"] < high
     assert metrics["is"]["interval"] is None and metrics["is"]["num_splits"] == 1
@@ -126,14 +129,16 @@ def test_all_metrics_against_what_they_are_made_of(world, capsys):
 
 
 def test_results_can_be_computed_again(world, tmp_path):
-    run(world, *reference_of(world), "--metrics", "fid", "precision_recall")
+    run(world, *reference_of(world), "--metrics", "fid", "kid", "precision_recall")
     rows = reproduce(world / "results.json", 0.0, tmp_path / "again.json", trust_extractor=True)
-    assert [row["name"] for row in rows] == ["fid", "precision", "recall"] and all(row["agrees"] for row in rows)
+    assert [row["name"] for row in rows] == ["fid", "kid", "precision", "recall"] and all(
+        row["agrees"] for row in rows
+    )
     assert read_results(world / "results.json")["metrics"] == read_results(tmp_path / "again.json")["metrics"]
 
 
 def test_batches_make_no_difference(world):
-    every = ("--metrics", "fid", "sfid", "is", "precision_recall")
+    every = ("--metrics", "fid", "sfid", "kid", "is", "precision_recall")
     first, *others = (run(world, *reference_of(world), *every, "--batch_size", n)["metrics"] for n in (1, 7, 100))
     for metrics in others:
         for name, metric in metrics.items():
@@ -326,7 +331,8 @@ def test_what_does_not_fit_is_refused(world, tmp_path):
         (("--reference", tmp_path / "small.npz"), ("`reference`", "(32, 32)", "(16, 16)")),
         (("--reference", tmp_path / "mean.npz"), ("`reference`", "`sigma`", "['mu']")),
         (("--reference", tmp_path / "plain.npz", "--metrics", "sfid"), ("`reference`", "`mu_s`", "['mu', 'sigma']")),
-        (("--reference", tmp_path / "plain.npz", "--metrics", "precision_recall"), ("`reference`", "hold pictures")),
+        (("--reference", tmp_path / "plain.npz", "--metrics", "precision_recall"), ("`reference`", "hold images")),
+        (("--reference", tmp_path / "plain.npz", "--metrics", "fid", "kid"), ("`reference`", "hold images for `kid`")),
         (("--reference", tmp_path / "wide.npz"), ("`extractor`", "7 `features`", "got 6")),
         (("--reference", tmp_path / "other.npz"), ("`reference`", "colours.py:everything", "'inception'")),
         (("--reference", tmp_path / "array.npz"), ("`reference`", "npz")),
@@ -501,19 +507,19 @@ def test_intervals_of_balanced_samples_are_as_wide_as_other_samples_lie_apart():
 
 def test_features_are_those_of_the_pictures_in_order(world):
     images = open_images(str(world / "samples.npz"))
-    summary = evaluate.compute_features(images, FLAT, 7, num_images=50, num_groups=4, keep_features=True)
+    summary = evaluate.compute_features(images, FLAT, 7, num_images=50, num_groups=4, keep=["features"])
     expected = draw(60, 1)[sorted(draw_indices(60, 50))].astype(np.float64).mean(axis=(1, 2))
-    np.testing.assert_allclose(summary.features, expected, rtol=1e-5)
+    np.testing.assert_allclose(summary.rows["features"], expected, rtol=1e-5)
     sizes = [group.num_rows for group in summary.statistics["features"]]
     assert sum(sizes) == 50 and set(sizes) == {12, 13}
-    assert evaluate.compute_features(images, FLAT, 7).features is None
+    assert evaluate.compute_features(images, FLAT, 7).rows == {}
 
 
 def test_groups_do_not_follow_the_classes(world):
     """Pictures of 12 classes in turn, in 12 groups: their means are those of all but for chance."""
     images = open_images("textures:240:0")
-    summary = evaluate.compute_features(images, FLAT, 60, num_groups=12, keep_features=True)
-    by_class = [summary.features[label::12, 0].mean() for label in range(12)]
+    summary = evaluate.compute_features(images, FLAT, 60, num_groups=12, keep=["features"])
+    by_class = [summary.rows["features"][label::12, 0].mean() for label in range(12)]
     by_group = [group.result()[0][0] for group in summary.statistics["features"]]
     assert np.std(by_group) < 0.7 * np.std(by_class)
 

@@ -1,13 +1,13 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-Computes FID, sFID, Inception Score, precision and recall as ADM defines them, and class accuracy:
+Computes FID, sFID, Inception Score, precision and recall as ADM defines them, KID, and class accuracy:
 
     python -m diffusers_dod.evaluation.evaluate outputs/samples.npz --reference VIRTUAL_imagenet256_labeled.npz \\
         --extractor inception --metrics fid sfid is precision_recall --output_file outputs/evaluation.json
 
 Samples and reference are `*.npz` with `arr_0`, a folder of the sampler or of PNG files,
 `textures:<number>:<seed>`, or, with `--resolution`, a folder with a sub-folder per class or a data set of the Hub.
-A reference with `mu` and `sigma` is taken as statistics, and its pictures serve precision and recall only.
+A reference with `mu` and `sigma` is taken as statistics, and its images serve KID, precision and recall only.
 `accuracy` is the share of samples whose largest logit is that of their own class.
 `--save_statistics` writes statistics of the samples:
 
@@ -17,7 +17,7 @@ A reference with `mu` and `sigma` is taken as statistics, and its pictures serve
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,49 +31,25 @@ from tqdm.auto import tqdm
 from ..checks import check_at_least
 from ..files import check_output, file_sha256, replacing
 from ..metrics.extractors import Extractor, extract, extractor_sha256, is_inception, load_extractor, load_statistics
-from ..metrics.frechet import fid_interval, frechet_distance
 from ..metrics.inception_score import RunningInceptionScore
-from ..metrics.intervals import wilson_interval
-from ..metrics.precision_recall import ReferenceManifold
 from ..metrics.statistics import RunningStatistics, merge_statistics
+from ..metrics.summary import FeatureSummary
+from ..metrics.table import COMPUTED, METRICS
 from ..options import option, parse_options
-from ..results import as_metric, write_results
+from ..results import write_results
 from ..seeding import stateless_generator
 from .images import DatasetImages, ImageSource, draw_indices, open_images
 from .options import device_option
 
 
-METRICS = ("fid", "sfid", "is", "precision_recall", "accuracy")
-REFERENCE_METRICS = ("fid", "sfid", "precision_recall")
-# What a metric is of; and the names of the statistics of these, which are those of ADM.
-FEATURES = {
-    "fid": "features",
-    "sfid": "spatial_features",
-    "is": "logits",
-    "precision_recall": "features",
-    "accuracy": "logits",
-}
+# Ends of the names of statistics in files, as ADM has them.
 SUFFIXES = {"features": "", "spatial_features": "_s"}
 PUBLISHED_NUM_SAMPLES = 50_000
 
 
-@dataclass
-class FeatureSummary:
-    """
-    Summary of the features of images, as metrics need it; all features are kept only if a metric needs them.
-
-    Args:
-        statistics (`dict[str, list[RunningStatistics]]`):
-            Mean and covariance of the `features` and, if there are any, of the `spatial_features`, by group.
-        inception_score ([`RunningInceptionScore`]): The score of the logits, if there are any.
-        num_correct (`int`, defaults to 0): Number of images whose largest logit is that of their class.
-        features (`np.ndarray` of shape `(n, d)`, *optional*): The features of all images, in fp32.
-    """
-
-    statistics: dict[str, list[RunningStatistics]]
-    inception_score: RunningInceptionScore
-    num_correct: int = 0
-    features: np.ndarray | None = None
+def outputs_for(metrics: Sequence[str], needs: str) -> set[str]:
+    """Outputs of the extractor whose `needs`, `"statistics"` or `"features"`, the `metrics` take of a reference."""
+    return {METRICS[metric].of for metric in metrics if METRICS[metric].needs == needs}
 
 
 def assign_groups(num_images: int, num_groups: int, labels: np.ndarray | None = None) -> np.ndarray:
@@ -106,7 +82,7 @@ def compute_features(
     device: torch.device | str = "cpu",
     num_images: int | None = None,
     num_groups: int = 1,
-    keep_features: bool = False,
+    keep: Collection[str] = (),
 ) -> FeatureSummary:
     """
     Runs images through an extractor.
@@ -118,7 +94,7 @@ def compute_features(
         device (`torch.device` or `str`, defaults to `"cpu"`): Device on which the extractor takes images.
         num_images (`int`, *optional*): Number of images, drawn by [`draw_indices`]. By default all.
         num_groups (`int`, defaults to 1): Groups of the statistics, see [`assign_groups`].
-        keep_features (`bool`, defaults to `False`): Whether to keep the features of all images.
+        keep (`Collection[str]`, defaults to `()`): Outputs of the extractor to keep for all images.
 
     Returns:
         [`FeatureSummary`].
@@ -131,8 +107,9 @@ def compute_features(
     places = np.argsort(indices)  # in the random order, of the pictures in the order in which they are read
     known = None if images.labels is None else images.labels[indices[places]]
     groups = assign_groups(len(places), num_groups, known)
-    summary = FeatureSummary({}, RunningInceptionScore())
-    kept, start = [], 0
+    summary = FeatureSummary({}, RunningInceptionScore(), num_images=len(places))
+    kept: dict[str, list[np.ndarray]] = {name: [] for name in keep}
+    start = 0
     progress = tqdm(total=len(places), desc=images.name, unit="images", disable=None)
     with progress:
         for batch, labels in images.batches(batch_size, indices[places]):
@@ -155,12 +132,11 @@ def compute_features(
                 summary.inception_score.update(rows["logits"], places[now])
             if rows["logits"] is not None and labels is not None:
                 summary.num_correct += int((rows["logits"].argmax(dim=1) == labels).sum())
-            if keep_features:
-                kept.append(rows["features"].numpy())
+            for name in keep:
+                kept[name].append(rows[name].numpy())
             start += len(batch)
             progress.update(len(batch))
-    if keep_features:
-        summary.features = np.concatenate(kept)
+    summary.rows = {name: np.concatenate(chunks) for name, chunks in kept.items()}
     return summary
 
 
@@ -205,7 +181,8 @@ class Reference:
     def __init__(self, name: str, metrics: Sequence[str], extractor: str, extractor_sha256: str, **options: Any):
         self.metrics = metrics
         self.statistics: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        self.manifold: ReferenceManifold | None = None
+        #: What each metric is given in [`Metric`]'s `compute`, by its name.
+        self.prepared: dict[str, Any] = {}
         self.images: ImageSource | None = None
         #: A file that keeps the statistics for other processes with the same images and extractor.
         self.cache: Path | None = None
@@ -222,14 +199,15 @@ class Reference:
                         f"`reference` must be of the extractor {extractor!r} with `{key}` = {identity[key]!r}, "
                         f"got {name} of {found!r}."
                     )
-            for metric in {"fid", "sfid"} & set(metrics):
-                features = FEATURES[metric]
+            for features in outputs_for(metrics, "statistics"):
                 self.statistics[features] = load_statistics(Path(name), SUFFIXES[features], "reference")
-        if "precision_recall" in metrics and has_statistics and "arr_0" not in names:
+        of_images = [metric for metric in metrics if METRICS[metric].needs == "features"]
+        if of_images and has_statistics and "arr_0" not in names:
             raise ValueError(
-                f"`reference` must hold pictures for `precision_recall`, got {name} with {sorted(names)}."
+                f"`reference` must hold images for {' and '.join(f'`{metric}`' for metric in of_images)}, "
+                f"got {name} with {sorted(names)}."
             )
-        if not has_statistics or "precision_recall" in metrics:
+        if not has_statistics or of_images:
             self.images = open_images(name, **options)
         self.data = {"name": name, "sha256": file_sha256(Path(name))} if self.images is None else self.images.data
         self.data = {**self.data, "has_statistics": has_statistics}
@@ -243,23 +221,31 @@ class Reference:
             batch_size (`int`): Images at a time.
             device (`str`): Device on which the extractor takes images.
         """
-        wanted = {FEATURES[metric] for metric in {"fid", "sfid"} & set(self.metrics)}
-        needs_manifold = "precision_recall" in self.metrics
-        if wanted <= self.statistics.keys() and (self.manifold is not None or not needs_manifold):
+        if self.prepared:
             return
-        cache = None if needs_manifold else self.cache
-        if cache is not None and cache.exists():
-            for features in wanted:
-                self.statistics[features] = load_statistics(cache, SUFFIXES[features], "reference")
-            return
-        summary = compute_features(self.images, extractor, batch_size, device, keep_features=needs_manifold)
-        if cache is not None:
-            save_statistics(cache, summary, *self._extractor)
-        for features in wanted - self.statistics.keys():
-            self.statistics[features] = merge_statistics(summary.statistics[features]).result()
-        if needs_manifold:
-            has_float64 = torch.device(device).type != "mps"
-            self.manifold = ReferenceManifold(summary.features, device=device if has_float64 else "cpu")
+        wanted, keep = outputs_for(self.metrics, "statistics"), outputs_for(self.metrics, "features")
+        rows: dict[str, np.ndarray] = {}
+        if keep or not wanted <= self.statistics.keys():
+            cache = None if keep else self.cache
+            if cache is not None and cache.exists():
+                for features in wanted:
+                    self.statistics[features] = load_statistics(cache, SUFFIXES[features], "reference")
+            else:
+                summary = compute_features(self.images, extractor, batch_size, device, keep=keep)
+                rows = summary.rows
+                if cache is not None:
+                    save_statistics(cache, summary, *self._extractor)
+                for features in wanted - self.statistics.keys():
+                    self.statistics[features] = merge_statistics(summary.statistics[features]).result()
+        has_float64 = torch.device(device).type != "mps"
+        for name in self.metrics:
+            metric = METRICS[name]
+            if metric.needs == "statistics":
+                self.prepared[name] = self.statistics[metric.of]
+            elif metric.needs == "features" and metric.prepare is not None:
+                self.prepared[name] = metric.prepare(rows[metric.of], device if has_float64 else "cpu")
+            elif metric.needs == "features":
+                self.prepared[name] = rows[metric.of]
 
 
 def _read_names(path: str) -> set[str]:
@@ -281,7 +267,7 @@ class JudgeOptions:
     )
     trust_extractor: bool = option(False, help="Let a TorchScript file run what it holds.")
     metrics: tuple[str, ...] | None = option(
-        None, choices=METRICS, is_distinct=True, help="`fid` by default, if there is a reference."
+        None, choices=COMPUTED, is_distinct=True, help="`fid` by default, if there is a reference."
     )
     resolution: int | None = option(
         None, at_least=1, help="Side in pixels of images that are cropped, and of textures."
@@ -293,7 +279,7 @@ class JudgeOptions:
     num_groups: int = option(
         10,
         at_least=0,
-        help="Groups of the jackknife that gives the confidence intervals of FID and sFID; 0 for no interval of any.",
+        help="Groups of the jackknife that gives the intervals of FID and sFID; 0 for no interval of any metric.",
     )
 
     @property
@@ -313,7 +299,7 @@ class JudgeOptions:
         found, metrics = [], self.wanted_metrics
         if self.num_groups == 1:
             found.append("`num_groups` must be 0 or an integer >= 2, got 1.")
-        needs_reference = not set(metrics).isdisjoint(REFERENCE_METRICS)
+        needs_reference = any(METRICS[metric].needs is not None for metric in metrics)
         if needs_reference and self.reference is None:
             found.append(f"`reference` must be given for the metrics {list(metrics)}, got none.")
         if not needs_reference and self.reference is not None:
@@ -399,14 +385,14 @@ class Evaluator:
                 f"{len(samples)} pictures of {samples.name!r}, got {num_samples}."
             )
         self.check(samples.resolution, samples.num_classes, samples.labels)
-        if num_samples < PUBLISHED_NUM_SAMPLES and {"fid", "sfid"} & set(options.wanted_metrics):
+        if num_samples < PUBLISHED_NUM_SAMPLES and outputs_for(options.wanted_metrics, "statistics"):
             warnings.warn(
                 f"FID of {num_samples:,} samples is larger than that of the {PUBLISHED_NUM_SAMPLES:,} of published "
                 "ones, by more the fewer: compare it at this number only.",
                 stacklevel=2,
             )
         settings = (self.extractor, options.batch_size, options.device)
-        keep = "precision_recall" in options.wanted_metrics
+        keep = outputs_for(options.wanted_metrics, "features")
         summary = compute_features(samples, *settings, num_samples, max(1, options.num_groups), keep)
         if statistics_file is not None:
             save_statistics(statistics_file, summary, options.extractor, self.extractor_sha256)
@@ -419,7 +405,11 @@ class Evaluator:
             "samples": samples.data,
             "reference": None if reference is None else reference.data,
         }
-        return self._compute_metrics(summary, num_samples), data
+        metrics: dict[str, dict[str, Any]] = {}
+        for name in options.wanted_metrics:
+            prepared = None if reference is None else reference.prepared.get(name)
+            metrics |= METRICS[name].compute(summary, prepared, options.num_groups > 0)
+        return metrics, data
 
     def check(
         self, resolution: tuple[int, int], num_classes: int | None = None, labels: np.ndarray | None = None
@@ -445,7 +435,7 @@ class Evaluator:
         black = torch.zeros(2, 3, *resolution, dtype=torch.uint8, device=options.device)
         found = extract(self.extractor, black)
         for metric in options.wanted_metrics:
-            name = FEATURES[metric]
+            name = METRICS[metric].of
             if getattr(found, name) is None:
                 raise ValueError(
                     f"`extractor` must give `{name}` for `{metric}`, got none from {options.extractor!r}."
@@ -471,31 +461,6 @@ class Evaluator:
                     f"`samples` must have class ids in [0, {number - 1}] for `accuracy`, of which "
                     f"{options.extractor!r} gives logits, got {labels.min()} to {labels.max()}."
                 )
-
-    def _compute_metrics(self, summary: FeatureSummary, num_samples: int) -> dict[str, dict[str, Any]]:
-        """Computes an [`as_metric`] for each number, by name."""
-        has_intervals = self.options.num_groups > 0
-        metrics = {}
-        for metric in self.options.wanted_metrics:
-            if metric in ("fid", "sfid"):
-                groups = summary.statistics[FEATURES[metric]]
-                statistics = self.reference.statistics[FEATURES[metric]]
-                interval = fid_interval(groups, statistics) if has_intervals else None
-                distance = frechet_distance(*merge_statistics(groups).result(), *statistics)
-                metrics[metric] = as_metric(distance, interval)
-            elif metric == "is":
-                score = summary.inception_score.result()
-                interval = score.interval() if has_intervals else None
-                metrics[metric] = as_metric(score.mean, interval, std=score.std, num_splits=len(score.splits))
-            elif metric == "accuracy":
-                share = summary.num_correct / num_samples
-                interval = wilson_interval(share, num_samples) if has_intervals else None
-                metrics[metric] = as_metric(share, interval)
-            else:
-                counts = self.reference.manifold.compare(summary.features)
-                interval = counts.precision_interval() if has_intervals else None
-                metrics |= {"precision": as_metric(counts.precision, interval), "recall": as_metric(counts.recall)}
-        return metrics
 
     def write(
         self, path: Path, argv: list[str], metrics: dict[str, dict[str, Any]], data: dict[str, Any]

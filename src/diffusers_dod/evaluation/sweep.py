@@ -40,6 +40,7 @@ from ..files import check_output, file_sha256, in_use, replacing
 from ..guidance import Guidance
 from ..losses import DoDJointModel
 from ..metrics.intervals import mean_interval
+from ..metrics.table import METRICS
 from ..options import check_options, option, parse_options, to_argv, to_json, to_values
 from ..pipeline_dod import DoDPipeline
 from ..results import as_metric, checkpoint_sha256, half_width, read_results, write_results
@@ -54,8 +55,6 @@ from .sample import LABELS, CallOptions, GuidanceOptions, SamplingOptions
 
 
 PIPELINE = "pipeline"  # the average that a checkpoint's pipeline has
-NAMES = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "precision", "recall": "recall"}
-NAMES |= {"accuracy": "accuracy"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,8 +340,8 @@ class Sweep:
 
 def to_table(rows: Sequence[dict[str, Any]]) -> str:
     """Formats the `rows` of a sweep as a Markdown table."""
-    names = [name for name in NAMES if name in rows[0]]
-    header = ["stage", "average", "steps", "solver", "scales", "GFLOPs", *(NAMES[name] for name in names)]
+    names = [name for name in METRICS if name in rows[0]]
+    header = ["stage", "average", "steps", "solver", "scales", "GFLOPs", *(METRICS[name].title for name in names)]
     lines = ["| " + " | ".join(header) + " |", "| ---: | --- | ---: | --- | ---: |" + " ---: |" * (len(names) + 1)]
     for row in rows:
         cells = [str(row["stage"]), row["average"], str(row["num_inference_steps"]), row["solver"]]

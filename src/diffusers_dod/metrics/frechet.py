@@ -1,8 +1,11 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """The Fréchet distance between two sets of features, in float64 (Heusel et al., 2017: FID on Inception features)."""
 
+from typing import Any
+
 import numpy as np
 
+from ..results import as_metric
 from .intervals import jackknife_interval
 from .statistics import RunningStatistics, merge_statistics
 
@@ -85,3 +88,21 @@ def fid_interval(
         return frechet_distance(*merge_statistics(part).result(), *reference)
 
     return jackknife_interval(groups, distance, confidence)
+
+
+def as_fid(
+    groups: list[RunningStatistics], reference: tuple[np.ndarray, np.ndarray], has_interval: bool
+) -> dict[str, Any]:
+    """
+    A Fréchet distance as results hold it.
+
+    Args:
+        groups (`list[RunningStatistics]`): The samples, in the groups of the jackknife.
+        reference (`tuple[np.ndarray, np.ndarray]`): Mean and covariance of the reference.
+        has_interval (`bool`): Whether it gets an interval.
+
+    Returns:
+        `dict`: [`as_metric`] of the distance.
+    """
+    interval = fid_interval(groups, reference) if has_interval else None
+    return as_metric(frechet_distance(*merge_statistics(groups).result(), *reference), interval)

@@ -3,11 +3,13 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..checks import check_at_least
+from ..results import as_metric
 from .intervals import mean_interval
 from .statistics import check_rows
 
@@ -47,6 +49,19 @@ class InceptionScore:
             `ValueError`: the probability is out of range.
         """
         return mean_interval(self.splits, confidence) if len(self.splits) > 1 else None
+
+    def as_metrics(self, has_interval: bool) -> dict[str, dict[str, Any]]:
+        """
+        The score as results hold it.
+
+        Args:
+            has_interval (`bool`): Whether it gets an interval.
+
+        Returns:
+            `dict[str, dict]`: [`as_metric`] of `is`.
+        """
+        interval = self.interval() if has_interval else None
+        return {"is": as_metric(self.mean, interval, std=self.std, num_splits=len(self.splits))}
 
 
 class RunningInceptionScore:

@@ -3,11 +3,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..checks import check_at_least
+from ..results import as_metric
 from .intervals import wilson_interval
 from .statistics import check_rows
 
@@ -56,6 +58,19 @@ class PrecisionRecall:
             `ValueError`: an argument is out of range.
         """
         return wilson_interval(self.precision, self.num_samples, confidence)
+
+    def as_metrics(self, has_interval: bool) -> dict[str, dict[str, Any]]:
+        """
+        Both as results hold them.
+
+        Args:
+            has_interval (`bool`): Whether precision gets an interval.
+
+        Returns:
+            `dict[str, dict]`: [`as_metric`] of `precision` and `recall`.
+        """
+        interval = self.precision_interval() if has_interval else None
+        return {"precision": as_metric(self.precision, interval), "recall": as_metric(self.recall)}
 
 
 def _squared_distances(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,103 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""
+The table of metrics. A new metric is a file with its formula, and a row here.
+
+`evaluate`, `sweep` and model cards read this table. Metrics without `compute` are those of other commands.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .frechet import as_fid
+from .kernel_distance import kernel_distance
+from .precision_recall import ReferenceManifold
+from .summary import FeatureSummary, as_accuracy
+
+
+@dataclass(frozen=True)
+class Metric:
+    """
+    A row of the table.
+
+    Args:
+        title (`str`): Its name in tables and on cards.
+        hub_type (`str`, *optional*): Its name on the Hub, where that is another one.
+        of (`str`, *optional*): The output of the extractor that it takes, a field of [`PictureFeatures`].
+        needs (`str`, *optional*):
+            What it needs of the reference: `"statistics"`, mean and covariance, or `"features"` of all images.
+        compute (`Callable`, *optional*):
+            Takes a [`FeatureSummary`] of samples, what it needs of the reference, and whether it gives intervals.
+            Returns [`as_metric`] of each of its numbers, by name.
+        prepare (`Callable`, *optional*):
+            Takes the features of the reference and a device. Returns what `compute` takes in their place, made once
+            for any number of sets of samples.
+    """
+
+    title: str
+    hub_type: str | None = None
+    of: str | None = None
+    needs: str | None = None
+    compute: Callable[[FeatureSummary, Any, bool], dict[str, dict[str, Any]]] | None = None
+    prepare: Callable[[np.ndarray, torch.device | str], Any] | None = None
+
+
+# By name. Names in results may go on after `_` or `/`, such as `fid_stage_1`.
+METRICS = {
+    "fid": Metric(
+        title="FID",
+        of="features",
+        needs="statistics",
+        compute=lambda samples, reference, interval: {
+            "fid": as_fid(samples.statistics["features"], reference, interval)
+        },
+    ),
+    "sfid": Metric(
+        title="sFID",
+        of="spatial_features",
+        needs="statistics",
+        compute=lambda samples, reference, interval: {
+            "sfid": as_fid(samples.statistics["spatial_features"], reference, interval)
+        },
+    ),
+    "kid": Metric(
+        title="KID",
+        hub_type="kernel_inception_distance",
+        of="features",
+        needs="features",
+        compute=lambda samples, reference, interval: kernel_distance(samples.rows["features"], reference).as_metrics(
+            interval
+        ),
+    ),
+    "is": Metric(
+        title="Inception Score",
+        hub_type="inception_score",
+        of="logits",
+        compute=lambda samples, _, interval: samples.inception_score.result().as_metrics(interval),
+    ),
+    "precision_recall": Metric(
+        title="precision and recall",
+        of="features",
+        needs="features",
+        prepare=lambda features, device: ReferenceManifold(features, device=device),
+        compute=lambda samples, manifold, interval: manifold.compare(samples.rows["features"]).as_metrics(interval),
+    ),
+    # The Hub's `precision` and `recall` are of classifiers.
+    "precision": Metric(title="precision", hub_type="improved_precision"),
+    "recall": Metric(title="recall", hub_type="improved_recall"),
+    "accuracy": Metric(
+        title="accuracy",
+        of="logits",
+        compute=lambda samples, _, interval: {"accuracy": as_accuracy(samples, interval)},
+    ),
+    "rfid": Metric(title="rFID"),
+    "psnr": Metric(title="PSNR, dB"),
+    "ssim": Metric(title="SSIM"),
+    "top1": Metric(title="top-1 accuracy"),
+    "top5": Metric(title="top-5 accuracy"),
+    "knn": Metric(title="k-NN accuracy"),
+}
+COMPUTED = tuple(name for name, metric in METRICS.items() if metric.compute is not None)
