@@ -63,10 +63,10 @@ class KernelDistance:
 
     def as_metrics(self, has_interval: bool) -> dict[str, dict[str, Any]]:
         """
-        KID as results hold it.
+        Puts KID into the form of results.
 
         Args:
-            has_interval (`bool`): Whether it gets an interval.
+            has_interval (`bool`): Whether to add the interval.
 
         Returns:
             `dict[str, dict]`: [`as_metric`] of `kid`.
@@ -108,14 +108,16 @@ def kernel_distance(
     samples: np.ndarray, reference: np.ndarray, subset_size: int | None = None, seed: int = 0
 ) -> KernelDistance:
     """
-    KID over subsets. Both sets are shuffled and dealt into as many subsets as the smaller one has of `subset_size`, so
-    that every image is in one subset. The subset size does not change KID on average, only how far it varies.
+    Computes KID over subsets.
+
+    Both sets are shuffled and dealt into as many subsets as the smaller set has of `subset_size`, so that every image
+    is in one subset. The subset size does not change KID on average, only its variation.
 
     Args:
         samples (`np.ndarray` of shape `(n, d)`): Features of the samples.
         reference (`np.ndarray` of shape `(m, d)`): Features of the reference.
-        subset_size (`int`, *optional*): Images of a subset at least, from 2 to the size of the smaller set. By default
-            1,000, or a tenth of the smaller set where that has fewer than 10,000.
+        subset_size (`int`, *optional*): Least number of images of a subset, from 2 to the size of the smaller set. By
+            default 1,000, or a tenth of the smaller set if that has fewer than 10,000.
         seed (`int`, defaults to 0): Seed of the shuffling.
 
     Returns:

@@ -2,7 +2,7 @@
 """
 The table of metrics. A new metric is a file with its formula, and a row here.
 
-`evaluate`, `sweep` and model cards read this table. Metrics without `compute` are those of other commands.
+`evaluate`, `sweep` and model cards read this table. Metrics without `compute` belong to other commands.
 """
 
 from collections.abc import Callable
@@ -24,17 +24,18 @@ class Metric:
     A row of the table.
 
     Args:
-        title (`str`): Its name in tables and on cards.
-        hub_type (`str`, *optional*): Its name on the Hub, where that is another one.
-        of (`str`, *optional*): The output of the extractor that it takes, a field of [`PictureFeatures`].
+        title (`str`): Name in tables and on cards.
+        hub_type (`str`, *optional*): Name on the Hub, if it differs.
+        of (`str`, *optional*): Output of the extractor that the metric takes, a field of [`PictureFeatures`].
         needs (`str`, *optional*):
-            What it needs of the reference: `"statistics"`, mean and covariance, or `"features"` of all images.
+            Data of the reference that the metric needs: `"statistics"` (mean and covariance) or `"features"` of all
+            images.
         compute (`Callable`, *optional*):
-            Takes a [`FeatureSummary`] of samples, what it needs of the reference, and whether it gives intervals.
-            Returns [`as_metric`] of each of its numbers, by name.
+            Takes a [`FeatureSummary`] of samples, the data of the reference, and whether to give intervals. Returns an
+            [`as_metric`] for each number, by name.
         prepare (`Callable`, *optional*):
-            Takes the features of the reference and a device. Returns what `compute` takes in their place, made once
-            for any number of sets of samples.
+            Takes the features of the reference and a device. Returns the data that `compute` takes in their place;
+            they are made once for any number of sets of samples.
     """
 
     title: str
@@ -45,7 +46,7 @@ class Metric:
     prepare: Callable[[np.ndarray, torch.device | str], Any] | None = None
 
 
-# By name. Names in results may go on after `_` or `/`, such as `fid_stage_1`.
+# Metrics by name. Names in results may have more after `_` or `/`, such as `fid_stage_1`.
 METRICS = {
     "fid": Metric(
         title="FID",
@@ -85,7 +86,7 @@ METRICS = {
         prepare=lambda features, device: ReferenceManifold(features, device=device),
         compute=lambda samples, manifold, interval: manifold.compare(samples.rows["features"]).as_metrics(interval),
     ),
-    # The Hub's `precision` and `recall` are of classifiers.
+    # The Hub's `precision` and `recall` are metrics of classifiers.
     "precision": Metric(title="precision", hub_type="improved_precision"),
     "recall": Metric(title="recall", hub_type="improved_recall"),
     "accuracy": Metric(
