@@ -1,26 +1,30 @@
-"""What the tests share."""
+"""
+What the tests share. Libraries are imported where they are needed: pytest-xdist's first process, which only hands the
+tests out, does not wait for them.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
 
-import datasets
 import pytest
-import torch
-from helpers import tiny_pipeline
-
-from diffusers_dod import DoDPipeline
 
 
 NUM_SHOWN_FAILURES = 3
 
 
 @pytest.fixture
-def pipe() -> DoDPipeline:
+def pipe():
+    """A tiny pipeline of two stages."""
+    from helpers import tiny_pipeline
+
     return tiny_pipeline()
 
 
 @pytest.fixture
 def no_grad():
+    """Switches gradients off."""
+    import torch
+
     with torch.no_grad():
         yield
 
@@ -28,6 +32,8 @@ def no_grad():
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory):
     """`datasets` keeps what it has read of a folder; each module has a place of its own for that."""
+    import datasets
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -42,7 +42,7 @@ def processes_of(run: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("launcher", "target", "code"),
     [
-        ("torchrun", "launcher", 1),
+        pytest.param("torchrun", "launcher", 1, marks=pytest.mark.slow),
         pytest.param("torchrun", "worker", 1, marks=pytest.mark.slow),
         ("accelerate", "launcher", -signal.SIGTERM),
         pytest.param("accelerate", "worker", 1, marks=pytest.mark.slow),
