@@ -3,7 +3,7 @@
 import inspect
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from pathlib import Path
@@ -148,6 +148,20 @@ def tiny_pipeline(in_channels: int = 4, **overrides) -> DoDPipeline:
     return pipe
 
 
+def run_trainer(options: Sequence[str], output_dir: Path, *arguments: object, is_quick: bool = True) -> Path:
+    """Runs the trainer with `options` and then `arguments`, and returns the folder of the run."""
+    from diffusers_dod.training.train import main  # most tests need no trainer
+
+    with fresh_accelerator(is_quick):
+        main([*options, "--output_dir", str(output_dir), *map(str, arguments)])
+    return output_dir
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The content of each file in a folder, by its relative name."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def record_calls(module: torch.nn.Module) -> list[SimpleNamespace]:
     """The arguments of every later forward pass of `module`, by name."""
     calls = []
@@ -166,7 +180,7 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-5
 
 def quicken_training(patch: pytest.MonkeyPatch) -> None:
     """Leaves out what takes most of the time of a short run: the curves of its card, and 20 steps for its samples."""
-    from diffusers_dod.training import model_card, train  # most tests need neither
+    from diffusers_dod.training import model_card, train
 
     patch.setattr(model_card, "_draw_curves", lambda folder: None)
     patch.setattr(train, "stage_grid", partial(train.stage_grid, num_inference_steps=1))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import says, tiny_latent_embedder, tiny_pipeline, tiny_transformer, tiny_vae
+from helpers import contents, says, tiny_latent_embedder, tiny_pipeline, tiny_transformer, tiny_vae
 from launch import PATIENCE_S
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -64,10 +64,6 @@ def reload(folder: Path) -> Pictures:
 def encode(pictures: Pictures, folder: Path, vae=None, sizes=SIZES, random_flip=False, **options) -> BucketedLatents:
     options = {"shard_size": 2, "batch_size": 2, **options}
     return encode_buckets(pictures, sizes, vae, folder, random_flip, **options)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from helpers import fresh_accelerator, says, tiny_vae, write_pictures
+from helpers import contents, fresh_accelerator, says, tiny_vae, write_pictures
 from launch import run_command, torchrun
 from PIL import Image
 from safetensors import safe_open
@@ -84,10 +84,6 @@ def write(
 
 def settings_of(pictures: Pictures, vae=None, random_flip=False, latents_dtype="float32", **_) -> dict:
     return latent_settings(pictures, vae, random_flip, latents_dtype)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def all_moments(latents: LatentDataset, view: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:

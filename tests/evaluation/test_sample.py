@@ -9,6 +9,7 @@ import tracemalloc
 from importlib.metadata import version
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -50,7 +51,7 @@ def run(checkpoint: Path, folder: Path, *arguments: str) -> dict:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All files but for the command, which names another folder."""
-    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = helpers.contents(folder)
     manifests = {name: content for name, content in files.items() if name.endswith("manifest.json")}
     assert manifests
     return files | {name: {**json.loads(content), "argv": None} for name, content in manifests.items()}

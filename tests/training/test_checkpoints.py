@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import says
+from helpers import contents, says
 
 from diffusers_dod.training.checkpoints import (
     CHECKPOINT_MANIFEST,
@@ -245,10 +245,6 @@ def write_half(folder: Path) -> None:
     (folder / STATE_FOLDER).mkdir()
     (folder / STATE_FOLDER / "model.safetensors").write_bytes(b"half of i")
     raise Crash
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("step", [20, 30], ids=["the same step", "a new step"])

@@ -1,18 +1,19 @@
 """Averages of the weights beside the first one, steps that are not finite, compiled blocks."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import fresh_accelerator, says
+from helpers import run_trainer, says
 from safetensors.torch import load_file
 
 from diffusers_dod import DoDPipeline, DoDTransformer2DModel, LatentEmbeddingModule
 from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.training import posthoc_ema
 from diffusers_dod.training.checkpoints import STATE_FOLDER
-from diffusers_dod.training.train import main, parse_args
+from diffusers_dod.training.train import parse_args
 
 
 TINY = "--preset DoD-Desk --train_batch_size 4 --logging_steps 1 --learning_rate 1e-2 --adam_epsilon 1e-3 "
@@ -21,10 +22,7 @@ AVERAGES = "--ema_decay 0.5 0.9 --ema_sigma_rel 0.1 0.2".split()
 NAMES = ("decay-0.9", "sigma-rel-0.1", "sigma-rel-0.2")
 
 
-def train(output_dir: Path, *arguments) -> Path:
-    with fresh_accelerator():
-        main([*TINY, "--output_dir", str(output_dir), *map(str, arguments)])
-    return output_dir
+train = partial(run_trainer, TINY)
 
 
 def state(run: Path, step: int, name: str) -> dict[str, torch.Tensor]:

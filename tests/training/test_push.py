@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from helpers import says
+from helpers import contents, says
 from hub_server import Hub, Repo
 from launch import PATIENCE_S, wait_until
 
@@ -65,10 +65,6 @@ def push(pusher: HubPusher, step: int = 10, with_training_state: bool = False) -
     run = pusher.output_dir
     others = [run / name for name in ("metrics.jsonl", "samples", "README.md", "not there yet")]
     pusher.push(run / f"checkpoint-{step}", others, f"Step {step}", with_training_state)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def hashes(files: dict[str, bytes]) -> dict[str, str]:

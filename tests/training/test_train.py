@@ -3,12 +3,13 @@
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import fresh_accelerator, says, write_pictures
+from helpers import run_trainer, says, write_pictures
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -29,10 +30,7 @@ EMA = ["--ema_decay", 0.2]
 TIMINGS = ("images_per_second", "data_wait")
 
 
-def train(output_dir: Path, *arguments) -> Path:
-    with fresh_accelerator():
-        main([*TINY, "--output_dir", str(output_dir), *map(str, arguments)])
-    return output_dir
+train = partial(run_trainer, TINY)
 
 
 @pytest.fixture(scope="module")

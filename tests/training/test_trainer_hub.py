@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import fresh_accelerator, says, write_pictures
+from helpers import run_trainer, says, write_pictures
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from launch import PATIENCE_S, wait_until
@@ -31,11 +31,7 @@ TINY = "--preset FiTv2-Desk --resolution 8 --train_batch_size 4 --logging_steps 
 PUSH = ["--push_to_hub", "--push_every", 1, "--hub_model_id", REPO, "--hub_token", TOKEN]
 
 
-def run(output_dir: Path, *arguments) -> Path:
-    """A run of the trainer."""
-    with fresh_accelerator():
-        train.main([*TINY, "--output_dir", str(output_dir), *map(str, arguments)])
-    return output_dir
+run = partial(run_trainer, TINY, is_quick=False)  # the card is pushed with its curves
 
 
 @pytest.fixture(scope="module")

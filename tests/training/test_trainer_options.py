@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import accelerate
@@ -12,7 +13,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from helpers import fresh_accelerator, says, tiny_vae, write_pictures
+from helpers import fresh_accelerator, run_trainer, says, tiny_vae, write_pictures
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
@@ -32,11 +33,7 @@ TIMINGS = ("images_per_second", "data_wait")
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 
 
-def run(output_dir: Path, *arguments) -> Path:
-    """A run of the trainer."""
-    with fresh_accelerator():
-        main([*TINY, "--output_dir", str(output_dir), *map(str, arguments)])
-    return output_dir
+run = partial(run_trainer, TINY)
 
 
 def resume(whole: Path, target: Path, last_step: int, *arguments) -> Path:
