@@ -29,7 +29,7 @@ from diffusers_dod.data.encoding import (
 )
 from diffusers_dod.data.latents import SHARD_MANIFEST, LatentDataset, check_settings, find_damaged_shards
 from diffusers_dod.data.pictures import PictureDataset, Pictures, load_pictures, to_pixels
-from diffusers_dod.data.sample_stream import SampleDraws, TrainingStream, collate_priors_first
+from diffusers_dod.data.sample_stream import SampleDraws, TrainingSamples, collate_priors_first
 from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
 from diffusers_dod.training import encode_latents as command
 from diffusers_dod.training import train
@@ -179,7 +179,7 @@ def test_a_deterministic_autoencoder_has_no_standard_deviation(tmp_path, make):
         else:
             expected = vae.encode(images).latent * vae.config.scaling_factor
         torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-5)
-    sample = TrainingStream(latents, SampleDraws(12, seed=0))[0]
+    sample = TrainingSamples(latents, SampleDraws(12, seed=0))[0]
     assert min((sample["latents"] - latents.read(i, v)[0]).abs().max() for i in range(11) for v in (0, 1)) == 0
 
 
@@ -508,7 +508,7 @@ def assert_same_batches(first: list[dict], second: list[dict]) -> None:
 
 def test_reading_processes_see_the_same_samples(tmp_path):
     latents = write(tmp_path / "latents", textures(), tiny_vae(), random_flip=True)
-    stream = TrainingStream(latents, SampleDraws(12, seed=5))
+    stream = TrainingSamples(latents, SampleDraws(12, seed=5))
     alone = list(DataLoader(stream, 4, sampler=range(24), collate_fn=collate_priors_first))
     # Those processes start with the files open that this one has read.
     assert_same_batches(

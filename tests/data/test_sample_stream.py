@@ -1,11 +1,14 @@
 """The stream of training samples as a function of (seed, position)."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from diffusers_dod.data.sample_stream import SampleDraws, StreamSampler, TrainingStream, collate_priors_first
+from diffusers_dod.data.latents import Latents
+from diffusers_dod.data.sample_stream import SampleDraws, PositionSampler, TrainingSamples, collate_priors_first
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -15,18 +18,13 @@ from diffusers_dod.data.sample_stream import SampleDraws, StreamSampler, Trainin
 NUM_CLASSES = 9
 
 
-class NumberedLatents:
+class NumberedLatents(Latents):
     """Latents whose mean is everywhere 10 * picture + view, so that a sample shows where it comes from."""
 
-    latent_shape = (2, 4, 4)
-
     def __init__(self, count: int = 7, views: int = 1, std: float | None = None):
-        self.labels = torch.arange(count) % NUM_CLASSES
-        self.num_views = views
+        manifest = {"num_views": views, "latent_shape": (2, 4, 4)}
+        super().__init__(Path("numbered"), manifest, torch.arange(count) % NUM_CLASSES)
         self.std = std
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert 0 <= view < self.num_views
@@ -50,15 +48,15 @@ def assert_same_sample(first: dict, second: dict) -> None:
 
 def test_a_sample_does_not_depend_on_the_order_of_access():
     latents = NumberedLatents(views=2, std=1.0)
-    forwards = [TrainingStream(latents, SampleDraws(NUM_CLASSES, seed=5))[position] for position in range(30)]
-    stream = TrainingStream(latents, SampleDraws(NUM_CLASSES, seed=5))
+    forwards = [TrainingSamples(latents, SampleDraws(NUM_CLASSES, seed=5))[position] for position in range(30)]
+    stream = TrainingSamples(latents, SampleDraws(NUM_CLASSES, seed=5))
     torch.manual_seed(123)
     for position in [29, 3, 3, 17, 0, 28, 8, 6, 7]:  # back and forth between five passes over the data
         assert_same_sample(stream[position], forwards[position])
 
 
 def test_workers_see_the_same_stream():
-    stream = TrainingStream(NumberedLatents(std=1.0), SampleDraws(NUM_CLASSES, seed=5))
+    stream = TrainingSamples(NumberedLatents(std=1.0), SampleDraws(NUM_CLASSES, seed=5))
     batches = [
         list(DataLoader(stream, 4, sampler=range(12), collate_fn=collate_priors_first, num_workers=workers))
         for workers in (0, 2)
@@ -68,7 +66,7 @@ def test_workers_see_the_same_stream():
 
 
 def test_every_picture_once_per_pass_and_every_pass_in_its_own_order():
-    stream = TrainingStream(NumberedLatents(count=20), SampleDraws(NUM_CLASSES, seed=0))
+    stream = TrainingSamples(NumberedLatents(count=20), SampleDraws(NUM_CLASSES, seed=0))
     passes = [[picture_and_view(stream[20 * epoch + i])[0] for i in range(20)] for epoch in range(4)]
     for order in passes:
         assert sorted(order) == list(range(20)) and order != list(range(20))
@@ -86,7 +84,7 @@ COUNT = 4000
 def drawn() -> list[dict]:
     """4,000 samples of two views with posterior noise of standard deviation 0.01, which leaves the mean readable."""
     latents = NumberedLatents(views=2, std=0.01)
-    stream = TrainingStream(latents, SampleDraws(NUM_CLASSES, seed=1, label_dropout_prob=0.1, prior_dropout_prob=0.3))
+    stream = TrainingSamples(latents, SampleDraws(NUM_CLASSES, seed=1, label_dropout_prob=0.1, prior_dropout_prob=0.3))
     return [stream[position] for position in range(COUNT)]
 
 
@@ -130,7 +128,7 @@ def test_a_dropped_class_is_the_null_class_and_others_keep_their_own(drawn):
 @pytest.mark.parametrize("probability", [0.0, 1.0])
 def test_certain_events(probability):
     latents = NumberedLatents()
-    stream = TrainingStream(
+    stream = TrainingSamples(
         latents, SampleDraws(NUM_CLASSES, seed=0, label_dropout_prob=probability, prior_dropout_prob=probability)
     )
     for sample in (stream[position] for position in range(100)):
@@ -148,7 +146,7 @@ def assert_standard_normal(values: torch.Tensor) -> None:
 
 def test_noises_and_time_are_normal_and_their_own_at_every_position():
     std = 3.0
-    stream = TrainingStream(NumberedLatents(count=1, std=std), SampleDraws(NUM_CLASSES, seed=2))  # mean 0
+    stream = TrainingSamples(NumberedLatents(count=1, std=std), SampleDraws(NUM_CLASSES, seed=2))  # mean 0
     samples = [stream[position] for position in range(2000)]
     posterior = torch.stack([sample["latents"] for sample in samples]) / std
     noise = torch.stack([sample["noise"] for sample in samples])
@@ -167,7 +165,7 @@ def test_noises_and_time_are_normal_and_their_own_at_every_position():
 
 
 def test_the_same_picture_has_new_noise_in_every_pass():
-    stream = TrainingStream(NumberedLatents(count=1, std=1.0), SampleDraws(NUM_CLASSES, seed=2))
+    stream = TrainingSamples(NumberedLatents(count=1, std=1.0), SampleDraws(NUM_CLASSES, seed=2))
     first, second = stream[0], stream[1]
     for name in ("latents", "noise", "sigma"):
         assert not torch.equal(first[name], second[name]), name
@@ -175,7 +173,7 @@ def test_the_same_picture_has_new_noise_in_every_pass():
 
 def test_the_seed_decides():
     latents = NumberedLatents(count=20, views=2)
-    one, same, other = (TrainingStream(latents, SampleDraws(NUM_CLASSES, seed=seed)) for seed in (0, 0, 1))
+    one, same, other = (TrainingSamples(latents, SampleDraws(NUM_CLASSES, seed=seed)) for seed in (0, 0, 1))
     for position in range(25):
         assert_same_sample(one[position], same[position])
         assert not torch.equal(one[position]["noise"], other[position]["noise"])
@@ -208,7 +206,7 @@ def test_samples_with_a_prior_come_first_in_their_own_order():
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_all_or_none_with_a_prior(kept):
-    stream = TrainingStream(
+    stream = TrainingSamples(
         NumberedLatents(), SampleDraws(NUM_CLASSES, seed=0, prior_dropout_prob=0.0 if kept else 1.0)
     )
     batch = collate_priors_first([stream[position] for position in range(4)])
@@ -224,9 +222,10 @@ def test_all_or_none_with_a_prior(kept):
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (2, 1), (1, 2), (2, 2), (3, 4)])
 def test_processes_and_accumulation_share_the_positions_of_one_batch(processes, accumulation):
     batch_size, num_steps = 3, 4
-    samplers = [StreamSampler(0, num_steps, batch_size, accumulation, index, processes) for index in range(processes)]
+    sizes = (0, num_steps, batch_size, accumulation)
+    samplers = [PositionSampler(*sizes, index, processes) for index in range(processes)]
     together = processes * accumulation * batch_size
-    alone = list(StreamSampler(0, num_steps, together))
+    alone = list(PositionSampler(0, num_steps, together))
     per_step = accumulation * batch_size
     positions = [list(sampler) for sampler in samplers]
     for sampler, own in zip(samplers, positions, strict=True):
@@ -239,8 +238,8 @@ def test_processes_and_accumulation_share_the_positions_of_one_batch(processes, 
 
 @pytest.mark.parametrize("start_step", [0, 1, 3, 5])
 def test_a_resumed_sampler_goes_on_where_it_stopped(start_step):
-    whole = list(StreamSampler(0, 5, 3, accumulation=2, process_index=1, num_processes=2))
-    rest = StreamSampler(start_step, 5, 3, accumulation=2, process_index=1, num_processes=2)
+    whole = list(PositionSampler(0, 5, 3, accumulation=2, process_index=1, num_processes=2))
+    rest = PositionSampler(start_step, 5, 3, accumulation=2, process_index=1, num_processes=2)
     assert list(rest) == whole[start_step * 6 :]
     assert len(rest) == (5 - start_step) * 6
     assert list(rest) == list(rest)  # a sampler may be read twice
@@ -252,7 +251,7 @@ def test_a_resumed_sampler_goes_on_where_it_stopped(start_step):
 
 @pytest.mark.parametrize(("size", "dropped_labels", "dropped_priors"), [(10, 1, 5), (8, 1, 4), (7, 1, 4)])
 def test_exact_shares_of_each_group_are_dropped(size, dropped_labels, dropped_priors):
-    stream = TrainingStream(NumberedLatents(), SampleDraws(NUM_CLASSES, seed=3, exact_dropout_size=size))
+    stream = TrainingSamples(NumberedLatents(), SampleDraws(NUM_CLASSES, seed=3, exact_dropout_size=size))
     patterns = set()
     for group in range(6):
         samples = [stream[position] for position in range(group * size, (group + 1) * size)]
@@ -264,8 +263,8 @@ def test_exact_shares_of_each_group_are_dropped(size, dropped_labels, dropped_pr
 
 
 def test_exact_shares_change_nothing_else():
-    exact = TrainingStream(NumberedLatents(std=1.0), SampleDraws(NUM_CLASSES, seed=3, exact_dropout_size=4))
-    independent = TrainingStream(NumberedLatents(std=1.0), SampleDraws(NUM_CLASSES, seed=3))
+    exact = TrainingSamples(NumberedLatents(std=1.0), SampleDraws(NUM_CLASSES, seed=3, exact_dropout_size=4))
+    independent = TrainingSamples(NumberedLatents(std=1.0), SampleDraws(NUM_CLASSES, seed=3))
     for position in (0, 5, 13):
         for name in ("latents", "noise", "sigma"):
             assert torch.equal(exact[position][name], independent[position][name])
@@ -273,7 +272,7 @@ def test_exact_shares_change_nothing_else():
 
 def test_nothing_or_everything_is_dropped_exactly():
     for probability in (0.0, 1.0):
-        stream = TrainingStream(
+        stream = TrainingSamples(
             NumberedLatents(), SampleDraws(NUM_CLASSES, 3, probability, probability, exact_dropout_size=6)
         )
         assert {stream[position]["has_prior"] for position in range(12)} == {probability == 0}

@@ -17,8 +17,8 @@ from helpers import says
 from PIL import Image
 
 from diffusers_dod.data.pictures import center_crop, to_pixels
-from diffusers_dod.data.sample_stream import SampleDraws, StreamSampler
-from diffusers_dod.data.streaming import PictureStream, build_stream_loader, open_stream
+from diffusers_dod.data.sample_stream import PositionSampler, SampleDraws
+from diffusers_dod.data.streaming import ImageStream, build_stream_loader, open_stream
 
 
 SHARD_SIZES = (3, 5, 1, 4, 0, 7)
@@ -82,12 +82,12 @@ def stream(folder) -> datasets.IterableDataset:
     return open_stream(None, str(folder / "parquet"))[0]
 
 
-def pictures_of(stream, seed=0, batch_size=3, flip=False, probabilities=(0.0, 0.5), **options) -> PictureStream:
+def pictures_of(stream, seed=0, batch_size=3, flip=False, probabilities=(0.0, 0.5), **options) -> ImageStream:
     draws = SampleDraws(len(CLASS_NAMES), seed, *probabilities)
-    return PictureStream(stream, CLASS_NAMES, draws, 8, LATENT_SHAPE, batch_size, random_flip=flip, **options)
+    return ImageStream(stream, CLASS_NAMES, draws, 8, LATENT_SHAPE, batch_size, random_flip=flip, **options)
 
 
-def take(pictures: PictureStream, count: int) -> list[dict]:
+def take(pictures: ImageStream, count: int) -> list[dict]:
     return list(itertools.islice(build_stream_loader(pictures), count))
 
 
@@ -162,7 +162,7 @@ def test_draws_are_those_of_the_position(stream, num_processes, num_workers):
             process_index=index,
             num_processes=num_processes,
         )
-        positions = iter(StreamSampler(0, 5, 3, process_index=index, num_processes=num_processes))
+        positions = iter(PositionSampler(0, 5, 3, process_index=index, num_processes=num_processes))
         for batch in take(pictures, 5):
             expected = [draws(position) for position in itertools.islice(positions, 3)]
             expected.sort(key=lambda draw: draw.drops_prior)
@@ -204,7 +204,7 @@ def assert_same_batches(first: list[dict], second: list[dict]) -> None:
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[name])), name
 
 
-def run_with_states(pictures: PictureStream, count: int) -> tuple[list[dict], list[str]]:
+def run_with_states(pictures: ImageStream, count: int) -> tuple[list[dict], list[str]]:
     """The batches, and the state before each of them as JSON."""
     batches, states = [], []
     for batch in itertools.islice(build_stream_loader(pictures), count):
@@ -467,7 +467,7 @@ def test_arguments_out_of_range(stream, options, fragments):
 
 def test_as_many_classes_as_the_draws_have(stream):
     with pytest.raises(ValueError, match=says("`class_names` must be 4 names, got 3")):
-        PictureStream(stream, CLASS_NAMES, SampleDraws(4, 0), 8, LATENT_SHAPE, 1)
+        ImageStream(stream, CLASS_NAMES, SampleDraws(4, 0), 8, LATENT_SHAPE, 1)
 
 
 def test_a_loader_with_another_number_of_workers(stream):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from diffusers_dod import DoDPipeline
 from diffusers_dod.data.latents import LatentDataset
-from diffusers_dod.data.sample_stream import SampleDraws, TrainingStream
+from diffusers_dod.data.sample_stream import SampleDraws, TrainingSamples
 from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.presets import PRESETS
 from diffusers_dod.training.checkpoints import CHECKPOINT_MANIFEST, STATE_FOLDER
@@ -122,7 +122,7 @@ def test_metrics(finished):
 
 def test_loss_of_the_first_step(finished):
     """An untrained model answers zero, so its loss is the mean square of noise - latents over the first samples."""
-    stream = TrainingStream(LatentDataset(finished / "latents"), SampleDraws(num_classes=2, seed=0))
+    stream = TrainingSamples(LatentDataset(finished / "latents"), SampleDraws(num_classes=2, seed=0))
     samples = [stream[position] for position in range(4)]
     losses = [float((sample["noise"] - sample["latents"]).double().square().mean()) for sample in samples]
     kept = [loss for loss, sample in zip(losses, samples, strict=True) if sample["has_prior"]]
@@ -474,7 +474,7 @@ def test_arguments_that_do_not_fit(arguments, fragments, capsys):
 
 def test_losses_by_time_are_those_of_the_samples(finished):
     """The first step's loss is that of a model that answers zero, which each sample's time only sorts."""
-    stream = TrainingStream(LatentDataset(finished / "latents"), SampleDraws(num_classes=2, seed=0))
+    stream = TrainingSamples(LatentDataset(finished / "latents"), SampleDraws(num_classes=2, seed=0))
     by_time: dict[int, list[float]] = {}
     for position in range(4):
         sample = stream[position]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from diffusers_dod import DoDPipeline
 from diffusers_dod.data.sample_stream import SampleDraws
-from diffusers_dod.data.streaming import PictureStream, open_stream
+from diffusers_dod.data.streaming import ImageStream, open_stream
 from diffusers_dod.training import encode_latents, train
 from diffusers_dod.training.arguments import to_recipe
 from diffusers_dod.training.checkpoints import CHECKPOINT_MANIFEST, STATE_FOLDER, find_damage
@@ -148,7 +148,7 @@ def loss_of_zero(shards: Path, vae: Path | None) -> float:
     """The loss of an untrained model, which answers zero, over the first four pictures of a stream."""
     opened, class_names = open_stream(None, str(shards), class_names=["ant", "newt"])
     shape = (3, 8, 8) if vae is None else (4, 4, 4)
-    samples = iter(PictureStream(opened, class_names, SampleDraws(2, 0), 8, shape, 2, random_flip=True))
+    samples = iter(ImageStream(opened, class_names, SampleDraws(2, 0), 8, shape, 2, random_flip=True))
     losses = []
     for _, sample in zip(range(4), samples, strict=False):
         latents = sample["pixels"]
@@ -314,7 +314,7 @@ def test_what_alignment_refuses(aligned, features, pictures, vision, repa, capsy
     model.save_pretrained(other)
     with pytest.raises(ValueError, match=says(str(features), "`vision_model`", "another folder")):
         run(tmp_path / "run", "--latents_dir", features, *REPA, "--repa_model_name_or_path", other)
-    with pytest.raises(ValueError, match=says("`repa_model_name_or_path`", "pictures", "stored features")):
+    with pytest.raises(ValueError, match=says("`repa_model_name_or_path`", "images", "stored features")):
         run(tmp_path / "run", "--latents_dir", aligned / "latents", *repa)
     with pytest.raises(ValueError, match=says("`path` must hold a model of `transformers`", "nowhere")):
         run(tmp_path / "run", "--train_data_dir", pictures, *REPA, "--repa_model_name_or_path", tmp_path / "nowhere")

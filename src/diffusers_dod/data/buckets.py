@@ -26,18 +26,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..autoencoders import Autoencoder
 from ..checks import check_at_least, check_number, check_type
-from ..seeding import stateless_generator
 from .encoding import SHARD_SIZE, check_bad_images, encode_latents, finish_latents, latent_settings
 from .latents import LatentDataset, Latents, check_settings, is_complete
+from .orders import BucketOrder
 from .pictures import PictureDataset, Pictures, cover_and_crop
-from .sample_stream import EpochOrder
 from .vision_features import VisionFeatures
 
 
 BUCKETS = "buckets.json"
 BUCKETS_FORMAT = 1
 SHARED_SETTINGS = ("class_names", "resolution", "random_flip", "autoencoder", "latents_dtype", "vision_model")
-STEPS_PER_BLOCK = 4096
 
 
 def bucket_sizes(resolution: int, multiple: int, max_aspect_ratio: float = 2.0) -> list[tuple[int, int]]:
@@ -363,6 +361,13 @@ class BucketedLatents(Latents):
         return self.buckets[bucket], index - int(self._starts[bucket])
 
     @property
+    def parts(self) -> list[Latents]:
+        return list(self.buckets)
+
+    def order(self, images_per_step: int, seed: int) -> BucketOrder:
+        return BucketOrder(self.bucket_lengths, images_per_step, seed)
+
+    @property
     def bucket_lengths(self) -> list[int]:
         """Number of pictures of each bucket, in the order of the indices."""
         return [len(bucket) for bucket in self.buckets]
@@ -374,65 +379,3 @@ class BucketedLatents(Latents):
     def read_features(self, index: int, view: int = 0) -> torch.Tensor | None:
         bucket, row = self._locate(index)
         return bucket.read_features(row, view)
-
-
-class BucketOrder:
-    """
-    The order of images in buckets: all positions of an optimizer step come from one bucket. It replaces
-    [`EpochOrder`].
-
-    The bucket of a step is a function of (seed, step). Its probability is the bucket's share of the images. Its images
-    come in endless passes; the order of a pass is a function of (seed, bucket, pass). So on average all images are
-    used equally often, but not once per pass over all images.
-
-    Args:
-        bucket_lengths (`Sequence[int]`): Number of images of each bucket.
-        images_per_step (`int`): Positions of an optimizer step. Another number gives another order.
-        seed (`int`): Seed of the order.
-
-    Raises:
-        `ValueError`, `TypeError`: an argument is out of range or of the wrong type.
-    """
-
-    def __init__(self, bucket_lengths: Sequence[int], images_per_step: int, seed: int):
-        if len(bucket_lengths) == 0:
-            raise ValueError("`bucket_lengths` must hold at least one length, got none.")
-        for length in bucket_lengths:
-            check_at_least("bucket_lengths", length, 1)
-        check_at_least("images_per_step", images_per_step, 1)
-        check_at_least("seed", seed, 0)
-        self.images_per_step = images_per_step
-        self.seed = seed
-        self._ends = torch.tensor(bucket_lengths).cumsum(0)
-        self._orders = [
-            EpochOrder(length, stateless_generator(seed, 0, 0, bucket).initial_seed())
-            for bucket, length in enumerate(bucket_lengths)
-        ]
-        # Steps are drawn in blocks: how many steps of each bucket are before each block, as far as it is known.
-        self._steps_before = [torch.zeros(len(bucket_lengths), dtype=torch.int64)]
-        self._latest: tuple[int, torch.Tensor] | None = None  # (block, buckets of its steps)
-
-    def _draw(self, block: int) -> torch.Tensor:
-        """The buckets of the steps of a block."""
-        generator = stateless_generator(self.seed, 0, 1, block)
-        pictures = torch.randint(int(self._ends[-1]), (STEPS_PER_BLOCK,), generator=generator)
-        return torch.bucketize(pictures, self._ends, right=True)
-
-    def _bucket_of(self, step: int) -> tuple[int, int]:
-        """The bucket of a step, and the number of earlier steps with the same bucket."""
-        block, offset = divmod(step, STEPS_PER_BLOCK)
-        while len(self._steps_before) <= block:
-            counts = torch.bincount(self._draw(len(self._steps_before) - 1), minlength=len(self._orders))
-            self._steps_before.append(self._steps_before[-1] + counts)
-        if self._latest is None or self._latest[0] != block:
-            self._latest = (block, self._draw(block))
-        buckets = self._latest[1]
-        bucket = int(buckets[offset])
-        return bucket, int(self._steps_before[block][bucket] + (buckets[:offset] == bucket).sum())
-
-    def __call__(self, position: int) -> int:
-        """Index of the image at `position` of the stream."""
-        step, offset = divmod(position, self.images_per_step)
-        bucket, num_steps = self._bucket_of(step)
-        order = self._orders[bucket]
-        return int(self._ends[bucket]) - order.num_samples + order(num_steps * self.images_per_step + offset)

@@ -14,7 +14,7 @@ the image, view 1 its mirror image. Shards are mapped into memory: a sample is r
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..files import file_sha256
+from .orders import EpochOrder
 from .pictures import TRANSFORM, Pictures
 
 
@@ -107,6 +108,24 @@ class Latents(ABC):
     def latent_shape(self) -> tuple[int, int, int]:
         """Shape (C, h, w) of the latents. Latents in buckets give the shape of a square, even without a square one."""
         return tuple(self.manifest["latent_shape"])
+
+    @property
+    def parts(self) -> list["Latents"]:
+        """What has one shape and a folder each: the buckets, or these latents alone where there are none."""
+        return [self]
+
+    def order(self, images_per_step: int, seed: int) -> Callable[[int], int]:
+        """
+        The order in which the images are trained on.
+
+        Args:
+            images_per_step (`int`): Positions of an optimizer step, whose latents have one shape.
+            seed (`int`): Seed of the order.
+
+        Returns:
+            `Callable[[int], int]`: The index of the image at a position.
+        """
+        return EpochOrder(len(self), seed)
 
     @abstractmethod
     def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:

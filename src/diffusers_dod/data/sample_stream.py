@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""The stream of training samples, a function of (seed, position): random draws, order, shares of processes."""
+"""The stream of training samples, a function of (seed, position): random draws and shares of processes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -97,30 +97,7 @@ class SampleDraws:
         )
 
 
-class EpochOrder:
-    """
-    Endless passes over a data set. The order of a pass is a function of (seed, pass).
-
-    Args:
-        num_samples (`int`): Size of the data set.
-        seed (`int`): Seed of the orders.
-    """
-
-    def __init__(self, num_samples: int, seed: int):
-        self.num_samples = num_samples
-        self.seed = seed
-        self._latest: tuple[int, torch.Tensor] | None = None  # (pass, permutation)
-
-    def __call__(self, position: int) -> int:
-        """Index of the sample at `position` of the stream."""
-        epoch, offset = divmod(position, self.num_samples)
-        if self._latest is None or self._latest[0] != epoch:
-            order = torch.randperm(self.num_samples, generator=stateless_generator(self.seed, 0, epoch))
-            self._latest = (epoch, order)
-        return int(self._latest[1][offset])
-
-
-class TrainingStream(Dataset):
+class TrainingSamples(Dataset):
     """
     The endless stream of training samples.
 
@@ -128,29 +105,29 @@ class TrainingStream(Dataset):
     continues the stream exactly, and any number of processes can share it.
 
     Args:
-        latents ([`Latents`]): The encoded pictures.
+        latents ([`Latents`]): The encoded images. Their order has the seed of `draws`.
         draws ([`SampleDraws`]): The random draws.
-        order (`Callable[[int], int]`, *optional*):
-            Index of the image at a position. By default [`EpochOrder`] with the seed of `draws`.
+        images_per_step (`int`, defaults to 1):
+            Positions of an optimizer step. They all come from one bucket where there are buckets.
         num_aligned (`int`, defaults to 0):
             Number of samples that also get targets of alignment: the `features` that are stored with the latents, or
-            `pixels` (3, H, W) in [-1, 1] if there are `pictures`.
-        pictures (`torch.utils.data.Dataset`, *optional*): Dicts with the `image` (H, W, 3), uint8, of each latent.
+            `pixels` (3, H, W) in [-1, 1] if there are `images`.
+        images (`torch.utils.data.Dataset`, *optional*): Dicts with the `image` (H, W, 3), uint8, of each latent.
     """
 
     def __init__(
         self,
         latents: Latents,
         draws: SampleDraws,
-        order: Callable[[int], int] | None = None,
+        images_per_step: int = 1,
         num_aligned: int = 0,
-        pictures: Dataset | None = None,
+        images: Dataset | None = None,
     ):
         self.latents = latents
         self.draws = draws
-        self.order = EpochOrder(len(latents), draws.seed) if order is None else order
+        self.order = latents.order(images_per_step, draws.seed)
         self.num_aligned = num_aligned
-        self.pictures = pictures
+        self.images = images
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor | bool | int]:
         index = self.order(position)
@@ -167,10 +144,10 @@ class TrainingStream(Dataset):
             "class_label": self.draws.num_classes if draw.drops_label else int(self.latents.labels[index]),
             "has_prior": not draw.drops_prior,
         }
-        if position < self.num_aligned and self.pictures is None:
+        if position < self.num_aligned and self.images is None:
             sample["features"] = self.latents.read_features(index, view)
         elif position < self.num_aligned:
-            pixels = to_pixels(torch.from_numpy(self.pictures[index]["image"])[None])[0]
+            pixels = to_pixels(torch.from_numpy(self.images[index]["image"])[None])[0]
             sample["pixels"] = pixels.flip(-1) if view else pixels
         return sample
 
@@ -185,7 +162,7 @@ def collate_priors_first(samples: list[dict]) -> dict[str, torch.Tensor | int]:
     return batch
 
 
-class StreamSampler(Sampler[int]):
+class PositionSampler(Sampler[int]):
     """
     Positions of the stream for one process, in order.
 
@@ -213,8 +190,14 @@ class StreamSampler(Sampler[int]):
         self.start_micro_step = start_step * accumulation
         self.end_micro_step = num_steps * accumulation
         self.batch_size = batch_size
+        self.accumulation = accumulation
         self.process_index = process_index
         self.num_processes = num_processes
+
+    @property
+    def images_per_step(self) -> int:
+        """G, the positions of an optimizer step over all processes."""
+        return self.batch_size * self.accumulation * self.num_processes
 
     def __len__(self) -> int:
         return (self.end_micro_step - self.start_micro_step) * self.batch_size

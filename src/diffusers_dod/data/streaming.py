@@ -184,12 +184,12 @@ class StreamState:
         self.readers = [list(reader) for reader in state["readers"]]
 
 
-class PictureStream(IterableDataset):
+class ImageStream(IterableDataset):
     """
     The endless stream of training samples of one process, from its `state` on.
 
     The order of the images depends on (seed, pass, shard). The random draws of a sample depend on (seed, position) as
-    in [`TrainingStream`], with the position from [`StreamSampler`].
+    in [`TrainingSamples`], with the position from [`PositionSampler`].
 
     A sample is a dict of the `pixels` (3, R, R) in [-1, 1], `noise` and `posterior_noise` (C, h, w), `sigma`,
     `class_label`, `has_prior`, and the `reader_state` (4,): the position of its reader behind it.
@@ -375,12 +375,12 @@ class _BadImage(Exception):
     """Raised for an image that cannot be used."""
 
 
-def build_stream_loader(pictures: PictureStream, pin_memory: bool = False) -> DataLoader:
+def build_stream_loader(pictures: ImageStream, pin_memory: bool = False) -> DataLoader:
     """
     Builds the endless loader of one process's micro-batches; pass each to [`StreamState.update`] when it is used.
 
     Args:
-        pictures ([`PictureStream`]): The samples. The loader has the same batch size and workers.
+        pictures ([`ImageStream`]): The samples. The loader has the same batch size and workers.
         pin_memory (`bool`, defaults to `False`): Whether the batches are put into pinned memory, for a GPU.
 
     Returns:

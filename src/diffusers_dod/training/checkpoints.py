@@ -81,6 +81,40 @@ def find_latest_checkpoint(output_dir: Path) -> Path | None:
     return None
 
 
+def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
+    """
+    Finds the checkpoint that a run goes on from.
+
+    Args:
+        output_dir (`Path`): The folder of the run.
+        resume_from_checkpoint (`str` or `None`): The folder of a checkpoint, or `"latest"` for the newest of the run.
+
+    Returns:
+        `Path` or `None`: The checkpoint, if the run is not to start from scratch.
+
+    Raises:
+        `ValueError`: there are checkpoints and the run is not to be resumed, or none of those asked for is undamaged.
+    """
+    if resume_from_checkpoint is None:
+        if list_checkpoints(output_dir):
+            raise ValueError(
+                f"`output_dir` {output_dir} holds checkpoints: continue with `--resume_from_checkpoint latest`, or "
+                "use another folder."
+            )
+        return None
+    if resume_from_checkpoint != "latest":
+        checkpoint = Path(resume_from_checkpoint)
+        if (damage := find_damage(checkpoint)) is not None:
+            raise ValueError(f"`resume_from_checkpoint` must be an undamaged checkpoint, got {checkpoint}: {damage}.")
+        return checkpoint
+    checkpoint = find_latest_checkpoint(output_dir)
+    if checkpoint is None and list_checkpoints(output_dir):
+        raise ValueError(f"`output_dir` {output_dir} must hold an undamaged checkpoint, got damaged ones only.")
+    if checkpoint is None:
+        logger.info(f"No checkpoint in {output_dir}, starting from scratch.")
+    return checkpoint
+
+
 def save_checkpoint(
     output_dir: Path, step: int, write: Callable[[Path], None], total_limit: int | None = None
 ) -> Path:

@@ -255,8 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.repa_model_name_or_path is not None:
         vision = VisionFeatures(args.repa_model_name_or_path, accelerator.device)
     latents = encode_data(args, accelerator, vae, args.latents_dir, vision)
-    folders = [bucket.folder for bucket in getattr(latents, "buckets", [latents])]
-    damaged = [folder / name for folder in folders for name in find_damaged_shards(folder)]
+    damaged = [part.folder / name for part in latents.parts for name in find_damaged_shards(part.folder)]
     if accelerator.is_main_process and damaged:
         raise ValueError(f"{args.latents_dir} must hold undamaged shards: remove {damaged} and encode again.")
     size = sum(path.stat().st_size for path in args.latents_dir.rglob("shard-*.safetensors"))

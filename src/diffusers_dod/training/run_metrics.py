@@ -15,6 +15,10 @@ from accelerate.utils import gather_object
 
 EVALUATIONS = "evaluations.jsonl"  # beside `METRICS_FILE`: what is computed of samples
 NUM_TIME_BINS = 4  # parts of [0, 1] whose losses are logged apart
+TIME_BINS = tuple(f"loss_sigma_{i / NUM_TIME_BINS:.2f}_{(i + 1) / NUM_TIME_BINS:.2f}" for i in range(NUM_TIME_BINS))
+# What is summed and counted: by sample, but for the gradient norm, which is by step.
+SUMS = ("loss_with_prior", "loss_without_prior", "grad_norm", "alignment", "prior_alignment", *TIME_BINS)
+ROWS = {name: row for row, name in enumerate(SUMS)}
 
 
 class TrainingMetrics:
@@ -26,7 +30,7 @@ class TrainingMetrics:
         accelerator (`Accelerator`): The processes. Their sums are added up.
         images_per_step (`int`): Samples per optimizer step over all processes.
         step (`int`, defaults to 0): Number of finished steps.
-        sums (`list[list[float]]`, *optional*): The `state` in that step, to continue from.
+        sums (`list[dict[str, list[float]]]`, *optional*): The `state` in that step, to continue from.
     """
 
     def __init__(
@@ -35,20 +39,20 @@ class TrainingMetrics:
         accelerator: Accelerator,
         images_per_step: int,
         step: int = 0,
-        sums: list[list[float]] | None = None,
+        sums: list[dict[str, list[float]]] | None = None,
     ):
         self.path = path
         self.accelerator = accelerator
         self.images_per_step = images_per_step
-        # Loss and count of samples with and without a prior, gradient norm and count of steps, alignment and count of
-        # samples, the same with the prior's tokens; then losses and counts by time.
-        self.sums = torch.zeros(10 + 2 * NUM_TIME_BINS, device=accelerator.device)
+        # Sum and count by the rows of `SUMS`: one tensor, so that processes add theirs up in one call.
+        self.sums = torch.zeros(len(SUMS), 2, device=accelerator.device)
         self.step_sums = torch.zeros_like(self.sums)
         if sums is not None:
+            given = torch.tensor([[of_process[name] for name in SUMS] for of_process in sums]).to(accelerator.device)
             if len(sums) == accelerator.num_processes:
-                self.sums += torch.tensor(sums[accelerator.process_index], device=accelerator.device)
+                self.sums += given[accelerator.process_index]
             elif accelerator.is_main_process:  # written by another number of processes
-                self.sums += torch.tensor(sums, device=accelerator.device).sum(0)
+                self.sums += given.sum(0)
         self._start(step)
 
     def _start(self, step: int) -> None:
@@ -63,14 +67,21 @@ class TrainingMetrics:
             sigmas (`torch.Tensor` of shape `(B,)`): Time of each sample.
             num_priors (`int`): Number of samples with a prior.
         """
-        sums = self.step_sums
-        sums[0] += losses[:num_priors].sum()
-        sums[1] += num_priors
-        sums[2] += losses[num_priors:].sum()
-        sums[3] += len(losses) - num_priors
+        self._add("loss_with_prior", losses[:num_priors])
+        self._add("loss_without_prior", losses[num_priors:])
         bins = (sigmas * NUM_TIME_BINS).long().clamp(max=NUM_TIME_BINS - 1)
-        sums.index_add_(0, 10 + bins, losses)
-        sums.index_add_(0, 10 + NUM_TIME_BINS + bins, torch.ones_like(losses))
+        self.step_sums.index_add_(
+            0, ROWS[TIME_BINS[0]] + bins, torch.stack([losses, torch.ones_like(losses)], dim=1).to(self.step_sums)
+        )
+
+    def _add(self, name: str, values: torch.Tensor) -> None:
+        row = self.step_sums[ROWS[name]]
+        row[0] += values.sum()
+        row[1] += values.numel()
+
+    def step_sum(self, name: str) -> list[float]:
+        """Sum and count of `name`, one of `SUMS`, over the micro-batches of the step under way."""
+        return self.step_sums[ROWS[name]].tolist()
 
     def add_alignment(self, alignment: torch.Tensor, prior_alignment: torch.Tensor) -> None:
         """
@@ -80,9 +91,8 @@ class TrainingMetrics:
             alignment (`torch.Tensor` of shape `(B,)`): Alignment of the backbone's tokens.
             prior_alignment (`torch.Tensor` of shape `(K,)`): Alignment of the prior's tokens; may be empty.
         """
-        for index, values in ((6, alignment), (8, prior_alignment)):
-            self.step_sums[index] += values.sum()
-            self.step_sums[index + 1] += len(values)
+        self._add("alignment", alignment)
+        self._add("prior_alignment", prior_alignment)
 
     def end_step(self, grad_norm: torch.Tensor, is_finite: bool) -> None:
         """
@@ -92,8 +102,7 @@ class TrainingMetrics:
             grad_norm (`torch.Tensor` of shape `()`): Norm of the step's gradients.
             is_finite (`bool`): Whether the gradients were finite, so that the step was made.
         """
-        self.step_sums[4] += grad_norm
-        self.step_sums[5] += 1
+        self._add("grad_norm", grad_norm)
         if is_finite:
             self.sums += self.step_sums
         self.step_sums.zero_()
@@ -102,9 +111,9 @@ class TrainingMetrics:
         """Excludes `seconds` from the measured speed, as they were not spent on training."""
         self.timed_from += seconds
 
-    def state(self) -> list[list[float]]:
-        """Sums of each process since the latest line, for a resumed run; all processes must call it."""
-        return gather_object([self.sums.tolist()])
+    def state(self) -> list[dict[str, list[float]]]:
+        """Sums and counts of each process since the latest line, for a resumed run; all processes must call it."""
+        return gather_object([dict(zip(SUMS, self.sums.tolist(), strict=True))])
 
     def write(self, step: int, learning_rate: float) -> dict[str, Any]:
         """
@@ -117,30 +126,21 @@ class TrainingMetrics:
         Returns:
             `dict`: The line. A value without any sample or step is `None`.
         """
-        totals = self.accelerator.reduce(self.sums).tolist()
+        totals = dict(zip(SUMS, self.accelerator.reduce(self.sums).tolist(), strict=True))
         seconds = time.perf_counter() - self.timed_from
         num_steps = step - self.timed_from_step
 
-        def mean(*indices: int) -> float | None:
-            count = sum(totals[index + 1] for index in indices)
-            value = sum(totals[index] for index in indices) / count if count else math.nan
+        def mean(*names: str) -> float | None:
+            count = sum(totals[name][1] for name in names)
+            value = sum(totals[name][0] for name in names) / count if count else math.nan
             return value if math.isfinite(value) else None  # JSON has no NaN
 
-        sums, counts = totals[10 : 10 + NUM_TIME_BINS], totals[10 + NUM_TIME_BINS :]
         line = {
             "step": step,
-            "loss": mean(0, 2),
-            "loss_with_prior": mean(0),
-            "loss_without_prior": mean(2),
-            **{
-                f"loss_sigma_{index / NUM_TIME_BINS:.2f}_{(index + 1) / NUM_TIME_BINS:.2f}": total / count
-                if count
-                else None
-                for index, (total, count) in enumerate(zip(sums, counts, strict=True))
-            },
-            **({"alignment": mean(6)} if totals[7] else {}),
-            **({"prior_alignment": mean(8)} if totals[9] else {}),
-            "grad_norm": mean(4),
+            "loss": mean("loss_with_prior", "loss_without_prior"),
+            **{name: mean(name) for name in ("loss_with_prior", "loss_without_prior", *TIME_BINS)},
+            **{name: mean(name) for name in ("alignment", "prior_alignment") if totals[name][1]},
+            "grad_norm": mean("grad_norm"),
             "learning_rate": learning_rate,
             "images_per_second": round(num_steps * self.images_per_step / seconds, 1),
             "data_wait": round(self.data_seconds / seconds, 4),

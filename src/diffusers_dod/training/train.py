@@ -18,7 +18,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,16 +28,9 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from ..autoencoders import Autoencoder, encode_moments, latent_channels, spatial_factor
-from ..data.buckets import BucketedLatents, BucketOrder
-from ..data.encoding import describe_autoencoder
-from ..data.foreign_latents import open_latents
-from ..data.latents import LatentDataset, Latents, check_settings, pictures_of
-from ..data.sample_stream import SampleDraws, StreamSampler, TrainingStream, collate_priors_first
-from ..data.streaming import PictureStream, build_stream_loader, open_stream
+from ..data.sample_stream import PositionSampler, SampleDraws
 from ..data.vision_features import VisionFeatures
 from ..files import METRICS_FILE
 from ..latent_embedding import LatentEmbeddingModule
@@ -60,21 +52,20 @@ from ..transformer_dod import DoDTransformer2DModel
 from .arguments import parse_args
 from .checkpoints import (
     STATE_FOLDER,
-    find_damage,
-    find_latest_checkpoint,
+    find_checkpoint,
     gather_training_state,
-    list_checkpoints,
     load_training_state,
     save_checkpoint,
     save_training_state,
 )
 from .cost import describe_run
 from .ema import PowerFunctionEMA, averaged_parameters
-from .encode_latents import encode_data, load_autoencoder, open_pictures
+from .encode_latents import load_autoencoder
 from .model_card import CARD_FILES, write_model_card
 from .models import build_models, build_optimizer, set_learning_rates, use_fast_attention
 from .push import HubPusher
 from .run_metrics import EVALUATIONS, TrainingMetrics, append_line, drop_metrics_after
+from .training_data import open_training_data
 from .validation import stage_distances, stage_grid
 
 
@@ -132,37 +123,6 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def prepare_latents(args: argparse.Namespace, accelerator: Accelerator, vae: Autoencoder | None) -> Latents:
-    """
-    Opens the latents to train on, from `--latents_dir` or from images.
-
-    All processes together encode images unless this has been done.
-
-    Args:
-        args (`argparse.Namespace`): The run's arguments.
-        accelerator (`Accelerator`): The processes. They share the shards.
-        vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
-
-    Returns:
-        [`Latents`].
-
-    Raises:
-        `ValueError`: the folder has latents of other images or of another autoencoder, or an image cannot be read.
-    """
-    if args.dataset_name is None and args.train_data_dir is None:
-        latents = open_latents(args.latents_dir, vae)
-        if not isinstance(latents, (LatentDataset, BucketedLatents)):
-            logger.warning(
-                f"{args.latents_dir} does not say which autoencoder it comes from: it is taken for the given."
-            )
-            return latents
-        expected = {"autoencoder": describe_autoencoder(vae)} | ({"random_flip": True} if args.random_flip else {})
-        check_settings(args.latents_dir, latents.manifest, expected)
-        return latents
-    folder = args.output_dir / "latents" if args.latents_dir is None else args.latents_dir
-    return encode_data(args, accelerator, vae, folder)
-
-
 class Trainer:
     """
     A training run: its data and models, its steps, and its output.
@@ -181,7 +141,7 @@ class Trainer:
         self.pusher = None
         if accelerator.is_main_process:
             args.output_dir.mkdir(parents=True, exist_ok=True)
-        self.checkpoint = self._find_checkpoint()  # the latest
+        self.checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)  # the latest
         if args.push_to_hub:  # before anything else, so that a refusal costs nothing
             with all_or_none():
                 if accelerator.is_main_process:
@@ -196,22 +156,15 @@ class Trainer:
             )
 
         self.vae = load_autoencoder(args.pretrained_vae_name_or_path, accelerator.device)
-        self.vision = None
+        vision = None
         if args.repa_model_name_or_path is not None:
-            self.vision = VisionFeatures(args.repa_model_name_or_path, accelerator.device)
-        self._open_data()
+            vision = VisionFeatures(args.repa_model_name_or_path, accelerator.device)
+        self.data = open_training_data(args, accelerator, self.vae, vision)
         if self.fid is not None:
-            check_extractor(self.fid[0], len(self.fid[1][0]), args.resolution, accelerator.device)
-        model = build_models(
-            args, self.latent_shape, len(self.class_names), self.vision.feature_dim if self.vision else None
-        )
-        for bucket in self.latents.buckets if isinstance(self.latents, BucketedLatents) else []:
-            patch_size = model.transformer.config.patch_size
-            if any(side % patch_size for side in bucket.latent_shape[1:]):
-                raise ValueError(
-                    f"The latents must have sides that are multiples of the model's patch size {patch_size}, "
-                    f"got {bucket.latent_shape} in {bucket.folder}."
-                )
+            check_extractor(self.fid[0], len(self.fid[1][0]), self.data.resolution, accelerator.device)
+        feature_dim = None if vision is None else vision.feature_dim
+        model = build_models(args, self.data.latent_shape, len(self.data.class_names), feature_dim)
+        self.data.check_patch_size(model.transformer.config.patch_size)
         optimizer = build_optimizer(args, model)
         self.lr_scheduler = get_scheduler(
             args.lr_scheduler,
@@ -227,13 +180,27 @@ class Trainer:
         self.joint_model: DoDJointModel = accelerator.unwrap_model(self.model)
         use_fast_attention(self.joint_model, accelerator.device)
         self.emas = self._build_emas()
-        self.images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         self.step = self.num_nonfinite_steps = self.nonfinite_in_a_row = 0
         state = self._resume()
-        self.metrics = TrainingMetrics(
-            args.output_dir / METRICS_FILE, accelerator, self.images_per_step, self.step, state.get("metric_sums")
+        positions = PositionSampler(
+            start_step=self.step,
+            num_steps=args.max_train_steps,
+            batch_size=args.train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
         )
-        self.batches = self._build_batches(state.get("stream"))
+        self.images_per_step = positions.images_per_step
+        self.metrics = TrainingMetrics(
+            args.output_dir / METRICS_FILE, accelerator, self.images_per_step, self.step, state.get("metrics")
+        )
+        self.batches = self.data.batches(
+            self._build_draws(),
+            positions,
+            num_aligned_steps=self._num_aligned_steps,
+            num_workers=args.dataloader_num_workers,
+            state=state,
+        )
 
     def _build_emas(self) -> dict[str, EMAModel]:
         """Builds the averages of the weights by name; pipelines and samples use the first."""
@@ -257,129 +224,27 @@ class Trainer:
         """All averages but the first, by name."""
         return dict(list(self.emas.items())[1:])
 
-    def _open_data(self) -> None:
-        """Opens latents or a stream; settings of the data override the options."""
+    def _build_draws(self) -> SampleDraws:
         args = self.args
-        factor = 1 if self.vae is None else spatial_factor(self.vae)
-        self.latents = self.stream = self.pictures = None
-        if args.streaming:
-            names = None if args.class_names_file is None else args.class_names_file.read_text().splitlines()
-            columns = (args.image_column, args.label_column)
-            self.stream, self.class_names = open_stream(args.dataset_name, args.train_data_dir, *columns, names)
-            if args.resolution % factor:
-                raise ValueError(f"`resolution` must be a multiple of {factor} for this `vae`, got {args.resolution}.")
-            channels = 3 if self.vae is None else latent_channels(self.vae)
-            self.latent_shape = (channels, args.resolution // factor, args.resolution // factor)
-            return
-        self.latents = prepare_latents(args, self.accelerator, self.vae)
-        self.latent_shape = self.latents.latent_shape
-        manifest = self.latents.manifest
-        args.resolution = manifest["resolution"] or self.latent_shape[1] * factor
-        args.random_flip = manifest["random_flip"]
-        self.class_names = tuple(manifest["class_names"])
-        if self.vision is None:
-            return
-        if "vision_model" in manifest:
-            check_settings(self.latents.folder, manifest, {"vision_model": self.vision.describe()})
-        elif isinstance(self.latents, LatentDataset) and (args.dataset_name or args.train_data_dir):
-            pictures = open_pictures(args, self.accelerator)
-            self.pictures = Subset(pictures.dataset, pictures_of(self.latents, pictures).tolist())
-        else:
-            raise ValueError(
-                "`repa_model_name_or_path` must be given with square pictures, or with latents that "
-                f"`encode_latents.py` has stored features beside, got latents without them in {self.latents.folder}."
-            )
-
-    def _build_batches(self, state: dict | None) -> Iterator[dict]:
-        """Builds the micro-batches of this process from the current step on; `state` is a stream's state."""
-        args, accelerator = self.args, self.accelerator
-        draws = SampleDraws(
-            len(self.class_names),
-            args.seed,
-            args.label_dropout_prob,
-            1.0 if self.joint_model.latent_embedder is None else args.prior_dropout_prob,
-            self.images_per_step if args.exact_dropout else None,
-            args.logit_mean,
-            args.logit_std,
-            args.time_shift,
-        )
-        is_pinned = accelerator.device.type == "cuda"
-        if self.stream is not None:
-            self.stream_samples = PictureStream(
-                self.stream,
-                self.class_names,
-                draws,
-                args.resolution,
-                self.latent_shape,
-                args.train_batch_size,
-                args.dataloader_num_workers,
-                accelerator.process_index,
-                accelerator.num_processes,
-                args.random_flip,
-                args.on_bad_image,
-                args.image_column,
-                args.label_column,
-                # With other processes than before, the error names what does not fit.
-                None if state is None else state[accelerator.process_index % len(state)],
-            )
-            return iter(build_stream_loader(self.stream_samples, is_pinned))
-        order = None
-        if isinstance(self.latents, BucketedLatents):
-            order = BucketOrder(self.latents.bucket_lengths, self.images_per_step, args.seed)
-        sampler = StreamSampler(
-            self.step,
-            args.max_train_steps,
-            args.train_batch_size,
-            args.gradient_accumulation_steps,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
-        num_aligned = self.images_per_step * self.last_aligned_step
-        return iter(
-            DataLoader(
-                TrainingStream(self.latents, draws, order, num_aligned, self.pictures),
-                batch_size=args.train_batch_size,
-                sampler=sampler,
-                collate_fn=collate_priors_first,
-                num_workers=args.dataloader_num_workers,
-                pin_memory=is_pinned,
-            )
+        return SampleDraws(
+            num_classes=len(self.data.class_names),
+            seed=args.seed,
+            label_dropout_prob=args.label_dropout_prob,
+            prior_dropout_prob=1.0 if self.joint_model.latent_embedder is None else args.prior_dropout_prob,
+            exact_dropout_size=self.images_per_step if args.exact_dropout else None,
+            logit_mean=args.logit_mean,
+            logit_std=args.logit_std,
+            time_shift=args.time_shift,
         )
 
     @property
-    def last_aligned_step(self) -> int:
-        """Last step in which tokens are aligned with features, 0 if there is none."""
-        if self.vision is None:
+    def _num_aligned_steps(self) -> int:
+        """In how many steps tokens are aligned with features."""
+        if self.data.vision is None:
             return 0
         return self.args.max_train_steps if self.args.repa_stop_step is None else self.args.repa_stop_step
 
     # ------------------------------------------------------------------------------------------------- checkpoints
-
-    def _find_checkpoint(self) -> Path | None:
-        """Finds the checkpoint to resume from; raises a `ValueError` if it cannot be used."""
-        args = self.args
-        if args.resume_from_checkpoint is None:
-            if list_checkpoints(args.output_dir):
-                raise ValueError(
-                    f"`output_dir` {args.output_dir} holds checkpoints: continue with `--resume_from_checkpoint "
-                    "latest`, or use another folder."
-                )
-            return None
-        if args.resume_from_checkpoint != "latest":
-            checkpoint = Path(args.resume_from_checkpoint)
-            if (damage := find_damage(checkpoint)) is not None:
-                raise ValueError(
-                    f"`resume_from_checkpoint` must be an undamaged checkpoint, got {checkpoint}: {damage}."
-                )
-            return checkpoint
-        checkpoint = find_latest_checkpoint(args.output_dir)
-        if checkpoint is None and list_checkpoints(args.output_dir):
-            raise ValueError(
-                f"`output_dir` {args.output_dir} must hold an undamaged checkpoint, got damaged ones only."
-            )
-        if checkpoint is None:
-            logger.info(f"No checkpoint in {args.output_dir}, starting from scratch.")
-        return checkpoint
 
     def _resume(self) -> dict:
         """Loads the checkpoint to resume from, if there is one, and returns its JSON state."""
@@ -448,7 +313,7 @@ class Trainer:
             **models,
             scheduler=DoDFlowMatchScheduler(shift=self.args.time_shift),
             vae=self.vae,
-            id2label=dict(enumerate(self.class_names)),
+            id2label=dict(enumerate(self.data.class_names)),
             **PRESETS[self.args.preset].pipeline_config,
         )
         pipeline.set_progress_bar_config(disable=True)
@@ -471,12 +336,9 @@ class Trainer:
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
             "gradient_scaler": None if scaler is None else scaler.state_dict(),
-            "metric_sums": self.metrics.state(),
+            "metrics": self.metrics.state(),
+            **self.data.state(),
         }
-        if self.stream is not None:
-            state["stream"] = gather_object([self.stream_samples.state.state_dict()])
-            if num_bad := sum(gather_object([self.stream_samples.state.num_bad_images])):
-                logger.warning(f"{num_bad} pictures that cannot be read were left out up to step {self.step}.")
 
         def write(folder: Path) -> None:
             pipeline.save_pretrained(folder)
@@ -494,19 +356,7 @@ class Trainer:
         wait_start = time.perf_counter()
         batch = next(self.batches)
         self.metrics.data_seconds += time.perf_counter() - wait_start
-        if self.stream is not None:
-            self.stream_samples.state.update(batch)
-        num_priors = batch.pop("num_priors")
-        batch = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-        pixels = batch.pop("pixels", None)
-        if self.stream is not None:
-            with torch.no_grad():
-                mean, std = encode_moments(pixels, self.vae)
-            posterior_noise = batch.pop("posterior_noise")
-            batch["latents"] = mean if std is None else mean + std * posterior_noise
-        if pixels is not None and self.step < self.last_aligned_step:
-            batch["features"] = self.vision(pixels)
-        return {**batch, "num_priors": num_priors}
+        return self.data.to_inputs(batch)
 
     def _forward(self, batch: dict[str, torch.Tensor | int]) -> torch.Tensor:
         """Computes the objective of a micro-batch, and adds its losses to the metrics."""
@@ -570,12 +420,13 @@ class Trainer:
         logger.warning(f"Step {self.step} is left out: the norm of its gradients is {grad_norm}.")
         if self.nonfinite_in_a_row <= self.args.max_nonfinite_steps:
             return
-        loss_sums = [str(value) for value in self.metrics.step_sums[:4].tolist()]
         report = {
             "step": self.step,
             "stream_positions": [(self.step - 1) * self.images_per_step, self.step * self.images_per_step],
-            "loss_with_prior_sum_and_count": loss_sums[:2],
-            "loss_without_prior_sum_and_count": loss_sums[2:],
+            **{
+                f"{name}_sum_and_count": [str(value) for value in self.metrics.step_sum(name)]
+                for name in ("loss_with_prior", "loss_without_prior")
+            },
             "nonfinite_weights": [
                 name for name, value in self.joint_model.named_parameters() if not full_tensor(value).isfinite().all()
             ],
@@ -630,14 +481,12 @@ class Trainer:
             for name in (METRICS_FILE, EVALUATIONS):
                 drop_metrics_after(args.output_dir / name, self.step)
         if args.report_to:
-            settings = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
+            settings = {name: str(value) for name, value in vars(self._resolved_args()).items() if name != "hub_token"}
             accelerator.init_trackers("diffusers_dod", config=settings)
         parameters = sum(parameter.numel() for parameter in self.joint_model.parameters())
         logger.info(
-            f"{args.preset}: {parameters:,} parameters, "
-            f"{'streamed' if self.latents is None else f'{len(self.latents):,}'} pictures of {len(self.class_names)} "
-            f"classes, {accelerator.num_processes} process(es) on {accelerator.device}, {self.images_per_step} images "
-            "per step."
+            f"{args.preset}: {parameters:,} parameters, {self.data.describe()}, {accelerator.num_processes} "
+            f"process(es) on {accelerator.device}, {self.images_per_step} images per step."
         )
         if self._is_to_be_validated and not any(gather_object([self._grid_path.exists()])):
             self.validate()  # the run was ended between its checkpoint and its samples
@@ -676,9 +525,17 @@ class Trainer:
         if self.pusher is not None and every is not None and self.step // self.args.checkpointing_steps % every == 0:
             self._push(f"Step {self.step}")
 
+    def _resolved_args(self) -> argparse.Namespace:
+        """The run's arguments with what latents on disk have decided."""
+        decided = {"resolution": self.data.resolution, "random_flip": self.data.random_flip}
+        return argparse.Namespace(**vars(self.args) | decided)
+
+    def _write_card(self) -> None:
+        write_model_card(self._resolved_args(), self.data.class_names, self.images_per_step, self.step)
+
     def _push(self, message: str) -> None:
         folder = self.args.output_dir
-        write_model_card(self.args, self.class_names, self.images_per_step, self.step)
+        self._write_card()
         names = ("README.md", METRICS_FILE, EVALUATIONS, "samples", *CARD_FILES)
         self.pusher.push(self.checkpoint, [folder / name for name in names], message, self.args.push_training_state)
 
@@ -689,7 +546,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             pipeline.save_pretrained(args.output_dir)
-            write_model_card(args, self.class_names, self.images_per_step, self.step)
+            self._write_card()
             if self.pusher is not None:
                 self._push("End of training")
 

@@ -1,0 +1,360 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""The images that a run trains on: latents on disk, or images that are read and encoded while the model trains."""
+
+import argparse
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..autoencoders import Autoencoder, encode_moments, latent_channels, spatial_factor
+from ..data.encoding import describe_autoencoder
+from ..data.foreign_latents import open_latents
+from ..data.latents import Latents, check_settings, pictures_of
+from ..data.pictures import TRANSFORM
+from ..data.sample_stream import PositionSampler, SampleDraws, TrainingSamples, collate_priors_first
+from ..data.streaming import ImageStream, build_stream_loader, open_stream
+from ..data.vision_features import VisionFeatures
+from .encode_latents import encode_data, open_pictures
+
+
+logger = get_logger(__name__, log_level="INFO")
+
+
+class TrainingData(ABC):
+    """
+    Images with their classes, as the inputs of [`DoDJointModel`].
+
+    Args:
+        class_names (`tuple[str, ...]`): Names of the classes in the order of their ids.
+        latent_shape (`tuple[int, int, int]`): Shape (C, h, w) of the latents of a square image.
+        resolution (`int`): Side of a square image in pixels.
+        random_flip (`bool`): Whether half of the images are mirrored.
+        device (`torch.device`): Where the inputs go.
+        vision ([`VisionFeatures`], *optional*): The vision model whose features tokens are aligned with.
+    """
+
+    def __init__(
+        self,
+        class_names: tuple[str, ...],
+        latent_shape: tuple[int, int, int],
+        resolution: int,
+        random_flip: bool,
+        device: torch.device,
+        vision: VisionFeatures | None = None,
+    ):
+        self.class_names = class_names
+        self.latent_shape = latent_shape
+        self.resolution = resolution
+        self.random_flip = random_flip
+        self.device = device
+        self.vision = vision
+
+    @abstractmethod
+    def batches(
+        self,
+        draws: SampleDraws,
+        positions: PositionSampler,
+        num_aligned_steps: int = 0,
+        num_workers: int = 0,
+        state: dict[str, Any] | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """
+        The micro-batches of this process, read ahead by its workers.
+
+        Args:
+            draws ([`SampleDraws`]): The random draws.
+            positions ([`PositionSampler`]): Which samples this process trains on.
+            num_aligned_steps (`int`, defaults to 0): In how many optimizer steps tokens are aligned with features.
+            num_workers (`int`, defaults to 0): Processes that read; 0 reads in this one.
+            state (`dict`, *optional*): What [`TrainingData.state`] gave in the step that the run goes on from.
+
+        Returns:
+            `Iterator[dict]`: What [`TrainingData.to_inputs`] takes.
+
+        Raises:
+            `ValueError`: the data or the state do not fit the other arguments.
+        """
+
+    @abstractmethod
+    def to_inputs(self, batch: dict[str, Any]) -> dict[str, torch.Tensor | int]:
+        """
+        Moves a micro-batch to the device, encodes what is not encoded, and computes features that are not stored.
+
+        Args:
+            batch (`dict`): One of [`TrainingData.batches`].
+
+        Returns:
+            `dict`: Arguments of [`DoDJointModel`], with `features` in the steps whose tokens are aligned.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """
+        Where the data stand behind the last micro-batch; all processes must ask.
+
+        Returns:
+            `dict`: What JSON can hold; empty where the step alone tells it.
+        """
+        return {}
+
+    @abstractmethod
+    def describe(self) -> str:
+        """How many images there are, in words."""
+
+    @property
+    def latent_shapes(self) -> list[tuple[int, int, int]]:
+        """All shapes of latents that there are."""
+        return [self.latent_shape]
+
+    def check_patch_size(self, patch_size: int) -> None:
+        """Raises a `ValueError` unless the sides of all latents are multiples of the model's `patch_size`."""
+        for shape in self.latent_shapes:
+            if any(side % patch_size for side in shape[1:]):
+                raise ValueError(
+                    f"The latents must have sides that are multiples of the model's patch size {patch_size}, "
+                    f"got {shape}."
+                )
+
+    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+
+
+class StoredLatents(TrainingData):
+    """
+    Latents on disk: of this package, of another project, or of images in buckets.
+
+    Args:
+        latents ([`Latents`]): The latents.
+        factor (`int`): Pixels per latent pixel along a side.
+        device (`torch.device`): Where the inputs go.
+        vision ([`VisionFeatures`], *optional*): The vision model whose features tokens are aligned with.
+        images (`torch.utils.data.Dataset`, *optional*):
+            Dicts with the `image` (H, W, 3), uint8, of each latent, for features that are not stored with the latents.
+
+    Raises:
+        `ValueError`: the features with the latents are of another vision model, or there are neither features nor
+            images for a vision model.
+    """
+
+    def __init__(
+        self,
+        latents: Latents,
+        factor: int,
+        device: torch.device,
+        vision: VisionFeatures | None = None,
+        images: Dataset | None = None,
+    ):
+        manifest = latents.manifest
+        if vision is not None and "vision_model" in manifest:
+            check_settings(latents.folder, manifest, {"vision_model": vision.describe()})
+        elif vision is not None and images is None:
+            raise ValueError(
+                "`repa_model_name_or_path` must be given with square images, or with latents that "
+                f"`encode_latents.py` has stored features beside, got latents without them in {latents.folder}."
+            )
+        super().__init__(
+            tuple(manifest["class_names"]),
+            latents.latent_shape,
+            manifest["resolution"] or latents.latent_shape[1] * factor,
+            manifest["random_flip"],
+            device,
+            vision,
+        )
+        self.latents = latents
+        self.images = images
+
+    @property
+    def latent_shapes(self) -> list[tuple[int, int, int]]:
+        return [part.latent_shape for part in self.latents.parts]
+
+    def batches(
+        self,
+        draws: SampleDraws,
+        positions: PositionSampler,
+        num_aligned_steps: int = 0,
+        num_workers: int = 0,
+        state: dict[str, Any] | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        num_aligned = num_aligned_steps * positions.images_per_step
+        samples = TrainingSamples(self.latents, draws, positions.images_per_step, num_aligned, self.images)
+        return iter(
+            DataLoader(
+                samples,
+                batch_size=positions.batch_size,
+                sampler=positions,
+                collate_fn=collate_priors_first,
+                num_workers=num_workers,
+                pin_memory=self.device.type == "cuda",
+            )
+        )
+
+    def to_inputs(self, batch: dict[str, Any]) -> dict[str, torch.Tensor | int]:
+        inputs = self._to_device(batch)
+        if "pixels" in inputs:
+            inputs["features"] = self.vision(inputs.pop("pixels"))
+        return inputs
+
+    def describe(self) -> str:
+        return f"{len(self.latents):,} images of {len(self.class_names)} classes"
+
+
+class StreamedImages(TrainingData):
+    """
+    Images that are read, cropped and encoded while the model trains.
+
+    Args:
+        stream (`datasets.IterableDataset`): What [`open_stream`] gives.
+        class_names (`tuple[str, ...]`): Names of the classes in the order of their ids.
+        vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
+        resolution (`int`): Side of the images in pixels.
+        random_flip (`bool`): Whether half of the images are mirrored.
+        device (`torch.device`): Where the inputs go.
+        vision ([`VisionFeatures`], *optional*): The vision model whose features tokens are aligned with.
+        options (`Any`): Arguments of [`ImageStream`]: its columns, and what is done with bad images.
+
+    Raises:
+        `ValueError`: the autoencoder does not take images of this resolution.
+    """
+
+    def __init__(
+        self,
+        stream: datasets.IterableDataset,
+        class_names: tuple[str, ...],
+        vae: Autoencoder | None,
+        resolution: int,
+        random_flip: bool,
+        device: torch.device,
+        vision: VisionFeatures | None = None,
+        **options: Any,
+    ):
+        channels, factor = (3, 1) if vae is None else (latent_channels(vae), spatial_factor(vae))
+        if resolution % factor:
+            raise ValueError(f"`resolution` must be a multiple of {factor} for this `vae`, got {resolution}.")
+        side = resolution // factor
+        super().__init__(class_names, (channels, side, side), resolution, random_flip, device, vision)
+        self.stream = stream
+        self.vae = vae
+        self.options = options
+
+    def batches(
+        self,
+        draws: SampleDraws,
+        positions: PositionSampler,
+        num_aligned_steps: int = 0,
+        num_workers: int = 0,
+        state: dict[str, Any] | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        states = (state or {}).get("stream")
+        samples = ImageStream(
+            self.stream,
+            self.class_names,
+            draws,
+            self.resolution,
+            self.latent_shape,
+            batch_size=positions.batch_size,
+            num_workers=num_workers,
+            process_index=positions.process_index,
+            num_processes=positions.num_processes,
+            random_flip=self.random_flip,
+            # With other processes than before, what does not fit is said by its name.
+            state=None if states is None else states[positions.process_index % len(states)],
+            **self.options,
+        )
+        self._position = samples.state
+        loader = iter(build_stream_loader(samples, pin_memory=self.device.type == "cuda"))
+        return self._follow(loader, num_aligned_steps * positions.accumulation)
+
+    def _follow(self, loader: Iterator[dict[str, Any]], num_aligned: int) -> Iterator[dict[str, Any]]:
+        """The batches of a loader; the state moves behind each that is used. The first ones are aligned."""
+        for batch in loader:
+            self._position.update(batch)
+            yield {**batch, "is_aligned": self._position.num_batches <= num_aligned}
+
+    @torch.no_grad()
+    def to_inputs(self, batch: dict[str, Any]) -> dict[str, torch.Tensor | int]:
+        inputs = self._to_device(batch)
+        pixels, posterior_noise = inputs.pop("pixels"), inputs.pop("posterior_noise")
+        mean, std = encode_moments(pixels, self.vae)
+        inputs["latents"] = mean if std is None else mean + std * posterior_noise
+        if inputs.pop("is_aligned"):
+            inputs["features"] = self.vision(pixels)
+        return inputs
+
+    def state(self) -> dict[str, Any]:
+        if num_bad := sum(gather_object([self._position.num_bad_images])):
+            logger.warning(f"{num_bad} images that cannot be read have been left out so far.")
+        return {"stream": gather_object([self._position.state_dict()])}
+
+    def describe(self) -> str:
+        return f"streamed images of {len(self.class_names)} classes"
+
+
+def _open_latents(args: argparse.Namespace, accelerator: Accelerator, vae: Autoencoder | None) -> Latents:
+    """The latents of `--latents_dir`, or of the images, which all processes encode unless this has been done."""
+    if args.dataset_name is not None or args.train_data_dir is not None:
+        folder = args.output_dir / "latents" if args.latents_dir is None else args.latents_dir
+        return encode_data(args, accelerator, vae, folder)
+    latents = open_latents(args.latents_dir, vae)
+    if "autoencoder" not in latents.manifest:
+        logger.warning(f"{args.latents_dir} does not say which autoencoder it comes from: it is taken for the given.")
+        return latents
+    expected = {"autoencoder": describe_autoencoder(vae)} | ({"random_flip": True} if args.random_flip else {})
+    check_settings(args.latents_dir, latents.manifest, expected)
+    return latents
+
+
+def open_training_data(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    vae: Autoencoder | None,
+    vision: VisionFeatures | None = None,
+) -> TrainingData:
+    """
+    Opens the data that the options name.
+
+    Args:
+        args (`argparse.Namespace`): The run's arguments.
+        accelerator (`Accelerator`): The processes, which share the work of encoding.
+        vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
+        vision ([`VisionFeatures`], *optional*): The vision model whose features tokens are aligned with.
+
+    Returns:
+        [`TrainingData`].
+
+    Raises:
+        `ValueError`: the data cannot be opened, a folder has the latents of other images or of another autoencoder, or
+            an image cannot be read.
+    """
+    if args.streaming:
+        names = None if args.class_names_file is None else args.class_names_file.read_text().splitlines()
+        columns = {"image_column": args.image_column, "label_column": args.label_column}
+        stream, class_names = open_stream(args.dataset_name, args.train_data_dir, class_names=names, **columns)
+        return StreamedImages(
+            stream,
+            class_names,
+            vae,
+            resolution=args.resolution,
+            random_flip=args.random_flip,
+            device=accelerator.device,
+            vision=vision,
+            on_bad_image=args.on_bad_image,
+            **columns,
+        )
+    latents = _open_latents(args, accelerator, vae)
+    images = None
+    has_source = args.dataset_name is not None or args.train_data_dir is not None
+    needs_images = vision is not None and "vision_model" not in latents.manifest
+    if has_source and needs_images and latents.manifest["transform"] == TRANSFORM:
+        source = open_pictures(args, accelerator)
+        images = Subset(source.dataset, pictures_of(latents, source).tolist())
+    factor = 1 if vae is None else spatial_factor(vae)
+    return StoredLatents(latents, factor, accelerator.device, vision, images)
