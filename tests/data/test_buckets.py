@@ -148,11 +148,11 @@ def test_what_cannot_be_opened_is_square(tmp_path, pictures):
 
 def test_pictures_that_have_no_buckets(pictures):
     textures = load_pictures("textures", None, 16, 4, 0)
-    with pytest.raises(TypeError, match=says("`pictures.dataset`", "PictureDataset", "TextureDataset")):
+    with pytest.raises(TypeError, match=says("`pictures.dataset`", "ImageDataset", "TextureDataset")):
         assign_buckets(textures, SIZES)
     with pytest.raises(ValueError, match=says("`sizes`", "at least one", "0")):
         assign_buckets(pictures, [])
-    pictures.dataset.dataset = pictures.dataset.dataset.select([])
+    pictures = replace(pictures, dataset=pictures.dataset.select([], (16, 16)))
     with pytest.raises(ValueError, match=says("`pictures`", "at least one", "0")):
         assign_buckets(pictures, SIZES)
 

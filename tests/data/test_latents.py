@@ -28,7 +28,7 @@ from diffusers_dod.data.encoding import (
     latent_settings,
 )
 from diffusers_dod.data.latents import SHARD_MANIFEST, LatentDataset, check_settings, find_damaged_shards
-from diffusers_dod.data.pictures import PictureDataset, Pictures, load_pictures, to_pixels
+from diffusers_dod.data.pictures import Columns, ImageDataset, Pictures, load_pictures, to_pixels
 from diffusers_dod.data.sample_stream import SampleDraws, TrainingSamples, collate_priors_first
 from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
 from diffusers_dod.training import encode_latents as command
@@ -652,12 +652,12 @@ def test_rows_without_a_picture_or_a_label(tmp_path):
     features = datasets.Features({"photo": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b"])})
     rows = {"photo": [image, None, image, image], "kind": [0, 1, None, 1]}
     source = datasets.Dataset.from_dict(rows, features=features)
-    pictures = Pictures(PictureDataset(source, "photo", "kind", 16), ("a", "b"), "rows", 16)
+    pictures = Pictures(ImageDataset(source, Columns("photo", "kind"), (16, 16)), ("a", "b"), "rows", 16)
     latents = write(tmp_path / "latents", pictures, on_bad_image="skip")
     assert latents.labels.tolist() == [0, 1]
     reasons = {entry["path"]: entry["reason"] for entry in latents.manifest["bad_images"]}
     assert reasons == {
-        "row 1": "ValueError: row 1 lacks its picture",
+        "row 1": "ValueError: row 1 lacks its image",
         "row 2": "ValueError: row 2 lacks its label",
     }
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from diffusers_dod.data.latents import Latents
-from diffusers_dod.data.sample_stream import SampleDraws, PositionSampler, TrainingSamples, collate_priors_first
+from diffusers_dod.data.sample_stream import PositionSampler, SampleDraws, TrainingSamples, collate_priors_first
 
 
 # ---------------------------------------------------------------------------------------------------------------------

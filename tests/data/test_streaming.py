@@ -16,7 +16,7 @@ import torch
 from helpers import says
 from PIL import Image
 
-from diffusers_dod.data.pictures import center_crop, to_pixels
+from diffusers_dod.data.pictures import Columns, center_crop, to_pixels
 from diffusers_dod.data.sample_stream import PositionSampler, SampleDraws
 from diffusers_dod.data.streaming import ImageStream, build_stream_loader, open_stream
 
@@ -107,15 +107,14 @@ def seen(batches: list[dict]) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("kind", ["parquet", "tars"])
 @pytest.mark.parametrize(("num_processes", "num_workers"), [(1, 0), (2, 0), (1, 2), (2, 2)])
 def test_every_picture_once_per_pass(folder, kind, num_processes, num_workers):
-    columns = {} if kind == "parquet" else {"image_column": "png", "label_column": "cls"}
+    columns = ("image", "label") if kind == "parquet" else ("png", "cls")
     names = None if kind == "parquet" else list(CLASS_NAMES)
-    stream, class_names = open_stream(None, str(folder / kind), class_names=names, **columns)
+    stream, class_names = open_stream(None, str(folder / kind), *columns, names)
     assert class_names == CLASS_NAMES and stream.num_shards == len(SHARD_SIZES)
     samples, labels = [], {}
     for index in range(num_processes):
-        pictures = pictures_of(
-            stream, num_workers=num_workers, process_index=index, num_processes=num_processes, **columns
-        )
+        settings = {"process_index": index, "num_processes": num_processes, "columns": Columns(*columns)}
+        pictures = pictures_of(stream, num_workers=num_workers, **settings)
         batches = take(pictures, 20)  # two passes for the reader with the longest shards
         samples += seen(batches)
         for batch in batches:
@@ -291,8 +290,8 @@ def test_no_worker_counts_as_one(stream):
 
 
 BAD_ROWS = {
-    "no picture": ({"image": None}, "lacks its picture", None),
-    "neither bytes nor path": ({"image": {"bytes": None, "path": None}}, "lacks its picture", None),
+    "no picture": ({"image": None}, "lacks its image", None),
+    "neither bytes nor path": ({"image": {"bytes": None, "path": None}}, "lacks its image", None),
     "no label": ({"label": None}, "lacks its label", "9.png"),
     "label too large": ({"label": 3}, "its label is 3, not in [0, 2]", "9.png"),
     "label below 0": ({"label": -1}, "its label is -1, not in [0, 2]", "9.png"),
@@ -406,7 +405,7 @@ def test_pictures_in_files_of_their_own(tmp_path):
         ({"dataset_name": "textures", "train_data_dir": None}, ["`dataset_name`", "procedural", "got 'textures'"]),
         ({"image_column": "jpg"}, ["`image_column` must be one of", "'image', 'label'", "got 'jpg'"]),
         ({"label_column": "kind"}, ["`label_column` must be one of", "got 'kind'"]),
-        ({"image_column": "label"}, ["`image_column` must be a column of pictures", "got 'label' of type ClassLabel"]),
+        ({"image_column": "label"}, ["`image_column` must be a column of images", "got 'label' of type ClassLabel"]),
         ({"label_column": "image"}, ["`label_column` must be a column of class labels", "got 'image' of type"]),
         ({"class_names": ["ant", "bee"]}, ["`class_names` must be those of 'label'", "'cat']", "got ['ant', 'bee']"]),
     ],

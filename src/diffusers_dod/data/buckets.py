@@ -9,7 +9,6 @@ All samples of an optimizer step come from one bucket, so that they have one sha
 """
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from ..checks import check_at_least, check_number, check_type
 from .encoding import SHARD_SIZE, check_bad_images, encode_latents, finish_latents, latent_settings
 from .latents import LatentDataset, Latents, check_settings, is_complete
 from .orders import BucketOrder
-from .pictures import PictureDataset, Pictures, cover_and_crop
+from .pictures import ImageDataset, Pictures
 from .vision_features import VisionFeatures
 
 
@@ -72,28 +71,18 @@ def bucket_sizes(resolution: int, multiple: int, max_aspect_ratio: float = 2.0) 
     return sizes[::-1]
 
 
-def _open_row(pictures: PictureDataset, index: int) -> tuple[Image.Image, int]:
-    """The picture at `index`, of which only the header has been read, and its class id."""
-    row = pictures.dataset[index]
-    source, label = row[pictures.image_column], row[pictures.label_column]
-    if source is None or label is None:
-        raise ValueError(f"row {index} lacks its {'picture' if source is None else 'label'}")
-    image = Image.open(source["path"] if source["bytes"] is None else io.BytesIO(source["bytes"]))
-    return image, label if pictures.class_ids is None else pictures.class_ids[label]
-
-
 class _AspectRatios(Dataset):
     """Logarithm of height / width of each image; 0 for an image that cannot be opened."""
 
-    def __init__(self, pictures: PictureDataset):
-        self.pictures = pictures
+    def __init__(self, images: ImageDataset):
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> float:
         try:
-            image, _ = _open_row(self.pictures, index)
+            image, _ = self.images.open(index)
             with image:
                 # The class's own method would decode a PNG to look behind its pixels.
                 orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
@@ -114,7 +103,7 @@ def assign_buckets(pictures: Pictures, sizes: Sequence[tuple[int, int]], num_wor
     opened count as squares, and encoding reports them later.
 
     Args:
-        pictures ([`Pictures`]): Images whose `dataset` is a [`PictureDataset`].
+        pictures ([`Pictures`]): Images whose `dataset` is a [`ImageDataset`].
         sizes (`Sequence[tuple[int, int]]`): Heights and widths, see [`bucket_sizes`].
         num_workers (`int`, defaults to 0): Processes that read headers; 0 reads them in this one.
 
@@ -122,9 +111,9 @@ def assign_buckets(pictures: Pictures, sizes: Sequence[tuple[int, int]], num_wor
         `list[int]`: An index of `sizes` for each image.
 
     Raises:
-        `ValueError`, `TypeError`: there are no pictures or no sizes, or the pictures are no [`PictureDataset`].
+        `ValueError`, `TypeError`: there are no images or no sizes, or the images are no [`ImageDataset`].
     """
-    check_type("pictures.dataset", pictures.dataset, PictureDataset)  # procedural pictures are squares
+    check_type("pictures.dataset", pictures.dataset, ImageDataset)  # procedural images are squares
     for name, values in {"pictures": pictures.dataset, "sizes": sizes}.items():
         if len(values) == 0:
             raise ValueError(f"`{name}` must hold at least one, got 0.")
@@ -134,36 +123,6 @@ def assign_buckets(pictures: Pictures, sizes: Sequence[tuple[int, int]], num_wor
     return np.abs(ratios[:, None] - targets).argmin(axis=1).tolist()
 
 
-class BucketPictures(Dataset):
-    """
-    The images of one bucket as uint8 arrays, cropped by [`cover_and_crop`].
-
-    Args:
-        pictures ([`PictureDataset`]): All images.
-        indices (`Sequence[int]`): Indices of the images in the bucket.
-        height (`int`): Height of the bucket in pixels.
-        width (`int`): Width of the bucket in pixels.
-    """
-
-    def __init__(self, pictures: PictureDataset, indices: Sequence[int], height: int, width: int):
-        self.pictures = pictures
-        self.indices = indices
-        self.height = height
-        self.width = width
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        image, label = _open_row(self.pictures, self.indices[index])
-        with image:
-            return {"image": cover_and_crop(image, self.height, self.width), "label": label}
-
-    def path_of(self, index: int) -> str:
-        """The path of the picture at `index` of the bucket, or its place among all pictures if it has none."""
-        return self.pictures.path_of(self.indices[index])
-
-
 def split_pictures(
     pictures: Pictures, sizes: Sequence[tuple[int, int]], num_workers: int = 0
 ) -> dict[tuple[int, int], Pictures]:
@@ -171,7 +130,7 @@ def split_pictures(
     Splits images into buckets; empty buckets are left out.
 
     Args:
-        pictures ([`Pictures`]): Images whose `dataset` is a [`PictureDataset`].
+        pictures ([`Pictures`]): Images whose `dataset` is a [`ImageDataset`].
         sizes (`Sequence[tuple[int, int]]`): Heights and widths, see [`bucket_sizes`].
         num_workers (`int`, defaults to 0): Processes that read headers; 0 reads them in this one.
 
@@ -189,7 +148,7 @@ def split_pictures(
         digest = hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()
         buckets[height, width] = replace(
             pictures,
-            dataset=BucketPictures(pictures.dataset, indices.tolist(), height, width),
+            dataset=pictures.dataset.select(indices.tolist(), (height, width)),
             fingerprint=f"{pictures.fingerprint}-{height}x{width}-{digest}",
         )
     return buckets
@@ -217,7 +176,7 @@ def encode_buckets(
     A run that was stopped continues where it was.
 
     Args:
-        pictures ([`Pictures`]): Images whose `dataset` is a [`PictureDataset`].
+        pictures ([`Pictures`]): Images whose `dataset` is a [`ImageDataset`].
         sizes (`Sequence[tuple[int, int]]`): Heights and widths, see [`bucket_sizes`].
         vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
         folder (`Path`): Folder of the latents.
@@ -362,6 +321,7 @@ class BucketedLatents(Latents):
 
     @property
     def parts(self) -> list[Latents]:
+        """The latents of each bucket."""
         return list(self.buckets)
 
     def order(self, images_per_step: int, seed: int) -> BucketOrder:
@@ -369,7 +329,7 @@ class BucketedLatents(Latents):
 
     @property
     def bucket_lengths(self) -> list[int]:
-        """Number of pictures of each bucket, in the order of the indices."""
+        """Number of images of each bucket, in the order of the indices."""
         return [len(bucket) for bucket in self.buckets]
 
     def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -4,6 +4,7 @@
 import hashlib
 import io
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,43 +86,85 @@ def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
     return cover_and_crop(image, resolution, resolution)
 
 
-class PictureDataset(Dataset):
+@dataclass(frozen=True)
+class Columns:
     """
-    Labelled images of a `datasets.Dataset` as uint8 arrays, cropped by [`center_crop`].
+    The columns of a data set that hold images and classes.
+
+    Args:
+        image (`str`, defaults to `"image"`): Column of the images.
+        label (`str`, defaults to `"label"`): Column of the classes.
+        class_ids (`dict`, *optional*): Ids of the labels. A label that is not in it is its own id.
+    """
+
+    image: str = "image"
+    label: str = "label"
+    class_ids: dict[Any, int] | None = None
+
+
+def read_row(row: dict[str, Any], columns: Columns, name: str = "it") -> tuple[Image.Image, int]:
+    """
+    Reads the class of a row and the header of its image.
+
+    Args:
+        row (`dict`): Values by column, with the image as `bytes` or `path` of its file.
+        columns ([`Columns`]): The columns of the image and the class.
+        name (`str`, defaults to `"it"`): Name of the row in messages.
+
+    Returns:
+        `tuple[PIL.Image.Image, int]`: The image, to be closed by the caller, and the class id.
+
+    Raises:
+        `ValueError`: the row lacks its image or its label.
+        `OSError`: the image cannot be opened.
+    """
+    source, label = row[columns.image], row[columns.label]
+    has_image = source is not None and any(source.values())
+    if not has_image or label is None:
+        raise ValueError(f"{name} lacks its {'label' if has_image else 'image'}")
+    image = Image.open(source["path"] if source["bytes"] is None else io.BytesIO(source["bytes"]))
+    return image, (columns.class_ids or {}).get(label, label)
+
+
+class ImageDataset(Dataset):
+    """
+    Labelled images of a `datasets.Dataset` as uint8 arrays, cropped by [`cover_and_crop`].
 
     Args:
         dataset (`datasets.Dataset`): The data set.
-        image_column (`str`): Column of the images.
-        label_column (`str`): Column of the class ids.
-        resolution (`int`): Side of the images in pixels.
-        class_ids (`dict`, *optional*): Ids of the labels. By default a label is its own id.
+        columns ([`Columns`]): Its columns of images and classes.
+        size (`tuple[int, int]`): Height and width of the crop in pixels.
+        indices (`Sequence[int]`, *optional*): Rows of the data set, in the order wanted. By default all.
     """
 
-    def __init__(self, dataset, image_column: str, label_column: str, resolution: int, class_ids: dict | None = None):
+    def __init__(self, dataset, columns: Columns, size: tuple[int, int], indices: Sequence[int] | None = None):
         # Read here, so that what cannot be read has a path and a reason.
-        self.dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-        self.image_column = image_column
-        self.label_column = label_column
-        self.resolution = resolution
-        self.class_ids = class_ids
+        self.dataset = dataset.cast_column(columns.image, datasets.Image(decode=False))
+        self.columns = columns
+        self.size = size
+        self.indices = range(len(dataset)) if indices is None else indices
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.indices)
 
-    def __getitem__(self, index: int) -> dict:
-        row = self.dataset[index]
-        source, label = row[self.image_column], row[self.label_column]
-        if source is None or label is None:
-            raise ValueError(f"row {index} lacks its {'picture' if source is None else 'label'}")
-        data = source["path"] if source["bytes"] is None else io.BytesIO(source["bytes"])
-        with Image.open(data) as image:
-            pixels = center_crop(image, self.resolution)
-        return {"image": pixels, "label": label if self.class_ids is None else self.class_ids[label]}
+    def open(self, index: int) -> tuple[Image.Image, int]:
+        """The image at `index`, of which only the header has been read, and its class id; see [`read_row`]."""
+        row = self.indices[index]
+        return read_row(self.dataset[row], self.columns, f"row {row}")
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image, label = self.open(index)
+        with image:
+            return {"image": cover_and_crop(image, *self.size), "label": label}
 
     def path_of(self, index: int) -> str:
-        """The path of the picture at `index`, or its place in the data set if it has none."""
-        source = self.dataset[index][self.image_column]
-        return (source or {}).get("path") or f"row {index}"
+        """The path of the image at `index`, or its row in the data set if it has none."""
+        row = self.indices[index]
+        return (self.dataset[row][self.columns.image] or {}).get("path") or f"row {row}"
+
+    def select(self, indices: Sequence[int], size: tuple[int, int]) -> "ImageDataset":
+        """The images at `indices`, cropped to another `size`."""
+        return ImageDataset(self.dataset, self.columns, size, [self.indices[index] for index in indices])
 
 
 @dataclass(frozen=True)
@@ -142,7 +185,7 @@ class Pictures:
     resolution: int
 
     def path_of(self, index: int) -> str:
-        """The path of the picture at `index`, or its place in the data set if it has none."""
+        """The path of the image at `index`, or its row in the data set if it has none."""
         return self.dataset.path_of(index) if hasattr(self.dataset, "path_of") else f"row {index}"
 
 
@@ -232,10 +275,10 @@ def load_pictures(
         if set(class_names) <= set(folders):
             class_ids = {label: folders.index(name) for label, name in enumerate(class_names)}
             class_names = folders
-    pictures = PictureDataset(source, image_column, label_column, resolution, class_ids)
+    dataset = ImageDataset(source, Columns(image_column, label_column, class_ids), (resolution, resolution))
     identity = source._fingerprint if train_data_dir is None else _folder_fingerprint(train_data_dir)
     fingerprint = f"{identity}-{image_column}-{label_column}"
-    return Pictures(pictures, tuple(class_names), fingerprint, resolution)
+    return Pictures(dataset, tuple(class_names), fingerprint, resolution)
 
 
 def _open_folder(folder: str) -> datasets.Dataset:

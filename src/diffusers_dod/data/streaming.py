@@ -9,10 +9,9 @@ no shuffle buffer, so a few integers describe the position of a reader exactly. 
 starts the next pass, and waits for no other reader.
 """
 
-import io
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,12 @@ import datasets
 import fsspec
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..checks import check_at_least, check_choice
 from ..seeding import stateless_generator
 from .encoding import ON_BAD_IMAGE
-from .pictures import TEXTURES, center_crop, open_dataset, to_pixels
+from .pictures import TEXTURES, Columns, center_crop, open_dataset, read_row, to_pixels
 from .sample_stream import SampleDraws, collate_priors_first
 
 
@@ -72,7 +70,7 @@ def open_stream(
     feature = features[image_column]
     is_plain = feature == datasets.Value("binary") or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
     if not isinstance(feature, datasets.Image) and not is_plain:
-        raise ValueError(f"`image_column` must be a column of pictures, got {image_column!r} of type {feature}.")
+        raise ValueError(f"`image_column` must be a column of images, got {image_column!r} of type {feature}.")
     class_names = _check_classes(features[label_column], label_column, class_names)
     stream = stream.select_columns([image_column, label_column])
     # Decoded here, so that what cannot be read has a path and a reason.
@@ -208,8 +206,7 @@ class ImageStream(IterableDataset):
         on_bad_image (`str`, defaults to `"error"`):
             Treatment of an image that cannot be read or has no class: `"error"`, or `"skip"` to leave it out and count
             it.
-        image_column (`str`, defaults to `"image"`): Column of the images.
-        label_column (`str`, defaults to `"label"`): Column of the classes.
+        columns ([`Columns`], *optional*): The columns of images and classes. By default `image` and `label`.
         state (`dict`, *optional*): A [`StreamState.state_dict`] to continue from. By default the start.
 
     Raises:
@@ -230,8 +227,7 @@ class ImageStream(IterableDataset):
         num_processes: int = 1,
         random_flip: bool = False,
         on_bad_image: str = "error",
-        image_column: str = "image",
-        label_column: str = "label",
+        columns: Columns | None = None,
         state: dict[str, Any] | None = None,
     ):
         check_at_least("resolution", resolution, 1)
@@ -251,15 +247,13 @@ class ImageStream(IterableDataset):
                 "data in more files."
             )
         self.stream = stream
-        self.class_ids = {name: index for index, name in enumerate(class_names)}
+        self.columns = replace(columns or Columns(), class_ids={name: index for index, name in enumerate(class_names)})
         self.draws = draws
         self.resolution = resolution
         self.latent_shape = latent_shape
         self.num_workers = num_workers
         self.random_flip = random_flip
         self.on_bad_image = on_bad_image
-        self.image_column = image_column
-        self.label_column = label_column
         #: Position of this process; call [`StreamState.update`] with each batch that is used.
         self.state = StreamState(
             draws.seed, stream.num_shards, num_processes, max(num_workers, 1), process_index, batch_size
@@ -274,15 +268,15 @@ class ImageStream(IterableDataset):
             raise ValueError(f"`num_workers` of the loader must be {state.num_workers}, got {num_workers}.")
         # A new loader takes its first batch from worker 0, so worker 0 plays the reader whose turn it is.
         first_batch = state.num_batches + worker_id
-        pictures = self._read(first_batch % num_workers)
+        images = self._read(first_batch % num_workers)
         for batch in itertools.count(first_batch, num_workers):
             start = (batch * state.num_processes + state.process_index) * state.batch_size
             for position in range(start, start + state.batch_size):
-                yield self._sample(position, *next(pictures))
+                yield self._sample(position, *next(images))
 
-    def _sample(self, position: int, picture: np.ndarray, label: int, reader_state: list[int]) -> dict[str, Any]:
+    def _sample(self, position: int, image: np.ndarray, label: int, reader_state: list[int]) -> dict[str, Any]:
         draw = self.draws(position)
-        pixels = to_pixels(torch.from_numpy(picture)[None])[0]
+        pixels = to_pixels(torch.from_numpy(image)[None])[0]
         return {
             "pixels": pixels.flip(-1) if self.random_flip and draw.view >= 0.5 else pixels,
             "noise": torch.randn(self.latent_shape, generator=draw.generator),
@@ -314,7 +308,7 @@ class ImageStream(IterableDataset):
                     yield *sample, [epoch, index, offset + 1, num_bad]
                 if len(empty_shards) == state.num_shards:
                     raise ValueError(
-                        f"The stream must have pictures, got {state.num_shards} shards with none that can be read and "
+                        f"The stream must have images, got {state.num_shards} shards with none that can be read and "
                         f"has a label in [0, {self.draws.num_classes - 1}]."
                     )
                 next_offset = 0
@@ -327,60 +321,59 @@ class ImageStream(IterableDataset):
         """Yields places in the order of a shard from `start` on, with image and label; `None` for a bad image."""
         part = self.stream.shard(num_shards=self.stream.num_shards, index=shard)
         # Unlike `iter(part)`, this does not deal the shards to the workers of a `DataLoader` once more.
+        columns = (self.columns.image, self.columns.label)
         rows = [
-            row
+            dict(zip(columns, values, strict=True))
             for batch in part.iter(batch_size=READ_SIZE)
-            for row in zip(batch[self.image_column], batch[self.label_column], strict=True)
+            for values in zip(*(batch[column] for column in columns), strict=True)
         ]
         order = self._permutation(len(rows), epoch, shard)
         for offset in range(start, len(rows)):
-            source, label = rows[order[offset]]
+            row = rows[order[offset]]
             try:
-                sample = self._decode(source, label)
+                sample = self._decode(row)
             except _BadImage as error:
                 if self.on_bad_image == "error":
-                    path = (source or {}).get("path")
+                    path = (row[self.columns.image] or {}).get("path")
                     raise ValueError(
                         f"{f'{path}, ' if path else ''}row {order[offset]} of shard {shard} cannot be used: {error}. "
-                        "Repair or remove it, or leave out such pictures with `on_bad_image` = 'skip'."
+                        "Repair or remove it, or leave out such images with `on_bad_image` = 'skip'."
                     ) from error
                 sample = None
             yield offset, sample
 
-    def _decode(self, source: dict[str, Any] | None, label: int | str | None) -> tuple[np.ndarray, int]:
-        has_picture = source is not None and any(source.values())
-        if not has_picture or label is None:
-            raise _BadImage(f"it lacks its {'label' if has_picture else 'picture'}")
-        class_id = self.class_ids.get(label, label)
-        num_classes = self.draws.num_classes
-        if not isinstance(class_id, int) or not 0 <= class_id < num_classes:
-            raise _BadImage(f"its label is {label!r}, not in [0, {num_classes - 1}] and no name of a class")
-        data = source["bytes"]
-        if data is None:  # a file or an address; only its absence is for good
+    def _decode(self, row: dict[str, Any]) -> tuple[np.ndarray, int]:
+        source = row[self.columns.image]
+        if source is not None and source["bytes"] is None and source["path"]:  # a file or an address
             try:
                 with fsspec.open(source["path"], "rb") as file:
-                    data = file.read()
-            except FileNotFoundError as error:
+                    row = {**row, self.columns.image: {**source, "bytes": file.read()}}
+            except FileNotFoundError as error:  # only its absence is for good
                 raise _BadImage("there is no such file") from error
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                return center_crop(image, self.resolution), class_id
+            image, class_id = read_row(row, self.columns)
+            with image:
+                pixels = center_crop(image, self.resolution)
         except MemoryError:
             raise
         except Exception as error:  # each library that decodes files has its own
             raise _BadImage(f"{type(error).__name__}: {error}") from error
+        num_classes = self.draws.num_classes
+        if not isinstance(class_id, int) or not 0 <= class_id < num_classes:
+            raise _BadImage(f"its label is {class_id!r}, not in [0, {num_classes - 1}] and no name of a class")
+        return pixels, class_id
 
 
 class _BadImage(Exception):
     """Raised for an image that cannot be used."""
 
 
-def build_stream_loader(pictures: ImageStream, pin_memory: bool = False) -> DataLoader:
+def build_stream_loader(samples: ImageStream, pin_memory: bool = False) -> DataLoader:
     """
     Builds the endless loader of one process's micro-batches; pass each to [`StreamState.update`] when it is used.
 
     Args:
-        pictures ([`ImageStream`]): The samples. The loader has the same batch size and workers.
+        samples ([`ImageStream`]): The samples. The loader has the same batch size and workers.
         pin_memory (`bool`, defaults to `False`): Whether the batches are put into pinned memory, for a GPU.
 
     Returns:
@@ -388,9 +381,9 @@ def build_stream_loader(pictures: ImageStream, pin_memory: bool = False) -> Data
         `sigmas` and `class_labels` (B,), samples with a prior first, `num_priors`, and entries of the state.
     """
     return DataLoader(
-        pictures,
-        batch_size=pictures.state.batch_size,
+        samples,
+        batch_size=samples.state.batch_size,
         collate_fn=collate_priors_first,
-        num_workers=pictures.num_workers,
+        num_workers=samples.num_workers,
         pin_memory=pin_memory,
     )

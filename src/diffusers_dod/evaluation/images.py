@@ -264,7 +264,7 @@ def picture_identity(pictures: Pictures, folder: str | None) -> str:
     """Identity of `pictures`: names and contents of the files of their `folder`, if there is one."""
     if folder is None:
         return pictures.fingerprint
-    columns = f"{pictures.dataset.image_column}-{pictures.dataset.label_column}"
+    columns = f"{pictures.dataset.columns.image}-{pictures.dataset.columns.label}"
     return f"{folder_sha256(Path(folder))}-{columns}"
 
 

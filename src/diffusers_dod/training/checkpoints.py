@@ -90,7 +90,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
         resume_from_checkpoint (`str` or `None`): The folder of a checkpoint, or `"latest"` for the newest of the run.
 
     Returns:
-        `Path` or `None`: The checkpoint, if the run is not to start from scratch.
+        `Path | None`: The checkpoint; `None` for a run that starts from scratch.
 
     Raises:
         `ValueError`: there are checkpoints and the run is not to be resumed, or none of those asked for is undamaged.

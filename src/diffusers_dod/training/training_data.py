@@ -17,7 +17,7 @@ from ..autoencoders import Autoencoder, encode_moments, latent_channels, spatial
 from ..data.encoding import describe_autoencoder
 from ..data.foreign_latents import open_latents
 from ..data.latents import Latents, check_settings, pictures_of
-from ..data.pictures import TRANSFORM
+from ..data.pictures import TRANSFORM, Columns
 from ..data.sample_stream import PositionSampler, SampleDraws, TrainingSamples, collate_priors_first
 from ..data.streaming import ImageStream, build_stream_loader, open_stream
 from ..data.vision_features import VisionFeatures
@@ -174,6 +174,7 @@ class StoredLatents(TrainingData):
 
     @property
     def latent_shapes(self) -> list[tuple[int, int, int]]:
+        """Shapes of the latents, one for each bucket."""
         return [part.latent_shape for part in self.latents.parts]
 
     def batches(
@@ -336,8 +337,8 @@ def open_training_data(
     """
     if args.streaming:
         names = None if args.class_names_file is None else args.class_names_file.read_text().splitlines()
-        columns = {"image_column": args.image_column, "label_column": args.label_column}
-        stream, class_names = open_stream(args.dataset_name, args.train_data_dir, class_names=names, **columns)
+        columns = (args.image_column, args.label_column)
+        stream, class_names = open_stream(args.dataset_name, args.train_data_dir, *columns, names)
         return StreamedImages(
             stream,
             class_names,
@@ -347,7 +348,7 @@ def open_training_data(
             device=accelerator.device,
             vision=vision,
             on_bad_image=args.on_bad_image,
-            **columns,
+            columns=Columns(*columns),
         )
     latents = _open_latents(args, accelerator, vae)
     images = None
