@@ -2,6 +2,7 @@
 """Files: whether they can be written, that they are there whole or not at all, who uses a folder, hashes."""
 
 import hashlib
+import json
 import multiprocessing
 import os
 import signal
@@ -12,7 +13,7 @@ from helpers import says
 from launch import PATIENCE_S
 
 from diffusers_dod import files
-from diffusers_dod.files import check_output, file_sha256, in_use, replacing
+from diffusers_dod.files import check_output, file_sha256, in_use, replacing, write_json
 
 
 def test_what_can_be_written(tmp_path):
@@ -48,6 +49,29 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
         (unfinished / "deep").mkdir(parents=True)
         raise KeyError
     assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_a_file_has_the_permissions_of_any_other(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with replacing(tmp_path / "private") as unfinished:
+            os.close(os.open(unfinished, os.O_CREAT, 0o600))
+        (tmp_path / "usual").write_text("")
+    finally:
+        assert os.umask(before) == umask
+    assert (tmp_path / "private").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_json_is_strict_and_written_whole(tmp_path):
+    path = tmp_path / "new" / "file.json"
+    write_json(path, {"a": [1, "ä"]})
+    assert json.loads(path.read_text()) == {"a": [1, "ä"]}
+    for content, kind in (({"a": float("nan")}, ValueError), ({"a": path}, TypeError)):
+        with pytest.raises(kind):
+            write_json(path, content)
+    assert json.loads(path.read_text()) == {"a": [1, "ä"]} and list(path.parent.iterdir()) == [path]
 
 
 def test_a_folder_in_use_is_refused_until_the_other_command_ends(tmp_path):

@@ -2,7 +2,7 @@
 """Checks of public arguments: every message names the argument, the accepted range and the value received."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -88,3 +88,8 @@ def attempt(errors: list[str], check: Callable, *arguments: Any, **kwargs: Any) 
         check(*arguments, **kwargs)
     except (TypeError, ValueError) as error:
         errors.append(str(error))
+
+
+def abbreviate(names: Sequence[str], number: int = 5) -> str:
+    """Lists the first `number` of `names` in a message, and says how many more there are."""
+    return ", ".join(names[:number]) + (f" and {len(names) - number} more" if len(names) > number else "")

@@ -24,7 +24,7 @@ from diffusers import AutoencoderKL
 from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 
-from .checks import check_at_least, check_choice
+from .checks import abbreviate, check_at_least, check_choice
 from .options import build_parser, find_given, option, parse_options
 from .pipeline_dod import DoDPipeline
 from .presets import PRESETS
@@ -96,10 +96,6 @@ _FIT_SIZES = {
 Pair = tuple[list[str], list[str]]  # names of the same weights in one model and in the other
 
 
-def _abbreviate(names: Sequence[str], number: int = 5) -> str:
-    return ", ".join(names[:number]) + (f" and {len(names) - number} more" if len(names) > number else "")
-
-
 def _pairs(num_blocks: int) -> list[Pair]:
     """Pairs of names: FiTv2's weights and ours."""
     return [
@@ -164,8 +160,8 @@ def _check_is_fitv2(state_dict: Mapping[str, torch.Tensor]) -> None:
     expected = [name for names, _ in _pairs(1) for name in names]
     if not any(name in state_dict for name in expected):
         raise ValueError(
-            f"`state_dict` must hold the weights of a FiTv2 model, with names such as {_abbreviate(expected)}, "
-            f"got {_abbreviate(sorted(state_dict)) or 'an empty one'}."
+            f"`state_dict` must hold the weights of a FiTv2 model, with names such as {abbreviate(expected)}, "
+            f"got {abbreviate(sorted(state_dict)) or 'an empty one'}."
         )
 
 
@@ -348,7 +344,7 @@ def load_fitv2_checkpoint(checkpoint_path: str | os.PathLike, weights: str | Non
             names = [name for names in _FILES.values() for name in names]
             raise ValueError(
                 f"`checkpoint_path` must be a file or a folder with one of {', '.join(names)}, got {str(path)!r} with "
-                f"{_abbreviate(sorted(entry.name for entry in path.iterdir())) or 'nothing'}."
+                f"{abbreviate(sorted(entry.name for entry in path.iterdir())) or 'nothing'}."
             )
         path = _choose(files, weights, f"the folder {str(path)!r}")
         weights = None  # the file has no choice left
@@ -371,13 +367,13 @@ def load_fitv2_checkpoint(checkpoint_path: str | os.PathLike, weights: str | Non
             raise ValueError(
                 "`checkpoint_path` must hold tensors at its top or under one of the keys "
                 f"{', '.join(key for keys in _KEYS.values() for key in keys)}, "
-                f"got {str(path)!r} with the keys {_abbreviate([str(key) for key in checkpoint], 20)}."
+                f"got {str(path)!r} with the keys {abbreviate([str(key) for key in checkpoint], 20)}."
             )
         checkpoint = _choose(found, weights, repr(str(path)))
     others = [str(name) for name, weight in checkpoint.items() if not isinstance(weight, torch.Tensor)]
     if others:
         raise ValueError(
-            f"`checkpoint_path` must hold tensors only as weights, got {str(path)!r} with {_abbreviate(others)}."
+            f"`checkpoint_path` must hold tensors only as weights, got {str(path)!r} with {abbreviate(others)}."
         )
     for prefix in _PREFIXES:
         if checkpoint and all(str(name).startswith(prefix) for name in checkpoint):
@@ -425,7 +421,7 @@ def load_fit_config(config: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(params, dict):
         raise ValueError(
             "`config` must be a config of FiT, with `diffusion.network_config.params`, "
-            f"got {str(config)!r} with the keys {_abbreviate([str(key) for key in content], 20)}."
+            f"got {str(config)!r} with the keys {abbreviate([str(key) for key in content], 20)}."
         )
     settings = [(name, required, params.get(name, default)) for name, (required, default) in _FIT_SETTINGS.items()]
     transport = diffusion.get("transport") or {}

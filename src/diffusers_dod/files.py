@@ -2,11 +2,13 @@
 """Atomic writing of files, hashes of their content, and folders that one command has to itself."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -99,10 +101,31 @@ def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
     unfinished = (folder or path.parent) / f".{path.name}.{os.getpid()}{UNFINISHED}"
     try:
         yield unfinished
+        if unfinished.is_file():  # some libraries create files that only their owner can read
+            umask = os.umask(0)
+            os.umask(umask)
+            unfinished.chmod(0o666 & ~umask)
         os.replace(unfinished, path)
     except Exception:
         shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, content: Any, folder: Path | None = None) -> None:
+    """
+    Writes a JSON file atomically, see [`replacing`].
+
+    Args:
+        path (`Path`): The file.
+        content (`Any`): What JSON can hold; all numbers must be finite.
+        folder (`Path`, *optional*): The folder to write in. By default the folder of the file.
+
+    Raises:
+        `TypeError`, `ValueError`: JSON cannot hold the content.
+    """
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    with replacing(path, folder) as unfinished:
+        unfinished.write_text(text)
 
 
 @contextmanager

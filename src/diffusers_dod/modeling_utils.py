@@ -11,7 +11,7 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 
-from .checks import check_choice, check_type
+from .checks import abbreviate, check_choice, check_type
 from .pos_interpolation import POS_INTERPOLATIONS
 
 
@@ -34,10 +34,6 @@ def _reason(error: BaseException) -> str:
     while cause is not None and not isinstance(cause, SafetensorError):
         cause = cause.__cause__ or cause.__context__
     return str(error) if cause is None or cause is error else f"{error} ({cause})"
-
-
-def _abbreviate(names: Sequence[str]) -> str:
-    return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class DoDModelMixin(ModelMixin, ConfigMixin):
@@ -103,7 +99,8 @@ class DoDModelMixin(ModelMixin, ConfigMixin):
         if (missing or unexpected) and not (wants_info or kwargs.get("ignore_mismatched_sizes", False)):
             raise ValueError(
                 f"{expected}, got {str(pretrained_model_name_or_path)!r}, where {len(missing)} weights are missing "
-                f"({_abbreviate(missing)}) and {len(unexpected)} are unknown ({_abbreviate(unexpected)})."
+                f"({abbreviate(sorted(missing), 3)}) and {len(unexpected)} are unknown "
+                f"({abbreviate(sorted(unexpected), 3)})."
             )
         return (model, info) if wants_info else model
 

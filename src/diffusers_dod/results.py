@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
-from .files import folder_sha256, replacing
+from .files import folder_sha256, write_json
 
 
 RESULTS_FORMAT = 1
@@ -159,9 +159,7 @@ def write_results(
         "versions": describe_versions(device),
         "metrics": metrics,
     }
-    content = json.dumps(results, indent=2, allow_nan=False) + "\n"
-    with replacing(Path(path)) as unfinished:
-        unfinished.write_text(content)
+    write_json(Path(path), results)
     return results
 
 

@@ -1,10 +1,20 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """Markdown tables."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of `rows` under their `header`, whose first column is text and whose others are numbers."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], text: Collection[str] = ()) -> str:
+    """
+    Formats a Markdown table. Its first column is text, on the left; its other columns are numbers, on the right.
+
+    Args:
+        header (`Sequence[str]`): Titles of the columns.
+        rows (`Sequence[Sequence[str]]`): The cells of each row.
+        text (`Collection[str]`, defaults to `()`): Titles of further columns that are text.
+
+    Returns:
+        `str`: The lines of the table.
+    """
+    rule = ["---" if title in (header[0], *text) else "---:" for title in header]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))

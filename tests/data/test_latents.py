@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from test_autoencoders import make_dc, make_rae
 from torch.utils.data import DataLoader, Dataset
 
-import diffusers_dod.data.encoding as encoding
+from diffusers_dod import files
 from diffusers_dod.data.encoding import (
     BadImagesError,
     describe_autoencoder,
@@ -308,7 +308,7 @@ def test_a_shard_that_was_being_written_is_no_shard(tmp_path, monkeypatch):
 
         folder = tmp_path / target
         with monkeypatch.context() as patch:
-            patch.setattr(encoding.os, "replace", killed)
+            patch.setattr(files.os, "replace", killed)
             with pytest.raises(KeyboardInterrupt):
                 write(folder, textures())
         assert not (folder / target).exists() and not (folder / SHARD_MANIFEST).exists()

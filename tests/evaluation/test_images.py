@@ -6,6 +6,7 @@ import os
 import shutil
 import tracemalloc
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ import pytest
 import torch
 from helpers import says
 from PIL import Image
+from torch.utils.data import Subset
 
-from diffusers_dod.data.pictures import center_crop
+from diffusers_dod.data.pictures import center_crop, load_pictures
 from diffusers_dod.data.textures import TextureDataset
 from diffusers_dod.evaluation.images import DatasetImages, FolderImages, NpzImages, draw_indices, open_images
 
@@ -277,3 +279,16 @@ def test_a_folder_is_known_by_names_and_contents(pixels, tmp_path):
     content = moved.read_bytes()
     moved.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert identity("copy") != first
+
+
+def test_images_of_a_folder_may_be_of_any_data_set(pixels, tmp_path):
+    """Their identity is that of the folder, but for what their own fingerprint adds."""
+    for index, image in enumerate(pixels[:4]):
+        (tmp_path / "ab"[index % 2]).mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "ab"[index % 2] / f"{index}.png")
+    images = load_pictures(None, str(tmp_path), 4, 0, 0)
+    whole = DatasetImages("whole", images, str(tmp_path)).data["fingerprint"]
+    part = replace(images, dataset=Subset(images.dataset, [2, 0]), fingerprint=f"{images.fingerprint}-part")
+    source = DatasetImages("part", part, str(tmp_path))
+    assert source.data["fingerprint"] == f"{whole}-part" and whole.endswith("-image-label")
+    assert np.array_equal(read(source), [images.dataset[2]["image"], images.dataset[0]["image"]])

@@ -11,7 +11,6 @@ All samples of an optimizer step come from one bucket, so that they have one sha
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..autoencoders import Autoencoder
 from ..checks import check_at_least, check_number, check_type
+from ..files import write_json
 from .encoding import SHARD_SIZE, check_bad_images, encode_latents, finish_latents, latent_settings
 from .latents import LatentDataset, Latents, check_settings, is_complete
 from .orders import BucketOrder
@@ -281,9 +281,7 @@ def _finish_buckets(
         "bad_images": bad,
         "buckets": entries,
     }
-    unfinished = folder / f".{BUCKETS}.unfinished"
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(unfinished, folder / BUCKETS)
+    write_json(folder / BUCKETS, content)
 
 
 class BucketedLatents(Latents):

@@ -3,8 +3,6 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..autoencoders import Autoencoder, encode_moments
 from ..checks import check_choice
-from ..files import file_sha256, sha256_of_weights
+from ..files import file_sha256, replacing, sha256_of_weights, write_json
 from .latents import DTYPES, SHARD_FORMAT, SHARD_MANIFEST, check_settings
 from .pictures import TRANSFORM, Pictures, to_pixels
 from .vision_features import VisionFeatures
@@ -114,20 +112,6 @@ class _Readable(Dataset):
 
 def _shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.safetensors"
-
-
-def _publish(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes a file atomically, with the permissions of any other new file."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    write(unfinished)
-    umask = os.umask(0)
-    os.umask(umask)
-    unfinished.chmod(0o666 & ~umask)
-    os.replace(unfinished, path)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    _publish(path, lambda unfinished: unfinished.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def _read_note(folder: Path, shard: int) -> dict[str, Any] | None:
@@ -231,7 +215,8 @@ def encode_latents(
             )
         path = _shard_path(folder, shard)
         path.with_suffix(".json").unlink(missing_ok=True)
-        _publish(path, lambda unfinished, tensors=tensors: save_file(tensors, unfinished))
+        with replacing(path) as unfinished:
+            save_file(tensors, unfinished)
         for entry in bad:
             entry["path"] = pictures.path_of(entry["index"])
         note = {
@@ -241,7 +226,7 @@ def encode_latents(
             "sha256": file_sha256(path),
             "bad_images": bad,
         }
-        _write_json(path.with_suffix(".json"), note)
+        write_json(path.with_suffix(".json"), note)
     progress.close()
 
 
@@ -292,7 +277,7 @@ def finish_latents(folder: Path, settings: dict[str, Any], on_bad_image: str = "
             for shard, note in enumerate(notes)
         ],
     }
-    _write_json(folder / SHARD_MANIFEST, manifest)
+    write_json(folder / SHARD_MANIFEST, manifest)
     return manifest
 
 

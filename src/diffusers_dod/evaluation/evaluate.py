@@ -38,6 +38,7 @@ from ..metrics.table import COMPUTED, METRICS
 from ..options import option, parse_options
 from ..results import write_results
 from ..seeding import stateless_generator
+from ..tables import format_table
 from .images import DatasetImages, ImageSource, draw_indices, open_images
 from .options import device_option
 
@@ -495,11 +496,11 @@ class Evaluator:
 
 def to_table(metrics: dict[str, dict[str, Any]]) -> str:
     """Formats the numbers in `metrics` as a Markdown table."""
-    lines = ["| metric | value | 95 % interval |", "| --- | ---: | --- |"]
+    rows = []
     for name, metric in metrics.items():
         interval = "" if metric["interval"] is None else " to ".join(f"{end:.4g}" for end in metric["interval"])
-        lines.append(f"| {name} | {metric['value']:.5g} | {interval} |")
-    return "\n".join(lines)
+        rows.append([name, f"{metric['value']:.5g}", interval])
+    return format_table(["metric", "value", "95 % interval"], rows, text=["95 % interval"])
 
 
 def main(argv: list[str] | None = None) -> None:

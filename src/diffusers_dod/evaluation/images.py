@@ -261,11 +261,14 @@ class FolderImages(ImageSource):
 
 
 def picture_identity(pictures: Pictures, folder: str | None) -> str:
-    """Identity of `pictures`: names and contents of the files of their `folder`, if there is one."""
+    """
+    Fingerprint of `pictures`, wherever their `folder` lies and whenever it was written, if they have one.
+
+    The fingerprint of a folder begins with a hash of the times of its files. A hash of their contents takes its place.
+    """
     if folder is None:
         return pictures.fingerprint
-    columns = f"{pictures.dataset.columns.image}-{pictures.dataset.columns.label}"
-    return f"{folder_sha256(Path(folder))}-{columns}"
+    return "-".join([folder_sha256(Path(folder)), *pictures.fingerprint.split("-")[1:]])
 
 
 class DatasetImages(ImageSource):

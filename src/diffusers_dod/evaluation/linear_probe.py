@@ -39,9 +39,11 @@ from torch import nn
 from ..checks import check_at_least, check_choice
 from ..files import check_output
 from ..metrics.intervals import wilson_interval
+from ..metrics.table import METRICS
 from ..options import option, parse_options, replace_values
 from ..results import as_metric, checkpoint_sha256, write_results
 from ..seeding import stateless_generator
+from ..tables import format_table
 from .options import ComparisonOptions, load_pipeline, open_pictures
 from .token_features import FEATURES, RANDOM_LEM_SEED, cache_path, compute_tokens, read_tokens, write_tokens
 
@@ -264,15 +266,14 @@ def probe(
 def to_table(rows: dict[str, dict[str, dict[str, Any]]], num_values: dict[str, int]) -> str:
     """Formats `rows`, a [`probe`] for each kind of features, and their `num_values` as a Markdown table."""
     names = [name for name in ("top1", "top5", "knn") if name in next(iter(rows.values()))]
-    lines = [f"| features | numbers | {' | '.join(names)} | learning rates |", f"|---|{'---:|' * (len(names) + 2)}"]
+    lines = []
     for kind, metrics in rows.items():
-        cells = []
+        cells = [kind, str(num_values[kind])]
         for name in names:
             error = metrics[name].get("standard_error")
             cells.append(f"{100 * metrics[name]['value']:.1f} %" + ("" if error is None else f" ± {100 * error:.1f}"))
-        rates = ", ".join(f"{rate:g}" for rate in metrics["top1"]["learning_rates"])
-        lines.append(f"| {kind} | {num_values[kind]} | {' | '.join(cells)} | {rates} |")
-    return "\n".join(lines)
+        lines.append([*cells, ", ".join(f"{rate:g}" for rate in metrics["top1"]["learning_rates"])])
+    return format_table(["features", "numbers", *(METRICS[name].title for name in names), "learning rates"], lines)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,10 +37,12 @@ from ..metrics.frechet import frechet_distance
 from ..metrics.intervals import jackknife_interval, mean_interval
 from ..metrics.pairs import load_structural_similarity, psnr, ssim
 from ..metrics.statistics import RunningStatistics, merge_statistics
+from ..metrics.table import METRICS
 from ..options import option, parse_options
 from ..pipeline_dod import DoDPipeline
 from ..results import as_metric, checkpoint_sha256, describe_versions, half_width, read_results, write_results
 from ..tableaus import SOLVERS
+from ..tables import format_table
 from .options import ComparisonOptions, load_pipeline, open_pictures, read_batches
 
 
@@ -224,17 +226,17 @@ def as_metrics(name: str, comparison: Comparison) -> dict[str, dict[str, Any]]:
 
 def to_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Formats `rows`, an [`as_metrics`] by name, as a Markdown table."""
-    lines = ["| reconstruction | rFID | PSNR, dB | SSIM |", "|---|---:|---:|---:|"]
+    lines = []
     for name, metrics in rows.items():
-        cells = []
+        cells = [name]
         for kind, digits, missing in (("rfid", 3, "-"), ("psnr", 2, "inf"), ("ssim", 4, "")):
             metric = metrics.get(f"{kind}_{name}")
             cell = missing if metric is None else f"{metric['value']:.{digits}f}"
             if metric is not None and metric["interval"] is not None:
                 cell += f" ± {half_width(metric):.{digits}f}"
             cells.append(cell)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return format_table(["reconstruction", *(METRICS[kind].title for kind in ("rfid", "psnr", "ssim"))], lines)
 
 
 @dataclass(frozen=True, kw_only=True)

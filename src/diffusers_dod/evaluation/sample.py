@@ -40,7 +40,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..checks import attempt
-from ..files import UNFINISHED, check_output, file_sha256, in_use, replacing
+from ..files import UNFINISHED, check_output, file_sha256, in_use, replacing, write_json
 from ..guidance import NULL_CONDITIONS, Guidance
 from ..options import option, parse_options, to_argv, to_json, to_values
 from ..pipeline_dod import DoDPipeline
@@ -297,7 +297,7 @@ class SampleFolder:
             self._clean()
         else:
             self._chunks.mkdir(parents=True, exist_ok=True)
-            self._write_json(self._chunks / SETTINGS, self.settings)
+            write_json(self._chunks / SETTINGS, self.settings, self._chunks)
             for name in (SAMPLES_MANIFEST, ARCHIVE):
                 (self.folder / name).unlink(missing_ok=True)
         return is_complete
@@ -362,7 +362,7 @@ class SampleFolder:
             "settings": self.settings,
             "versions": versions,
         }
-        self._write_json(self.folder / SAMPLES_MANIFEST, manifest)
+        write_json(self.folder / SAMPLES_MANIFEST, manifest, self._chunks)
         self._clean()
         return manifest
 
@@ -407,7 +407,7 @@ class SampleFolder:
         else:
             self._publish(paths[0], lambda file: np.save(file, images))
         note = {"num_images": len(images), "sha256": file_sha256(*paths), "versions": versions}
-        self._write_json(self._note(chunk), note)
+        write_json(self._note(chunk), note, self._chunks)
 
     def _note(self, chunk: int) -> Path:
         return self._chunks / f"{chunk:06d}.json"
@@ -446,9 +446,6 @@ class SampleFolder:
         """Writes a file atomically."""
         with replacing(path, self._chunks) as unfinished, open(unfinished, "wb") as file:
             write(file)
-
-    def _write_json(self, path: Path, content: dict[str, Any]) -> None:
-        self._publish(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
     def _clean(self) -> None:
         """Removes the chunks of an archive; the notes of PNG files can still tell which one is damaged."""

@@ -36,7 +36,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from ..compute import count_model, sampling_compute
-from ..files import check_output, file_sha256, in_use, replacing
+from ..files import check_output, file_sha256, in_use, replacing, write_json
 from ..guidance import Guidance
 from ..losses import DoDJointModel
 from ..metrics.intervals import mean_interval
@@ -46,6 +46,7 @@ from ..pipeline_dod import DoDPipeline
 from ..results import as_metric, checkpoint_sha256, half_width, read_results, write_results
 from ..scheduling_dod import DoDFlowMatchScheduler
 from ..tableaus import SOLVERS
+from ..tables import format_table
 from ..training.checkpoints import STATE_FOLDER
 from . import evaluate, sample
 from .evaluate import EvaluationOptions, JudgeOptions
@@ -218,8 +219,7 @@ class Sweep:
                     f"`output_dir` must be the folder of a sweep with `{name}` = {value!r}, got {options.output_dir} "
                     f"with {found[name]!r}: use another one."
                 )
-        with replacing(path) as unfinished:
-            unfinished.write_text(json.dumps(found | settings, indent=2) + "\n")
+        write_json(path, found | settings)
 
     def pipeline_folder(self, average: str) -> Path:
         """Folder of the pipeline with an `average` of the weights; it is written if needed, see [`write_average`]."""
@@ -342,15 +342,15 @@ def to_table(rows: Sequence[dict[str, Any]]) -> str:
     """Formats the `rows` of a sweep as a Markdown table."""
     names = [name for name in METRICS if name in rows[0]]
     header = ["stage", "average", "steps", "solver", "scales", "GFLOPs", *(METRICS[name].title for name in names)]
-    lines = ["| " + " | ".join(header) + " |", "| ---: | --- | ---: | --- | ---: |" + " ---: |" * (len(names) + 1)]
+    lines = []
     for row in rows:
         cells = [str(row["stage"]), row["average"], str(row["num_inference_steps"]), row["solver"]]
         cells += [row["scales"], "-" if row["gflops"] is None else f"{row['gflops']:.4g}"]
         for name in names:
             half = "" if row[name]["interval"] is None else f" ± {half_width(row[name]):.2g}"
             cells.append(f"{row[name]['value']:.4g}{half}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return format_table(header, lines, text=["average", "solver"])
 
 
 def draw_plots(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:

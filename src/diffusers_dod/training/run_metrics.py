@@ -3,7 +3,6 @@
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+
+from ..files import replacing
 
 
 EVALUATIONS = "evaluations.jsonl"  # beside `METRICS_FILE`: what is computed of samples
@@ -180,6 +181,6 @@ def drop_metrics_after(path: Path, step: int) -> None:
             return False
 
     if path.exists():
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text("".join(line + "\n" for line in path.read_text().splitlines() if is_kept(line)))
-        os.replace(unfinished, path)
+        kept = "".join(line + "\n" for line in path.read_text().splitlines() if is_kept(line))
+        with replacing(path) as unfinished:
+            unfinished.write_text(kept)
