@@ -1111,7 +1111,7 @@ BAD_COMPONENTS = [
         "4",
         "got 3",
     ),
-    ("latent_embedder", lambda: dict(latent_embedder="lem"), TypeError, "LatentEmbeddingModule", "got 'lem'"),
+    ("latent_embedder", lambda: dict(latent_embedder="lem"), TypeError, "VisualPriorMixin", "got 'lem'"),
     (
         "latent_embedder",
         lambda: dict(latent_embedder=tiny_latent_embedder(num_attention_heads=1)),

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from helpers import says, tiny_pipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_dod import DoDTransformer2DModel, LatentEmbeddingModule
-from diffusers_dod.presets import PRESETS
+from diffusers_dod.presets import PRESETS, Preset
 
 
 BACKBONE_PARAMETERS = {
@@ -26,11 +27,8 @@ EMBEDDER_GMACS = {"DoD-S": 6.157, "DoD-B": 24.619, "DoD-XL": 24.619}
 
 
 def on_meta(name: str) -> tuple[DoDTransformer2DModel, LatentEmbeddingModule | None]:
-    preset = PRESETS[name]
     with torch.device("meta"):
-        transformer = DoDTransformer2DModel(**preset.transformer_config)
-        embedder = preset.latent_embedder_config and LatentEmbeddingModule(**preset.latent_embedder_config)
-    return transformer, embedder
+        return PRESETS[name].build()
 
 
 def linear_gmacs(run) -> float:
@@ -87,3 +85,53 @@ def test_sampling_defaults_follow_the_paper():
     assert PRESETS["DoD-S"].latent_embedder_config["num_latent_tokens"] == 32
     assert PRESETS["DoD-S"].latent_embedder_config["latent_token_dim"] == 16
     assert PRESETS["FiTv2-B"].pipeline_config["default_num_stages"] == 1
+
+
+def test_models_are_built_for_latents_and_with_other_arguments():
+    preset = PRESETS["DoD-Desk"]
+    transformer, embedder = preset.build((3, 16, 16), 5, patch_size=4, num_latent_tokens=6, prior_embed_dim=128)
+    for model in (transformer, embedder):
+        assert (model.config.in_channels, model.config.sample_size, model.config.patch_size) == (3, 16, 4)
+    assert transformer.config.num_classes == 5 and embedder.token_shape == (6, 8)
+    assert embedder.inner_dim == transformer.config.prior_embed_dim == 128
+    # The preset itself stays as it is.
+    assert preset == PRESETS["DoD-Desk"] and preset.build()[1].token_shape == (4, 8)
+    with torch.random.fork_rng():  # weights are drawn by the backbone first
+        torch.manual_seed(0)
+        transformer, embedder = preset.build()
+        torch.manual_seed(0)
+        expected = DoDTransformer2DModel(**preset.transformer_config)
+        expected_embedder = LatentEmbeddingModule(**preset.latent_embedder_config)
+    for model, same in ((transformer, expected), (embedder, expected_embedder)):
+        weights = same.state_dict()
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_argument_that_no_model_takes_is_refused():
+    for preset, names in (
+        ("DoD-S", ["DoDTransformer2DModel", "LatentEmbeddingModule"]),
+        ("FiTv2-B", ["DoDTransformer"]),
+    ):
+        with pytest.raises(ValueError, match=says("`num_latents`", *names, "no such argument", "got 3")):
+            PRESETS[preset].build(num_latents=3)
+    with pytest.raises(ValueError, match=says("`num_latent_tokens`", "DoDTransformer2DModel", "got 3")):
+        PRESETS["FiTv2-B"].override(num_latent_tokens=3)
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_a_pipeline_and_its_folder_tell_the_preset(is_plain, tmp_path):
+    pipeline = tiny_pipeline(**({"latent_embedder": None} if is_plain else {}))
+    preset = Preset.from_pipeline(pipeline)
+    pipeline.save_pretrained(tmp_path)
+    assert Preset.from_pretrained(tmp_path) == preset
+    assert preset.pipeline_config == dict(
+        default_guidance_scale=2.0, default_num_inference_steps=2, default_num_stages=2
+    )
+    with torch.device("meta"):
+        models = preset.build()
+    for model, own in zip(models, (pipeline.transformer, pipeline.latent_embedder), strict=True):
+        if own is None:
+            assert model is None and is_plain
+            continue
+        shapes = {name: tensor.shape for name, tensor in own.state_dict().items()}
+        assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes

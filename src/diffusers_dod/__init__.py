@@ -5,7 +5,7 @@ import diffusers
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines import pipeline_loading_utils
 
-from .latent_embedding import LatentEmbeddingModule, LatentEmbeddingOutput
+from .latent_embedding import LatentEmbeddingModule, LatentEmbeddingOutput, VisualPriorMixin
 from .pipeline_dod import DoDPipeline, DoDPipelineOutput
 from .scheduling_dod import DoDFlowMatchScheduler, DoDFlowMatchSchedulerOutput
 from .transformer_dod import DoDTransformer2DModel, DoDTransformerOutput
@@ -24,6 +24,7 @@ __all__ = [
     "LatentEmbeddingOutput",
     "ModelMixin",
     "SchedulerMixin",
+    "VisualPriorMixin",
 ]
 
 
@@ -32,12 +33,13 @@ def _register_with_diffusers() -> None:
     Makes Diffusers save and load these classes under the flat library name `diffusers_dod`.
 
     It looks base classes up by name in the library of a component, which is why `ModelMixin` and `SchedulerMixin` are
-    names of this package too, and pipelines and automatic models by name in `diffusers` itself.
+    names of this package too, and pipelines and automatic models by name in `diffusers` itself. An encoder of visual
+    priors in another module is saved under that module's name, and there has `VisualPriorMixin` for a base class.
     """
-    pipeline_loading_utils.LOADABLE_CLASSES[__name__] = {
-        "ModelMixin": ["save_pretrained", "from_pretrained"],
-        "SchedulerMixin": ["save_pretrained", "from_pretrained"],
-    }
+    methods = ["save_pretrained", "from_pretrained"]
+    classes = dict.fromkeys(("ModelMixin", "SchedulerMixin", "VisualPriorMixin"), methods)
+    pipeline_loading_utils.LOADABLE_CLASSES[__name__] = classes
+    pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(classes)
     for cls in (DoDPipeline, DoDTransformer2DModel, LatentEmbeddingModule, DoDFlowMatchScheduler):
         setattr(diffusers, cls.__name__, cls)
 

@@ -16,7 +16,7 @@ from .checks import check_choice
 from .compute import sampling_compute, training_cost
 from .data.pictures import TEXTURES
 from .files import METRICS_FILE
-from .latent_embedding import LatentEmbeddingModule
+from .latent_embedding import LatentEmbeddingModule, VisualPriorMixin
 from .metrics.extractors import INCEPTION
 from .metrics.inception import WEIGHTS_SHA256
 from .metrics.table import METRICS
@@ -169,28 +169,22 @@ def _commands(results: Mapping[str, Any]) -> str:
 
 def read_model(folder: Path) -> tuple[Preset, tuple[str, ...]]:
     """Reads the configs and the class names of the pipeline in `folder`."""
-    config = DoDPipeline.load_config(folder)
-    parts = {"transformer": DoDTransformer2DModel, "latent_embedder": LatentEmbeddingModule}
-    configs = {
-        name: {key: value for key, value in kind.load_config(folder, subfolder=name).items() if key[0] != "_"}
-        for name, kind in parts.items()
-        if config[name][0] is not None
-    }
-    defaults = {key: value for key, value in config.items() if key.startswith("default_")}
-    names = config.get("id2label") or {}
-    return Preset(configs["transformer"], configs.get("latent_embedder"), defaults), tuple(
-        names[key] for key in sorted(names, key=int)
-    )
+    names = DoDPipeline.load_config(folder).get("id2label") or {}
+    return Preset.from_pretrained(folder), tuple(names[key] for key in sorted(names, key=int))
 
 
-def _build_without_weights(model: Preset) -> tuple[DoDTransformer2DModel, LatentEmbeddingModule | None]:
+def _build_without_weights(model: Preset) -> tuple[DoDTransformer2DModel, VisualPriorMixin | None]:
     """Builds both models without weights, for their sizes."""
-    embedder = model.latent_embedder_config
     with torch.device("meta"):
-        return (
-            DoDTransformer2DModel(**model.transformer_config),
-            None if embedder is None else LatentEmbeddingModule(**embedder),
-        )
+        return model.build()
+
+
+def _embedder_name(model: Preset) -> str | None:
+    """What a card calls the latent embedder, if there is one."""
+    if model.latent_embedder_config is None:
+        return None
+    is_lem = issubclass(model.latent_embedder_class, LatentEmbeddingModule)
+    return "LEM" if is_lem else model.latent_embedder_class.__name__
 
 
 def _architecture(model: Preset) -> str:
@@ -201,20 +195,23 @@ def _architecture(model: Preset) -> str:
         f"Latents of {config.in_channels} x {config.sample_size} x {config.sample_size} numbers in patches of "
         f"{config.patch_size} x {config.patch_size}; {config.num_classes:,} classes and a null class."
     ]
+    name = _embedder_name(model)
     if embedder is not None:
-        layers.append(f"{embedder.config.num_encoder_layers} + {embedder.config.num_decoder_layers}")
-        text.append(
-            f"A visual prior is {embedder.config.num_latent_tokens} tokens of {embedder.config.latent_token_dim} "
-            "numbers; the LEM's layers are those of its encoder and decoder."
-        )
-    sizes = [(part.config.num_attention_heads, part.config.attention_head_dim) for part in columns]
+        count, width = embedder.token_shape
+        text.append(f"A visual prior is {count} tokens of {width} numbers")
+        if isinstance(embedder, LatentEmbeddingModule):
+            layers.append(f"{embedder.config.num_encoder_layers} + {embedder.config.num_decoder_layers}")
+            text[-1] += "; the LEM's layers are those of its encoder and decoder."
+        else:
+            layers.append("")
+            text[-1] += f"; a {name} takes the place of the LEM."
     rows = [
         ["parameters", *(f"{part.num_parameters():,}" for part in columns)],
         ["layers", *layers],
-        ["width", *(str(heads * dim) for heads, dim in sizes)],
-        ["attention heads", *(str(heads) for heads, _ in sizes)],
+        ["width", *(str(part.inner_dim) for part in columns)],
+        ["attention heads", *(str(part.config.get("num_attention_heads", "")) for part in columns)],
     ]
-    return "\n\n".join([format_table(["", "backbone", "LEM"][: len(columns) + 1], rows), "\n".join(text)])
+    return "\n\n".join([format_table(["", "backbone", name][: len(columns) + 1], rows), "\n".join(text)])
 
 
 def _format_flops(flops: float) -> str:
@@ -365,7 +362,7 @@ def fill_card(
         template_path=TEMPLATE,
         preset=args.preset,
         resolution=args.resolution,
-        has_embedder=(model or PRESETS[args.preset]).latent_embedder_config is not None,
+        embedder=_embedder_name(model or PRESETS[args.preset]),
         is_trained=step > 0,
         samples=f"samples/{drawn[-1].name}" if drawn else None,
         path=texts.get("repo_id", path),

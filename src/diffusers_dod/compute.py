@@ -21,7 +21,6 @@ from .autoencoders import Autoencoder, decode_pixels, latent_channels
 from .checks import check_at_least, check_choice, check_number, check_type
 from .finetuning import TRAINABLE_PARAMETERS, difffit_parameters, freeze_all_but
 from .guidance import Guidance, GuidedVelocity
-from .latent_embedding import LatentEmbeddingModule
 from .losses import DoDJointModel
 from .presets import Preset
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
@@ -104,16 +103,10 @@ class TrainingCost:
         return states / num_processes + gathered + self.activation_bytes
 
 
-def _build(
+def _joint_model(
     preset: Preset, latent_shape: tuple[int, int, int], num_classes: int, trainable_parameters: str
 ) -> DoDJointModel:
-    channels, sample_size, _ = latent_shape
-    shape = {"in_channels": channels, "sample_size": sample_size}
-    transformer = DoDTransformer2DModel(**(preset.transformer_config | shape | {"num_classes": num_classes}))
-    latent_embedder = None
-    if preset.latent_embedder_config is not None:
-        latent_embedder = LatentEmbeddingModule(**(preset.latent_embedder_config | shape))
-    model = DoDJointModel(transformer, latent_embedder)
+    model = DoDJointModel(*preset.build(latent_shape, num_classes))
     if trainable_parameters == "difffit":
         freeze_all_but(model, difffit_parameters(model))
     return model
@@ -250,10 +243,9 @@ def training_cost(
     prior_share = 0.0 if preset.latent_embedder_config is None else 1 - prior_dropout_prob
 
     with torch.device("meta"):
-        model = _build(preset, latent_shape, num_classes, trainable_parameters)
+        model = _joint_model(preset, latent_shape, num_classes, trainable_parameters)
     if gradient_checkpointing:
-        for part in model.children():
-            part.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing()
     shares = {num_priors: share for num_priors, share in ((0, 1 - prior_share), (1, prior_share)) if share > 0}
     counts = {num_priors: count_flops(model, latent_shape, num_priors) for num_priors in shares}
     forward, training = (
@@ -261,12 +253,11 @@ def training_cost(
     )
 
     with FakeTensorMode():
-        fake = _build(preset, latent_shape, num_classes, trainable_parameters)
+        fake = _joint_model(preset, latent_shape, num_classes, trainable_parameters)
         batch, num_priors = _empty_batch(batch_size, latent_shape), round(prior_share * batch_size)
         activations, largest_block = count_kept_bytes(fake, batch, num_priors, mixed_precision)
         if gradient_checkpointing:
-            for part in fake.children():
-                part.enable_gradient_checkpointing()
+            fake.enable_gradient_checkpointing()
             activations = largest_block + count_kept_bytes(fake, batch, num_priors, mixed_precision)[0]
 
     embedder = [] if model.latent_embedder is None else [*model.latent_embedder.parameters()]
@@ -373,14 +364,9 @@ def count_model(model: Preset | DiffusionPipeline, latent_size: tuple[int, int] 
         `TypeError`, `ValueError`: the model is neither, or does not take latents of this size.
     """
     check_type("model", model, (Preset, DiffusionPipeline))
-    if isinstance(model, Preset):
-        transformer_config, embedder_config = model.transformer_config, model.latent_embedder_config
-    else:
-        transformer_config = model.transformer.config
-        embedder_config = None if model.latent_embedder is None else model.latent_embedder.config
+    preset = model if isinstance(model, Preset) else Preset.from_pipeline(model)
     with torch.device("meta"):
-        transformer = DoDTransformer2DModel.from_config(transformer_config)
-        embedder = None if embedder_config is None else LatentEmbeddingModule.from_config(embedder_config)
+        transformer, embedder = preset.build()
         latents = torch.empty(1, transformer.config.in_channels, *_latent_size(transformer, latent_size))
         inputs = latents, torch.empty(1), torch.zeros(1, dtype=torch.int64)
         counts = [_count_operations(lambda: transformer(*inputs))]

@@ -1,5 +1,9 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""The Latent Embedding Module (paper, Section 3.2): latents -> a few narrow tokens -> a visual prior per patch."""
+"""
+Encoders of the visual prior: latents -> a few narrow tokens -> a visual prior per patch.
+
+The paper's own is the Latent Embedding Module (Section 3.2). Any other [`VisualPriorMixin`] can take its place.
+"""
 
 import functools
 from collections.abc import Callable
@@ -19,18 +23,18 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from .checks import check_at_least, check_number
 from .modeling_utils import DoDModelMixin
 from .pos_interpolation import grid_scales, interpolate_frequencies
-from .transformer_dod import DoDAttention, check_latents, patchify
+from .transformer_dod import DoDAttention, DoDTransformer2DModel, check_latents, patchify
 
 
 @dataclass
 class LatentEmbeddingOutput(BaseOutput):
     """
-    Output of [`LatentEmbeddingModule`].
+    Output of [`LatentEmbeddingModule`] and of any other [`VisualPriorMixin`].
 
     Args:
         prior_embeds (`torch.Tensor` of shape `(B, T, inner_dim)`): The visual prior e_s of every patch (paper, Eq. 7).
         latent_tokens (`torch.Tensor` of shape `(B, num_latent_tokens, latent_token_dim)`, *optional*):
-            The code (paper, Eq. 6). The module always returns it.
+            The code (paper, Eq. 6). Models always return it.
     """
 
     prior_embeds: torch.Tensor
@@ -102,6 +106,145 @@ def _check_attention_kwargs(attention_kwargs: dict[str, Any] | None) -> None:
         raise ValueError(f"`attention_kwargs` must hold nothing but 'scale', got {attention_kwargs}.")
 
 
+class VisualPriorMixin(DoDModelMixin, PeftAdapterMixin):
+    r"""
+    The face of an encoder of the visual prior, which pipeline, training and evaluation know.
+
+    An encoder of one's own is a class with this base. Its constructor, under `register_to_config`, takes at least
+    `sample_size`, `patch_size` and `in_channels` of the latents, and sets two attributes:
+
+    - `inner_dim` (`int`): Width of a visual prior, the same as the backbone's `prior_embed_dim`.
+    - `token_shape` (`tuple[int, int]`): Number and width of the latent tokens.
+
+    It defines [`~VisualPriorMixin.encode`] and [`~VisualPriorMixin.decode`]. Saved pipelines name the class. They can
+    be loaded once the module that defines it has been imported; no file makes anything import it.
+    """
+
+    inner_dim: int
+    token_shape: tuple[int, int]
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        for name in ("encode", "decode"):
+            if name in vars(cls):
+                setattr(cls, name, _apply_offload_hooks(vars(cls)[name]))
+
+    def encode(self, latents: torch.Tensor, attention_kwargs: dict[str, Any] | None = None) -> torch.Tensor:
+        """
+        Compresses latents into latent tokens (paper, Eq. 6).
+
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, H, W)`): Clean, normalised latents of any floating dtype.
+            attention_kwargs (`dict`, *optional*): `scale` is that of LoRA adapters.
+
+        Returns:
+            `torch.Tensor` of shape `(B, *token_shape)`.
+
+        Raises:
+            `NotImplementedError`: a subclass has left this out.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `encode`.")
+
+    def decode(
+        self, latent_tokens: torch.Tensor, height: int, width: int, attention_kwargs: dict[str, Any] | None = None
+    ) -> torch.Tensor:
+        """
+        Spreads latent tokens over the patches (paper, Eq. 7).
+
+        Args:
+            latent_tokens (`torch.Tensor` of shape `(B, *token_shape)`): The code, of any floating dtype.
+            height (`int`): Height in latent pixels, a multiple of `patch_size`.
+            width (`int`): Width in latent pixels, a multiple of `patch_size`.
+            attention_kwargs (`dict`, *optional*): `scale` is that of LoRA adapters.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T, inner_dim)` with T = height/p * width/p patches, row by row.
+
+        Raises:
+            `NotImplementedError`: a subclass has left this out.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `decode`.")
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self, latents: torch.Tensor, attention_kwargs: dict[str, Any] | None = None, return_dict: bool = True
+    ) -> LatentEmbeddingOutput | tuple[torch.Tensor, torch.Tensor]:
+        """
+        Extracts the visual prior of latents: `decode(encode(latents))`.
+
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, H, W)`): Clean, normalised latents.
+            attention_kwargs (`dict`, *optional*): `scale` is that of LoRA adapters; nothing else is known here.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`LatentEmbeddingOutput`].
+
+        Returns:
+            [`LatentEmbeddingOutput`], or the tuple `(prior_embeds, latent_tokens)`.
+
+        Raises:
+            `ValueError`: the shape does not fit, or `attention_kwargs` holds anything but `scale`.
+        """
+        _check_attention_kwargs(attention_kwargs)
+        latent_tokens = self.encode(latents)
+        prior_embeds = self.decode(latent_tokens, *latents.shape[2:])
+        if not return_dict:
+            return prior_embeds, latent_tokens
+        return LatentEmbeddingOutput(prior_embeds=prior_embeds, latent_tokens=latent_tokens)
+
+
+def find_visual_prior_class(name: str) -> type[VisualPriorMixin]:
+    """
+    Finds the encoder class of a name that a saved pipeline gives.
+
+    Args:
+        name (`str`): Name of a [`VisualPriorMixin`] in a module that has been imported.
+
+    Returns:
+        `type[VisualPriorMixin]`: The class that was defined last, if several have the name.
+
+    Raises:
+        `ValueError`: there is no such class, or its module has not been imported.
+    """
+    classes: list[type[VisualPriorMixin]] = [VisualPriorMixin]
+    for cls in classes:  # grows
+        classes += cls.__subclasses__()
+    known = {cls.__name__: cls for cls in classes[1:]}
+    if name not in known:
+        raise ValueError(
+            f"`latent_embedder` must be of a class that has been imported ({', '.join(sorted(known))}), got {name!r}: "
+            "import the module that defines it first."
+        )
+    return known[name]
+
+
+def check_visual_prior(latent_embedder: VisualPriorMixin, transformer: DoDTransformer2DModel) -> None:
+    """
+    Raises unless an encoder of visual priors has what is needed, and fits the backbone.
+
+    Args:
+        latent_embedder ([`VisualPriorMixin`]): The encoder.
+        transformer ([`DoDTransformer2DModel`]): The backbone.
+
+    Raises:
+        `TypeError`: an attribute is missing.
+        `ValueError`: the two have other widths, channels or patches.
+    """
+    for name in ("inner_dim", "token_shape"):
+        if not hasattr(latent_embedder, name):
+            raise TypeError(
+                f"`latent_embedder` must have the attribute `{name}`, got {type(latent_embedder).__name__}."
+            )
+    for name, argument, received in (
+        ("width", "prior_embed_dim", latent_embedder.inner_dim),
+        ("in_channels", "in_channels", latent_embedder.config.get("in_channels")),
+        ("patch_size", "patch_size", latent_embedder.config.get("patch_size")),
+    ):
+        expected = transformer.config[argument]
+        if received != expected:
+            raise ValueError(
+                f"`latent_embedder` must have the {name} {expected}, the transformer's `{argument}`, got {received}."
+            )
+
+
 class LatentEmbeddingBlock(nn.Module):
     """
     A pre-norm vision transformer block: plain self-attention and a GELU MLP.
@@ -126,7 +269,7 @@ class LatentEmbeddingBlock(nn.Module):
         return hidden_states + self.ff(self.norm2(hidden_states))
 
 
-class LatentEmbeddingModule(DoDModelMixin, PeftAdapterMixin, AttentionMixin):
+class LatentEmbeddingModule(VisualPriorMixin, AttentionMixin):
     r"""
     The Latent Embedding Module (LEM): compresses clean latents into a few tokens and makes a visual prior of them.
 
@@ -206,6 +349,7 @@ class LatentEmbeddingModule(DoDModelMixin, PeftAdapterMixin, AttentionMixin):
                 f"`latent_token_dim` must be a multiple of 4 (2D sine-cosine positions), got {latent_token_dim}."
             )
         self.inner_dim = dim
+        self.token_shape = (num_latent_tokens, latent_token_dim)
 
         def blocks(num_layers: int) -> nn.ModuleList:
             return nn.ModuleList(
@@ -258,7 +402,6 @@ class LatentEmbeddingModule(DoDModelMixin, PeftAdapterMixin, AttentionMixin):
             config.pos_interpolation_decoupled,
         )
 
-    @_apply_offload_hooks
     @apply_lora_scale("attention_kwargs")
     def encode(self, latents: torch.Tensor, attention_kwargs: dict[str, Any] | None = None) -> torch.Tensor:
         """
@@ -286,7 +429,6 @@ class LatentEmbeddingModule(DoDModelMixin, PeftAdapterMixin, AttentionMixin):
         hidden_states = self._run_blocks(self.encoder_blocks, hidden_states)
         return self.to_latent(self.encoder_norm(hidden_states[:, patches.shape[1] :]))
 
-    @_apply_offload_hooks
     @apply_lora_scale("attention_kwargs")
     def decode(
         self, latent_tokens: torch.Tensor, height: int, width: int, attention_kwargs: dict[str, Any] | None = None
@@ -308,10 +450,9 @@ class LatentEmbeddingModule(DoDModelMixin, PeftAdapterMixin, AttentionMixin):
         """
         _check_attention_kwargs(attention_kwargs)
         config = self.config
-        expected = (config.num_latent_tokens, config.latent_token_dim)
-        if latent_tokens.ndim != 3 or tuple(latent_tokens.shape[1:]) != expected:
+        if latent_tokens.ndim != 3 or tuple(latent_tokens.shape[1:]) != self.token_shape:
             raise ValueError(
-                f"`latent_tokens` must have shape (batch, {expected[0]}, {expected[1]}), "
+                f"`latent_tokens` must have shape (batch, {self.token_shape[0]}, {self.token_shape[1]}), "
                 f"got {tuple(latent_tokens.shape)}."
             )
         for name, size in {"height": height, "width": width}.items():
@@ -326,28 +467,3 @@ class LatentEmbeddingModule(DoDModelMixin, PeftAdapterMixin, AttentionMixin):
         hidden_states = self.from_latent(torch.cat([mask_tokens, latent_tokens], dim=1))  # (B, T + N, d_l)
         hidden_states = self._run_blocks(self.decoder_blocks, hidden_states)
         return self.proj_out(self.decoder_norm(hidden_states[:, : rows * columns]))
-
-    @apply_lora_scale("attention_kwargs")
-    def forward(
-        self, latents: torch.Tensor, attention_kwargs: dict[str, Any] | None = None, return_dict: bool = True
-    ) -> LatentEmbeddingOutput | tuple[torch.Tensor, torch.Tensor]:
-        """
-        Extracts the visual prior of latents: `decode(encode(latents))`.
-
-        Args:
-            latents (`torch.Tensor` of shape `(B, C, H, W)`): Clean, normalised latents.
-            attention_kwargs (`dict`, *optional*): `scale` is that of LoRA adapters; nothing else is known here.
-            return_dict (`bool`, defaults to `True`): Whether to return a [`LatentEmbeddingOutput`].
-
-        Returns:
-            [`LatentEmbeddingOutput`], or the tuple `(prior_embeds, latent_tokens)`.
-
-        Raises:
-            `ValueError`: the shape does not fit, or `attention_kwargs` holds anything but `scale`.
-        """
-        _check_attention_kwargs(attention_kwargs)
-        latent_tokens = self.encode(latents)
-        prior_embeds = self.decode(latent_tokens, *latents.shape[2:])
-        if not return_dict:
-            return prior_embeds, latent_tokens
-        return LatentEmbeddingOutput(prior_embeds=prior_embeds, latent_tokens=latent_tokens)

@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .checks import check_at_least
-from .latent_embedding import LatentEmbeddingModule
+from .latent_embedding import VisualPriorMixin, check_visual_prior
 from .rectified_flow import NUM_TRAIN_TIMESTEPS, interpolate, velocity_target
 from .transformer_dod import DoDTransformer2DModel
 
@@ -86,7 +86,7 @@ class DoDJointModel(nn.Module):
 
     Args:
         transformer ([`DoDTransformer2DModel`]): The backbone.
-        latent_embedder ([`LatentEmbeddingModule`], *optional*): The LEM; `None` trains a plain FiTv2.
+        latent_embedder ([`VisualPriorMixin`], *optional*): The LEM or another; `None` trains a plain FiTv2.
         projector ([`RepresentationProjector`], *optional*):
             Projects the backbone's tokens for representation alignment. Only training uses it.
         prior_projector ([`RepresentationProjector`], *optional*):
@@ -95,19 +95,21 @@ class DoDJointModel(nn.Module):
             The backbone's tokens are aligned after this many blocks. REPA has 8 of 28, 8 of 24 and 4 of 12.
 
     Raises:
-        `ValueError`, `TypeError`: the backbone has no such block, or `prior_projector` comes without `projector` or
-            `latent_embedder`.
+        `ValueError`, `TypeError`: the two models do not fit together, the backbone has no such block, or
+            `prior_projector` comes without `projector` or `latent_embedder`.
     """
 
     def __init__(
         self,
         transformer: DoDTransformer2DModel,
-        latent_embedder: LatentEmbeddingModule | None = None,
+        latent_embedder: VisualPriorMixin | None = None,
         projector: RepresentationProjector | None = None,
         prior_projector: RepresentationProjector | None = None,
         alignment_layer: int = 8,
     ):
         super().__init__()
+        if latent_embedder is not None:
+            check_visual_prior(latent_embedder, transformer)
         self.transformer = transformer
         self.latent_embedder = latent_embedder
         self.projector = projector
@@ -121,6 +123,12 @@ class DoDJointModel(nn.Module):
         if prior_projector is not None and (projector is None or latent_embedder is None):
             missing = "projector" if projector is None else "latent_embedder"
             raise ValueError(f"`{missing}` must be given where there is a `prior_projector`, got None.")
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Has blocks computed again in the backward pass, of the encoder too if it supports that."""
+        self.transformer.enable_gradient_checkpointing()
+        if self.latent_embedder is not None and self.latent_embedder._supports_gradient_checkpointing:
+            self.latent_embedder.enable_gradient_checkpointing()
 
     def forward(
         self,

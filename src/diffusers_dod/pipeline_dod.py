@@ -17,7 +17,7 @@ from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from .autoencoders import Autoencoder, check_image_size, decode_pixels, encode_moments, spatial_factor
 from .checks import check_at_least, check_choice, check_number, check_type
 from .guidance import Guidance, GuidedVelocity
-from .latent_embedding import LatentEmbeddingModule
+from .latent_embedding import VisualPriorMixin
 from .lora import DoDLoraLoaderMixin
 from .pipeline_inputs import (
     GivenPrior,
@@ -109,7 +109,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
             Integrates it. Diffusers' own flow-match schedulers can take its place.
         vae (`AutoencoderKL`, `AutoencoderDC` or `AutoencoderRAE`, *optional*):
             Decodes latents to images; `None` for a pixel-space model.
-        latent_embedder ([`LatentEmbeddingModule`], *optional*):
+        latent_embedder ([`LatentEmbeddingModule`] or any other [`VisualPriorMixin`], *optional*):
             Extracts visual priors; without it there is one stage, guided by `guidance_scale`.
         id2label (`dict[int, str]`, *optional*): Class names, several for one class separated by commas.
         default_guidance_scale (`float`, defaults to 5.5): Scale from stage 2 on when a call gives none.
@@ -130,7 +130,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         transformer: DoDTransformer2DModel,
         scheduler: DoDFlowMatchScheduler | SchedulerMixin,
         vae: Autoencoder | None = None,
-        latent_embedder: LatentEmbeddingModule | None = None,
+        latent_embedder: VisualPriorMixin | None = None,
         id2label: dict | None = None,
         default_guidance_scale: float = 5.5,
         default_num_inference_steps: int = 30,
@@ -462,7 +462,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
             `ValueError`, `TypeError`: an argument is none of these.
         """
         for model in (self.transformer, self.latent_embedder):
-            if model is not None:
+            if model is not None and "pos_interpolation" in model.config:
                 model.set_pos_interpolation(pos_interpolation, pos_interpolation_decoupled)
 
     def _prior_embeds(

@@ -14,7 +14,7 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 
 from .autoencoders import AUTOENCODERS, Autoencoder, latent_channels
 from .checks import check_at_least, check_type
-from .latent_embedding import LatentEmbeddingModule
+from .latent_embedding import VisualPriorMixin, check_visual_prior
 from .stages import is_a
 from .transformer_dod import DoDTransformer2DModel
 
@@ -23,7 +23,7 @@ def check_components(
     transformer: DoDTransformer2DModel | None,
     scheduler: SchedulerMixin,
     vae: Autoencoder | None,
-    latent_embedder: LatentEmbeddingModule | None,
+    latent_embedder: VisualPriorMixin | None,
 ) -> None:
     """
     Raises unless the components of a pipeline are what they should be and fit together.
@@ -32,7 +32,7 @@ def check_components(
         transformer ([`DoDTransformer2DModel`] or `None`): The backbone.
         scheduler (`SchedulerMixin`): The scheduler.
         vae (`AutoencoderKL`, `AutoencoderDC`, `AutoencoderRAE` or `None`): The autoencoder.
-        latent_embedder ([`LatentEmbeddingModule`] or `None`): The latent embedder.
+        latent_embedder ([`VisualPriorMixin`] or `None`): The latent embedder.
 
     Raises:
         `TypeError`: a component is of another class.
@@ -41,7 +41,7 @@ def check_components(
     components = {
         "transformer": (transformer, ("DoDTransformer2DModel",)),
         "vae": (vae, AUTOENCODERS),
-        "latent_embedder": (latent_embedder, ("LatentEmbeddingModule",)),
+        "latent_embedder": (latent_embedder, ("VisualPriorMixin",)),
     }
     for name, (component, expected) in components.items():
         if component is not None and not any(is_a(component, cls) for cls in expected):
@@ -57,18 +57,7 @@ def check_components(
             f"got {latent_channels(vae)}."
         )
     if latent_embedder is not None:
-        embedder_config = latent_embedder.config
-        for name, expected, received in (
-            ("width", config.prior_embed_dim, latent_embedder.inner_dim),
-            ("in_channels", config.in_channels, embedder_config.in_channels),
-            ("patch_size", config.patch_size, embedder_config.patch_size),
-        ):
-            if received != expected:
-                described = "`prior_embed_dim`" if name == "width" else f"`{name}`"
-                raise ValueError(
-                    f"`latent_embedder` must have the {name} {expected}, the transformer's {described}, "
-                    f"got {received}."
-                )
+        check_visual_prior(latent_embedder, transformer)
 
 
 def check_id2label(id2label: dict | None, num_classes: int | None) -> dict[int, str]:
@@ -251,7 +240,7 @@ def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> No
 
 
 def check_prior(
-    name: str, prior: torch.Tensor, num_labels: int | None, latent_embedder: LatentEmbeddingModule | None
+    name: str, prior: torch.Tensor, num_labels: int | None, latent_embedder: VisualPriorMixin | None
 ) -> None:
     """
     Raises unless the latents or latent tokens of a visual prior are one, or one per label.
@@ -260,7 +249,7 @@ def check_prior(
         name (`str`): Name of the argument, `"prior_tokens"` for tokens.
         prior (`torch.Tensor`): What was received.
         num_labels (`int` or `None`): Number of labels; any number of latents if `None`.
-        latent_embedder ([`LatentEmbeddingModule`] or `None`): What makes a prior out of it.
+        latent_embedder ([`VisualPriorMixin`] or `None`): What makes a prior out of it.
 
     Raises:
         `TypeError`, `ValueError`: it is of another type, shape or range, or there is no latent embedder.
@@ -272,7 +261,7 @@ def check_prior(
         num_labels = prior.shape[0] if prior.ndim > 0 else 1
     config = latent_embedder.config
     if name == "prior_tokens":
-        expected = (config.num_latent_tokens, config.latent_token_dim)
+        expected = latent_embedder.token_shape
     else:
         expected = (config.in_channels, *prior.shape[2:])
         if prior.ndim != 4 or 0 in prior.shape or any(side % config.patch_size for side in prior.shape[2:]):

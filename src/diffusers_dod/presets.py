@@ -1,8 +1,21 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """Model sizes by name: the paper's DoD-S/B/XL (Table 1), its FiTv2 baselines, and one that trains on two CPU cores."""
 
-from dataclasses import dataclass, field
-from typing import Any
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+from diffusers import DiffusionPipeline
+
+from .latent_embedding import LatentEmbeddingModule, VisualPriorMixin, find_visual_prior_class
+from .transformer_dod import DoDTransformer2DModel
+
+
+def _arguments(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a model's config that are arguments of its constructor."""
+    return {name: config[name] for name in inspect.signature(cls).parameters if name in config}
 
 
 @dataclass(frozen=True)
@@ -12,13 +25,116 @@ class Preset:
 
     Args:
         transformer_config (`dict`): Arguments of [`DoDTransformer2DModel`].
-        latent_embedder_config (`dict`, *optional*): Arguments of [`LatentEmbeddingModule`]. FiTv2 has none.
+        latent_embedder_config (`dict`, *optional*): Arguments of the latent embedder. FiTv2 has none.
         pipeline_config (`dict`, defaults to `{}`): Sampling defaults of [`DoDPipeline`].
+        latent_embedder_class (`type[VisualPriorMixin]`, defaults to `LatentEmbeddingModule`):
+            Class of the latent embedder.
     """
 
     transformer_config: dict[str, Any]
     latent_embedder_config: dict[str, Any] | None = None
     pipeline_config: dict[str, Any] = field(default_factory=dict)
+    latent_embedder_class: type[VisualPriorMixin] = LatentEmbeddingModule
+
+    @classmethod
+    def from_pipeline(cls, pipeline: DiffusionPipeline) -> Self:
+        """
+        The arguments of a pipeline's models.
+
+        Args:
+            pipeline ([`DoDPipeline`]): The pipeline; compiled models count as what was compiled.
+
+        Returns:
+            [`Preset`].
+        """
+        defaults = {name: value for name, value in pipeline.config.items() if name.startswith("default_")}
+        transformer = _arguments(DoDTransformer2DModel, pipeline.transformer.config)
+        if pipeline.latent_embedder is None:
+            return cls(transformer, None, defaults)
+        embedder_class = type(getattr(pipeline.latent_embedder, "_orig_mod", pipeline.latent_embedder))
+        embedder = _arguments(embedder_class, pipeline.latent_embedder.config)
+        return cls(transformer, embedder, defaults, embedder_class)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike) -> Self:
+        """
+        The arguments of a saved pipeline's models, without their weights.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a repository on the Hub.
+
+        Returns:
+            [`Preset`].
+
+        Raises:
+            `OSError`: a config is missing or cannot be reached.
+            `ValueError`: a config is that of another class, or the latent embedder's class has not been imported.
+        """
+        path = pretrained_model_name_or_path
+        index = DiffusionPipeline.load_config(path)
+        defaults = {name: value for name, value in index.items() if name.startswith("default_")}
+        config = DoDTransformer2DModel.load_config(path, subfolder="transformer")
+        transformer = _arguments(DoDTransformer2DModel, config)
+        if index["latent_embedder"][0] is None:
+            return cls(transformer, None, defaults)
+        embedder_class = find_visual_prior_class(index["latent_embedder"][1])
+        embedder = _arguments(embedder_class, embedder_class.load_config(path, subfolder="latent_embedder"))
+        return cls(transformer, embedder, defaults, embedder_class)
+
+    def override(self, **overrides: Any) -> Self:
+        """
+        The preset with other arguments of the models.
+
+        Args:
+            overrides: Arguments; each goes to every model whose constructor takes it.
+
+        Returns:
+            [`Preset`], a new one.
+
+        Raises:
+            `ValueError`: no model takes an argument.
+        """
+        models = [(DoDTransformer2DModel, dict(self.transformer_config))]
+        if self.latent_embedder_config is not None:
+            models.append((self.latent_embedder_class, dict(self.latent_embedder_config)))
+        for name, value in overrides.items():
+            takers = [config for model, config in models if name in inspect.signature(model).parameters]
+            if not takers:
+                names = " or a ".join(model.__name__ for model, _ in models)
+                raise ValueError(f"`{name}` must not be given for a {names}, which has no such argument, got {value}.")
+            for config in takers:
+                config[name] = value
+        configs = [config for _, config in models] + [None]
+        return replace(self, transformer_config=configs[0], latent_embedder_config=configs[1])
+
+    def build_latent_embedder(self) -> VisualPriorMixin | None:
+        """The latent embedder with new weights, if there is one."""
+        config = self.latent_embedder_config
+        return None if config is None else self.latent_embedder_class(**config)
+
+    def build(
+        self, latent_shape: tuple[int, ...] | None = None, num_classes: int | None = None, **overrides: Any
+    ) -> tuple[DoDTransformer2DModel, VisualPriorMixin | None]:
+        """
+        Both models with new weights.
+
+        Args:
+            latent_shape (`tuple[int, ...]`, *optional*): Shape (C, h, w) of the latents, the preset's if not given.
+            num_classes (`int`, *optional*): Number of classes, the preset's if not given.
+            overrides: See [`Preset.override`].
+
+        Returns:
+            `tuple[DoDTransformer2DModel, VisualPriorMixin | None]`: Backbone and latent embedder.
+
+        Raises:
+            `ValueError`, `TypeError`: an argument is out of range or of the wrong type, or no model takes it.
+        """
+        if latent_shape is not None:
+            overrides |= {"in_channels": latent_shape[0], "sample_size": latent_shape[1]}
+        if num_classes is not None:
+            overrides["num_classes"] = num_classes
+        preset = self.override(**overrides)
+        return DoDTransformer2DModel(**preset.transformer_config), preset.build_latent_embedder()
 
 
 def _preset(

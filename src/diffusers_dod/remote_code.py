@@ -12,6 +12,8 @@ other modules come first, and imports are merged. So no code is written twice by
 """
 
 import ast
+import importlib
+import inspect
 import json
 import shutil
 import sys
@@ -21,7 +23,7 @@ from pathlib import Path
 from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub import snapshot_download
 
-from .latent_embedding import LatentEmbeddingModule
+from .latent_embedding import LatentEmbeddingModule, VisualPriorMixin, find_visual_prior_class
 from .options import option, parse_options
 from .pipeline_dod import DoDPipeline
 from .scheduling_dod import DoDFlowMatchScheduler
@@ -30,6 +32,12 @@ from .transformer_dod import DoDTransformer2DModel
 
 COMPONENT_CLASSES = {
     cls.__name__: cls for cls in (DoDTransformer2DModel, LatentEmbeddingModule, DoDFlowMatchScheduler)
+}
+# The classes that the pipeline's code only names in annotations.
+STAND_INS = {
+    DoDTransformer2DModel.__name__: ModelMixin,
+    VisualPriorMixin.__name__: ModelMixin,
+    DoDFlowMatchScheduler.__name__: SchedulerMixin,
 }
 PACKAGE = __package__
 
@@ -49,21 +57,60 @@ class _Module:
     statements: list[_Statement]
     relative_imports: dict[str, list[str]]  # module of this package -> names
     absolute_imports: dict[str, tuple[str, str]]  # name in the module -> (imported module or "", what is imported)
+    other_imports: frozenset[str] = frozenset()  # names that cannot be put into the same file
+
+    def find_needed(self, name: str) -> "_Module":
+        """What `name` needs of this module."""
+        needed, kept = {name}, []
+        while found := [s for s in self.statements if s not in kept and s.defines & needed]:
+            kept += found
+            needed |= set().union(*(statement.mentions for statement in found))
+        if unknown := sorted(needed & self.other_imports):
+            raise ValueError(
+                f"`{name}` must need nothing but what is in its own file, in the modules right in {PACKAGE} and in "
+                f"other libraries, got {', '.join(unknown)}."
+            )
+        relative = {module: [n for n in names if n in needed] for module, names in self.relative_imports.items()}
+        return _Module(
+            self.docstring,
+            [statement for statement in self.statements if statement in kept],
+            {module: names for module, names in relative.items() if names},
+            self.absolute_imports,
+        )
 
 
-def _parse(name: str) -> _Module:
-    source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+def _module_of(package_module: str, name: str) -> str | None:
+    """The module right in this package with what `from package_module import name` imports, if there is one."""
+    origin = package_module
+    if package_module == PACKAGE:
+        origin = getattr(getattr(importlib.import_module(PACKAGE), name, None), "__module__", PACKAGE)
+    return origin.removeprefix(f"{PACKAGE}.") if origin.count(".") == 1 and origin.startswith(PACKAGE) else None
+
+
+def _parse(file: Path) -> _Module:
+    is_ours = file.parent == Path(__file__).parent
+    source = file.read_text(encoding="utf-8")
     lines = source.splitlines(keepends=True)
     tree = ast.parse(source)
     docstring = ast.get_docstring(tree, clean=False)
     statements: list[_Statement] = []
     relative: dict[str, list[str]] = {}
     absolute: dict[str, tuple[str, str]] = {}
+    others: set[str] = set()
     end = 0
     for node in tree.body:
         start, end = end, node.end_lineno
-        if isinstance(node, ast.ImportFrom) and node.level:
+        if isinstance(node, ast.ImportFrom) and node.level and is_ours:
             relative.setdefault(node.module, []).extend(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.level or node.module.partition(".")[0] == PACKAGE):
+            for alias in node.names:
+                module = None if node.level or alias.asname else _module_of(node.module, alias.name)
+                if module is None:
+                    others.add(alias.asname or alias.name)
+                else:
+                    relative.setdefault(module, []).append(alias.name)
+        elif isinstance(node, ast.Import) and any(alias.name.partition(".")[0] == PACKAGE for alias in node.names):
+            others.update(alias.asname or alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             for alias in node.names:
                 renamed = f" as {alias.asname}" if alias.asname else ""
@@ -75,29 +122,40 @@ def _parse(name: str) -> _Module:
             mentions = {child.id for child in ast.walk(node) if isinstance(child, ast.Name)}
             text = "".join(lines[start:end]).strip("\n")
             statements.append(_Statement(text, frozenset(defines), frozenset(mentions)))
-    return _Module(docstring, statements, relative, absolute)
+    return _Module(docstring, statements, relative, absolute, frozenset(others))
 
 
-def self_contained_source(module_name: str, stand_ins: dict[str, type] | None = None) -> str:
+def self_contained_source(cls: type, stand_ins: dict[str, type] | None = None) -> str:
     """
-    Makes one file of a module of this package and of everything that it needs from other modules.
+    The source of a class with everything it needs of its module and of this package, in one file.
 
     Args:
-        module_name (`str`): Name within the package, such as `"transformer_dod"`.
+        cls (`type`): A class of this package, whose module is taken as it is, or an encoder of visual priors.
         stand_ins (`dict[str, type]`, *optional*):
             Names of classes that occur in annotations only -> the class of Diffusers to name instead.
 
     Returns:
         `str`: Python source that imports nothing of this package.
+
+    Raises:
+        `ValueError`: the class is in no file, or needs what cannot be put into the same one.
     """
     stand_ins = stand_ins or {}
-    entry = _parse(module_name)
+    try:
+        file = Path(inspect.getsourcefile(cls))
+    except (OSError, TypeError) as error:
+        raise ValueError(f"`{cls.__name__}` must be defined in a file: {error}") from error
+    module_name = file.stem
+    entry = _parse(file)
+    is_ours = file.parent == Path(__file__).parent
+    if not is_ours:
+        entry = entry.find_needed(cls.__name__)
     modules: dict[str, _Module] = {}
 
     def visit(name: str, module: _Module) -> None:  # what a module needs comes before it
         for needed, names in module.relative_imports.items():
             if needed not in modules and not set(names) <= set(stand_ins):
-                visit(needed, _parse(needed))
+                visit(needed, _parse(Path(__file__).with_name(f"{needed}.py")))
         modules[name] = module
 
     visit(module_name, entry)
@@ -111,7 +169,8 @@ def self_contained_source(module_name: str, stand_ins: dict[str, type] | None = 
             needed_names |= statement.mentions
     statements = [s for module in modules.values() for s in module.statements if id(s) in kept]
     defined = [name for statement in statements for name in statement.defines]
-    assert len(defined) == len(set(defined)), f"one name for two things in {module_name}: {sorted(defined)}"
+    if twice := sorted({name for name in defined if defined.count(name) > 1}):
+        raise ValueError(f"`{cls.__name__}` must not define names of {PACKAGE} that it needs, got {', '.join(twice)}.")
 
     imported: dict[str, set[str]] = {}
     for module in modules.values():
@@ -122,9 +181,11 @@ def self_contained_source(module_name: str, stand_ins: dict[str, type] | None = 
     for cls in used_stand_ins.values():
         imported.setdefault("diffusers", set()).add(cls.__name__)
     header = [
-        "# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.",
-        f"# Written by `python -m {PACKAGE}.remote_code` from the sources of that package: change them there.",
-        f'"""{entry.docstring}"""',
+        f"# {'Copyright' if is_ours else 'Parts are copyright'} 2026 The diffusers_dod authors. "
+        "Licensed under the Apache License, Version 2.0.",
+        f"# Written by `python -m {PACKAGE}.remote_code` from "
+        f"{'the sources of that package' if is_ours else f'{file.name} and that package'}: change them there.",
+        *([f'"""{entry.docstring}"""'] if entry.docstring else []),
         "",
         *(f"import {what}" for what in sorted(imported.pop("", ()))),
         *(f"from {origin} import {', '.join(sorted(names))}" for origin, names in sorted(imported.items())),
@@ -134,6 +195,24 @@ def self_contained_source(module_name: str, stand_ins: dict[str, type] | None = 
         header += ["# Named in annotations only; the classes themselves are in the folders of the components."]
         header += [f"{name} = {cls.__name__}" for name, cls in used_stand_ins.items()]
     return "\n".join(header) + "\n\n\n" + "\n\n\n".join(statement.source for statement in statements) + "\n"
+
+
+def _find_component_classes(source: Path, index: dict) -> dict[str, type]:
+    """Component -> class whose code goes along: of this package, or an encoder of visual priors of one's own."""
+    classes = {}
+    for name, entry in index.items():
+        if not isinstance(entry, list) or entry[0] is None or name == "_class_name":
+            continue
+        if entry[0] == PACKAGE:
+            if entry[1] not in COMPONENT_CLASSES or not (source / name).is_dir():
+                raise ValueError(
+                    f"`pretrained_model_name_or_path` must have a folder `{name}` with one of "
+                    f"{', '.join(COMPONENT_CLASSES)}, got {entry[1]} in {sorted(p.name for p in source.iterdir())}."
+                )
+            classes[name] = COMPONENT_CLASSES[entry[1]]
+        elif name == "latent_embedder":
+            classes[name] = find_visual_prior_class(entry[1])
+    return classes
 
 
 def export_remote_code(pretrained_model_name_or_path: str | Path, output_dir: str | Path) -> Path:
@@ -149,7 +228,8 @@ def export_remote_code(pretrained_model_name_or_path: str | Path, output_dir: st
 
     Raises:
         `OSError`: there is no such folder or repository.
-        `ValueError`: the source is not a `DoDPipeline` of this package, or `output_dir` is not empty.
+        `ValueError`: the source is not a `DoDPipeline` of this package, `output_dir` is not empty, or the class of the
+            latent embedder has not been imported or does not fit into one file.
     """
     source, output_dir = Path(pretrained_model_name_or_path), Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
@@ -169,27 +249,15 @@ def export_remote_code(pretrained_model_name_or_path: str | Path, output_dir: st
             f"`pretrained_model_name_or_path` must hold a saved `{DoDPipeline.__name__}`, "
             f"got {str(pretrained_model_name_or_path)!r} of class {index.get('_class_name')!r}."
         )
-    for name, entry in index.items():
-        if isinstance(entry, list) and entry[0] == PACKAGE:
-            if entry[1] not in COMPONENT_CLASSES or not (source / name).is_dir():
-                raise ValueError(
-                    f"`pretrained_model_name_or_path` must have a folder `{name}` with one of "
-                    f"{', '.join(COMPONENT_CLASSES)}, got {entry[1]} in {sorted(p.name for p in source.iterdir())}."
-                )
+    classes = _find_component_classes(source, index)
+    sources = {name: self_contained_source(cls) for name, cls in classes.items()}
 
     shutil.copytree(source, output_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns("training_state", ".*"))
-    for name, entry in index.items():
-        if not isinstance(entry, list) or entry[0] != PACKAGE:
-            continue
-        cls = COMPONENT_CLASSES[entry[1]]
-        module_name = cls.__module__.rpartition(".")[2]
-        code = self_contained_source(module_name)
-        (output_dir / name / f"{module_name}.py").write_text(code, encoding="utf-8")
+    for name, cls in classes.items():
+        module_name = Path(inspect.getsourcefile(cls)).stem
+        (output_dir / name / f"{module_name}.py").write_text(sources[name], encoding="utf-8")
         index[name] = [module_name, cls.__name__]
-    stand_ins = {
-        name: ModelMixin if issubclass(cls, ModelMixin) else SchedulerMixin for name, cls in COMPONENT_CLASSES.items()
-    }
-    code = self_contained_source(DoDPipeline.__module__.rpartition(".")[2], stand_ins)
+    code = self_contained_source(DoDPipeline, STAND_INS)
     (output_dir / "pipeline.py").write_text(code, encoding="utf-8")
     index["_class_name"] = ["pipeline", DoDPipeline.__name__]
     (output_dir / DoDPipeline.config_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ def random_latent_embedder(embedder: nn.Module, seed: int) -> nn.Module:
     Makes an untrained latent embedder.
 
     Args:
-        embedder ([`LatentEmbeddingModule`]): The model for config, device and dtype.
+        embedder ([`VisualPriorMixin`]): The model for config, device and dtype.
         seed (`int`): Seed of the weights.
 
     Returns:
-        [`LatentEmbeddingModule`].
+        [`VisualPriorMixin`].
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -78,7 +79,7 @@ def compute_tokens(
     """
     embedder = pipeline.latent_embedder
     untrained = random_latent_embedder(embedder, RANDOM_LEM_SEED)
-    num_values = embedder.config.num_latent_tokens * embedder.config.latent_token_dim
+    num_values = math.prod(embedder.token_shape)
     chunks: dict[str, list[torch.Tensor]] = {name: [] for name in (*FEATURES, "labels")}
     batches = read_batches(pictures, indices, batch_size, num_workers)
     for _, images, labels in tqdm(batches, desc="Features", total=-(-len(indices) // batch_size)):

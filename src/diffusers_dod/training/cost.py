@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -24,11 +23,8 @@ from ..autoencoders import AUTOENCODERS, check_image_size, latent_channels, spat
 from ..checks import check_at_least, check_choice, check_number
 from ..compute import TrainingCost, training_cost
 from ..data.latents import SHARD_MANIFEST
-from ..latent_embedding import LatentEmbeddingModule
-from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS, Preset
 from ..tables import format_table
-from ..transformer_dod import DoDTransformer2DModel
 from .arguments import parse_args, read_config
 
 
@@ -122,30 +118,20 @@ def find_preset(args: argparse.Namespace) -> tuple[Preset, list[str]]:
     if args.pretrained_model_name_or_path is not None:
         path = args.pretrained_model_name_or_path
         try:
-            transformer = _public(DoDTransformer2DModel.load_config(path, subfolder="transformer"))
-            embedder = preset.latent_embedder_config
-            if DoDPipeline.load_config(path)["latent_embedder"][0] is not None:
-                embedder = _public(LatentEmbeddingModule.load_config(path, subfolder="latent_embedder"))
-            elif embedder is not None:  # a FiTv2 becomes the backbone of a DoD
-                width = embedder["num_attention_heads"] * embedder["attention_head_dim"]
-                transformer |= {"prior_embed_dim": width}
-                embedder = embedder | {"patch_size": transformer["patch_size"]}
-            preset = Preset(transformer, embedder)
+            saved = Preset.from_pretrained(path)
+            if saved.latent_embedder_config is None and preset.latent_embedder_config is not None:
+                # A FiTv2 becomes the backbone of a DoD.
+                saved = replace(
+                    saved.override(prior_embed_dim=preset.transformer_config["prior_embed_dim"]),
+                    latent_embedder_config=preset.latent_embedder_config,
+                    latent_embedder_class=preset.latent_embedder_class,
+                ).override(patch_size=saved.transformer_config["patch_size"])
+            preset = saved
         except OSError:
             assumptions.append(f"a model of the preset's size: the configs of {path!r} cannot be reached")
-    given = {name: getattr(args, name) for name in ("num_latent_tokens", "latent_token_dim")}
-    overrides = {name: value for name, value in given.items() if value is not None}
-    if overrides:
-        preset = replace(preset, latent_embedder_config=preset.latent_embedder_config | overrides)
-    if args.patch_size is not None:
-        patch = {"patch_size": args.patch_size}
-        embedder = preset.latent_embedder_config
-        preset = Preset(preset.transformer_config | patch, None if embedder is None else embedder | patch)
-    return preset, assumptions
-
-
-def _public(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if not name.startswith("_")}
+    names = ("num_latent_tokens", "latent_token_dim", "patch_size")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return preset.override(**given), assumptions
 
 
 def _find_latents(args: argparse.Namespace) -> tuple[tuple[int, int, int], int, list[str]]:

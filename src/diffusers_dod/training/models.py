@@ -7,7 +7,7 @@ import torch
 
 from ..conversion import add_prior_projection
 from ..finetuning import difffit_parameters, freeze_all_but
-from ..latent_embedding import LatentEmbeddingModule
+from ..latent_embedding import VisualPriorMixin
 from ..losses import DoDJointModel, RepresentationProjector
 from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS, Preset
@@ -36,28 +36,26 @@ def build_models(
     """
     torch.manual_seed(args.seed)
     preset: Preset = PRESETS[args.preset]
-    channels, sample_size = latent_shape[0], latent_shape[1]
-    shape = {"in_channels": channels, "sample_size": sample_size}
-    if args.patch_size is not None:
-        shape["patch_size"] = args.patch_size
-    transformer = latent_embedder = None
-    if args.pretrained_model_name_or_path is not None:
+    names = ("num_latent_tokens", "latent_token_dim")
+    overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.pretrained_model_name_or_path is None:
+        if args.patch_size is not None:
+            overrides["patch_size"] = args.patch_size
+        transformer, latent_embedder = preset.build(latent_shape, num_classes, **overrides)
+    else:
+        shape = {"in_channels": latent_shape[0], "sample_size": latent_shape[1]}
         transformer, latent_embedder = load_pretrained(args.pretrained_model_name_or_path, shape, num_classes)
-    if transformer is None:
-        transformer = DoDTransformer2DModel(**(preset.transformer_config | shape | {"num_classes": num_classes}))
-    given = {"num_latent_tokens": args.num_latent_tokens, "latent_token_dim": args.latent_token_dim}
-    overrides = {name: value for name, value in given.items() if value is not None}
-    if latent_embedder is not None and overrides:
-        name, value = next(iter(overrides.items()))
-        raise ValueError(
-            f"`{name}` must not be given where `pretrained_model_name_or_path` has a latent embedder, "
-            f"whose own is {latent_embedder.config[name]}, got {value}."
-        )
-    if latent_embedder is None and preset.latent_embedder_config is not None:
-        overrides["patch_size"] = transformer.config.patch_size
-        latent_embedder = LatentEmbeddingModule(**(preset.latent_embedder_config | shape | overrides))
-        if transformer.config.prior_embed_dim is None:  # a FiTv2 becomes the backbone of a DoD
-            transformer = with_priors(transformer, latent_embedder.inner_dim)
+        if latent_embedder is not None and overrides:
+            name, value = next(iter(overrides.items()))
+            raise ValueError(
+                f"`{name}` must not be given where `pretrained_model_name_or_path` has a latent embedder, "
+                f"whose own is {latent_embedder.config.get(name)}, got {value}."
+            )
+        if latent_embedder is None and preset.latent_embedder_config is not None:
+            overrides |= {**shape, "patch_size": transformer.config.patch_size}
+            latent_embedder = preset.override(**overrides).build_latent_embedder()
+            if transformer.config.prior_embed_dim is None:  # a FiTv2 becomes the backbone of a DoD
+                transformer = with_priors(transformer, latent_embedder.inner_dim)
     projector = prior_projector = None
     if feature_dim is not None:
         projector = RepresentationProjector(transformer.inner_dim, feature_dim)
@@ -65,9 +63,7 @@ def build_models(
             prior_projector = RepresentationProjector(latent_embedder.inner_dim, feature_dim)
     model = DoDJointModel(transformer, latent_embedder, projector, prior_projector, args.repa_layer)
     if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-        if latent_embedder is not None:
-            latent_embedder.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing()
     if args.trainable_parameters == "difffit":
         projectors = [name for name, _ in model.named_parameters() if name.split(".")[0].endswith("projector")]
         freeze_all_but(model, sorted({*difffit_parameters(model), *projectors}))
@@ -76,7 +72,7 @@ def build_models(
 
 def load_pretrained(
     path: str, shape: dict[str, int], num_classes: int
-) -> tuple[DoDTransformer2DModel, LatentEmbeddingModule | None]:
+) -> tuple[DoDTransformer2DModel, VisualPriorMixin | None]:
     """
     Loads the backbone of a saved pipeline, and its LEM if it has one, in training mode.
 
@@ -87,7 +83,7 @@ def load_pretrained(
             class.
 
     Returns:
-        `tuple[DoDTransformer2DModel, LatentEmbeddingModule | None]`: The models.
+        `tuple[DoDTransformer2DModel, VisualPriorMixin | None]`: The models.
 
     Raises:
         `ValueError`: a model has another number of channels, or a patch size that does not divide `sample_size`.
@@ -101,7 +97,8 @@ def load_pretrained(
                 f"{shape['in_channels']} channels with sides that are multiples of its patch size, got {path!r} "
                 f"for {model.config.in_channels} channels and patches of {model.config.patch_size}."
             )
-        model.register_to_config(sample_size=shape["sample_size"])
+        if "sample_size" in model.config:
+            model.register_to_config(sample_size=shape["sample_size"])
         model.train()
     if pipeline.transformer.config.num_classes != num_classes:
         pipeline.transformer.resize_class_embed(num_classes)

@@ -33,7 +33,6 @@ from tqdm.auto import tqdm
 from ..data.sample_stream import PositionSampler, SampleDraws
 from ..data.vision_features import VisionFeatures
 from ..files import METRICS_FILE
-from ..latent_embedding import LatentEmbeddingModule
 from ..losses import DoDJointModel
 from ..metrics.extractors import check_extractor, load_extractor, load_statistics
 from ..pipeline_dod import DoDPipeline
@@ -174,7 +173,7 @@ class Trainer:
         )  # not prepared by accelerate, which would step it once per process
         if args.compile:
             model.transformer.compile_repeated_blocks()
-            if model.latent_embedder is not None:
+            if model.latent_embedder is not None and model.latent_embedder._repeated_blocks:
                 model.latent_embedder.compile_repeated_blocks()
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.joint_model: DoDJointModel = accelerator.unwrap_model(self.model)
@@ -270,9 +269,9 @@ class Trainer:
             )
         load_training_state(checkpoint, self.joint_model, self.optimizer, self.other_emas)
         averaged = DoDTransformer2DModel.from_pretrained(checkpoint, subfolder="transformer")
-        averaged_embedder = None
-        if self.joint_model.latent_embedder is not None:
-            averaged_embedder = LatentEmbeddingModule.from_pretrained(checkpoint, subfolder="latent_embedder")
+        averaged_embedder = self.joint_model.latent_embedder
+        if averaged_embedder is not None:
+            averaged_embedder = type(averaged_embedder).from_pretrained(checkpoint, subfolder="latent_embedder")
         weights = averaged_parameters(DoDJointModel(averaged, averaged_embedder))
         self.ema.shadow_params = [
             sharded_like(weights[name].detach(), parameter)
