@@ -180,7 +180,7 @@ def _build_without_weights(model: Preset) -> tuple[DoDTransformer2DModel, Visual
 
 
 def _embedder_name(model: Preset) -> str | None:
-    """What a card calls the latent embedder, if there is one."""
+    """Name of the latent embedder on cards, if there is one."""
     if model.latent_embedder_config is None:
         return None
     is_lem = issubclass(model.latent_embedder_class, LatentEmbeddingModule)

@@ -117,7 +117,7 @@ def write_json(path: Path, content: Any, folder: Path | None = None) -> None:
 
     Args:
         path (`Path`): The file.
-        content (`Any`): What JSON can hold; all numbers must be finite.
+        content (`Any`): The content, ready for JSON. All numbers must be finite.
         folder (`Path`, *optional*): The folder to write in. By default the folder of the file.
 
     Raises:

@@ -108,7 +108,7 @@ def _check_attention_kwargs(attention_kwargs: dict[str, Any] | None) -> None:
 
 class VisualPriorMixin(DoDModelMixin, PeftAdapterMixin):
     r"""
-    The face of an encoder of the visual prior, which pipeline, training and evaluation know.
+    Interface of an encoder of visual priors, for the pipeline, training and evaluation.
 
     An encoder of one's own is a class with this base. Its constructor, under `register_to_config`, takes at least
     `sample_size`, `patch_size` and `in_channels` of the latents, and sets two attributes:
@@ -193,7 +193,7 @@ class VisualPriorMixin(DoDModelMixin, PeftAdapterMixin):
 
 def find_visual_prior_class(name: str) -> type[VisualPriorMixin]:
     """
-    Finds the encoder class of a name that a saved pipeline gives.
+    Finds an encoder class by its name in a saved pipeline.
 
     Args:
         name (`str`): Name of a [`VisualPriorMixin`] in a module that has been imported.
@@ -218,7 +218,7 @@ def find_visual_prior_class(name: str) -> type[VisualPriorMixin]:
 
 def check_visual_prior(latent_embedder: VisualPriorMixin, transformer: DoDTransformer2DModel) -> None:
     """
-    Raises unless an encoder of visual priors has what is needed, and fits the backbone.
+    Raises unless an encoder of visual priors has the interface and fits the backbone.
 
     Args:
         latent_embedder ([`VisualPriorMixin`]): The encoder.

@@ -125,7 +125,7 @@ class DoDJointModel(nn.Module):
             raise ValueError(f"`{missing}` must be given where there is a `prior_projector`, got None.")
 
     def enable_gradient_checkpointing(self) -> None:
-        """Has blocks computed again in the backward pass, of the encoder too if it supports that."""
+        """Makes blocks compute again in the backward pass, also in the encoder if it supports that."""
         self.transformer.enable_gradient_checkpointing()
         if self.latent_embedder is not None and self.latent_embedder._supports_gradient_checkpointing:
             self.latent_embedder.enable_gradient_checkpointing()

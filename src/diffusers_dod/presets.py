@@ -14,7 +14,7 @@ from .transformer_dod import DoDTransformer2DModel
 
 
 def _arguments(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a model's config that are arguments of its constructor."""
+    """Picks the entries of a model's config that are arguments of its constructor."""
     return {name: config[name] for name in inspect.signature(cls).parameters if name in config}
 
 
@@ -39,10 +39,10 @@ class Preset:
     @classmethod
     def from_pipeline(cls, pipeline: DiffusionPipeline) -> Self:
         """
-        The arguments of a pipeline's models.
+        Makes a preset with the arguments of a pipeline's models.
 
         Args:
-            pipeline ([`DoDPipeline`]): The pipeline; compiled models count as what was compiled.
+            pipeline ([`DoDPipeline`]): The pipeline. A compiled model counts as the original.
 
         Returns:
             [`Preset`].
@@ -58,7 +58,7 @@ class Preset:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike) -> Self:
         """
-        The arguments of a saved pipeline's models, without their weights.
+        Makes a preset with the arguments of a saved pipeline's models; it does not load their weights.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a repository on the Hub.
@@ -68,7 +68,7 @@ class Preset:
 
         Raises:
             `OSError`: a config is missing or cannot be reached.
-            `ValueError`: a config is that of another class, or the latent embedder's class has not been imported.
+            `ValueError`: a config belongs to another class, or the latent embedder's class has not been imported.
         """
         path = pretrained_model_name_or_path
         index = DiffusionPipeline.load_config(path)
@@ -83,13 +83,13 @@ class Preset:
 
     def override(self, **overrides: Any) -> Self:
         """
-        The preset with other arguments of the models.
+        Makes a preset with other arguments of the models.
 
         Args:
-            overrides: Arguments; each goes to every model whose constructor takes it.
+            overrides: Arguments. Each goes to every model whose constructor takes it.
 
         Returns:
-            [`Preset`], a new one.
+            [`Preset`]: A new preset.
 
         Raises:
             `ValueError`: no model takes an argument.
@@ -108,7 +108,7 @@ class Preset:
         return replace(self, transformer_config=configs[0], latent_embedder_config=configs[1])
 
     def build_latent_embedder(self) -> VisualPriorMixin | None:
-        """The latent embedder with new weights, if there is one."""
+        """Builds the latent embedder with new weights, if there is one."""
         config = self.latent_embedder_config
         return None if config is None else self.latent_embedder_class(**config)
 
@@ -116,18 +116,18 @@ class Preset:
         self, latent_shape: tuple[int, ...] | None = None, num_classes: int | None = None, **overrides: Any
     ) -> tuple[DoDTransformer2DModel, VisualPriorMixin | None]:
         """
-        Both models with new weights.
+        Builds both models with new weights.
 
         Args:
-            latent_shape (`tuple[int, ...]`, *optional*): Shape (C, h, w) of the latents, the preset's if not given.
-            num_classes (`int`, *optional*): Number of classes, the preset's if not given.
-            overrides: See [`Preset.override`].
+            latent_shape (`tuple[int, ...]`, *optional*): Shape (C, h, w) of the latents. By default the preset's.
+            num_classes (`int`, *optional*): Number of classes. By default the preset's.
+            overrides: Other arguments of the models, see [`Preset.override`].
 
         Returns:
             `tuple[DoDTransformer2DModel, VisualPriorMixin | None]`: Backbone and latent embedder.
 
         Raises:
-            `ValueError`, `TypeError`: an argument is out of range or of the wrong type, or no model takes it.
+            `ValueError`, `TypeError`: an argument is out of range or has the wrong type, or no model takes it.
         """
         if latent_shape is not None:
             overrides |= {"in_channels": latent_shape[0], "sample_size": latent_shape[1]}

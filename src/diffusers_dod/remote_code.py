@@ -60,7 +60,7 @@ class _Module:
     other_imports: frozenset[str] = frozenset()  # names that cannot be put into the same file
 
     def find_needed(self, name: str) -> "_Module":
-        """What `name` needs of this module."""
+        """Finds the statements and imports of this module that `name` needs."""
         needed, kept = {name}, []
         while found := [s for s in self.statements if s not in kept and s.defines & needed]:
             kept += found
@@ -80,7 +80,7 @@ class _Module:
 
 
 def _module_of(package_module: str, name: str) -> str | None:
-    """The module right in this package with what `from package_module import name` imports, if there is one."""
+    """Finds the module directly in this package that `from package_module import name` imports from, if any."""
     origin = package_module
     if package_module == PACKAGE:
         origin = getattr(getattr(importlib.import_module(PACKAGE), name, None), "__module__", PACKAGE)
@@ -127,10 +127,10 @@ def _parse(file: Path) -> _Module:
 
 def self_contained_source(cls: type, stand_ins: dict[str, type] | None = None) -> str:
     """
-    The source of a class with everything it needs of its module and of this package, in one file.
+    Makes one file of a class and of everything that it needs from its module and from this package.
 
     Args:
-        cls (`type`): A class of this package, whose module is taken as it is, or an encoder of visual priors.
+        cls (`type`): A class of this package, with all of its module; or an encoder of visual priors.
         stand_ins (`dict[str, type]`, *optional*):
             Names of classes that occur in annotations only -> the class of Diffusers to name instead.
 
@@ -138,7 +138,7 @@ def self_contained_source(cls: type, stand_ins: dict[str, type] | None = None) -
         `str`: Python source that imports nothing of this package.
 
     Raises:
-        `ValueError`: the class is in no file, or needs what cannot be put into the same one.
+        `ValueError`: the class is in no file, or needs code that cannot be put into the same file.
     """
     stand_ins = stand_ins or {}
     try:
@@ -198,7 +198,7 @@ def self_contained_source(cls: type, stand_ins: dict[str, type] | None = None) -
 
 
 def _find_component_classes(source: Path, index: dict) -> dict[str, type]:
-    """Component -> class whose code goes along: of this package, or an encoder of visual priors of one's own."""
+    """Finds the class of each component that needs its code: of this package, or a custom encoder of priors."""
     classes = {}
     for name, entry in index.items():
         if not isinstance(entry, list) or entry[0] is None or name == "_class_name":

@@ -111,12 +111,12 @@ class Latents(ABC):
 
     @property
     def parts(self) -> list["Latents"]:
-        """What has one shape and a folder each: the buckets, or these latents alone where there are none."""
+        """Parts with one shape and one folder each: the buckets, or these latents alone if there are no buckets."""
         return [self]
 
     def order(self, images_per_step: int, seed: int) -> Callable[[int], int]:
         """
-        The order in which the images are trained on.
+        Order of the images in the training.
 
         Args:
             images_per_step (`int`): Positions of an optimizer step, whose latents have one shape.

@@ -66,12 +66,12 @@ class BucketOrder:
             EpochOrder(length, stateless_generator(seed, 0, 0, bucket).initial_seed())
             for bucket, length in enumerate(bucket_lengths)
         ]
-        # Steps are drawn in blocks: how many steps of each bucket are before each block, as far as it is known.
+        # Steps are drawn in blocks. Number of steps of each bucket before each block, for the known blocks.
         self._steps_before = [torch.zeros(len(bucket_lengths), dtype=torch.int64)]
         self._latest: tuple[int, torch.Tensor] | None = None  # (block, buckets of its steps)
 
     def _draw(self, block: int) -> torch.Tensor:
-        """The buckets of the steps of a block."""
+        """Draws the buckets of the steps of a block."""
         generator = stateless_generator(self.seed, 0, 1, block)
         images = torch.randint(int(self._ends[-1]), (STEPS_PER_BLOCK,), generator=generator)
         return torch.bucketize(images, self._ends, right=True)

@@ -148,7 +148,7 @@ class ImageDataset(Dataset):
         return len(self.indices)
 
     def open(self, index: int) -> tuple[Image.Image, int]:
-        """The image at `index`, of which only the header has been read, and its class id; see [`read_row`]."""
+        """Opens the image at `index`, reading only its header, and gives its class id; see [`read_row`]."""
         row = self.indices[index]
         return read_row(self.dataset[row], self.columns, f"row {row}")
 

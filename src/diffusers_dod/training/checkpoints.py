@@ -83,7 +83,7 @@ def find_latest_checkpoint(output_dir: Path) -> Path | None:
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
     """
-    Finds the checkpoint that a run goes on from.
+    Finds the checkpoint from which a run continues.
 
     Args:
         output_dir (`Path`): The folder of the run.

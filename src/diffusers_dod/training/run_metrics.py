@@ -17,7 +17,7 @@ from ..files import replacing
 EVALUATIONS = "evaluations.jsonl"  # beside `METRICS_FILE`: what is computed of samples
 NUM_TIME_BINS = 4  # parts of [0, 1] whose losses are logged apart
 TIME_BINS = tuple(f"loss_sigma_{i / NUM_TIME_BINS:.2f}_{(i + 1) / NUM_TIME_BINS:.2f}" for i in range(NUM_TIME_BINS))
-# What is summed and counted: by sample, but for the gradient norm, which is by step.
+# Metrics with a sum and a count: by sample, except for the gradient norm, which is by step.
 SUMS = ("loss_with_prior", "loss_without_prior", "grad_norm", "alignment", "prior_alignment", *TIME_BINS)
 ROWS = {name: row for row, name in enumerate(SUMS)}
 
@@ -81,7 +81,7 @@ class TrainingMetrics:
         row[1] += values.numel()
 
     def step_sum(self, name: str) -> list[float]:
-        """Sum and count of `name`, one of `SUMS`, over the micro-batches of the step under way."""
+        """Sum and count of `name`, one of `SUMS`, over the micro-batches of the current step."""
         return self.step_sums[ROWS[name]].tolist()
 
     def add_alignment(self, alignment: torch.Tensor, prior_alignment: torch.Tensor) -> None:

@@ -238,7 +238,7 @@ class Trainer:
 
     @property
     def _num_aligned_steps(self) -> int:
-        """In how many steps tokens are aligned with features."""
+        """Number of steps that align tokens with features."""
         if self.data.vision is None:
             return 0
         return self.args.max_train_steps if self.args.repa_stop_step is None else self.args.repa_stop_step
@@ -525,7 +525,7 @@ class Trainer:
             self._push(f"Step {self.step}")
 
     def _resolved_args(self) -> argparse.Namespace:
-        """The run's arguments with what latents on disk have decided."""
+        """The run's arguments, with the settings of latents on disk."""
         decided = {"resolution": self.data.resolution, "random_flip": self.data.random_flip}
         return argparse.Namespace(**vars(self.args) | decided)
 

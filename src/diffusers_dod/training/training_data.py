@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""The images that a run trains on: latents on disk, or images that are read and encoded while the model trains."""
+"""Training data of a run: latents on disk, or images that are read and encoded while the model trains."""
 
 import argparse
 from abc import ABC, abstractmethod
@@ -29,14 +29,14 @@ logger = get_logger(__name__, log_level="INFO")
 
 class TrainingData(ABC):
     """
-    Images with their classes, as the inputs of [`DoDJointModel`].
+    Base class of training data: images with their classes, as inputs of [`DoDJointModel`].
 
     Args:
         class_names (`tuple[str, ...]`): Names of the classes in the order of their ids.
         latent_shape (`tuple[int, int, int]`): Shape (C, h, w) of the latents of a square image.
         resolution (`int`): Side of a square image in pixels.
         random_flip (`bool`): Whether half of the images are mirrored.
-        device (`torch.device`): Where the inputs go.
+        device (`torch.device`): Device of the inputs.
         vision ([`VisionFeatures`], *optional*): The vision model whose features tokens are aligned with.
     """
 
@@ -70,13 +70,13 @@ class TrainingData(ABC):
 
         Args:
             draws ([`SampleDraws`]): The random draws.
-            positions ([`PositionSampler`]): Which samples this process trains on.
-            num_aligned_steps (`int`, defaults to 0): In how many optimizer steps tokens are aligned with features.
-            num_workers (`int`, defaults to 0): Processes that read; 0 reads in this one.
-            state (`dict`, *optional*): What [`TrainingData.state`] gave in the step that the run goes on from.
+            positions ([`PositionSampler`]): Positions of the samples of this process.
+            num_aligned_steps (`int`, defaults to 0): Number of optimizer steps that align tokens with features.
+            num_workers (`int`, defaults to 0): Processes that read images; 0 reads in this process.
+            state (`dict`, *optional*): The [`TrainingData.state`] of the step from which the run continues.
 
         Returns:
-            `Iterator[dict]`: What [`TrainingData.to_inputs`] takes.
+            `Iterator[dict]`: Micro-batches for [`TrainingData.to_inputs`].
 
         Raises:
             `ValueError`: the data or the state do not fit the other arguments.
@@ -85,31 +85,31 @@ class TrainingData(ABC):
     @abstractmethod
     def to_inputs(self, batch: dict[str, Any]) -> dict[str, torch.Tensor | int]:
         """
-        Moves a micro-batch to the device, encodes what is not encoded, and computes features that are not stored.
+        Moves a micro-batch to the device, encodes images if needed, and computes features that are not stored.
 
         Args:
-            batch (`dict`): One of [`TrainingData.batches`].
+            batch (`dict`): A micro-batch from [`TrainingData.batches`].
 
         Returns:
-            `dict`: Arguments of [`DoDJointModel`], with `features` in the steps whose tokens are aligned.
+            `dict`: Arguments of [`DoDJointModel`], with `features` in steps that align tokens.
         """
 
     def state(self) -> dict[str, Any]:
         """
-        Where the data stand behind the last micro-batch; all processes must ask.
+        Position of the data behind the last micro-batch; all processes must call it.
 
         Returns:
-            `dict`: What JSON can hold; empty where the step alone tells it.
+            `dict`: The state, ready for JSON. It is empty if the step alone gives the position.
         """
         return {}
 
     @abstractmethod
     def describe(self) -> str:
-        """How many images there are, in words."""
+        """Describes the number of images in words."""
 
     @property
     def latent_shapes(self) -> list[tuple[int, int, int]]:
-        """All shapes of latents that there are."""
+        """All shapes of the latents."""
         return [self.latent_shape]
 
     def check_patch_size(self, patch_size: int) -> None:
@@ -135,14 +135,14 @@ class StoredLatents(TrainingData):
     Args:
         latents ([`Latents`]): The latents.
         factor (`int`): Pixels per latent pixel along a side.
-        device (`torch.device`): Where the inputs go.
+        device (`torch.device`): Device of the inputs.
         vision ([`VisionFeatures`], *optional*): The vision model whose features tokens are aligned with.
         images (`torch.utils.data.Dataset`, *optional*):
             Dicts with the `image` (H, W, 3), uint8, of each latent, for features that are not stored with the latents.
 
     Raises:
-        `ValueError`: the features with the latents are of another vision model, or there are neither features nor
-            images for a vision model.
+        `ValueError`: the stored features belong to another vision model, or a vision model has neither features nor
+            images.
     """
 
     def __init__(
@@ -213,14 +213,14 @@ class StreamedImages(TrainingData):
     Images that are read, cropped and encoded while the model trains.
 
     Args:
-        stream (`datasets.IterableDataset`): What [`open_stream`] gives.
+        stream (`datasets.IterableDataset`): A stream from [`open_stream`].
         class_names (`tuple[str, ...]`): Names of the classes in the order of their ids.
         vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
         resolution (`int`): Side of the images in pixels.
         random_flip (`bool`): Whether half of the images are mirrored.
-        device (`torch.device`): Where the inputs go.
+        device (`torch.device`): Device of the inputs.
         vision ([`VisionFeatures`], *optional*): The vision model whose features tokens are aligned with.
-        options (`Any`): Arguments of [`ImageStream`]: its columns, and what is done with bad images.
+        options (`Any`): Arguments of [`ImageStream`]: its columns, and the treatment of bad images.
 
     Raises:
         `ValueError`: the autoencoder does not take images of this resolution.
@@ -266,7 +266,7 @@ class StreamedImages(TrainingData):
             process_index=positions.process_index,
             num_processes=positions.num_processes,
             random_flip=self.random_flip,
-            # With other processes than before, what does not fit is said by its name.
+            # With other processes than before, the error names what does not fit.
             state=None if states is None else states[positions.process_index % len(states)],
             **self.options,
         )
@@ -275,7 +275,7 @@ class StreamedImages(TrainingData):
         return self._follow(loader, num_aligned_steps * positions.accumulation)
 
     def _follow(self, loader: Iterator[dict[str, Any]], num_aligned: int) -> Iterator[dict[str, Any]]:
-        """The batches of a loader; the state moves behind each that is used. The first ones are aligned."""
+        """Yields the batches of a loader, and moves the state behind each; the first batches are aligned."""
         for batch in loader:
             self._position.update(batch)
             yield {**batch, "is_aligned": self._position.num_batches <= num_aligned}
@@ -300,7 +300,7 @@ class StreamedImages(TrainingData):
 
 
 def _open_latents(args: argparse.Namespace, accelerator: Accelerator, vae: Autoencoder | None) -> Latents:
-    """The latents of `--latents_dir`, or of the images, which all processes encode unless this has been done."""
+    """Opens the latents of `--latents_dir`, or of images; all processes encode these unless that has been done."""
     if args.dataset_name is not None or args.train_data_dir is not None:
         folder = args.output_dir / "latents" if args.latents_dir is None else args.latents_dir
         return encode_data(args, accelerator, vae, folder)
@@ -324,7 +324,7 @@ def open_training_data(
 
     Args:
         args (`argparse.Namespace`): The run's arguments.
-        accelerator (`Accelerator`): The processes, which share the work of encoding.
+        accelerator (`Accelerator`): The processes. They share the work of encoding.
         vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
         vision ([`VisionFeatures`], *optional*): The vision model whose features tokens are aligned with.
 
@@ -332,8 +332,8 @@ def open_training_data(
         [`TrainingData`].
 
     Raises:
-        `ValueError`: the data cannot be opened, a folder has the latents of other images or of another autoencoder, or
-            an image cannot be read.
+        `ValueError`: the data cannot be opened, a folder has latents of other images or of another autoencoder, or an
+            image cannot be read.
     """
     if args.streaming:
         names = None if args.class_names_file is None else args.class_names_file.read_text().splitlines()
