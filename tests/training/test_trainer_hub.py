@@ -31,7 +31,7 @@ TINY = "--preset FiTv2-Desk --resolution 8 --train_batch_size 4 --logging_steps 
 PUSH = ["--push_to_hub", "--push_every", 1, "--hub_model_id", REPO, "--hub_token", TOKEN]
 
 
-run = partial(run_trainer, TINY, is_quick=False)  # the card is pushed with its curves
+run = partial(run_trainer, TINY)
 
 
 @pytest.fixture(scope="module")
