@@ -1,15 +1,18 @@
 """Positions on grids larger than the trained one: the trained ones below it, and formulas of their own above."""
 
+import json
 import math
 
 import pytest
 import torch
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_1d_rotary_pos_embed, get_1d_sincos_pos_embed_from_grid
 from helpers import assert_near, normal, says, tiny_latent_embedder, tiny_pipeline, tiny_transformer
 from torch._dynamo.testing import CompileCounter
 
 from diffusers_dod import DoDPipeline
 from diffusers_dod.latent_embedding import sincos_pos_embed
+from diffusers_dod.modeling_utils import DoDModelMixin
 from diffusers_dod.pos_interpolation import (
     POS_INTERPOLATIONS,
     attention_factor,
@@ -362,6 +365,24 @@ def test_a_model_made_from_the_config_has_the_choice(make):
     model = make()
     model.set_pos_interpolation("ntk", True)
     assert choice_of(type(model).from_config(model.config)) == ("ntk", True)
+
+
+class Pooling(DoDModelMixin):
+    """A model without positions."""
+
+    @register_to_config
+    def __init__(self, patch_size: int = 2):
+        super().__init__()
+
+
+def test_models_without_positions_save_no_choice(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.register_modules(latent_embedder=Pooling())
+    pipe.set_pos_interpolation("ntk", True)
+    assert choice_of(pipe.transformer) == ("ntk", True)
+    pipe.latent_embedder.save_config(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert {name for name in saved if name[0] != "_"} == {"patch_size"}
 
 
 @pytest.mark.parametrize("has_embedder", [True, False])

@@ -22,7 +22,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from .checks import check_at_least, check_number
 from .modeling_utils import DoDModelMixin
-from .pos_interpolation import grid_scales, interpolate_frequencies
+from .pos_interpolation import PosInterpolationMixin, grid_scales, interpolate_frequencies
 from .transformer_dod import DoDAttention, DoDTransformer2DModel, check_latents, patchify
 
 
@@ -269,7 +269,7 @@ class LatentEmbeddingBlock(nn.Module):
         return hidden_states + self.ff(self.norm2(hidden_states))
 
 
-class LatentEmbeddingModule(VisualPriorMixin, AttentionMixin):
+class LatentEmbeddingModule(VisualPriorMixin, AttentionMixin, PosInterpolationMixin):
     r"""
     The Latent Embedding Module (LEM): compresses clean latents into a few tokens and makes a visual prior of them.
 

@@ -11,8 +11,7 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 
-from .checks import abbreviate, check_choice, check_type
-from .pos_interpolation import POS_INTERPOLATIONS
+from .checks import abbreviate
 
 
 @contextmanager
@@ -117,36 +116,6 @@ class DoDModelMixin(ModelMixin, ConfigMixin):
         given = [given] if isinstance(given, str) else list(given)
         values[name] = list(dict.fromkeys([*given, *cls._skip_quantization_modules]))
         return quantization_config
-
-    def set_pos_interpolation(
-        self, pos_interpolation: str = "none", pos_interpolation_decoupled: bool = False
-    ) -> None:
-        """
-        Chooses how positions on grids larger than the trained one are treated.
-
-        Nothing changes at the trained size or below it. The config keeps the choice.
-
-        Args:
-            pos_interpolation (`str`, defaults to `"none"`):
-                Let s be how many times larger the grid is. `"none"` keeps the trained frequencies. `"linear"` divides
-                all of them by s. `"ntk"` divides the lowest by s and higher ones by less. `"yarn"` divides the
-                frequencies that make less than one turn within the trained grid, and sharpens the attention where
-                positions are rotations.
-            pos_interpolation_decoupled (`bool`, defaults to `False`):
-                Whether rows and columns have each their own s. If not, the longer side's s holds for both.
-
-        Raises:
-            `ValueError`, `TypeError`: an argument has another value or type.
-        """
-        self._check_pos_interpolation(pos_interpolation, pos_interpolation_decoupled)
-        self.register_to_config(
-            pos_interpolation=pos_interpolation, pos_interpolation_decoupled=pos_interpolation_decoupled
-        )
-
-    @staticmethod
-    def _check_pos_interpolation(pos_interpolation: str, pos_interpolation_decoupled: bool) -> None:
-        check_choice("pos_interpolation", pos_interpolation, POS_INTERPOLATIONS)
-        check_type("pos_interpolation_decoupled", pos_interpolation_decoupled, bool)
 
     def register_to_config(self, **kwargs: Any) -> None:
         """

@@ -454,7 +454,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
 
         Args:
             pos_interpolation (`str`, defaults to `"none"`): `"none"`, `"linear"`, `"ntk"` or `"yarn"`, see
-                [`DoDModelMixin.set_pos_interpolation`].
+                [`PosInterpolationMixin.set_pos_interpolation`].
             pos_interpolation_decoupled (`bool`, defaults to `False`):
                 Whether rows and columns are as much larger as they are each; both as the longer side if not.
 
@@ -462,7 +462,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
             `ValueError`, `TypeError`: an argument is none of these.
         """
         for model in (self.transformer, self.latent_embedder):
-            if model is not None and "pos_interpolation" in model.config:
+            if hasattr(model, "set_pos_interpolation"):  # not every model has positions
                 model.set_pos_interpolation(pos_interpolation, pos_interpolation_decoupled)
 
     def _prior_embeds(

@@ -5,12 +5,53 @@ import math
 
 import torch
 
+from .checks import check_choice, check_type
+
 
 POS_INTERPOLATIONS = ("none", "linear", "ntk", "yarn")
 
 # Rotations within the trained length below which YaRN interpolates frequencies, and above which it keeps them.
 YARN_MIN_ROTATIONS = 1
 YARN_MAX_ROTATIONS = 32
+
+
+class PosInterpolationMixin:
+    """
+    The choice of how positions are treated, for models that have positions.
+
+    A model's constructor takes `pos_interpolation` and `pos_interpolation_decoupled`, so that saved configs can hold
+    them.
+    """
+
+    def set_pos_interpolation(
+        self, pos_interpolation: str = "none", pos_interpolation_decoupled: bool = False
+    ) -> None:
+        """
+        Chooses how positions on grids larger than the trained one are treated.
+
+        Nothing changes at the trained size or below it. The config keeps the choice.
+
+        Args:
+            pos_interpolation (`str`, defaults to `"none"`):
+                Let s be how many times larger the grid is. `"none"` keeps the trained frequencies. `"linear"` divides
+                all of them by s. `"ntk"` divides the lowest by s and higher ones by less. `"yarn"` divides the
+                frequencies that make less than one turn within the trained grid, and sharpens the attention where
+                positions are rotations.
+            pos_interpolation_decoupled (`bool`, defaults to `False`):
+                Whether rows and columns have each their own s. If not, the longer side's s holds for both.
+
+        Raises:
+            `ValueError`, `TypeError`: an argument has another value or type.
+        """
+        self._check_pos_interpolation(pos_interpolation, pos_interpolation_decoupled)
+        self.register_to_config(
+            pos_interpolation=pos_interpolation, pos_interpolation_decoupled=pos_interpolation_decoupled
+        )
+
+    @staticmethod
+    def _check_pos_interpolation(pos_interpolation: str, pos_interpolation_decoupled: bool) -> None:
+        check_choice("pos_interpolation", pos_interpolation, POS_INTERPOLATIONS)
+        check_type("pos_interpolation_decoupled", pos_interpolation_decoupled, bool)
 
 
 def grid_scales(rows: int, columns: int, trained_size: int, decoupled: bool) -> tuple[float, float]:

@@ -30,7 +30,7 @@ from torch.amp import is_autocast_available
 
 from .checks import check_at_least, check_number, check_type
 from .modeling_utils import DoDModelMixin
-from .pos_interpolation import attention_factor, grid_scales, interpolate_frequencies
+from .pos_interpolation import PosInterpolationMixin, attention_factor, grid_scales, interpolate_frequencies
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
 
 
@@ -372,7 +372,7 @@ class DoDTransformerBlock(nn.Module):
         return hidden_states + _gate(ff_output, gate_mlp)
 
 
-class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, AttentionMixin, PosInterpolationMixin):
     r"""
     The DoD backbone: a FiTv2 transformer that predicts the rectified-flow velocity (paper, Eqs. 5 and 8-10).
 
