@@ -370,7 +370,7 @@ def test_the_exported_pipeline_brings_its_code(pipe, tmp_path):
     torch.save(draw(pipe), tmp_path / "images.pt")
     command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(folder), str(tmp_path / "images.pt")]
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    process = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    process = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
     assert process.returncode == 0, process.stderr
 
 
