@@ -32,7 +32,7 @@ def main() -> None:
             )
             pipe.set_progress_bar_config(disable=True)
             pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, solver=solver)
-            settings = {"stage_guidance_scales": [3.0, 3.0], "seed": 0, "output_type": "latent"}
+            settings = {"guidance_scale": [3.0, 3.0], "seed": 0, "output_type": "latent"}
             if not pipe.scheduler.is_adaptive:
                 settings["num_inference_steps"] = args.num_inference_steps
             labels = list(range(12))

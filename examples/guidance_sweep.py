@@ -7,7 +7,7 @@ Draws the same samples at several guidance scales: one column per scale, one row
 import argparse
 from pathlib import Path
 
-from diffusers_dod import DoDPipeline
+from diffusers_dod import DoDPipeline, Guidance
 from diffusers_dod.data.image_grid import make_grid
 
 
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
             num_stages=2,
             prior_latents=first.images,
             guidance_scale=scale,
-            guidance_rescale=args.guidance_rescale,
+            guidance=Guidance(rescale=args.guidance_rescale),
             seed=args.seed,
         ).images
         for scale in args.guidance_scales

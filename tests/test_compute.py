@@ -18,7 +18,7 @@ from helpers import says, tiny_pipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_dod import DoDFlowMatchScheduler, DoDTransformer2DModel, LatentEmbeddingModule
+from diffusers_dod import DoDFlowMatchScheduler, DoDTransformer2DModel, Guidance, LatentEmbeddingModule
 from diffusers_dod.compute import (
     ModelCost,
     count_decoder,
@@ -120,15 +120,15 @@ def test_a_model_costs_what_training_counts(name):
 
 
 SETTINGS = {
-    "paper": {"stage_inference_steps": [3, 4], "stage_guidance_scales": [1.0, 5.5]},
-    "unguided": {"stage_inference_steps": [3, 2], "stage_guidance_scales": [1.0, 1.0]},
-    "guided": {"stage_inference_steps": [4, 3], "stage_guidance_scales": [2.0, 0.0]},
-    "stage 1": {"stage_inference_steps": [3], "stage_guidance_scales": [2.0]},
-    "stage 3": {"stage_inference_steps": [1, 2, 3], "stage_guidance_scales": [1.0, 2.0, 3.0]},
+    "paper": {"num_inference_steps": [3, 4], "guidance_scale": [1.0, 5.5]},
+    "unguided": {"num_inference_steps": [3, 2], "guidance_scale": [1.0, 1.0]},
+    "guided": {"num_inference_steps": [4, 3], "guidance_scale": [2.0, 0.0]},
+    "stage 1": {"num_inference_steps": [3], "guidance_scale": [2.0]},
+    "stage 3": {"num_inference_steps": [1, 2, 3], "guidance_scale": [1.0, 2.0, 3.0]},
     "interval": {
-        "stage_inference_steps": [10, 8],
-        "stage_guidance_scales": [2.0, 2.0],
-        "guidance_interval": (0.3, 0.75),
+        "num_inference_steps": [10, 8],
+        "guidance_scale": [2.0, 2.0],
+        "interval": (0.3, 0.75),
     },
 }
 SOLVERS = {
@@ -147,6 +147,12 @@ SOLVERS = {
 }
 
 
+def as_call(kwargs: dict) -> dict:
+    """Arguments of `sampling_compute` as those of a call."""
+    others = {name: value for name, value in kwargs.items() if name != "interval"}
+    return others | {"guidance": Guidance(interval=kwargs.get("interval", (0.0, 1.0)))}
+
+
 def counts_of(statistics) -> list[tuple[int, int]]:
     return [(int(stage.num_evaluations[0]), int(stage.num_guided_evaluations[0])) for stage in statistics]
 
@@ -157,9 +163,9 @@ def counts_of(statistics) -> list[tuple[int, int]]:
     + [("interval", solver) for solver in SOLVERS if solver != "default"],
 )
 def test_evaluations_are_those_of_the_pipeline(pipe, setting, solver):
-    kwargs = SETTINGS[setting] | {"stage_solvers": [SOLVERS[solver]] * len(SETTINGS[setting]["stage_inference_steps"])}
+    kwargs = SETTINGS[setting] | {"schedulers": [SOLVERS[solver]] * len(SETTINGS[setting]["num_inference_steps"])}
     found = sampling_compute(pipe, **kwargs)
-    output = sample(pipe, num_stages=len(found["stages"]), **kwargs)
+    output = sample(pipe, num_stages=len(found["stages"]), **as_call(kwargs))
     counts = [(stage["num_evaluations"], stage["num_guided_evaluations"]) for stage in found["stages"]]
     assert counts == counts_of(output.statistics)
     if setting == "interval":
@@ -188,7 +194,7 @@ def count_call(run) -> int:
 def test_flops_are_those_of_a_call(pipe, setting):
     kwargs = SETTINGS[setting]
     found = sampling_compute(pipe, **kwargs)
-    assert count_call(lambda: sample(pipe, num_stages=len(found["stages"]), **kwargs)) == 3 * found["flops"]
+    assert count_call(lambda: sample(pipe, num_stages=len(found["stages"]), **as_call(kwargs))) == 3 * found["flops"]
     assert found["flops"] == sum(stage["flops"] for stage in found["stages"])
 
 
@@ -201,7 +207,7 @@ def test_flops_of_another_size_and_of_the_decoder(pipe):
 
 def test_an_adaptive_solver_is_counted_by_its_statistics():
     pipe = tiny_pipeline(scheduler=DoDFlowMatchScheduler(solver="dopri5", rtol=1e-2, atol=1e-2))
-    with pytest.raises(ValueError, match=says("`stage_solvers`", "fixed steps", "'dopri5'")):
+    with pytest.raises(ValueError, match=says("`schedulers`", "fixed steps", "'dopri5'")):
         sampling_compute(pipe)
     outputs = []
     flops = count_call(lambda: outputs.append(sample(pipe)))
@@ -226,9 +232,9 @@ def test_the_pipeline_is_left_alone(pipe):
 def test_steps_are_the_most_within_the_budget(scales, interval):
     preset, cost = PRESETS["DoD-Desk"], cost_of("DoD-Desk")
     for budget in (3.1e8, 2.7e9, 1.9e10):
-        number = steps_within_budget(budget, preset, scales, guidance_interval=interval, cost=cost)
+        number = steps_within_budget(budget, preset, scales, interval=interval, cost=cost)
         less, more = (
-            sampling_compute(preset, [steps] * len(scales), scales, guidance_interval=interval, cost=cost)["flops"]
+            sampling_compute(preset, [steps] * len(scales), scales, interval=interval, cost=cost)["flops"]
             for steps in (number, number + 1)
         )
         assert less <= budget < more
@@ -257,13 +263,13 @@ def test_the_claim_of_the_paper():
 @pytest.mark.parametrize(
     ("kwargs", "fragments"),
     [
-        ({"stage_inference_steps": [0, 1]}, ["`stage_inference_steps`", ">= 1", "got 0"]),
-        ({"stage_guidance_scales": [1.0, -1.0]}, ["`stage_guidance_scales`", "[0, inf)", "-1.0"]),
-        ({"stage_inference_steps": [1, 1], "stage_guidance_scales": [1.0]}, ["`stage_guidance_scales`", "2", "got 1"]),
-        ({"stage_inference_steps": []}, ["stages", ">= 1", "got 0"]),
-        ({"stage_solvers": ["euler"]}, ["`stage_solvers`", "2 values", "got 1"]),
-        ({"stage_solvers": ["euler", "leapfrog"]}, ["`stage_solvers`", "'euler'", "'leapfrog'"]),
-        ({"guidance_interval": (0.5, 0.2)}, ["`guidance_interval`", "low <= high", "(0.5, 0.2)"]),
+        ({"num_inference_steps": [0, 1]}, ["`num_inference_steps`", ">= 1", "got 0"]),
+        ({"guidance_scale": [1.0, -1.0]}, ["`guidance_scale`", "[0, inf)", "-1.0"]),
+        ({"num_inference_steps": [1, 1], "guidance_scale": [1.0]}, ["`guidance_scale`", "2", "got 1"]),
+        ({"num_inference_steps": []}, ["stages", ">= 1", "got 0"]),
+        ({"schedulers": ["euler"], "num_inference_steps": [1, 1]}, ["`schedulers`", "list of 2", "got 1"]),
+        ({"schedulers": ["euler", "leapfrog"]}, ["`schedulers`", "'euler'", "'leapfrog'"]),
+        ({"interval": (0.5, 0.2)}, ["`interval`", "low <= high", "(0.5, 0.2)"]),
         ({"latent_size": (8, 7)}, ["`latent_size`", "`patch_size` = 2", "(8, 7)"]),
     ],
 )

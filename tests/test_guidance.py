@@ -1,5 +1,6 @@
 """Each way of guiding: against formulas by hand, FiTv2's own guided samples, and what it may cost."""
 
+import dataclasses
 import math
 from contextlib import contextmanager
 from functools import partial
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig, guiders
 from golden_data import golden, golden_model, timestep_of
 from helpers import assert_near, normal, record_calls, says, tiny_latent_embedder, tiny_pipeline, tiny_transformer
 
@@ -17,6 +18,7 @@ from diffusers_dod.guidance import (
     Guidance,
     GuidedVelocity,
     classifier_free_guidance,
+    combine,
     power_cosine_scale,
     rescale_guidance,
 )
@@ -193,8 +195,11 @@ def test_classifier_free_guidance_by_hand():
     conditional, unconditional = torch.full((2, 1, 1, 1), 3.0), torch.full((2, 1, 1, 1), 1.0)
     for scale, expected in ((0.0, 1.0), (1.0, 3.0), (2.5, 6.0)):
         assert (classifier_free_guidance(conditional, unconditional, scale) == expected).all()
+        assert (combine([unconditional, conditional], [scale]) == expected).all()
     scales = torch.tensor([0.0, 2.0]).reshape(2, 1, 1, 1)
     assert classifier_free_guidance(conditional, unconditional, scales).flatten().tolist() == [1.0, 5.0]
+    middle = torch.full((2, 1, 1, 1), 2.5)
+    assert (combine([unconditional, middle, conditional], [5.0, 3.0]) == 1.0 + 5.0 * 1.5 + 3.0 * 0.5).all()
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -251,11 +256,12 @@ def test_an_interval_that_ends_on_a_step_holds_the_step(model, steps):
 
 
 @pytest.mark.parametrize("num_train_timesteps", [13, 15, 100, 1000])
-@pytest.mark.parametrize("option", [{"guidance_interval": (0.4, 1.0)}, {"guidance_power": 1.5}], ids=str)
-def test_pure_noise_is_sigma_1_for_every_scheduler(pipe, option, num_train_timesteps):
-    expected = sample(pipe, **option)
+@pytest.mark.parametrize("options", [{"interval": (0.4, 1.0)}, {"power": 1.5}], ids=str)
+def test_pure_noise_is_sigma_1_for_every_scheduler(pipe, options, num_train_timesteps):
+    guidance = Guidance(**options)
+    expected = sample(pipe, guidance=guidance)
     pipe.scheduler = DoDFlowMatchScheduler(num_train_timesteps=num_train_timesteps)
-    output = sample(pipe, **option)
+    output = sample(pipe, guidance=guidance)
     assert_near(output.images, expected.images)
     assert output.statistics[1].num_guided_evaluations.tolist() == [2, 2]
 
@@ -350,7 +356,10 @@ def test_rescale_takes_the_deviation_of_each_sample_to_that_of_the_conditional(m
 
 
 def test_rescale_tempers_oversaturated_samples(pipe):
-    deviations = [std(sample(pipe, guidance_scale=20.0, guidance_rescale=r).images) for r in (0.0, 0.5, 1.0)]
+    deviations = [
+        std(sample(pipe, guidance_scale=20.0, guidance=Guidance(rescale=rescale)).images)
+        for rescale in (0.0, 0.5, 1.0)
+    ]
     assert (torch.stack(deviations).diff(dim=0) < -0.1).all()
 
 
@@ -444,8 +453,8 @@ def test_a_threshold_is_the_interval_from_where_it_is_reached():
         if records:
             stop = records[-1]
             threshold = (found[stop] + max(found[:stop])) / 2
-            adaptive = sample(pipe, [label], guidance_cosine_threshold=threshold, **kwargs)
-            fixed = sample(pipe, [label], guidance_interval=(1 - stop / steps, 1.0), **kwargs)
+            adaptive = sample(pipe, [label], guidance=Guidance(cosine_threshold=threshold), **kwargs)
+            fixed = sample(pipe, [label], guidance=Guidance(interval=(1 - stop / steps, 1.0)), **kwargs)
             assert torch.equal(adaptive.images, fixed.images)
             for output in (adaptive, fixed):
                 assert output.statistics[0].num_evaluations.tolist() == [steps]
@@ -457,7 +466,8 @@ def test_a_threshold_is_the_interval_from_where_it_is_reached():
 
 def test_samples_that_stop_at_times_of_their_own_are_as_alone(pipe):
     noises = [normal(4, 4, 8, 8, seed=seed) for seed in (2, 3)]
-    labels, kwargs = [0, 1, 2, 3], {"guidance_cosine_threshold": 0.6, "num_inference_steps": 6, "guidance_scale": 3.0}
+    labels = [0, 1, 2, 3]
+    kwargs = {"guidance": Guidance(cosine_threshold=0.6), "num_inference_steps": 6, "guidance_scale": 3.0}
     together = sample(pipe, labels, latents=noises, **kwargs)
     counts = together.statistics[1].num_guided_evaluations
     assert len(set(counts.tolist())) > 1
@@ -468,7 +478,8 @@ def test_samples_that_stop_at_times_of_their_own_are_as_alone(pipe):
 
 
 def test_a_sample_is_stopped_for_its_stage_only(pipe):
-    output = sample(pipe, first_stage_guidance_scale=3.0, guidance_cosine_threshold=-0.999, num_inference_steps=4)
+    guidance = Guidance(cosine_threshold=-0.999)
+    output = sample(pipe, guidance_scale=[3.0, None], guidance=guidance, num_inference_steps=4)
     for statistics in output.statistics:
         assert statistics.num_guided_evaluations.tolist() == [1, 1]
 
@@ -515,9 +526,10 @@ def test_a_weak_model_that_is_as_strong_changes_nothing(model, is_same_object):
 @pytest.mark.parametrize(("strong", "weak"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_a_weak_model_may_be_of_another_dtype(pipe, strong, weak):
     weak_model = tiny_transformer(seed=7)
-    expected = sample(pipe, guidance_transformer=weak_model).images
+    expected = sample(pipe, guidance=Guidance(transformer=weak_model)).images
     pipe.transformer.to(getattr(torch, strong))
-    images = sample(pipe, guidance_transformer=weak_model.to(getattr(torch, weak))).images
+    weak_model.to(getattr(torch, weak))
+    images = sample(pipe, guidance=Guidance(transformer=weak_model)).images
     assert images.dtype == torch.float32 and (images - expected).abs().mean() < 0.1 * expected.std()
 
 
@@ -613,7 +625,7 @@ def test_caches_are_told_guided_and_unguided_batches_apart(model):
 
 def test_stages_have_cache_contexts_of_their_own(pipe):
     with contexts_of(pipe.transformer) as names:
-        sample(pipe, guidance_interval=(0.0, 0.6), guidance_scale=3.0)
+        sample(pipe, guidance=Guidance(interval=(0.0, 0.6)), guidance_scale=3.0)
     assert names == ["stage_1_unguided"] * 2 + ["stage_2_unguided", "stage_2_guided"]
 
 
@@ -669,25 +681,29 @@ def guided_velocity_rows(changes) -> bool:
 
 WEAK = tiny_transformer(seed=7)
 OPTIONS = {
-    "null_condition": ("prior", "null_condition"),
-    "prior_guidance_scale": (1.5, "prior_scale"),
-    "guidance_channels": (2, "channels"),
-    "guidance_interval": ((0.4, 0.8), "interval"),
-    "guidance_power": (2.0, "power"),
-    "guidance_rescale": (0.7, "rescale"),
-    "guidance_cosine_threshold": (0.2, "cosine_threshold"),
-    "guidance_transformer": (WEAK, "transformer"),
+    "null_condition": "prior",
+    "prior_scale": 1.5,
+    "channels": 2,
+    "interval": (0.4, 0.8),
+    "power": 2.0,
+    "rescale": 0.7,
+    "cosine_threshold": 0.2,
+    "transformer": WEAK,
 }
 
 
+def test_every_field_is_among_the_options_of_these_tests():
+    assert list(OPTIONS) == [field.name for field in dataclasses.fields(Guidance)]
+
+
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_of_a_call_is_the_one_of_guidance(pipe, name):
-    value, field = OPTIONS[name]
+def test_guidance_of_a_call_is_that_of_its_velocities(pipe, name):
+    guidance = Guidance(**{name: OPTIONS[name]})
     prior_latents, steps = normal(1, 4, 8, 8, seed=6), 3
     call = {"prior_latents": prior_latents, "guidance_scale": 3.0, "num_inference_steps": steps}
-    output = sample(pipe, **call, **{name: value})
+    output = sample(pipe, **call, guidance=guidance)
     prior_embeds = pipe.latent_embedder(prior_latents).prior_embeds.expand(2, -1, -1)
-    guided_velocity = GuidedVelocity(pipe.transformer, 2, Guidance(**{field: value}))
+    guided_velocity = GuidedVelocity(pipe.transformer, 2, guidance)
     latents = normal(2, 4, 8, 8, seed=2)
     for step in range(steps):
         timestep = 1000.0 * (1 - step / steps)
@@ -700,11 +716,11 @@ def test_every_option_of_a_call_is_the_one_of_guidance(pipe, name):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_that_need_a_prior_pass_over_stage_1_and_no_others(pipe, name):
-    kwargs = {"guidance_scale": 3.0, "first_stage_guidance_scale": 3.0, "return_stages": True}
+    kwargs = {"guidance_scale": [3.0, 3.0], "return_stages": True}
     plain = sample(pipe, **kwargs)
     calls = record_calls(pipe.transformer)
-    output = sample(pipe, **kwargs, **{name: OPTIONS[name][0]})
-    if name in ("null_condition", "prior_guidance_scale"):
+    output = sample(pipe, **kwargs, guidance=Guidance(**{name: OPTIONS[name]}))
+    if name in ("null_condition", "prior_scale"):
         assert torch.equal(output.stages[0], plain.stages[0])
         later = (4, 2) if name == "null_condition" else (6, 2)
         assert rows(calls) == [(4, 0)] * 2 + [later] * 2
@@ -715,7 +731,7 @@ def test_options_that_need_a_prior_pass_over_stage_1_and_no_others(pipe, name):
 
 def test_a_scale_of_the_prior_does_not_make_stage_1_a_guided_one(pipe):
     calls = record_calls(pipe.transformer)
-    output = sample(pipe, prior_guidance_scale=3.0, guidance_scale=1.0, num_inference_steps=1)
+    output = sample(pipe, guidance=Guidance(prior_scale=3.0), guidance_scale=1.0, num_inference_steps=1)
     assert rows(calls) == [(2, 0), (6, 2)]
     assert [statistics.num_guided_evaluations.tolist() for statistics in output.statistics] == [[0, 0], [1, 1]]
 
@@ -724,19 +740,19 @@ def test_without_a_latent_embedder_the_only_stage_is_guided_all_ways():
     pipe = tiny_pipeline(latent_embedder=None)
     plain = sample(pipe, guidance_scale=3.0).images
     for name in list(OPTIONS)[2:]:
-        value = tiny_transformer(seed=7, prior_embed_dim=None) if name == "guidance_transformer" else OPTIONS[name][0]
-        assert_differ(sample(pipe, guidance_scale=3.0, **{name: value}).images, plain)
+        value = tiny_transformer(seed=7, prior_embed_dim=None) if name == "transformer" else OPTIONS[name]
+        assert_differ(sample(pipe, guidance_scale=3.0, guidance=Guidance(**{name: value})).images, plain)
 
 
 @pytest.mark.parametrize("solver", ["heun", "dopri5"])
 def test_options_hold_for_every_solver(pipe, solver):
     scheduler = DoDFlowMatchScheduler(solver=solver, rtol=1e-2, atol=1e-2)
-    kwargs = {"guidance_scale": 3.0, "stage_solvers": [None, scheduler]}
+    kwargs = {"guidance_scale": 3.0, "schedulers": [None, scheduler]}
     calls = record_calls(pipe.transformer)
     plain = sample(pipe, **kwargs)
     full = sum(sizes(calls))
     calls.clear()
-    output = sample(pipe, guidance_interval=(0.2, 0.6), **kwargs)
+    output = sample(pipe, guidance=Guidance(interval=(0.2, 0.6)), **kwargs)
     statistics = output.statistics[1]
     expected = sum(int((s.num_evaluations + s.num_guided_evaluations).sum()) for s in output.statistics)
     assert sum(sizes(calls)) == expected and (solver == "dopri5" or expected < full)
@@ -749,7 +765,7 @@ def test_options_hold_for_every_solver(pipe, solver):
 
 
 def test_statistics_count_by_stage_and_sample(pipe):
-    kwargs = {"guidance_scale": 3.0, "guidance_interval": (0.0, 0.75), "stage_inference_steps": [2, 4]}
+    kwargs = {"guidance_scale": 3.0, "guidance": Guidance(interval=(0.0, 0.75)), "num_inference_steps": [2, 4]}
     first, second = sample(pipe, num_images_per_prior=1, **kwargs).statistics
     for statistics, evaluations, guided in ((first, 2, 0), (second, 4, 3)):
         assert statistics.num_evaluations.tolist() == [evaluations] * 2
@@ -760,7 +776,7 @@ def test_statistics_count_by_stage_and_sample(pipe):
 
 @pytest.mark.parametrize(("solver", "evaluations"), [("euler", 3), ("heun", 6), ("midpoint", 6), ("rk4", 12)])
 def test_statistics_count_every_evaluation_of_a_solver(pipe, solver, evaluations):
-    output = sample(pipe, num_stages=1, stage_solvers=[solver], num_inference_steps=3, first_stage_guidance_scale=2.0)
+    output = sample(pipe, num_stages=1, schedulers=solver, num_inference_steps=3, guidance_scale=[2.0])
     assert output.statistics[0].num_evaluations.tolist() == [evaluations] * 2
     assert output.statistics[0].num_guided_evaluations.tolist() == [evaluations] * 2
 
@@ -794,79 +810,80 @@ def test_statistics_of_the_stages_that_were_run(pipe):
 
 # -------------------------------------------------------------------------------------------------------- bad values
 
-ONE_STAGE = {"num_stages": 1}
 BAD = [
     ({"null_condition": "both"}, ValueError, ["`null_condition`", "'class_and_prior', 'class', 'prior'", "'both'"]),
     ({"null_condition": None}, ValueError, ["`null_condition`", "'class_and_prior', 'class', 'prior'", "None"]),
-    ({"prior_guidance_scale": -1.0}, ValueError, ["`prior_guidance_scale`", "[0, inf)", "-1.0"]),
-    ({"prior_guidance_scale": math.inf}, ValueError, ["`prior_guidance_scale`", "[0, inf)", "got inf"]),
-    ({"prior_guidance_scale": "2"}, TypeError, ["`prior_guidance_scale`", "int or float", "'2'"]),
-    ({"prior_guidance_scale": True}, TypeError, ["`prior_guidance_scale`", "int or float", "True"]),
-    ({"guidance_channels": 0}, ValueError, ["`guidance_channels`", ">= 1", "got 0"]),
-    ({"guidance_channels": 5}, ValueError, ["`guidance_channels`", "[1, 4]", "got 5"]),
-    ({"guidance_channels": 3.0}, TypeError, ["`guidance_channels`", "int", "3.0"]),
-    ({"guidance_channels": True}, TypeError, ["`guidance_channels`", "int", "True"]),
-    ({"guidance_interval": None}, ValueError, ["`guidance_interval`", "(low, high)", "got None"]),
-    ({"guidance_interval": 0.5}, ValueError, ["`guidance_interval`", "(low, high)", "got 0.5"]),
-    ({"guidance_interval": (0.1, 0.2, 0.3)}, ValueError, ["`guidance_interval`", "(low, high)", "(0.1, 0.2, 0.3)"]),
-    ({"guidance_interval": (0.5, 0.4)}, ValueError, ["`guidance_interval`", "low <= high", "(0.5, 0.4)"]),
-    ({"guidance_interval": (-0.1, 0.4)}, ValueError, ["`guidance_interval`", "[0, 1]", "-0.1"]),
-    ({"guidance_interval": (200, 800)}, ValueError, ["`guidance_interval`", "[0, 1]", "got 200"]),
-    ({"guidance_interval": (0.0, math.nan)}, ValueError, ["`guidance_interval`", "[0, 1]", "nan"]),
-    ({"guidance_interval": ("0", 1)}, TypeError, ["`guidance_interval`", "int or float", "'0'"]),
-    ({"guidance_power": 0}, ValueError, ["`guidance_power`", "(0, inf)", "got 0"]),
-    ({"guidance_power": -2.0}, ValueError, ["`guidance_power`", "(0, inf)", "got -2.0"]),
-    ({"guidance_power": "1"}, TypeError, ["`guidance_power`", "int or float", "'1'"]),
-    ({"guidance_rescale": 1.1}, ValueError, ["`guidance_rescale`", "[0, 1]", "got 1.1"]),
-    ({"guidance_rescale": -0.1}, ValueError, ["`guidance_rescale`", "[0, 1]", "got -0.1"]),
-    ({"guidance_rescale": None}, TypeError, ["`guidance_rescale`", "int or float", "None"]),
-    ({"guidance_cosine_threshold": -1}, ValueError, ["`guidance_cosine_threshold`", "(-1, 1]", "got -1"]),
-    ({"guidance_cosine_threshold": 1.01}, ValueError, ["`guidance_cosine_threshold`", "(-1, 1]", "got 1.01"]),
-    ({"guidance_cosine_threshold": []}, TypeError, ["`guidance_cosine_threshold`", "int or float", "[]"]),
-    ({"guidance_transformer": "weak"}, TypeError, ["`guidance_transformer`", "DoDTransformer2DModel", "str"]),
+    ({"prior_scale": -1.0}, ValueError, ["`prior_scale`", "[0, inf)", "-1.0"]),
+    ({"prior_scale": math.inf}, ValueError, ["`prior_scale`", "[0, inf)", "got inf"]),
+    ({"prior_scale": "2"}, TypeError, ["`prior_scale`", "int or float", "'2'"]),
+    ({"prior_scale": True}, TypeError, ["`prior_scale`", "int or float", "True"]),
+    ({"channels": 0}, ValueError, ["`channels`", ">= 1", "got 0"]),
+    ({"channels": 5}, ValueError, ["`channels`", "[1, 4]", "got 5"]),
+    ({"channels": 3.0}, TypeError, ["`channels`", "int", "3.0"]),
+    ({"channels": True}, TypeError, ["`channels`", "int", "True"]),
+    ({"interval": None}, ValueError, ["`interval`", "(low, high)", "got None"]),
+    ({"interval": 0.5}, ValueError, ["`interval`", "(low, high)", "got 0.5"]),
+    ({"interval": (0.1, 0.2, 0.3)}, ValueError, ["`interval`", "(low, high)", "(0.1, 0.2, 0.3)"]),
+    ({"interval": (0.5, 0.4)}, ValueError, ["`interval`", "low <= high", "(0.5, 0.4)"]),
+    ({"interval": (-0.1, 0.4)}, ValueError, ["`interval`", "[0, 1]", "-0.1"]),
+    ({"interval": (200, 800)}, ValueError, ["`interval`", "[0, 1]", "got 200"]),
+    ({"interval": (0.0, math.nan)}, ValueError, ["`interval`", "[0, 1]", "nan"]),
+    ({"interval": ("0", 1)}, TypeError, ["`interval`", "int or float", "'0'"]),
+    ({"power": 0}, ValueError, ["`power`", "(0, inf)", "got 0"]),
+    ({"power": -2.0}, ValueError, ["`power`", "(0, inf)", "got -2.0"]),
+    ({"power": "1"}, TypeError, ["`power`", "int or float", "'1'"]),
+    ({"rescale": 1.1}, ValueError, ["`rescale`", "[0, 1]", "got 1.1"]),
+    ({"rescale": -0.1}, ValueError, ["`rescale`", "[0, 1]", "got -0.1"]),
+    ({"rescale": None}, TypeError, ["`rescale`", "int or float", "None"]),
+    ({"cosine_threshold": -1}, ValueError, ["`cosine_threshold`", "(-1, 1]", "got -1"]),
+    ({"cosine_threshold": 1.01}, ValueError, ["`cosine_threshold`", "(-1, 1]", "got 1.01"]),
+    ({"cosine_threshold": []}, TypeError, ["`cosine_threshold`", "int or float", "[]"]),
+    ({"transformer": "weak"}, TypeError, ["`transformer`", "DoDTransformer2DModel", "str"]),
     (
-        {"guidance_transformer": tiny_latent_embedder()},
+        {"transformer": tiny_latent_embedder()},
         TypeError,
-        ["`guidance_transformer`", "DoDTransformer2DModel", "LatentEmbeddingModule"],
+        ["`transformer`", "DoDTransformer2DModel", "LatentEmbeddingModule"],
     ),
     (
-        {"guidance_transformer": tiny_transformer(in_channels=3)},
+        {"transformer": tiny_transformer(in_channels=3)},
         ValueError,
-        ["`guidance_transformer`", "`in_channels`, 4", "got 3"],
+        ["`transformer`", "`in_channels`, 4", "got 3"],
     ),
     (
-        {"guidance_transformer": tiny_transformer(num_classes=5)},
+        {"transformer": tiny_transformer(num_classes=5)},
         ValueError,
-        ["`guidance_transformer`", "`num_classes`, 10", "got 5"],
+        ["`transformer`", "`num_classes`, 10", "got 5"],
     ),
     (
-        {"guidance_transformer": tiny_transformer(patch_size=4)},
+        {"transformer": tiny_transformer(patch_size=4)},
         ValueError,
-        ["`guidance_transformer`", "`patch_size`, 2", "got 4"],
+        ["`transformer`", "`patch_size`, 2", "got 4"],
     ),
     (
-        {"guidance_transformer": tiny_transformer(prior_embed_dim=16)},
+        {"transformer": tiny_transformer(prior_embed_dim=16)},
         ValueError,
-        ["`guidance_transformer`", "`prior_embed_dim`", "32, or None", "got 16"],
+        ["`transformer`", "`prior_embed_dim`", "32, or None", "got 16"],
     ),
     (
-        {"null_condition": "class", "prior_guidance_scale": 2.0},
+        {"null_condition": "class", "prior_scale": 2.0},
         ValueError,
-        ["Only one of", "got ['`null_condition`', '`prior_guidance_scale`']"],
+        ["Only one of", "got ['`null_condition`', '`prior_scale`']"],
     ),
     (
-        {"null_condition": "prior", "guidance_transformer": WEAK},
+        {"null_condition": "prior", "transformer": WEAK},
         ValueError,
-        ["Only one of", "got ['`null_condition`', '`guidance_transformer`']"],
+        ["Only one of", "got ['`null_condition`', '`transformer`']"],
     ),
     (
-        {"prior_guidance_scale": 2.0, "guidance_transformer": WEAK},
+        {"prior_scale": 2.0, "transformer": WEAK},
         ValueError,
-        ["Only one of", "got ['`prior_guidance_scale`', '`guidance_transformer`']"],
+        ["Only one of", "got ['`prior_scale`', '`transformer`']"],
     ),
-    ({"null_condition": "class", **ONE_STAGE}, ValueError, ["`null_condition`", "one stage", "'class_and_prior'"]),
-    ({"null_condition": "prior", **ONE_STAGE}, ValueError, ["`null_condition`", "one stage", "got 'prior'"]),
-    ({"prior_guidance_scale": 2.0, **ONE_STAGE}, ValueError, ["`prior_guidance_scale`", "None", "got 2.0"]),
+]
+BAD_WITH_ONE_STAGE = [
+    ({"null_condition": "class"}, ValueError, ["`null_condition`", "one stage", "'class_and_prior'"]),
+    ({"null_condition": "prior"}, ValueError, ["`null_condition`", "one stage", "got 'prior'"]),
+    ({"prior_scale": 2.0}, ValueError, ["`prior_scale`", "None", "got 2.0"]),
 ]
 
 
@@ -880,25 +897,152 @@ def idle_pipe():
     return pipe
 
 
-@pytest.mark.parametrize(("kwargs", "error", "fragments"), BAD, ids=lambda value: str(value)[:60])
-def test_bad_values_are_refused_before_anything_is_computed(idle_pipe, kwargs, error, fragments):
-    if "num_stages" not in kwargs:
-        kwargs = {"image": PICTURE, **kwargs}
+@pytest.mark.parametrize(("options", "error", "fragments"), BAD, ids=lambda value: str(value)[:60])
+def test_bad_values_are_refused_before_anything_is_computed(idle_pipe, options, error, fragments):
     with pytest.raises(error, match=says(*fragments)):
-        idle_pipe([1], **kwargs)
+        idle_pipe([1], image=PICTURE, guidance=Guidance(**options))
     assert not idle_pipe.evaluated
 
 
-@pytest.mark.parametrize("name", ["null_condition", "prior_guidance_scale"])
-def test_options_of_a_prior_are_refused_without_a_latent_embedder(name):
-    pipe = tiny_pipeline(latent_embedder=None)
-    value = OPTIONS[name][0]
-    with pytest.raises(ValueError, match=says(f"`{name}`", "one stage", f"got {value!r}")):
-        pipe([1], **{name: value})
+@pytest.mark.parametrize(("options", "error", "fragments"), BAD_WITH_ONE_STAGE, ids=str)
+@pytest.mark.parametrize("has_priors", [True, False])
+def test_options_of_a_prior_are_refused_with_one_stage(idle_pipe, options, error, fragments, has_priors):
+    pipe, stages = (idle_pipe, {"num_stages": 1}) if has_priors else (tiny_pipeline(latent_embedder=None), {})
+    with pytest.raises(error, match=says(*fragments)):
+        pipe([1], guidance=Guidance(**options), **stages)
+    assert not idle_pipe.evaluated
 
 
 @pytest.mark.parametrize("value", [0, 1.0])
 def test_ends_of_the_ranges_are_accepted(pipe, value):
-    options = {"prior_guidance_scale": value, "guidance_rescale": value, "guidance_cosine_threshold": value}
-    options["guidance_interval"] = [value, value]
-    assert sample(pipe, num_inference_steps=1, **options).images.isfinite().all()
+    guidance = Guidance(prior_scale=value, rescale=value, cosine_threshold=value, interval=[value, value])
+    assert sample(pipe, num_inference_steps=1, guidance=guidance).images.isfinite().all()
+
+
+# -------------------------------------------------------------------------------------------------- Diffusers' guiders
+
+GUIDERS = {
+    "plain": guiders.ClassifierFreeGuidance,
+    "adaptive projected": lambda **kwargs: guiders.AdaptiveProjectedGuidance(
+        adaptive_projected_guidance_momentum=-0.5, adaptive_projected_guidance_rescale=2.0, eta=0.5, **kwargs
+    ),
+    "zero star": guiders.ClassifierFreeZeroStarGuidance,
+    "tangential": guiders.TangentialClassifierFreeGuidance,
+}
+
+
+def sample_by_guider(pipe, combine_by_hand, scale, steps):
+    """Stage 2 by Euler steps, its predictions one after the other; `combine_by_hand(step, conditional, null)`."""
+    prior_latents, latents = normal(1, 4, 8, 8, seed=6), normal(2, 4, 8, 8, seed=2)
+    priors = pipe.latent_embedder(prior_latents).prior_embeds.expand(2, -1, -1)
+    for step in range(steps):
+        timestep = 1000.0 * (1 - step / steps)
+        conditional = predict(pipe.transformer, priors=priors, timestep=timestep, latents=latents)
+        null = predict(pipe.transformer, torch.full_like(LABELS, NULL_CLASS), timestep=timestep, latents=latents)
+        latents = latents - combine_by_hand(step, conditional, null) / steps
+    return sample(pipe, prior_latents=prior_latents, num_inference_steps=steps, guidance=scale).images, latents
+
+
+def test_plain_guider_is_guidance_to_the_bit(pipe):
+    guider = guiders.ClassifierFreeGuidance(guidance_scale=3.0)
+    kwargs = {"num_inference_steps": 4, "return_stages": True}
+    for scales in ({}, {"guidance_scale": 3.0}, {"guidance_scale": [3.0, 3.0]}, {"guidance_scale": [3.0, 1.0]}):
+        found = sample(pipe, guidance=guider, **scales, **kwargs)
+        expected = sample(pipe, **{"guidance_scale": 3.0, **scales}, **kwargs)
+        assert all(torch.equal(*pair) for pair in zip(found.stages, expected.stages, strict=True))
+        for statistics, others in zip(found.statistics, expected.statistics, strict=True):
+            assert torch.equal(statistics.num_guided_evaluations, others.num_guided_evaluations)
+
+
+def test_adaptive_projected_guidance(pipe):
+    """Momentum, updates of limited norm, half of their part along the conditional one (Sadat et al. 2024)."""
+    average = [0.0]
+
+    def by_hand(step, conditional, null):
+        average[0] = (conditional - null) - 0.5 * average[0]
+        update = average[0] * (2.0 / average[0].flatten(1).norm(dim=1)).clamp(max=1).reshape(-1, 1, 1, 1)
+        direction = F.normalize(conditional.flatten(1).double(), dim=1).view_as(conditional)
+        parallel = ((update * direction).sum((1, 2, 3), keepdim=True) * direction).float()
+        return null + 4.0 * (update - parallel + 0.5 * parallel)
+
+    guider = GUIDERS["adaptive projected"](guidance_scale=4.0)
+    for _ in range(2):  # the momentum is that of a stage
+        average[0] = 0.0
+        assert_near(*sample_by_guider(pipe, by_hand, guider, 4))
+
+
+def test_zero_star_guidance(pipe):
+    """The null prediction by its best multiple, and nothing in the first step (Fan et al. 2025)."""
+
+    def by_hand(step, conditional, null):
+        best = (conditional * null).sum((1, 2, 3), keepdim=True) / (null**2).sum((1, 2, 3), keepdim=True)
+        return best * null + 4.0 * (conditional - best * null) if step > 0 else torch.zeros_like(null)
+
+    assert_near(*sample_by_guider(pipe, by_hand, GUIDERS["zero star"](guidance_scale=4.0), 4))
+
+
+def test_tangential_guidance(pipe):
+    """The null prediction by its part along the main direction of both (Kwon et al. 2025)."""
+
+    def by_hand(step, conditional, null):
+        both = torch.stack([conditional, null], dim=1).flatten(2)
+        main = torch.linalg.svd(both, full_matrices=False).Vh[:, :1]
+        null = ((null.flatten(1)[:, None] * main).sum(-1, keepdim=True) * main).view_as(null)
+        return null + 4.0 * (conditional - null)
+
+    assert_near(*sample_by_guider(pipe, by_hand, GUIDERS["tangential"](guidance_scale=4.0), 4))
+
+
+@pytest.mark.parametrize("name", GUIDERS)
+def test_a_guider_leaves_stage_1_alone_unless_asked(pipe, name):
+    guider = GUIDERS[name](guidance_scale=4.0)
+    unguided = sample(pipe, guidance_scale=[1.0, 1.0], return_stages=True)
+    calls = record_calls(pipe.transformer)
+    output = sample(pipe, guidance=guider, return_stages=True)
+    assert torch.equal(output.stages[0], unguided.stages[0]) and sizes(calls) == [2, 2, 4, 4]
+    assert_differ(output.stages[1], unguided.stages[1])
+    assert torch.equal(sample(pipe, guidance=guider, guidance_scale=[1.0, 1.0]).images, unguided.images)
+    assert_differ(
+        sample(pipe, guidance=guider, guidance_scale=[4.0, 1.0], return_stages=True).stages[0], output.stages[0]
+    )
+
+
+def test_a_guider_starts_and_stops_by_steps(pipe):
+    guider = guiders.ClassifierFreeGuidance(guidance_scale=3.0, start=0.25, stop=0.75)
+    output = sample(pipe, guidance=guider, num_inference_steps=4)
+    fixed = sample(pipe, guidance_scale=3.0, guidance=Guidance(interval=(0.5, 0.75)), num_inference_steps=4)
+    assert torch.equal(output.images, fixed.images)
+    assert output.statistics[1].num_guided_evaluations.tolist() == [2, 2]
+
+
+def test_a_guider_without_a_latent_embedder_guides_the_only_stage():
+    pipe = tiny_pipeline(latent_embedder=None)
+    guider = guiders.ClassifierFreeGuidance(guidance_scale=3.0)
+    assert torch.equal(sample(pipe, guidance=guider).images, sample(pipe, guidance_scale=3.0).images)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "fragments"),
+    [
+        ({"guidance": 4.0}, TypeError, ["`guidance`", "Guidance", "guiders", "got 4.0"]),
+        ({"guidance": {"rescale": 0.5}}, TypeError, ["`guidance`", "got {'rescale': 0.5}"]),
+        ({"guidance_scale": 2.0}, ValueError, ["`guidance_scale`", "3.0", "or 1", "got 2.0"]),
+        ({"guidance_scale": [1.0, 2.0]}, ValueError, ["`guidance_scale`", "3.0", "or 1", "got 2.0"]),
+        ({"schedulers": "dopri5"}, ValueError, ["`guidance`", "own steps", "ClassifierFreeGuidance in stage 2"]),
+        (
+            {"guidance": guiders.AutoGuidance(auto_guidance_layers=[0], dropout=0.1)},
+            ValueError,
+            ["`guidance`", "AutoGuidance"],
+        ),
+        (
+            {"guidance": guiders.SkipLayerGuidance(skip_layer_guidance_layers=[0])},
+            ValueError,
+            ["`guidance`", "conditional and an unconditional", "SkipLayerGuidance"],
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_guider_cannot_do_is_refused(idle_pipe, kwargs, error, fragments):
+    with pytest.raises(error, match=says(*fragments)):
+        idle_pipe([1], **{"guidance": guiders.ClassifierFreeGuidance(guidance_scale=3.0), **kwargs})
+    assert not idle_pipe.evaluated

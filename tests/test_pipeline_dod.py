@@ -33,7 +33,7 @@ from helpers import (
 )
 from PIL import Image
 
-from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDPipelineOutput
+from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDPipelineOutput, Guidance
 from diffusers_dod.autoencoders import denormalize_latents, normalize_latents
 
 
@@ -79,8 +79,7 @@ def test_stages_equal_eq_4_by_hand(pipe):
         [1, 3],
         num_stages=3,
         num_inference_steps=3,
-        first_stage_guidance_scale=1.5,
-        guidance_scale=3.0,
+        guidance_scale=[1.5, 3.0, 3.0],
         latents=noises,
         return_stages=True,
     )
@@ -215,7 +214,7 @@ def test_list_of_generators_gives_each_sample_its_own(pipe):
 )
 def test_evaluations_of_guided_and_unguided_stages(pipe, first_stage_scale, scale, expected):
     calls = record_calls(pipe.transformer)
-    sample(pipe, first_stage_guidance_scale=first_stage_scale, guidance_scale=scale)
+    sample(pipe, guidance_scale=[first_stage_scale, scale])
     assert batch_sizes(calls) == expected
 
 
@@ -223,7 +222,7 @@ def test_scales_apply_to_their_own_stages(pipe):
     noises = [noise(0), noise(1)]
     plain = sample(pipe, latents=noises, guidance_scale=1.0, return_stages=True)
     later = sample(pipe, latents=noises, guidance_scale=3.0, return_stages=True)
-    first = sample(pipe, latents=noises, guidance_scale=1.0, first_stage_guidance_scale=3.0, return_stages=True)
+    first = sample(pipe, latents=noises, guidance_scale=[3.0, 1.0], return_stages=True)
     assert torch.equal(later.stages[0], plain.stages[0])
     assert not torch.allclose(later.stages[1], plain.stages[1], atol=1e-2)
     assert not torch.allclose(first.stages[0], plain.stages[0], atol=1e-2)
@@ -231,7 +230,7 @@ def test_scales_apply_to_their_own_stages(pipe):
 
 def test_priors_and_labels_belong_to_the_conditional_half(pipe):
     calls = record_calls(pipe.transformer)
-    sample(pipe, [1, 3], guidance_scale=3.0, first_stage_guidance_scale=3.0, num_inference_steps=1)
+    sample(pipe, [1, 3], guidance_scale=[3.0, 3.0], num_inference_steps=1)
     first, second = calls
     assert first.prior_embeds is None
     assert second.prior_embeds.shape == (2, 16, 32) and second.hidden_states.shape[0] == 4
@@ -422,7 +421,7 @@ def test_callback_sees_one_step_index_over_all_stages(solver, timesteps):
     def callback(pipe_, step_index, timestep, kwargs):
         assert pipe_ is pipe and set(kwargs) == {"latents", "prior_embeds", "class_labels"}
         assert kwargs["latents"].shape == (2, 4, 8, 8) and kwargs["class_labels"].tolist() == [1, 3]
-        assert (pipe.first_stage_guidance_scale, pipe.guidance_scale) == (1.0, 3.0)
+        assert pipe.guidance_scale == (1.0 if kwargs["prior_embeds"] is None else 3.0)
         seen.append((step_index, float(timestep), kwargs["prior_embeds"] is not None))
 
     sample(
@@ -487,17 +486,17 @@ def test_interrupt_returns_the_sample_reached(pipe, last_step):
     torch.testing.assert_close(sample(pipe).images, sample(tiny_pipeline()).images)
 
 
-def test_scales_set_in_a_callback_hold_from_the_next_step(pipe):
+def test_a_scale_set_in_a_callback_holds_from_the_next_step_to_the_end_of_the_stage(pipe):
     calls = record_calls(pipe.transformer)
 
     def callback(pipe, step_index, timestep, kwargs):
         if step_index == 0:
-            pipe._first_stage_guidance_scale = 2.0
+            pipe._guidance_scale = 2.0
         if step_index == 3:
             pipe._guidance_scale = 1.0
 
     sample(pipe, num_inference_steps=3, guidance_scale=3.0, callback_on_step_end=callback)
-    assert pipe.guidance_scale == 1.0 and pipe.first_stage_guidance_scale == 2.0
+    assert pipe.guidance_scale == 1.0
     assert batch_sizes(calls) == [2, 4, 4, 4, 2, 2]
 
 
@@ -715,6 +714,7 @@ def test_saving_without_an_optional_component(tmp_path, missing):
         ([[3], [1]], [3, 1]),
         (torch.tensor([[3], [1]]), [3, 1]),
         ([3, None], [3, 10]),
+        (None, [10]),
     ],
     ids=repr,
 )
@@ -723,6 +723,13 @@ def test_label_forms(pipe, class_labels, ids):
     calls = record_calls(pipe.transformer)
     images = pipe(class_labels, num_stages=1, num_inference_steps=1, output_type="latent").images
     assert images.shape[0] == len(ids) and calls[0].class_labels.tolist() == ids
+
+
+def test_no_label_is_an_image_of_no_class(pipe):
+    kwargs = {"num_inference_steps": 1, "output_type": "latent", "seed": 0}
+    images = [pipe(**labels, **kwargs).images for labels in ({}, {"class_labels": None}, {"class_labels": [None]})]
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
+    assert not torch.equal(images[0], pipe(3, **kwargs).images)
 
 
 def test_a_name_given_twice_to_one_class_is_not_ambiguous():
@@ -760,7 +767,6 @@ BAD_CALLS = [
     ("class_labels", dict(class_labels=[1, False]), TypeError, "integers or names", "got False"),
     ("class_labels", dict(class_labels=1.5), TypeError, "an int, a str", "got 1.5"),
     ("class_labels", dict(class_labels=[1, 2.0]), TypeError, "integers or names", "got 2.0"),
-    ("class_labels", dict(class_labels=None), TypeError, "an int, a str", "got None"),
     ("class_labels", dict(class_labels={1}), TypeError, "an int, a str", "got {1}"),
     (
         "class_labels",
@@ -793,9 +799,6 @@ BAD_CALLS = [
     ("guidance_scale", dict(guidance_scale=INF), ValueError, "[0, inf)", "got inf"),
     ("guidance_scale", dict(guidance_scale="3"), TypeError, "float", "got '3'"),
     ("guidance_scale", dict(guidance_scale=True), TypeError, "float", "got True"),
-    ("first_stage_guidance_scale", dict(first_stage_guidance_scale=NAN), ValueError, "[0, inf)", "got nan"),
-    ("first_stage_guidance_scale", dict(first_stage_guidance_scale=-1), ValueError, "[0, inf)", "got -1"),
-    ("first_stage_guidance_scale", dict(first_stage_guidance_scale=None), TypeError, "float", "got None"),
     ("height", dict(height=10), ValueError, "multiple of 4", "got 10"),
     ("height", dict(height=0), ValueError, ">= 1", "got 0"),
     ("height", dict(height=-4), ValueError, ">= 1", "got -4"),
@@ -923,29 +926,30 @@ BAD_CALLS = [
         "got (2, 4, 8, 8)",
     ),
     *[
-        (name, {name: values, **kwargs}, ValueError, f"{number} values (one per stage that is run)", f"got {length}.")
-        for name, value in [("stage_inference_steps", 2), ("stage_solvers", "heun"), ("stage_guidance_scales", 2.0)]
+        (name, {name: values, **kwargs}, ValueError, f"{number} (one per stage that is run)", f"got {length}.")
+        for name, value in [("num_inference_steps", 2), ("schedulers", "heun"), ("guidance_scale", 2.0)]
         for kwargs, number in [(dict(), 2), (dict(num_stages=3), 3), (dict(image=PICTURE), 1)]
         for length in (0, number + 1)
         for values in [[value] * length]
     ],
-    ("stage_inference_steps", dict(stage_inference_steps=[2, 0]), ValueError, ">= 1", "got 0"),
-    ("stage_inference_steps", dict(stage_inference_steps=[2.0, 2]), TypeError, "int", "got 2.0"),
-    ("stage_inference_steps", dict(stage_inference_steps=2), TypeError, "list or tuple", "got 2"),
-    ("stage_solvers", dict(stage_solvers="heun"), TypeError, "list or tuple", "got 'heun'"),
-    ("stage_solvers", dict(stage_solvers=["euler", "ralston"]), ValueError, "'midpoint'", "got 'ralston'"),
-    ("stage_solvers", dict(stage_solvers=[None, 5]), TypeError, "SchedulerMixin", "got 5"),
-    ("stage_solvers", dict(stage_solvers=[DDIMScheduler(), None]), ValueError, "FlowMatch", "got DDIMScheduler"),
+    ("num_inference_steps", dict(num_inference_steps=[2, 0]), ValueError, ">= 1", "got 0"),
+    ("num_inference_steps", dict(num_inference_steps=[2.0, 2]), TypeError, "int", "got 2.0"),
+    ("num_inference_steps", dict(num_inference_steps="2"), TypeError, "int", "got '2'"),
+    ("schedulers", dict(schedulers=5), TypeError, "SchedulerMixin", "got 5"),
+    ("schedulers", dict(schedulers="ralston"), ValueError, "'midpoint'", "got 'ralston'"),
+    ("schedulers", dict(schedulers=["euler", "ralston"]), ValueError, "'midpoint'", "got 'ralston'"),
+    ("schedulers", dict(schedulers=[None, 5]), TypeError, "SchedulerMixin", "got 5"),
+    ("schedulers", dict(schedulers=[DDIMScheduler(), None]), ValueError, "FlowMatch", "got DDIMScheduler"),
     (
-        "stage_solvers",
-        dict(stage_solvers=[None, UniPCMultistepScheduler(use_flow_sigmas=True)]),
+        "schedulers",
+        dict(schedulers=[None, UniPCMultistepScheduler(use_flow_sigmas=True)]),
         ValueError,
         "flow_prediction",
         "got",
         "'epsilon'",
     ),
     *[
-        ("stage_solvers", dict(stage_solvers=[None, scheduler]), ValueError, "got")  # other paths, or another way
+        ("schedulers", dict(schedulers=[None, scheduler]), ValueError, "got")  # other paths, or another way
         for scheduler in [
             UniPCMultistepScheduler(**FLOW, use_karras_sigmas=True),
             DPMSolverMultistepScheduler(**FLOW, use_karras_sigmas=True),
@@ -955,130 +959,37 @@ BAD_CALLS = [
             FlowMatchLCMScheduler(scale_factors=[1, 2]),
         ]
     ],
-    ("stage_guidance_scales", dict(stage_guidance_scales=[1.0, -1]), ValueError, "[0, inf)", "got -1"),
-    ("stage_guidance_scales", dict(stage_guidance_scales=[NAN, 1.0]), ValueError, "[0, inf)", "got nan"),
-    ("stage_guidance_scales", dict(stage_guidance_scales=[1.0, None]), TypeError, "float", "got None"),
-    ("stage_guidance_scales", dict(stage_guidance_scales=2.0), TypeError, "list or tuple", "got 2.0"),
+    ("guidance_scale", dict(guidance_scale=[1.0, -1]), ValueError, "[0, inf)", "got -1"),
+    ("guidance_scale", dict(guidance_scale=[NAN, 1.0]), ValueError, "[0, inf)", "got nan"),
+    ("guidance_scale", dict(guidance_scale=[1.0, "3"]), TypeError, "float", "got '3'"),
     *[
-        ("stage_guidance_scales", dict(stage_guidance_scales=[1.0, 3.0], **other), ValueError, "None beside", "got [1")
-        for other in (dict(guidance_scale=2.0), dict(first_stage_guidance_scale=2.0))
+        ("sigmas", dict(sigmas=values), ValueError, "strictly decreasing numbers in (0, 1]", "got")
+        for values in [[0.5, 1], [1, 1], [2, 1], [1, 0], [1, NAN], [], 0.5, "all", [[1], [0.5]]]
     ],
     *[
-        (name, {name: values}, ValueError, f"strictly decreasing numbers in (0, {maximum}]", "got")
-        for name, maximum in [("sigmas", 1), ("timesteps", 1000)]
-        for values in [
-            [0.5 * maximum, maximum],
-            [maximum, maximum],
-            [2 * maximum, maximum],
-            [maximum, 0],
-            [maximum, NAN],
-            [],
-            0.5,
-            "all",
-            [[maximum], [0.5]],
-        ]
+        (
+            "sigmas",
+            dict(sigmas=[1.0, 0.5], num_inference_steps=steps),
+            ValueError,
+            "Only one of `sigmas` and `num_inference_steps`",
+            f"got {steps}",
+        )
+        for steps in (2, [2, None])
     ],
     *[
-        (name, {name: values, **other}, ValueError, "Only one of `sigmas`, `timesteps` and numbers of steps", "got")
-        for name, values in [("sigmas", [1.0, 0.5]), ("timesteps", [1000, 500])]
-        for other in [
-            dict(num_inference_steps=2),
-            dict(stage_inference_steps=[2, 2]),
-            dict(sigmas=[1.0, 0.5], timesteps=[1000, 500]),
-        ]
+        ("sigmas", dict(sigmas=[1.0, 0.5], schedulers=[None, solver]), ValueError, "None", name, "got [1.0, 0.5]")
+        for solver, name in [("dopri5", "dopri5"), (FlowMatchHeunDiscreteScheduler(), "FlowMatchHeunDiscrete")]
     ],
-    *[
-        (name, {name: values, "stage_solvers": [None, solver]}, ValueError, "None", str(received), f"got {values}")
-        for name, values in [("sigmas", [1.0, 0.5]), ("timesteps", [1000, 500])]
-        for solver, received in [("dopri5", "dopri5"), (FlowMatchHeunDiscreteScheduler(), "FlowMatchHeunDiscrete")]
-    ],
-    (
-        "timesteps",
-        dict(timesteps=[1000, 500], stage_solvers=[FlowMatchEulerDiscreteScheduler(), None]),
-        ValueError,
-        "None",
-        "FlowMatchEulerDiscreteScheduler",
-        "got [1000, 500]",
-    ),
     (
         "num_inference_steps",
-        dict(num_inference_steps=1, stage_solvers=[None, "euler_maruyama"]),
+        dict(num_inference_steps=1, schedulers=[None, "euler_maruyama"]),
         ValueError,
         ">= 2",
         "got 1",
     ),
-    ("null_condition", dict(null_condition="label"), ValueError, "'class_and_prior', 'class', 'prior'", "got 'label'"),
-    ("null_condition", dict(null_condition=None), ValueError, "'class_and_prior', 'class', 'prior'", "got None"),
-    (
-        "null_condition",
-        dict(null_condition="class", num_stages=1),
-        ValueError,
-        "'class_and_prior' with one stage",
-        "got 'class'",
-    ),
-    ("prior_guidance_scale", dict(prior_guidance_scale=-1), ValueError, "[0, inf)", "got -1"),
-    ("prior_guidance_scale", dict(prior_guidance_scale=INF), ValueError, "[0, inf)", "got inf"),
-    ("prior_guidance_scale", dict(prior_guidance_scale="2"), TypeError, "float", "got '2'"),
-    (
-        "prior_guidance_scale",
-        dict(prior_guidance_scale=2.0, num_stages=1),
-        ValueError,
-        "None with one stage",
-        "got 2.0",
-    ),
-    ("guidance_channels", dict(guidance_channels=5), ValueError, "[1, 4]", "got 5"),
-    ("guidance_channels", dict(guidance_channels=0), ValueError, ">= 1", "got 0"),
-    ("guidance_channels", dict(guidance_channels=3.0), TypeError, "int", "got 3.0"),
-    ("guidance_interval", dict(guidance_interval=(0.8, 0.2)), ValueError, "low <= high", "got (0.8, 0.2)"),
-    ("guidance_interval", dict(guidance_interval=(-0.1, 1.0)), ValueError, "[0, 1]", "got -0.1"),
-    ("guidance_interval", dict(guidance_interval=(0.0, 1.1)), ValueError, "[0, 1]", "got 1.1"),
-    ("guidance_interval", dict(guidance_interval=(0.0, NAN)), ValueError, "[0, 1]", "got nan"),
-    ("guidance_interval", dict(guidance_interval=(0.0, 0.5, 1.0)), ValueError, "pair", "got (0.0, 0.5, 1.0)"),
-    ("guidance_interval", dict(guidance_interval=0.5), ValueError, "pair", "got 0.5"),
-    ("guidance_interval", dict(guidance_interval=(0, "1")), TypeError, "float", "got '1'"),
-    ("guidance_power", dict(guidance_power=0.0), ValueError, "(0, inf)", "got 0.0"),
-    ("guidance_power", dict(guidance_power="1"), TypeError, "float", "got '1'"),
-    ("guidance_rescale", dict(guidance_rescale=1.5), ValueError, "[0, 1]", "got 1.5"),
-    ("guidance_rescale", dict(guidance_rescale=-0.5), ValueError, "[0, 1]", "got -0.5"),
-    ("guidance_rescale", dict(guidance_rescale=None), TypeError, "float", "got None"),
-    ("guidance_cosine_threshold", dict(guidance_cosine_threshold=1.5), ValueError, "(-1, 1]", "got 1.5"),
-    ("guidance_cosine_threshold", dict(guidance_cosine_threshold=-1), ValueError, "(-1, 1]", "got -1"),
-    ("guidance_cosine_threshold", dict(guidance_cosine_threshold="1"), TypeError, "float", "got '1'"),
-    ("guidance_transformer", dict(guidance_transformer="weak"), TypeError, "DoDTransformer2DModel", "got"),
-    ("guidance_transformer", dict(guidance_transformer=tiny_vae()), TypeError, "DoDTransf", "got AutoencoderKL"),
-    *[
-        (
-            "guidance_transformer",
-            dict(guidance_transformer=tiny_transformer(**{name: value})),
-            ValueError,
-            f"`{name}`, {expected}",
-            f"got {value}",
-        )
-        for name, value, expected in [
-            ("in_channels", 3, 4),
-            ("num_classes", 9, 10),
-            ("patch_size", 1, 2),
-            ("prior_embed_dim", 16, 32),
-        ]
-    ],
-    *[
-        (
-            name,
-            {name: value, "guidance_transformer": tiny_transformer()},
-            ValueError,
-            "Only one of",
-            "`guidance_transformer`",
-            f"got ['`{name}`', '`guidance_transformer`']",
-        )
-        for name, value in [("null_condition", "prior"), ("prior_guidance_scale", 2.0)]
-    ],
-    (
-        "prior_guidance_scale",
-        dict(null_condition="class", prior_guidance_scale=2.0),
-        ValueError,
-        "Only one of",
-        "got ['`null_condition`', '`prior_guidance_scale`']",
-    ),
+    # What a `Guidance` and a guider may be is asked in tests/test_guidance.py.
+    ("guidance", dict(guidance=4.0), TypeError, "`Guidance`", "guiders", "got 4.0"),
+    ("guidance", dict(guidance=Guidance(channels=5)), ValueError, "`channels`", "[1, 4]", "got 5"),
     ("output_type", dict(output_type="tensor"), ValueError, "'pil', 'np', 'pt', 'latent'", "got 'tensor'"),
     ("output_type", dict(output_type=None), ValueError, "'pil', 'np', 'pt', 'latent'", "got None"),
     ("attention_kwargs", dict(attention_kwargs=5), TypeError, "dict", "got 5"),
@@ -1194,8 +1105,7 @@ def test_the_watch_over_bad_calls_sees_every_model(refusing_pipe):
 @pytest.mark.parametrize(
     ("argument", "kwargs", "fragments"),
     [
-        ("stage_solvers", dict(stage_solvers=[None, "heun"]), ["schedulers", "FlowMatchEuler", "got 'heun'"]),
-        ("timesteps", dict(timesteps=[1000, 500]), ["None", "FlowMatchEuler", "got [1000, 500]"]),
+        ("schedulers", dict(schedulers=[None, "heun"]), ["schedulers", "FlowMatchEuler", "got 'heun'"]),
         ("sigmas", dict(sigmas=[0.5, 1.0]), ["strictly decreasing", "(0, 1]", "got [0.5, 1.0]"]),
         ("sigmas", dict(sigmas=[2.0, 1.0]), ["strictly decreasing", "(0, 1]", "got [2.0, 1.0]"]),
         ("sigmas", dict(sigmas=[]), ["strictly decreasing", "(0, 1]", "got []"]),

@@ -72,7 +72,7 @@ def test_first_block_cache_starts_anew_in_every_stage(deep_pipe):
     [
         (1.0, 3.0, ("_guidance_scale", 1.0), 5),
         (1.0, 1.0, ("_guidance_scale", 3.0), 5),
-        (3.0, 3.0, ("_first_stage_guidance_scale", 1.0), 1),
+        (3.0, 3.0, ("_guidance_scale", 1.0), 1),
     ],
     ids=["stops in stage 2", "starts in stage 2", "stops in stage 1"],
 )
@@ -87,8 +87,7 @@ def test_first_block_cache_starts_anew_when_guidance_does(deep_pipe, stage_1, la
     sample(
         deep_pipe,
         num_inference_steps=4,
-        first_stage_guidance_scale=stage_1,
-        guidance_scale=later,
+        guidance_scale=[stage_1, later],
         callback_on_step_end=callback,
     )
     expected = [ALL, FIRST, FIRST, FIRST] * 2
@@ -123,7 +122,7 @@ def test_first_block_cache_under_other_solvers(solver):
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_first_block_cache_with_threshold_zero_changes_nothing(deep_pipe, guidance_scale):
-    scales = {"guidance_scale": guidance_scale, "first_stage_guidance_scale": guidance_scale}
+    scales = {"guidance_scale": [guidance_scale, guidance_scale]}
     expected = sample(deep_pipe, num_inference_steps=4, **scales)
     evaluations = record_blocks(deep_pipe)
     deep_pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
@@ -162,7 +161,7 @@ CACHES = {
 # Stages of the same batch size are the ones that could take over what a cache holds of another unnoticed.
 @pytest.mark.parametrize("first_scale", [1.0, 3.0])
 def test_every_cache_belongs_to_its_stage_and_its_call(deep_pipe, cache, first_scale):
-    kwargs = {"num_inference_steps": 3, "guidance_scale": 3.0, "first_stage_guidance_scale": first_scale}
+    kwargs = {"num_inference_steps": 3, "guidance_scale": [first_scale, 3.0]}
     plain = sample(deep_pipe, **kwargs)
     config, expected = CACHES[cache]
     evaluations = record_blocks(deep_pipe)

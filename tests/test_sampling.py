@@ -22,7 +22,7 @@ from diffusers import (
 from diffusers.utils.torch_utils import randn_tensor
 from helpers import FIXED_STEP_SOLVERS, assert_near, noise, record_calls, says, tiny_latent_embedder, tiny_pipeline
 
-from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDPipelineOutput
+from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDPipelineOutput, Guidance
 from diffusers_dod.seeding import stateless_generator, stateless_noise
 
 
@@ -64,9 +64,8 @@ def sample_indices(pipe: DoDPipeline, indices, solver: str, **kwargs) -> DoDPipe
         sample_indices=list(indices),
         num_stages=num_stages,
         num_inference_steps=steps,
-        stage_solvers=[solver] * num_stages,
-        guidance_scale=3.0,
-        first_stage_guidance_scale=2.0,
+        schedulers=[solver] * num_stages,
+        guidance_scale=[2.0, *[3.0] * (num_stages - 1)],
         **kwargs,
     )
 
@@ -94,26 +93,26 @@ def test_an_image_does_not_depend_on_its_batch(pipe, solver, chunks):
 @pytest.mark.parametrize(
     "guidance",
     [
-        {"guidance_interval": (0.3, 0.8), "guidance_power": 2.0, "guidance_channels": 3},
-        {"prior_guidance_scale": 2.0, "guidance_rescale": 0.7},
-        {"null_condition": "class", "guidance_cosine_threshold": 0.5},
+        Guidance(interval=(0.3, 0.8), power=2.0, channels=3),
+        Guidance(prior_scale=2.0, rescale=0.7),
+        Guidance(null_condition="class", cosine_threshold=0.5),
     ],
     ids=str,
 )
 def test_an_image_does_not_depend_on_its_batch_under_other_guidance(pipe, guidance):
     plain = sample_indices(pipe, range(4), "heun").images
-    together = sample_indices(pipe, range(4), "heun", **guidance).images
-    parts = [sample_indices(pipe, chunk, "heun", **guidance).images for chunk in ([3], [1, 0, 2])]
+    together = sample_indices(pipe, range(4), "heun", guidance=guidance).images
+    parts = [sample_indices(pipe, chunk, "heun", guidance=guidance).images for chunk in ([3], [1, 0, 2])]
     assert_near(torch.cat(parts), together[[3, 1, 0, 2]])
     assert (together - plain).flatten(1).abs().amax(1).min() > 0.05
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_an_image_depends_on_its_index_not_on_its_place(pipe, solver):
-    implicit = sample(pipe, LABELS[:2], stage_solvers=[solver] * 2)
-    explicit = sample(pipe, LABELS[:2], stage_solvers=[solver] * 2, sample_indices=[0, 1])
+    implicit = sample(pipe, LABELS[:2], schedulers=[solver] * 2)
+    explicit = sample(pipe, LABELS[:2], schedulers=[solver] * 2, sample_indices=[0, 1])
     assert torch.equal(implicit.images, explicit.images)  # 0, 1, 2, ... if not given
-    other = sample(pipe, LABELS[:2], stage_solvers=[solver] * 2, sample_indices=[0, 7])
+    other = sample(pipe, LABELS[:2], schedulers=[solver] * 2, sample_indices=[0, 7])
     assert_near(other.images[0], implicit.images[0], atol=tolerance_of(solver))
     assert (other.images[1] - implicit.images[1]).abs().max() > 0.5
 
@@ -155,7 +154,7 @@ def test_an_image_is_the_same_in_another_process(tmp_path):
 def test_an_image_depends_on_its_own_generator_alone(pipe, solver):
     def run(order):
         labels = [LABELS[index] for index in order]
-        return sample(pipe, labels, generator=generators(*order), stage_solvers=[solver] * 2).images
+        return sample(pipe, labels, generator=generators(*order), schedulers=[solver] * 2).images
 
     together = run([0, 1, 2])
     assert_near(run([2, 0, 1]), together[[2, 0, 1]], atol=tolerance_of(solver))
@@ -174,7 +173,7 @@ def test_one_generator_serves_all_images_in_turn(pipe):
 def test_one_generator_also_draws_the_noise_of_an_sde(pipe):
     solver = "euler_maruyama"
     output = sample(
-        pipe, generator=torch.Generator().manual_seed(4), num_stages=1, num_inference_steps=4, stage_solvers=[solver]
+        pipe, generator=torch.Generator().manual_seed(4), num_stages=1, num_inference_steps=4, schedulers=[solver]
     )
     generator = torch.Generator().manual_seed(4)
     scheduler = DoDFlowMatchScheduler(solver=solver)
@@ -199,7 +198,7 @@ def drawn_noises(pipe: DoDPipeline, monkeypatch: pytest.MonkeyPatch, **kwargs) -
 
     with monkeypatch.context() as patch:
         patch.setattr(DoDFlowMatchScheduler, "step", recording_step)
-        sample(pipe, stage_solvers=["euler_maruyama"] * 3, num_stages=3, num_inference_steps=2, **kwargs)
+        sample(pipe, schedulers=["euler_maruyama"] * 3, num_stages=3, num_inference_steps=2, **kwargs)
     for call in inputs:
         if call.timestep[0] == 1000:
             noises.extend(call.hidden_states.flatten(1))
@@ -319,7 +318,7 @@ def test_images_of_a_prior_share_it_and_their_label(pipe):
 @pytest.mark.parametrize("solver", ["euler", "euler_maruyama"])
 def test_images_of_a_prior_under_a_seed_keep_their_noise_in_every_stage(pipe, solver):
     kwargs = {"num_stages": 3, "num_images_per_label": 2, "sample_indices": [4, 0, 9, 2]}
-    kwargs["stage_solvers"] = [solver] * 3
+    kwargs["schedulers"] = [solver] * 3
     single = sample(pipe, **kwargs)
     several = sample(pipe, **kwargs, num_images_per_prior=COPIES)
     fewer = sample(pipe, **kwargs, num_images_per_prior=COPIES - 1)
@@ -481,11 +480,11 @@ def test_the_scale_of_adapters_also_acts_on_given_tokens():
 # ------------------------------------------------------------------------------------------------- stage by stage
 
 STAGE_OPTIONS = {
-    "steps": ("stage_inference_steps", 5),
-    "solver": ("stage_solvers", "heun"),
-    "scheduler": ("stage_solvers", DoDFlowMatchScheduler(shift=3.0)),
-    "stock scheduler": ("stage_solvers", FlowMatchEulerDiscreteScheduler(shift=3.0)),
-    "scale": ("stage_guidance_scales", 4.0),
+    "steps": ("num_inference_steps", 5),
+    "solver": ("schedulers", "heun"),
+    "scheduler": ("schedulers", DoDFlowMatchScheduler(shift=3.0)),
+    "stock scheduler": ("schedulers", FlowMatchEulerDiscreteScheduler(shift=3.0)),
+    "scale": ("guidance_scale", 4.0),
 }
 
 
@@ -493,7 +492,7 @@ STAGE_OPTIONS = {
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_an_entry_acts_on_its_own_stage(pipe, option, stage):
     name, value = STAGE_OPTIONS[option]
-    default = [1.0, 2.0, 2.0] if name == "stage_guidance_scales" else [None] * 3
+    default = [None] * 3
     noises = [noise(seed) for seed in range(3)]
     plain = sample(pipe, num_stages=3, latents=noises)
     assert_stages_near(sample(pipe, num_stages=3, latents=noises, **{name: default}), plain, 0)
@@ -512,30 +511,39 @@ def test_an_entry_acts_on_its_own_stage(pipe, option, stage):
             assert_near(latents, others)
 
 
+@pytest.mark.parametrize("option", STAGE_OPTIONS)
+def test_a_single_value_is_that_of_all_stages_but_for_the_scale(pipe, option):
+    name, value = STAGE_OPTIONS[option]
+    values = [1.0 if name == "guidance_scale" else value, value, value]
+    single, each = (sample(pipe, num_stages=3, **{name: given}) for given in (value, values))
+    assert_stages_near(single, each, 0)
+    assert (single.images - sample(pipe, num_stages=3).images).abs().max() > 0.05
+
+
 def test_entries_belong_to_the_stages_that_are_run(pipe):
     given = noise(0)
     kwargs = {"num_stages": 3, "prior_latents": given}
-    output = sample(pipe, **kwargs, stage_inference_steps=[3, 5], stage_guidance_scales=[1.0, 3.0])
+    output = sample(pipe, **kwargs, num_inference_steps=[3, 5], guidance_scale=[1.0, 3.0])
     assert [entry.num_evaluations.tolist() for entry in output.statistics] == [[3, 3], [5, 5]]
     assert [entry.num_guided_evaluations.tolist() for entry in output.statistics] == [[0, 0], [5, 5]]
 
 
 def test_a_scale_of_the_only_stage_without_a_latent_embedder():
     pipe = tiny_pipeline(latent_embedder=None)
-    output = sample(pipe, stage_guidance_scales=[3.0])
+    output = sample(pipe, guidance_scale=[3.0])
     assert torch.equal(output.images, sample(pipe, guidance_scale=3.0).images)
     assert not torch.equal(output.images, sample(pipe, guidance_scale=2.0).images)
 
 
 def test_schedulers_of_both_kinds_follow_each_other(pipe):
     stock, ours = FlowMatchEulerDiscreteScheduler(shift=3.0), DoDFlowMatchScheduler(solver="heun")
-    output = sample(pipe, stage_solvers=[stock, ours], stage_inference_steps=[4, 3])
-    expected = sample(pipe, stage_solvers=[DoDFlowMatchScheduler(shift=3.0), "heun"], stage_inference_steps=[4, 3])
+    output = sample(pipe, schedulers=[stock, ours], num_inference_steps=[4, 3])
+    expected = sample(pipe, schedulers=[DoDFlowMatchScheduler(shift=3.0), "heun"], num_inference_steps=[4, 3])
     assert_stages_near(output, expected, 1e-5)
     assert pipe.num_timesteps == 4 + 2 * 3
     # With one of Diffusers' schedulers in the pipeline, ours are given as objects.
     pipe = tiny_pipeline(scheduler=stock)
-    assert_stages_near(sample(pipe, stage_solvers=[None, ours], stage_inference_steps=[4, 3]), expected, 1e-5)
+    assert_stages_near(sample(pipe, schedulers=[None, ours], num_inference_steps=[4, 3]), expected, 1e-5)
 
 
 EVALUATIONS = {
@@ -554,7 +562,7 @@ EVALUATIONS = {
 def test_evaluations_are_counted_by_stage(pipe, solvers):
     calls = record_calls(pipe.transformer)
     steps = [2, 3, 4, 5][: len(solvers)]
-    output = sample(pipe, num_stages=len(solvers), stage_solvers=solvers, stage_inference_steps=steps)
+    output = sample(pipe, num_stages=len(solvers), schedulers=solvers, num_inference_steps=steps)
     expected = [EVALUATIONS[solver](number) for solver, number in zip(solvers, steps, strict=True)]
     assert len(output.statistics) == len(output.stage_latents) == len(solvers)
     for stage, (statistics, number) in enumerate(zip(output.statistics, expected, strict=True)):
@@ -566,19 +574,19 @@ def test_evaluations_are_counted_by_stage(pipe, solvers):
 
 def test_adaptive_and_fixed_stages_mix(pipe):
     solvers, steps = ["dopri5", "euler", "dopri5"], [None, 3, None]
-    output = sample(pipe, num_stages=3, stage_solvers=solvers, stage_inference_steps=steps, num_images_per_prior=2)
+    output = sample(pipe, num_stages=3, schedulers=solvers, num_inference_steps=steps, num_images_per_prior=2)
     assert pipe.num_timesteps is None
     for statistics, batch_size in zip(output.statistics[::2], (2, 4), strict=True):
         steps = statistics.num_accepted_steps + statistics.num_rejected_steps
         assert statistics.num_accepted_steps.shape == (batch_size,) and (statistics.num_accepted_steps > 1).all()
         assert torch.equal(statistics.num_evaluations, 2 + 6 * steps)
     assert output.statistics[1].num_evaluations.tolist() == [3] * 4
-    first = sample(pipe, num_stages=1, stage_solvers=["dopri5"])
+    first = sample(pipe, num_stages=1, schedulers=["dopri5"])
     assert_near(output.stage_latents[0], first.images, atol=0)
     alone = sample(
         pipe,
         prior_latents=first.images,
-        stage_solvers=["euler"],
+        schedulers=["euler"],
         num_inference_steps=3,
         num_images_per_prior=2,
     )
@@ -586,9 +594,9 @@ def test_adaptive_and_fixed_stages_mix(pipe):
 
 
 def test_steps_that_some_stage_takes_are_not_announced_as_without_effect(pipe, caplog):
-    sample(pipe, num_inference_steps=3, stage_solvers=["dopri5", None])
+    sample(pipe, num_inference_steps=3, schedulers=["dopri5", None])
     assert not caplog.text
-    sample(pipe, num_inference_steps=3, stage_solvers=["dopri5", "dopri5"])
+    sample(pipe, num_inference_steps=3, schedulers=["dopri5", "dopri5"])
     assert "`num_inference_steps` = 3 has no effect" in caplog.text
 
 
@@ -617,13 +625,15 @@ def model_times(pipe: DoDPipeline, **kwargs) -> list[float]:
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("solver", FIXED_STEP_SOLVERS)
-def test_sigmas_and_timesteps_are_two_names_of_a_grid(shift, solver):
+def test_sigmas_of_a_call_and_timesteps_of_a_scheduler_are_two_names_of_a_grid(shift, solver):
     pipe = tiny_pipeline(scheduler=DoDFlowMatchScheduler(shift=shift, solver=solver))
     sigmas = [1.0, 0.6, 0.2]
     timesteps = [1000 * shift * sigma / (1 + (shift - 1) * sigma) for sigma in sigmas]  # after the shift
     output = sample(pipe, sigmas=sigmas)
     assert pipe.num_timesteps == 2 * EVALUATIONS[solver](3)
-    assert_stages_near(sample(pipe, timesteps=timesteps), output, 1e-4)
+    times = pipe.scheduler.timesteps.clone()
+    pipe.scheduler.set_timesteps(timesteps=timesteps)
+    torch.testing.assert_close(pipe.scheduler.timesteps, times)
     regular = sample(pipe, num_inference_steps=3)
     for one, other in zip(output.stage_latents, regular.stage_latents, strict=True):
         assert (one - other).abs().max() > 0.01
@@ -652,9 +662,9 @@ def test_the_regular_grid_as_sigmas(shift):
 )
 def test_sigmas_reach_a_stock_scheduler(pipe, ours, stock):
     sigmas = [1.0, 0.6, 0.2]
-    outputs = [sample(pipe, sigmas=sigmas, stage_solvers=[scheduler] * 2) for scheduler in (ours, stock)]
+    outputs = [sample(pipe, sigmas=sigmas, schedulers=[scheduler] * 2) for scheduler in (ours, stock)]
     assert_stages_near(*outputs, 1e-5)
-    default = sample(pipe, num_inference_steps=3, stage_solvers=[stock] * 2)
+    default = sample(pipe, num_inference_steps=3, schedulers=[stock] * 2)
     assert (outputs[1].images - default.images).abs().max() > 0.05
 
 
@@ -670,7 +680,7 @@ def test_sigmas_reach_a_stock_scheduler(pipe, ours, stock):
     ids=["Euler", "LCM", "UniPC", "ours"],
 )
 def test_the_model_sees_the_sigmas_of_a_call_in_every_form(pipe, make, kind):
-    times = model_times(pipe, sigmas=kind([1.0, 0.6, 0.2]), stage_solvers=[make()])
+    times = model_times(pipe, sigmas=kind([1.0, 0.6, 0.2]), schedulers=[make()])
     assert times == pytest.approx([1000, 600, 200], abs=0.01)
 
 
@@ -709,7 +719,7 @@ def errors_of_stages(pipe: DoDPipeline, scheduler, steps: int | None, sigma: flo
         pipe,
         num_stages=3,
         num_inference_steps=steps,
-        stage_solvers=[scheduler] * 3,
+        schedulers=[scheduler] * 3,
         guidance_scale=1.0,
         latents=noises,
     )
@@ -810,7 +820,7 @@ def test_the_adaptive_solver_rejects_steps_of_the_samples_that_need_it():
     def callback(pipe, step_index, timestep, kwargs):
         seen.append((float(timestep), kwargs["latents"]))
 
-    solver = {"num_stages": 1, "stage_solvers": ["dopri5"]}
+    solver = {"num_stages": 1, "schedulers": ["dopri5"]}
     output = sample(pipe, [1, 2], **solver, callback_on_step_end=callback)
     statistics = output.statistics[0]
     assert statistics.num_rejected_steps[0] > 0 == statistics.num_rejected_steps[1]

@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     names, scales = ["checks", "marble"], [1.0, 2.0, 3.0, 5.0, 8.0]
     first = pipe(names, num_stages=1, seed=SEED, output_type="latent").images
     stages = [
-        [pipe(names, num_stages=1, first_stage_guidance_scale=scale, seed=SEED).images for scale in scales],
+        [pipe(names, num_stages=1, guidance_scale=[scale], seed=SEED).images for scale in scales],
         [pipe(names, num_stages=2, prior_latents=first, guidance_scale=scale, seed=SEED).images for scale in scales],
     ]
     rows = [[images[index] for images in stage] for index in range(len(names)) for stage in stages]

@@ -5,8 +5,10 @@ import diffusers
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines import pipeline_loading_utils
 
+from .guidance import Guidance
 from .latent_embedding import LatentEmbeddingModule, LatentEmbeddingOutput, VisualPriorMixin
-from .pipeline_dod import DoDPipeline, DoDPipelineOutput
+from .pipeline_dod import DoDPipeline
+from .pipeline_output import DoDPipelineOutput
 from .scheduling_dod import DoDFlowMatchScheduler, DoDFlowMatchSchedulerOutput
 from .transformer_dod import DoDTransformer2DModel, DoDTransformerOutput
 
@@ -20,6 +22,7 @@ __all__ = [
     "DoDPipelineOutput",
     "DoDTransformer2DModel",
     "DoDTransformerOutput",
+    "Guidance",
     "LatentEmbeddingModule",
     "LatentEmbeddingOutput",
     "ModelMixin",

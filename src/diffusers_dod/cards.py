@@ -16,6 +16,7 @@ from .checks import check_choice
 from .compute import sampling_compute, training_cost
 from .data.pictures import TEXTURES
 from .files import METRICS_FILE
+from .guidance_options import GUIDANCE_FIELDS
 from .latent_embedding import LatentEmbeddingModule, VisualPriorMixin
 from .metrics.extractors import INCEPTION
 from .metrics.inception import WEIGHTS_SHA256
@@ -38,8 +39,11 @@ TASKS = {
     "train": ("Fréchet distance after {step:,} steps", "images"),
 }
 HUB_TASKS = ("evaluate", "train")  # of one setting each: their numbers are the `model-index`
-SETTINGS = ("num_stages", "num_inference_steps", "stage_inference_steps", "stage_solvers", "guidance_scale")
-SETTINGS += ("first_stage_guidance_scale", "stage_guidance_scales", "guidance_interval", "seed", "dtype")
+# Settings that numbers depend on, as far as they differ from these values; `None` is no value at all.
+SETTINGS = dict.fromkeys(("num_stages", "num_inference_steps", "stage_inference_steps", "stage_solvers"))
+SETTINGS |= dict.fromkeys(("guidance_scale", "first_stage_guidance_scale", "stage_guidance_scales"))
+SETTINGS |= {name: field.default for name, field in GUIDANCE_FIELDS.items()}
+SETTINGS |= dict.fromkeys(("labels", "height", "width", "seed", "dtype")) | {"allow_tf32": False}
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
@@ -71,9 +75,14 @@ def _settings(results: Mapping[str, Any]) -> str:
     sampling = results["data"].get("samples", {}).get("manifest", {}).get("settings", {})
     found = sampling | results["settings"]
     values = {name: found[name] for name in SETTINGS if found.get(name) is not None}
+    values = {name: value for name, value in values.items() if _to_tuple(value) != SETTINGS[name]}
     return ", ".join(
         f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in values.items()
     )
+
+
+def _to_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _dataset(results: Mapping[str, Any]) -> str:

@@ -404,24 +404,25 @@ def _count_guided(stage: Stage, guidance: Guidance) -> int:
 
 def sampling_compute(
     model: Preset | DiffusionPipeline,
-    stage_inference_steps: Sequence[int] | None = None,
-    stage_guidance_scales: Sequence[float] | None = None,
-    stage_solvers: Sequence[str | SchedulerMixin | None] | None = None,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    num_inference_steps: int | Sequence[int | None] | None = None,
+    guidance_scale: float | Sequence[float | None] | None = None,
+    schedulers: str | SchedulerMixin | Sequence[str | SchedulerMixin | None] | None = None,
+    interval: tuple[float, float] = (0.0, 1.0),
     latent_size: tuple[int, int] | None = None,
     cost: ModelCost | None = None,
 ) -> dict[str, Any]:
     """
-    What it costs to sample the latents of one image from stage 1 on. Arguments that a call of [`DoDPipeline`] has as
-    well mean the same here and have the same defaults; the null condition is the default, (null class, S).
+    What it costs to sample the latents of one image from stage 1 on. The first three arguments mean what they mean in
+    a call of [`DoDPipeline`]; a list has an entry for each stage. The null condition is (null class, S).
 
     Args:
         model ([`Preset`] or [`DoDPipeline`]): The model.
-        stage_inference_steps (`Sequence[int]`, *optional*): Intervals of each stage.
-        stage_guidance_scales (`Sequence[float]`, *optional*): Scale of each stage; 1 is no guidance, any other costs
-            the same.
-        stage_solvers (`Sequence[str | SchedulerMixin | None]`, *optional*): Solver of each stage, of fixed steps.
-        guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Guides where low <= sigma <= high only.
+        num_inference_steps (`int` or `Sequence[int | None]`, *optional*): Intervals of all stages, or of each.
+        guidance_scale (`float` or `Sequence[float | None]`, *optional*): Scale from stage 2 on, or of each stage; 1 is
+            no guidance, any other costs the same.
+        schedulers (`str`, `SchedulerMixin` or `Sequence[str | SchedulerMixin | None]`, *optional*): Solver of all
+            stages, or of each; of fixed steps.
+        interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): `interval` of [`Guidance`].
         latent_size (`tuple[int, int]`, *optional*): Height and width of the latents, the trained ones if not given.
         cost ([`ModelCost`], *optional*): What [`count_model`] returned before.
 
@@ -437,29 +438,30 @@ def sampling_compute(
     defaults = model.pipeline_config if is_preset else model.config
     scheduler = DoDFlowMatchScheduler() if is_preset else copy.deepcopy(model.scheduler)
     has_embedder = cost.flops.latent_embedder is not None
-    given = next((values for values in (stage_inference_steps, stage_guidance_scales) if values is not None), None)
-    num_stages = len(given) if given is not None else defaults["default_num_stages"] if has_embedder else 1
-    if stage_guidance_scales is None:
-        unguided = [1.0] * has_embedder
-        stage_guidance_scales = (unguided + [defaults["default_guidance_scale"]] * num_stages)[:num_stages]
+    lists = [
+        values for values in (num_inference_steps, guidance_scale, schedulers) if isinstance(values, (list, tuple))
+    ]
+    num_stages = len(lists[0]) if lists else defaults["default_num_stages"] if has_embedder else 1
     if num_stages < 1 or (num_stages > 1 and not has_embedder):
         accepted = ">= 1" if has_embedder else "1 without a latent embedder"
         raise ValueError(f"The number of stages must be {accepted}, got {num_stages}.")
-    guidance = Guidance(interval=guidance_interval)
+    guidance = Guidance(interval=interval)
     planned = plan_stages(
         range(1, num_stages + 1),
         scheduler,
         defaults["default_num_inference_steps"],
-        stage_guidance_scales,
-        stage_inference_steps,
-        copy.deepcopy(stage_solvers),
+        defaults["default_guidance_scale"],
+        has_embedder,
+        num_inference_steps,
+        guidance_scale,
+        copy.deepcopy(schedulers),
     )
     stages = []
     for stage in planned:
         num_evaluations = stage.lay_out()
         if num_evaluations is None:
             raise ValueError(
-                "`stage_solvers` must hold solvers of fixed steps, whose evaluations are known before, "
+                "`schedulers` must hold solvers of fixed steps, whose evaluations are known before, "
                 f"got {stage.scheduler.config.solver!r}."
             )
         num_guided = _count_guided(stage, guidance)
@@ -477,9 +479,9 @@ def sampling_compute(
 def steps_within_budget(
     budget: float,
     model: Preset | DiffusionPipeline,
-    stage_guidance_scales: Sequence[float],
-    stage_solvers: Sequence[str | SchedulerMixin | None] | None = None,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_scale: Sequence[float | None],
+    schedulers: str | SchedulerMixin | Sequence[str | SchedulerMixin | None] | None = None,
+    interval: tuple[float, float] = (0.0, 1.0),
     latent_size: tuple[int, int] | None = None,
     cost: ModelCost | None = None,
 ) -> int:
@@ -489,9 +491,10 @@ def steps_within_budget(
     Args:
         budget (`float`): FLOPs of one image.
         model ([`Preset`] or [`DoDPipeline`]): The model.
-        stage_guidance_scales (`Sequence[float]`): Scale of each stage; 1 is no guidance.
-        stage_solvers (`Sequence[str | SchedulerMixin | None]`, *optional*): Solver of each stage, of fixed steps.
-        guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Guides where low <= sigma <= high only.
+        guidance_scale (`Sequence[float | None]`): Scale of each stage; 1 is no guidance.
+        schedulers (`str`, `SchedulerMixin` or `Sequence[str | SchedulerMixin | None]`, *optional*): Solver of all
+            stages, or of each; of fixed steps.
+        interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): `interval` of [`Guidance`].
         latent_size (`tuple[int, int]`, *optional*): Height and width of the latents, the trained ones if not given.
         cost ([`ModelCost`], *optional*): What [`count_model`] returned before.
 
@@ -505,9 +508,6 @@ def steps_within_budget(
     cost = count_model(model, latent_size) if cost is None else cost
 
     def flops(num_inference_steps: int) -> float:
-        steps = [num_inference_steps] * len(stage_guidance_scales)
-        return sampling_compute(model, steps, stage_guidance_scales, stage_solvers, guidance_interval, cost=cost)[
-            "flops"
-        ]
+        return sampling_compute(model, num_inference_steps, guidance_scale, schedulers, interval, cost=cost)["flops"]
 
     return bisect_right(range(1, int(budget // cost.flops.first_stage) + 2), budget, key=flops)

@@ -1,20 +1,49 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""What a guided evaluation is: classifier-free guidance over class and visual prior (paper, Section 3.3)."""
+"""
+Guidance: which predictions are needed, one batched pass, and how they are combined (paper, Section 3.3).
+
+A guided velocity starts from the weakest prediction and takes a step towards each stronger one, by a scale of its own.
+"""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.guiders import BaseGuidance
 
 from .checks import check_at_least, check_choice, check_number
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
+from .stages import Stage, is_a
 from .transformer_dod import DoDTransformer2DModel
 
 
 TIME_ROUNDING = 1e-6  # times are fp32, and the ends of an interval are not
-NULL_CONDITIONS = ("class_and_prior", "class", "prior")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """
+    A velocity, by the condition that it is predicted under.
+
+    Args:
+        has_class (`bool`, defaults to `True`): Whether the class is given; else the null class.
+        has_prior (`bool`, defaults to `True`): Whether the visual prior is given, if there is one; else S.
+        is_weak (`bool`, defaults to `False`): Whether the weaker model predicts it.
+    """
+
+    has_class: bool = True
+    has_prior: bool = True
+    is_weak: bool = False
+
+
+NULL_CONDITIONS = {
+    "class_and_prior": Prediction(has_class=False, has_prior=False),
+    "class": Prediction(has_class=False),
+    "prior": Prediction(has_prior=False),
+}
 
 
 def classifier_free_guidance(
@@ -33,6 +62,24 @@ def classifier_free_guidance(
         `torch.Tensor` of shape `(B, C, H, W)`.
     """
     return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def combine(predictions: Sequence[torch.Tensor], scales: Sequence[float | torch.Tensor]) -> torch.Tensor:
+    """
+    Steps from the weakest prediction to the strongest: with two of them [`classifier_free_guidance`].
+
+    Args:
+        predictions (`Sequence[torch.Tensor]`): Predictions (B, C, H, W), the weakest first, the conditional one last.
+        scales (`Sequence[float | torch.Tensor]`):
+            Scale of each step, a number or (B, 1, 1, 1). If all are 1, the result is the conditional prediction.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C, H, W)`.
+    """
+    guided = classifier_free_guidance(predictions[1], predictions[0], scales[0])
+    for weak, strong, scale in zip(predictions[1:-1], predictions[2:], scales[1:], strict=True):
+        guided = guided + scale * (strong - weak)
+    return guided
 
 
 def power_cosine_scale(guidance_scale: float, sigma: torch.Tensor, power: float) -> torch.Tensor:
@@ -72,7 +119,7 @@ def rescale_guidance(guided: torch.Tensor, conditional: torch.Tensor, guidance_r
 @dataclass(frozen=True)
 class Guidance:
     """
-    How predictions are guided, but for the scale.
+    How predictions are guided, apart from the scale.
 
     Args:
         null_condition (`str`, defaults to `"class_and_prior"`):
@@ -94,8 +141,7 @@ class Guidance:
             al. 2024).
 
     Raises:
-        `ValueError`, `TypeError`: a value is out of range, or two exclude each other. The messages name the arguments
-            as those of [`DoDPipeline`].
+        `ValueError`, `TypeError`: a value is out of range, or two exclude each other.
     """
 
     null_condition: str = "class_and_prior"
@@ -108,30 +154,141 @@ class Guidance:
     transformer: DoDTransformer2DModel | None = None
 
     def __post_init__(self):
-        check_choice("null_condition", self.null_condition, NULL_CONDITIONS)
+        check_choice("null_condition", self.null_condition, tuple(NULL_CONDITIONS))
         if self.prior_scale is not None:
-            check_number("prior_guidance_scale", self.prior_scale, 0)
+            check_number("prior_scale", self.prior_scale, 0)
         if self.channels is not None:
-            check_at_least("guidance_channels", self.channels, 1)
+            check_at_least("channels", self.channels, 1)
         if not isinstance(self.interval, (tuple, list)) or len(self.interval) != 2:
-            raise ValueError(f"`guidance_interval` must be a pair (low, high) of sigmas, got {self.interval!r}.")
+            raise ValueError(f"`interval` must be a pair (low, high) of sigmas, got {self.interval!r}.")
         for end in self.interval:
-            check_number("guidance_interval", end, 0, 1)
+            check_number("interval", end, 0, 1)
         if self.interval[0] > self.interval[1]:
-            raise ValueError(f"`guidance_interval` must be (low, high) with low <= high, got {self.interval}.")
+            raise ValueError(f"`interval` must be (low, high) with low <= high, got {self.interval}.")
         if self.power is not None:
-            check_number("guidance_power", self.power, 0, open_minimum=True)
-        check_number("guidance_rescale", self.rescale, 0, 1)
+            check_number("power", self.power, 0, open_minimum=True)
+        check_number("rescale", self.rescale, 0, 1)
         if self.cosine_threshold is not None:
-            check_number("guidance_cosine_threshold", self.cosine_threshold, -1, 1, open_minimum=True)
+            check_number("cosine_threshold", self.cosine_threshold, -1, 1, open_minimum=True)
         exclusive = {
             "null_condition": self.null_condition != "class_and_prior",
-            "prior_guidance_scale": self.prior_scale is not None,
-            "guidance_transformer": self.transformer is not None,
+            "prior_scale": self.prior_scale is not None,
+            "transformer": self.transformer is not None,
         }
         given = [f"`{name}`" for name, is_given in exclusive.items() if is_given]
         if len(given) > 1:
             raise ValueError(f"Only one of {', '.join(f'`{name}`' for name in exclusive)} must be given, got {given}.")
+
+
+def check_guidance(
+    guidance: Guidance | BaseGuidance, transformer: DoDTransformer2DModel, num_stages: int, stages: Sequence[Stage]
+) -> None:
+    """
+    Raises unless guidance fits the model and the stages that it is for.
+
+    Args:
+        guidance ([`Guidance`] or one of Diffusers' guiders): The guidance.
+        transformer ([`DoDTransformer2DModel`]): The model.
+        num_stages (`int`): Number of stages of the call, with one that a given prior stands for.
+        stages (`Sequence[Stage]`): The stages that are run.
+
+    Raises:
+        `TypeError`, `ValueError`: it is something else, or does not fit.
+    """
+    if is_a(guidance, "BaseGuidance"):
+        _check_guider(guidance, stages)
+        return
+    if not is_a(guidance, "Guidance"):
+        raise TypeError(
+            "`guidance` must be a `Guidance` or one of Diffusers' guiders, "
+            f"got {guidance!r} of type {type(guidance).__name__}."
+        )
+    config, weak = transformer.config, guidance.transformer
+    if guidance.channels is not None and guidance.channels > config.in_channels:
+        raise ValueError(f"`channels` of `guidance` must be in [1, {config.in_channels}], got {guidance.channels}.")
+    for name, value, default in (
+        ("null_condition", guidance.null_condition, "class_and_prior"),
+        ("prior_scale", guidance.prior_scale, None),
+    ):
+        if value != default and num_stages == 1:
+            raise ValueError(
+                f"`{name}` of `guidance` must be {default!r} with one stage, which has no prior, got {value!r}."
+            )
+    if weak is None:
+        return
+    if not is_a(weak, "DoDTransformer2DModel"):
+        raise TypeError(
+            f"`transformer` of `guidance` must be of type DoDTransformer2DModel, got {type(weak).__name__}."
+        )
+    for name in ("in_channels", "num_classes", "patch_size"):
+        if weak.config[name] != config[name]:
+            raise ValueError(
+                f"`transformer` of `guidance` must have the pipeline's `{name}`, {config[name]}, "
+                f"got {weak.config[name]}."
+            )
+    if config.prior_embed_dim is not None and weak.config.prior_embed_dim not in (None, config.prior_embed_dim):
+        raise ValueError(
+            "`transformer` of `guidance` must have the pipeline's `prior_embed_dim`, "
+            f"{config.prior_embed_dim}, or None, got {weak.config.prior_embed_dim}."
+        )
+
+
+def _check_guider(guider: BaseGuidance, stages: Sequence[Stage]) -> None:
+    # A guider that changes the model or asks for more predictions is for models of another kind.
+    is_plain = type(guider).prepare_models.__qualname__ == "BaseGuidance.prepare_models"
+    if (
+        not is_plain
+        or guider._input_predictions != ["pred_cond", "pred_uncond"]
+        or not hasattr(guider, "guidance_scale")
+    ):
+        raise ValueError(
+            "`guidance` must be a guider with one `guidance_scale` that combines a conditional and an unconditional "
+            f"prediction and leaves the model as it is, got {type(guider).__name__}."
+        )
+    for stage in stages:
+        if stage.guidance_scale not in (1, guider.guidance_scale):
+            raise ValueError(
+                f"`guidance_scale` must be None, {guider.guidance_scale} as in the guider, or 1 for a stage without "
+                f"guidance, got {stage.guidance_scale}: set the scale of the guider."
+            )
+        if stage.is_adaptive and stage.guidance_scale != 1:
+            raise ValueError(
+                "`guidance` must be a `Guidance` in a stage whose solver chooses its own steps, as guiders count "
+                f"steps, got {type(guider).__name__} in stage {stage.number}."
+            )
+
+
+def wanted_predictions(guidance: Guidance, guidance_scale: float, has_prior: bool) -> list[tuple[Prediction, float]]:
+    """
+    The predictions that guidance needs besides the conditional one, and the scales of its steps.
+
+    | guidance | from | by | over | by |
+    | --- | --- | --- | --- | --- |
+    | `null_condition="class_and_prior"`, or no prior | v(null, S) | w | | |
+    | `null_condition="class"` | v(null, prior) | w | | |
+    | `null_condition="prior"` | v(class, S) | w | | |
+    | `prior_scale` | v(null, S) | w | v(class, S) | `prior_scale` |
+    | `transformer` | v of the weaker model | w | | |
+
+    Args:
+        guidance ([`Guidance`]): The guidance.
+        guidance_scale (`float`): The scale w.
+        has_prior (`bool`): Whether the samples have visual priors.
+
+    Returns:
+        `list[tuple[Prediction, float]]`: Each prediction with the scale of the step to the next one, the weakest
+        first; the last step leads to the conditional prediction.
+    """
+    if guidance.transformer is not None:
+        return [(Prediction(is_weak=True), guidance_scale)]
+    if not has_prior:
+        return [(NULL_CONDITIONS["class_and_prior"], guidance_scale)]
+    if guidance.prior_scale not in (None, guidance_scale):
+        return [
+            (NULL_CONDITIONS["class_and_prior"], guidance_scale),
+            (NULL_CONDITIONS["prior"], guidance.prior_scale),
+        ]
+    return [(NULL_CONDITIONS[guidance.null_condition], guidance_scale)]
 
 
 @dataclass
@@ -142,8 +299,9 @@ class GuidedVelocity:
     Args:
         transformer ([`DoDTransformer2DModel`]): The model.
         batch_size (`int`): Number B of samples.
-        guidance ([`Guidance`], *optional*): How they are guided; as in the paper if not given.
-        attention_kwargs (`dict`, *optional*): Those of the model.
+        guidance ([`Guidance`] or one of Diffusers' guiders, *optional*): How they are guided; as in the paper if not
+            given.
+        attention_kwargs (`dict`, *optional*): Passed on to the model.
         cache_name (`str`, defaults to `"velocity"`):
             Name of the model's cache contexts, to which `_guided`, `_unguided` or `_partly_guided` is added. What a
             cache holds is dropped when the layout of the batch changes.
@@ -151,12 +309,13 @@ class GuidedVelocity:
 
     transformer: DoDTransformer2DModel
     batch_size: int
-    guidance: Guidance | None = None
+    guidance: Guidance | BaseGuidance | None = None
     attention_kwargs: dict[str, Any] | None = None
     cache_name: str = "velocity"
 
     def __post_init__(self):
-        self.guidance = self.guidance or Guidance()
+        self._guider = self.guidance if is_a(self.guidance, "BaseGuidance") else None
+        self.guidance = Guidance() if self._guider is not None or self.guidance is None else self.guidance
         #: Evaluations of each sample, and how many of them were guided, (B,) int64.
         self.num_evaluations = torch.zeros(self.batch_size, dtype=torch.int64)
         self.num_guided_evaluations = torch.zeros(self.batch_size, dtype=torch.int64)
@@ -181,11 +340,25 @@ class GuidedVelocity:
         if guidance_scale == 1 and self.guidance.prior_scale in (None, 1):
             return torch.zeros_like(is_stopped)
         rows = ~is_stopped
+        if self._guider is not None:
+            rows = rows & (self._guider.num_conditions > 1)
         if tuple(self.guidance.interval) != (0.0, 1.0):  # a time on an accelerator is waited for only where it matters
             low, high = self.guidance.interval
             sigma = torch.as_tensor(timestep).double().cpu() / NUM_TRAIN_TIMESTEPS
             rows = rows & (sigma >= low - TIME_ROUNDING) & (sigma <= high + TIME_ROUNDING)
         return rows
+
+    def start_step(self, step: int, num_steps: int, timestep: torch.Tensor) -> None:
+        """
+        Tells a guider where sampling is; any other guidance goes by the time alone.
+
+        Args:
+            step (`int`): Number of evaluations so far.
+            num_steps (`int`): Number of all evaluations of the stage.
+            timestep (`torch.Tensor`): Time of the next evaluation, as the scheduler counts it.
+        """
+        if self._guider is not None:
+            self._guider.set_state(step=step, num_inference_steps=num_steps, timestep=timestep)
 
     def __call__(
         self,
@@ -213,94 +386,100 @@ class GuidedVelocity:
         Returns:
             `torch.Tensor` of shape `(b, C, H, W)`, in fp32.
         """
-        guidance = self.guidance
         samples = torch.arange(self.batch_size) if indices is None else indices.cpu()
         guided_rows = self.rows_to_guide(timestep, guidance_scale, indices)
         rows = torch.nonzero(guided_rows)[:, 0].to(latents.device)
         self.num_evaluations[samples] += 1
         self.num_guided_evaluations[samples[guided_rows]] += 1
+        self._drop_stale_caches(samples, guided_rows)
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).expand(latents.shape[0])
+        steps = wanted_predictions(self.guidance, guidance_scale, prior_embeds is not None) if len(rows) else []
+        wanted, scales = [prediction for prediction, _ in steps], [scale for _, scale in steps]
+        velocity, others = self._predict(wanted, rows, latents, timestep, class_labels, prior_embeds)
+        if self._guider is not None and guidance_scale != 1:
+            return self._combine_by_guider(velocity, others)
+        if len(rows) == 0:
+            return velocity
+        conditional = velocity[rows]
+        guided = self._combine([*others, conditional], scales, timestep[rows])
+        if self.guidance.cosine_threshold is not None:
+            cosine = F.cosine_similarity(conditional.flatten(1), others[0].flatten(1))
+            self._is_stopped[samples[guided_rows]] = (cosine >= self.guidance.cosine_threshold).cpu()
+        return guided if len(rows) == len(latents) else velocity.index_copy(0, rows, guided)
+
+    def _drop_stale_caches(self, samples: torch.Tensor, guided_rows: torch.Tensor) -> None:
+        """Resets the models' caches when they have seen other samples, or a batch of another shape."""
         layout = (samples.tolist(), guided_rows.tolist())
-        if layout != self._layout:  # other samples, or a batch of another shape, than caches have seen
-            for model in (self.transformer, guidance.transformer):
+        if layout != self._layout:
+            for model in (self.transformer, self.guidance.transformer):
                 if model is not None:
                     model._reset_stateful_cache()
             self._layout = layout
-        if len(rows) == 0:
-            return self._predict("unguided", latents, timestep, class_labels, prior_embeds)
-
-        kind = "guided" if len(rows) == len(latents) else "partly_guided"
-        null_labels = torch.full_like(class_labels[rows], self.transformer.config.num_classes)
-        some_latents, some_timesteps = latents[rows], timestep[rows]
-        some_priors = None if prior_embeds is None else prior_embeds[rows]
-        without_class = None  # of separate scales
-        if guidance.transformer is not None:
-            velocity = self._predict("unguided", latents, timestep, class_labels, prior_embeds)
-            weak = guidance.transformer
-            weak_priors = None
-            if some_priors is not None and weak.config.prior_embed_dim is not None:
-                weak_priors = some_priors.to(weak.dtype)
-            with weak.cache_context(f"{self.cache_name}_weak"):
-                unconditional = weak(
-                    some_latents.to(weak.dtype), some_timesteps, class_labels[rows], weak_priors
-                ).sample.float()
-        else:
-            labels, priors, copies = [class_labels], prior_embeds, 1
-            if prior_embeds is not None and guidance.prior_scale not in (None, guidance_scale):
-                labels += [class_labels[rows], null_labels]  # (class, S), (null class, S)
-                copies = 2
-            elif prior_embeds is not None and guidance.null_condition == "prior":
-                labels += [class_labels[rows]]
-            else:
-                labels += [null_labels]
-                if prior_embeds is not None and guidance.null_condition == "class":
-                    priors = torch.cat([prior_embeds, some_priors])
-            velocity, *others = self._predict(
-                kind,
-                torch.cat([latents] + [some_latents] * copies),
-                torch.cat([timestep] + [some_timesteps] * copies),
-                torch.cat(labels),
-                priors,
-            ).split([len(latents)] + [len(rows)] * copies)
-            unconditional = others[0]
-            if copies == 2:
-                unconditional, without_class = others[1], others[0]
-
-        conditional = velocity[rows]
-        scale = guidance_scale
-        if guidance.power is not None:
-            sigma = (some_timesteps / NUM_TRAIN_TIMESTEPS).clamp(0, 1).reshape(-1, 1, 1, 1)
-            scale = power_cosine_scale(guidance_scale, sigma, guidance.power)
-        if without_class is None:
-            guided = classifier_free_guidance(conditional, unconditional, scale)
-        else:
-            prior_scale = guidance.prior_scale
-            if guidance.power is not None:
-                prior_scale = power_cosine_scale(prior_scale, sigma, guidance.power)
-            guided = classifier_free_guidance(without_class, unconditional, scale)
-            guided = guided + prior_scale * (conditional - without_class)
-        if guidance.channels is not None:
-            guided = torch.cat([guided[:, : guidance.channels], conditional[:, guidance.channels :]], dim=1)
-        if guidance.rescale > 0:
-            guided = rescale_guidance(guided, conditional, guidance.rescale)
-        if guidance.cosine_threshold is not None:
-            cosine = F.cosine_similarity(conditional.flatten(1), unconditional.flatten(1))
-            self._is_stopped[samples[guided_rows]] = (cosine >= guidance.cosine_threshold).cpu()
-        return guided if len(rows) == len(latents) else velocity.index_copy(0, rows, guided)
 
     def _predict(
         self,
-        kind: str,
+        wanted: list[Prediction],
+        rows: torch.Tensor,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        prior_embeds: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The conditional prediction of all samples and the wanted ones of some rows, of each model in one pass."""
+        own = [prediction for prediction in reversed(wanted) if not prediction.is_weak]  # those with a prior first
+        null_labels = torch.full_like(class_labels[rows], self.transformer.config.num_classes)
+        labels = [class_labels, *(class_labels[rows] if entry.has_class else null_labels for entry in own)]
+        if prior_embeds is not None:
+            prior_embeds = torch.cat([prior_embeds, *(prior_embeds[rows] for entry in own if entry.has_prior)])
+        kind = "unguided" if not own else "guided" if len(rows) == len(latents) else "partly_guided"
+        with self.transformer.cache_context(f"{self.cache_name}_{kind}"):
+            velocities = self.transformer(
+                torch.cat([latents] + [latents[rows]] * len(own)).to(self.transformer.dtype),
+                torch.cat([timestep] + [timestep[rows]] * len(own)),
+                torch.cat(labels),
+                prior_embeds=prior_embeds,
+                attention_kwargs=self.attention_kwargs,
+            ).sample.float()
+        velocity, *others = velocities.split([len(latents)] + [len(rows)] * len(own))
+        by_condition = dict(zip(own, others, strict=True))
+        if any(prediction.is_weak for prediction in wanted):
+            some_priors = None if prior_embeds is None else prior_embeds[rows]
+            by_condition[Prediction(is_weak=True)] = self._predict_weakly(
+                latents[rows], timestep[rows], class_labels[rows], some_priors
+            )
+        return velocity, [by_condition[prediction] for prediction in wanted]
+
+    def _predict_weakly(
+        self,
         latents: torch.Tensor,
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
         prior_embeds: torch.Tensor | None,
     ) -> torch.Tensor:
-        with self.transformer.cache_context(f"{self.cache_name}_{kind}"):
-            return self.transformer(
-                latents.to(self.transformer.dtype),
-                timestep,
-                class_labels,
-                prior_embeds=prior_embeds,
-                attention_kwargs=self.attention_kwargs,
+        """The prediction of the weaker model under the same condition."""
+        weak = self.guidance.transformer
+        takes_priors = prior_embeds is not None and weak.config.prior_embed_dim is not None
+        with weak.cache_context(f"{self.cache_name}_weak"):
+            return weak(
+                latents.to(weak.dtype), timestep, class_labels, prior_embeds.to(weak.dtype) if takes_priors else None
             ).sample.float()
+
+    def _combine(self, predictions: list[torch.Tensor], scales: list[float], timestep: torch.Tensor) -> torch.Tensor:
+        """The guided velocity out of predictions, the weakest first and the conditional one last."""
+        guidance, conditional = self.guidance, predictions[-1]
+        if guidance.power is not None:
+            sigma = (timestep / NUM_TRAIN_TIMESTEPS).clamp(0, 1).reshape(-1, 1, 1, 1)
+            scales = [power_cosine_scale(scale, sigma, guidance.power) for scale in scales]
+        guided = combine(predictions, scales)
+        if guidance.channels is not None:
+            guided = torch.cat([guided[:, : guidance.channels], conditional[:, guidance.channels :]], dim=1)
+        if guidance.rescale > 0:
+            guided = rescale_guidance(guided, conditional, guidance.rescale)
+        return guided
+
+    def _combine_by_guider(self, velocity: torch.Tensor, others: list[torch.Tensor]) -> torch.Tensor:
+        """The velocity that one of Diffusers' guiders makes of the conditional and unconditional ones."""
+        batches = self._guider.prepare_inputs({})
+        for batch, prediction in zip(batches, [velocity, *others], strict=True):
+            batch.noise_pred = prediction
+        return self._guider(batches).pred

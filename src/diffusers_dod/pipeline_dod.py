@@ -3,7 +3,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,13 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
-from diffusers.utils import BaseOutput, logging, replace_example_docstring
+from diffusers.utils import logging, replace_example_docstring
 
 from .autoencoders import Autoencoder, check_image_size, decode_pixels, encode_moments, spatial_factor
 from .checks import check_at_least, check_choice, check_number, check_type
-from .guidance import Guidance, GuidedVelocity
+from .guidance import Guidance, GuidedVelocity, check_guidance
 from .latent_embedding import VisualPriorMixin
 from .lora import DoDLoraLoaderMixin
 from .pipeline_inputs import (
@@ -31,10 +32,11 @@ from .pipeline_inputs import (
     to_pixels,
 )
 from .pipeline_loading import DoDPipelineLoadingMixin
+from .pipeline_output import DoDPipelineOutput, DoDStageStatistics
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
 from .scheduling_dod import DoDFlowMatchScheduler
 from .seeding import NoiseSource
-from .stages import Stage, is_a, plan_stages
+from .stages import Stage, is_a, per_stage, plan_stages
 from .transformer_dod import DoDTransformer2DModel
 
 
@@ -53,46 +55,6 @@ EXAMPLE_DOC_STRING = """
             >>> output.images[1]  # the bricks of stage 2
             ```
 """
-
-
-@dataclass
-class DoDStageStatistics(BaseOutput):
-    """
-    What a stage cost, by sample.
-
-    Args:
-        num_evaluations (`torch.Tensor` of shape `(B,)`): Evaluations of the conditional velocity, int64.
-        num_guided_evaluations (`torch.Tensor` of shape `(B,)`):
-            How many of them were guided. The difference is what guidance intervals and thresholds saved.
-        num_accepted_steps (`torch.Tensor` of shape `(B,)`, *optional*): Steps that an adaptive solver accepted.
-        num_rejected_steps (`torch.Tensor` of shape `(B,)`, *optional*): Steps that an adaptive solver took again.
-    """
-
-    num_evaluations: torch.Tensor
-    num_guided_evaluations: torch.Tensor
-    num_accepted_steps: torch.Tensor | None = None
-    num_rejected_steps: torch.Tensor | None = None
-
-
-@dataclass
-class DoDPipelineOutput(BaseOutput):
-    """
-    Output of [`DoDPipeline`].
-
-    Args:
-        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
-            The images of the last stage: a list of B PIL images, an array (B, H, W, 3) or a tensor (B, 3, H, W) in
-            [0, 1], or with `output_type="latent"` the normalised latents (B, C, h, w).
-        stages (`list`, *optional*): With `return_stages=True`, what `images` is for every stage that was run.
-        stage_latents (`list[torch.Tensor]`, *optional*):
-            With `return_stages=True`, the normalised latents (B, C, h, w) of every stage that was run.
-        statistics (`list[DoDStageStatistics]`, *optional*): What every stage that was run did cost.
-    """
-
-    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
-    stages: list | None = None
-    stage_latents: list[torch.Tensor] | None = None
-    statistics: list[DoDStageStatistics] | None = None
 
 
 class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin):
@@ -162,17 +124,12 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
 
     @property
     def guidance_scale(self) -> float:
-        """The guidance scale from stage 2 on, read at every step; a callback may set `_guidance_scale`."""
+        """Guidance scale of the stage under way, read at every step; a callback may set `_guidance_scale` for it."""
         return self._guidance_scale
 
     @property
-    def first_stage_guidance_scale(self) -> float:
-        """The guidance scale of stage 1, likewise; a callback may set `_first_stage_guidance_scale`."""
-        return self._first_stage_guidance_scale
-
-    @property
     def attention_kwargs(self) -> dict[str, Any] | None:
-        """Those of the latest call."""
+        """`attention_kwargs` of the latest call."""
         return self._attention_kwargs
 
     @property
@@ -311,68 +268,25 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
             check_image_size(self.vae, height, width)
         return config.in_channels, height // factor, width // factor
 
-    def _plan_stages(
+    def _warn_of_idle_arguments(
         self,
-        numbers: Sequence[int],
-        num_inference_steps: int | None,
-        guidance_scale: float | None,
-        first_stage_guidance_scale: float,
-        stage_inference_steps: Sequence[int | None] | None,
-        stage_solvers: Sequence[str | SchedulerMixin | None] | None,
-        stage_guidance_scales: Sequence[float] | None,
-        sigmas: Sequence[float] | None,
-        timesteps: Sequence[float] | None,
-    ) -> list[Stage]:
-        """The stages that are run, with the defaults filled in; warns of arguments without effect."""
-        if self.latent_embedder is not None and list(numbers) == [1] and guidance_scale is not None:
+        stages: Sequence[Stage],
+        num_inference_steps: int | Sequence[int | None] | None,
+        guidance_scale: float | Sequence[float | None] | None,
+    ) -> None:
+        """Warns of numbers of steps and of a scale that no stage takes up."""
+        given_steps = per_stage("num_inference_steps", num_inference_steps, len(stages))
+        idle = [stage.is_adaptive and steps is not None for stage, steps in zip(stages, given_steps, strict=True)]
+        if any(idle) if isinstance(num_inference_steps, (list, tuple)) else all(idle):
             logger.warning(
-                f"`guidance_scale` = {guidance_scale} has no effect with one stage: it applies from stage 2 on. "
-                "Use `first_stage_guidance_scale`."
+                f"`num_inference_steps` = {num_inference_steps} has no effect where the solver chooses its own steps."
             )
-        if self.latent_embedder is None and first_stage_guidance_scale != 1:
+        is_single = guidance_scale is not None and not isinstance(guidance_scale, (list, tuple))
+        if is_single and self.latent_embedder is not None and stages[-1].number == 1:
             logger.warning(
-                f"`first_stage_guidance_scale` = {first_stage_guidance_scale} has no effect without a latent "
-                "embedder: the only stage is guided by `guidance_scale`."
+                f"`guidance_scale` = {guidance_scale} has no effect with one stage: a single scale applies from stage "
+                f"2 on. `guidance_scale=[{guidance_scale}]` guides stage 1."
             )
-        if stage_guidance_scales is not None and (guidance_scale is not None or first_stage_guidance_scale != 1):
-            raise ValueError(
-                "`stage_guidance_scales` must be None beside `guidance_scale` or `first_stage_guidance_scale`, "
-                f"got {stage_guidance_scales!r}."
-            )
-        steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
-        check_at_least("num_inference_steps", steps, 1)
-        scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
-        check_number("guidance_scale", scale, 0)
-        check_number("first_stage_guidance_scale", first_stage_guidance_scale, 0)
-        if stage_guidance_scales is None:
-            has_own_scale = self.latent_embedder is not None
-            scales = [first_stage_guidance_scale if number == 1 and has_own_scale else scale for number in numbers]
-        grid = {name: value for name, value in (("sigmas", sigmas), ("timesteps", timesteps)) if value is not None}
-        has_steps = num_inference_steps is not None or stage_inference_steps is not None
-        if grid and (has_steps or len(grid) > 1):
-            raise ValueError(
-                "Only one of `sigmas`, `timesteps` and numbers of steps must be given, "
-                f"got {', '.join(f'`{name}`' for name in grid)}{' and a number of steps' if has_steps else ''}."
-            )
-        stages = plan_stages(
-            numbers,
-            self.scheduler,
-            steps,
-            scales if stage_guidance_scales is None else stage_guidance_scales,
-            stage_inference_steps,
-            stage_solvers,
-            grid,
-        )
-        if num_inference_steps is not None and all(stage.is_adaptive for stage in stages):
-            logger.warning(f"`num_inference_steps` = {steps} has no effect: the solver chooses its own steps.")
-        if stage_inference_steps is not None and any(
-            stage.is_adaptive and value is not None for stage, value in zip(stages, stage_inference_steps, strict=True)
-        ):
-            logger.warning(
-                f"`stage_inference_steps` = {stage_inference_steps} has no effect in stages whose solver chooses its "
-                "own steps."
-            )
-        return stages
 
     # ------------------------------------------------------------------------------------------------ sampling
 
@@ -485,29 +399,18 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str | None] | torch.Tensor,
+        class_labels: int | str | Sequence[int | str | None] | torch.Tensor | None = None,
         num_stages: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        first_stage_guidance_scale: float = 1.0,
+        num_inference_steps: int | Sequence[int | None] | None = None,
+        guidance_scale: float | Sequence[float | None] | None = None,
+        guidance: Guidance | BaseGuidance | None = None,
+        schedulers: str | SchedulerMixin | Sequence[str | SchedulerMixin | None] | None = None,
+        sigmas: Sequence[float] | None = None,
         num_images_per_label: int = 1,
         image: PipelineImageInput | None = None,
         prior_latents: torch.Tensor | None = None,
         prior_tokens: torch.Tensor | None = None,
         num_images_per_prior: int = 1,
-        stage_inference_steps: Sequence[int | None] | None = None,
-        stage_solvers: Sequence[str | SchedulerMixin | None] | None = None,
-        stage_guidance_scales: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-        timesteps: Sequence[float] | None = None,
-        null_condition: str = "class_and_prior",
-        prior_guidance_scale: float | None = None,
-        guidance_channels: int | None = None,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        guidance_power: float | None = None,
-        guidance_rescale: float = 0.0,
-        guidance_cosine_threshold: float | None = None,
-        guidance_transformer: DoDTransformer2DModel | None = None,
         height: int | None = None,
         width: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -526,63 +429,41 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         `num_images_per_prior` of each of those.
 
         Args:
-            class_labels (`int`, `str`, `list` or `torch.Tensor`):
-                Class ids in [0, num_classes - 1] or names of `id2label`. `None` in a list is the null class: an
+            class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*):
+                Class ids in [0, num_classes - 1] or names of `id2label`. `None`, also in a list, is the null class: an
                 image of no class in particular, known to a transformer that was trained with label dropout.
             num_stages (`int`, *optional*): Number of stages, >= 1; the checkpoint's default if not given.
-            num_inference_steps (`int`, *optional*):
-                Number of intervals of each stage, >= 1. Solvers of higher order evaluate the model several times per
-                interval; adaptive ones choose their own steps and ignore it.
-            guidance_scale (`float`, *optional*):
-                Classifier-free guidance scale from stage 2 on, >= 0; 1 is no guidance. The checkpoint's default if not
-                given. It does not apply to stage 1, not even when that is the only one, unless the pipeline has no
-                latent embedder: then it is the scale of the only stage.
-            first_stage_guidance_scale (`float`, defaults to 1.0): Guidance scale of stage 1 (paper: none).
+            num_inference_steps (`int` or `Sequence[int | None]`, *optional*):
+                Number of intervals of all stages, or of each stage that is run, >= 1; `None` is the checkpoint's
+                default. Solvers of higher order evaluate the model several times per interval; adaptive ones choose
+                their own steps and ignore it.
+            guidance_scale (`float` or `Sequence[float | None]`, *optional*):
+                Guidance scale from stage 2 on, where stage 1 is unguided (paper), or one scale for each stage that is
+                run; >= 0, 1 is no guidance, `None` the default: 1 for stage 1, the checkpoint's for others. Without
+                a latent embedder a single scale is that of the only stage.
+            guidance ([`Guidance`] or one of Diffusers' guiders, *optional*):
+                How predictions are guided; as in the paper if not given. A guider brings a `guidance_scale` of its
+                own, which is the default then; a scale of 1 turns it off in a stage.
+            schedulers (`str`, `SchedulerMixin` or `Sequence[str | SchedulerMixin | None]`, *optional*):
+                The `solver` of a [`DoDFlowMatchScheduler`] or another flow-match scheduler, for all stages or for
+                each that is run; `None` is the pipeline's.
+            sigmas (`Sequence[float]`, *optional*):
+                Strictly decreasing starts of the intervals of each stage in (0, 1], before the scheduler's shift, in
+                place of `num_inference_steps`.
             num_images_per_label (`int`, defaults to 1): Number of images of each label, >= 1.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
-                One picture, or one per label, that takes the place of stage 1's sample: arrays (H, W, 3) and tensors
+                One image, or one per label, that takes the place of stage 1's sample: arrays (H, W, 3) and tensors
                 (3, H, W), uint8 or in [0, 1]. Stage 1 is not run, though `num_stages` counts it.
             prior_latents (`torch.Tensor` of shape `(1, C, h, w)` or `(number of labels, C, h, w)`, *optional*):
-                Normalised latents in place of a picture, such as `stage_latents` of an earlier call.
+                Normalised latents in place of an image, such as `stage_latents` of an earlier call.
             prior_tokens (`torch.Tensor` of shape `(1, N, d_e)` or `(number of labels, N, d_e)`, *optional*):
-                Latent tokens in place of a picture, `num_latent_tokens` of `latent_token_dim`, see `get_prior_tokens`.
+                Latent tokens in place of an image, `num_latent_tokens` of `latent_token_dim`, see `get_prior_tokens`.
             num_images_per_prior (`int`, defaults to 1):
-                Number of stage-2 images of each sample of stage 1, or of each picture, >= 1. Later stages go on with
-                all of them.
-            stage_inference_steps (`Sequence[int | None]`, *optional*):
-                `num_inference_steps` of each stage that is run; `None` is the default.
-            stage_solvers (`Sequence[str | SchedulerMixin | None]`, *optional*):
-                For each stage that is run the `solver` of a [`DoDFlowMatchScheduler`] or another flow-match scheduler;
-                `None` is the pipeline's.
-            stage_guidance_scales (`Sequence[float]`, *optional*):
-                The scale of each stage that is run, in place of the two others.
-            sigmas (`Sequence[float]`, *optional*):
-                Strictly decreasing starts of the intervals of each stage in (0, 1], before the scheduler's shift.
-            timesteps (`Sequence[float]`, *optional*):
-                The same as times of the scheduler, in (0, `num_train_timesteps`], after the shift.
-            null_condition (`str`, defaults to `"class_and_prior"`):
-                What the unconditional half lacks from stage 2 on: `"class_and_prior"` (paper), `"class"` or `"prior"`.
-            prior_guidance_scale (`float`, *optional*):
-                A scale of the prior's own from stage 2 on, in three evaluations; `guidance_scale` is then that of the
-                class.
-            guidance_channels (`int`, *optional*):
-                Guides the first channels only; all if not given. DiT, SiT and FiT guide 3 of 4.
-            guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`):
-                Guides where low <= sigma <= high only, and computes no unconditional half elsewhere.
-            guidance_power (`float`, *optional*):
-                Lets the scale rise from 1 in pure noise to the full one at the data, by a power-cosine schedule of
-                this power (1 is the plain cosine, larger ones rise later).
-            guidance_rescale (`float`, defaults to 0.0):
-                From 0 to 1, how far the guided prediction's standard deviation is taken back to the conditional one's,
-                against oversaturation.
-            guidance_cosine_threshold (`float`, *optional*):
-                Adaptive Guidance: stops to guide a sample, for the rest of the stage, once its conditional and
-                unconditional velocities agree to this cosine. Its fixed form is `guidance_interval`.
-            guidance_transformer ([`DoDTransformer2DModel`], *optional*):
-                A weaker model under the same condition in place of the unconditional half.
+                Number of stage-2 images of each sample of stage 1, or of each given image, >= 1. Later stages go on
+                with all of them.
             height (`int`, *optional*):
                 Height in pixels; that of `image` or `prior_latents`, else the trained size, if not given.
-            width (`int`, *optional*): Width in pixels, likewise.
+            width (`int`, *optional*): Width in pixels, with the same default.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of the noise. One for all images: an image depends on its place in the batch, as in Diffusers.
                 Or one for each image of stage 1: an image depends on its own generator alone.
@@ -640,28 +521,20 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         if num_images_per_prior > 1 and num_stages == 1:
             raise ValueError(f"`num_images_per_prior` must be 1 with one stage, got {num_images_per_prior}.")
         check_noise_source(generator, seed, sample_indices, batch_size)
-        guidance = Guidance(
-            null_condition=null_condition,
-            prior_scale=prior_guidance_scale,
-            channels=guidance_channels,
-            interval=guidance_interval,
-            power=guidance_power,
-            rescale=guidance_rescale,
-            cosine_threshold=guidance_cosine_threshold,
-            transformer=guidance_transformer,
-        )
-        self._check_guidance(guidance, num_stages)
-        stages = self._plan_stages(
+        guidance = Guidance() if guidance is None else guidance
+        stages = plan_stages(
             range(1 if prior is None else 2, num_stages + 1),
+            self.scheduler,
+            self.config.default_num_inference_steps,
+            getattr(guidance, "guidance_scale", self.config.default_guidance_scale),  # a guider has a scale of its own
+            has_priors=self.latent_embedder is not None,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            first_stage_guidance_scale=first_stage_guidance_scale,
-            stage_inference_steps=stage_inference_steps,
-            stage_solvers=stage_solvers,
-            stage_guidance_scales=stage_guidance_scales,
+            schedulers=schedulers,
             sigmas=sigmas,
-            timesteps=timesteps,
         )
+        check_guidance(guidance, self.transformer, num_stages, stages)
+        self._warn_of_idle_arguments(stages, num_inference_steps, guidance_scale)
         shape = self._latent_shape(height, width, prior)
         num_replicas = {stage.number: 1 if stage.number == 1 else num_images_per_prior for stage in stages}
         noises = check_noises(latents, [(batch_size * number, *shape) for number in num_replicas.values()])
@@ -680,8 +553,6 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         elif prior is not None and prior.name == "prior_latents":
             state["latents"] = prior.value
         self._num_timesteps = None if None in numbers_of_steps else sum(numbers_of_steps)
-        self._guidance_scale = float(self.config.default_guidance_scale if guidance_scale is None else guidance_scale)
-        self._first_stage_guidance_scale = float(first_stage_guidance_scale)
         self._attention_kwargs = attention_kwargs
         self._current_timestep = None
         self._step_index = 0  # over all stages
@@ -704,11 +575,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
                     state["class_labels"] = state["class_labels"].repeat_interleave(num_images_per_prior)
                 state["prior_embeds"] = prior_embeds
             source = NoiseSource(stage.number, batch_size, num_replicas[stage.number], generator, seed, sample_indices)
-            if stage_guidance_scales is not None:
-                if self._has_own_scale(stage.number):
-                    self._first_stage_guidance_scale = stage.guidance_scale
-                else:
-                    self._guidance_scale = stage.guidance_scale
+            self._guidance_scale = stage.guidance_scale
             num_steps = stage.lay_out(device)
             noise = source.draw(0, shape, device) if noise is None else noise
             state["latents"] = noise.to(device=device, dtype=torch.float32) * getattr(
@@ -745,40 +612,6 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
             statistics=statistics,
         )
 
-    def _has_own_scale(self, stage: int) -> bool:
-        """Whether a stage is guided by `first_stage_guidance_scale`."""
-        return stage == 1 and self.latent_embedder is not None
-
-    def _check_guidance(self, guidance: Guidance, num_stages: int) -> None:
-        """Raises unless the guidance fits the models and the stages."""
-        config = self.transformer.config
-        if guidance.channels is not None and guidance.channels > config.in_channels:
-            raise ValueError(f"`guidance_channels` must be in [1, {config.in_channels}], got {guidance.channels}.")
-        for name, value, default in (
-            ("null_condition", guidance.null_condition, "class_and_prior"),
-            ("prior_guidance_scale", guidance.prior_scale, None),
-        ):
-            if value != default and num_stages == 1:
-                raise ValueError(f"`{name}` must be {default!r} with one stage, which has no prior, got {value!r}.")
-        weak = guidance.transformer
-        if weak is None:
-            return
-        if not is_a(weak, "DoDTransformer2DModel"):
-            raise TypeError(
-                f"`guidance_transformer` must be of type DoDTransformer2DModel, got {type(weak).__name__}."
-            )
-        for name in ("in_channels", "num_classes", "patch_size"):
-            if weak.config[name] != config[name]:
-                raise ValueError(
-                    f"`guidance_transformer` must have the transformer's `{name}`, {config[name]}, "
-                    f"got {weak.config[name]}."
-                )
-        if config.prior_embed_dim is not None and weak.config.prior_embed_dim not in (None, config.prior_embed_dim):
-            raise ValueError(
-                "`guidance_transformer` must have the transformer's `prior_embed_dim`, "
-                f"{config.prior_embed_dim}, or None, got {weak.config.prior_embed_dim}."
-            )
-
     @staticmethod
     def _check_replacement(name: str, tensor: torch.Tensor | None, current: torch.Tensor | None) -> None:
         shapes = [None if value is None else tuple(getattr(value, "shape", ())) for value in (tensor, current)]
@@ -789,7 +622,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
     def _sample_stage(
         self,
         stage: Stage,
-        guidance: Guidance,
+        guidance: Guidance | BaseGuidance,
         state: dict[str, torch.Tensor | None],
         source: NoiseSource,
         progress_bar,
@@ -798,7 +631,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
     ) -> DoDStageStatistics:
         """Integrates `state["latents"]` from noise to data, in place of the entry, with callbacks in between."""
         scheduler = stage.scheduler
-        if stage.number == 1:  # where no prior is to be guided by
+        if stage.number == 1 and is_a(guidance, "Guidance"):  # there is no prior to be guided by
             guidance = replace(guidance, null_condition="class_and_prior", prior_scale=None)
         batch_size = state["latents"].shape[0]
         guided_velocity = GuidedVelocity(
@@ -810,8 +643,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
             labels, priors = state["class_labels"], state["prior_embeds"]
             if indices is not None and len(indices) < batch_size:
                 labels, priors = labels[indices], None if priors is None else priors[indices]
-            scale = self.first_stage_guidance_scale if self._has_own_scale(stage.number) else self.guidance_scale
-            return guided_velocity(latents, time, labels, priors, scale, indices)
+            return guided_velocity(latents, time, labels, priors, self.guidance_scale, indices)
 
         def end_step(timestep: torch.Tensor) -> None:
             if callback_on_step_end is not None:
@@ -857,6 +689,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         accepts_generator = "generator" in inspect.signature(scheduler.step).parameters
         times = stage.sigmas * NUM_TRAIN_TIMESTEPS
         for index, (timestep, time) in enumerate(zip(scheduler.timesteps, times, strict=True)):
+            guided_velocity.start_step(index, len(times), timestep)
             model_output = velocity(state["latents"], time)
             step_arguments = {}
             if stage.is_ours and scheduler.is_stochastic:

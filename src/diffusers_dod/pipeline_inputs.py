@@ -100,7 +100,7 @@ def invert_id2label(id2label: dict[int, str]) -> dict[str, list[int]]:
 
 
 def to_label_ids(
-    class_labels: int | str | Sequence[int | str | None] | torch.Tensor,
+    class_labels: int | str | Sequence[int | str | None] | torch.Tensor | None,
     label2ids: dict[str, list[int]],
     num_classes: int,
 ) -> list[int]:
@@ -108,7 +108,7 @@ def to_label_ids(
     Class labels of any form as a list of ids.
 
     Args:
-        class_labels (`int`, `str`, `list` or `torch.Tensor`): Ids or names; `None` in a list is the null class.
+        class_labels (`int`, `str`, `list`, `torch.Tensor` or `None`): Ids or names; `None` is the null class.
         label2ids (`dict[str, list[int]]`): Class name -> ids that carry it.
         num_classes (`int`): Number of classes, which is the id of the null class.
 
@@ -130,11 +130,11 @@ def to_label_ids(
                 f"got {class_labels.dtype} of shape {tuple(class_labels.shape)}."
             )
         class_labels = class_labels.reshape(-1).tolist()
-    elif isinstance(class_labels, (int, str, np.integer)):
+    elif class_labels is None or isinstance(class_labels, (int, str, np.integer)):
         class_labels = [class_labels]
     elif not isinstance(class_labels, (list, tuple)):
         raise TypeError(
-            "`class_labels` must be an int, a str, a list of them (`None` in it is the null class) or a tensor, "
+            "`class_labels` must be an int, a str, None (the null class), a list of them or a tensor, "
             f"got {class_labels!r} of type {type(class_labels).__name__}."
         )
     if len(class_labels) == 0:

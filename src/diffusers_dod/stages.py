@@ -78,14 +78,15 @@ class Stage:
         scheduler (`SchedulerMixin`): Integrates the velocity.
         num_inference_steps (`int`): Number of intervals.
         guidance_scale (`float`): Scale of guidance; 1 is none.
-        grid (`dict`): `sigmas` or `timesteps` in place of equal intervals, if any.
+        starts (`Sequence[float]`, *optional*): Starts of the intervals, `sigmas` of the call; equal intervals if not
+            given.
     """
 
     number: int
     scheduler: SchedulerMixin
     num_inference_steps: int
     guidance_scale: float
-    grid: dict[str, Any]
+    starts: Sequence[float] | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -116,22 +117,22 @@ class Stage:
             `int | None`: The number of steps. `None` if the solver chooses them.
 
         Raises:
-            `ValueError`: the scheduler does not accept the grid.
+            `ValueError`: the scheduler does not accept `sigmas`, or not these.
         """
         scheduler = self.scheduler
-        accepted = inspect.signature(scheduler.set_timesteps).parameters
-        for name, values in self.grid.items():
-            if self.is_adaptive or name not in accepted or (name == "timesteps" and not self.is_ours):
-                solver = scheduler.config.solver if self.is_adaptive else type(scheduler).__name__
-                raise ValueError(f"`{name}` must be None for {solver!r}, which has a grid of its own, got {values!r}.")
+        accepts_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+        if self.starts is not None and (self.is_adaptive or not accepts_sigmas):
+            solver = scheduler.config.solver if self.is_adaptive else type(scheduler).__name__
+            raise ValueError(
+                f"`sigmas` must be None for {solver!r}, which has a grid of its own, got {self.starts!r}."
+            )
         if self.is_adaptive:
             return None
-        if self.grid and self.is_ours:
-            scheduler.set_timesteps(**self.grid, device=device)
-        elif self.grid:
-            starts = check_starts("sigmas", self.grid["sigmas"], 1)
-            scheduler.set_timesteps(sigmas=starts.numpy(), device=device)
-        elif "sigmas" in accepted and not self.is_ours:
+        if self.starts is not None and self.is_ours:
+            scheduler.set_timesteps(sigmas=self.starts, device=device)
+        elif self.starts is not None:
+            scheduler.set_timesteps(sigmas=check_starts("sigmas", self.starts, 1).numpy(), device=device)
+        elif accepts_sigmas and not self.is_ours:
             # Diffusers' own default ends at 1 / num_train_timesteps; N intervals of 1 / N are those of our scheduler.
             sigmas = np.linspace(1, 1 / self.num_inference_steps, self.num_inference_steps)
             scheduler.set_timesteps(sigmas=sigmas, device=device)
@@ -142,68 +143,76 @@ class Stage:
         return len(scheduler.timesteps)
 
 
-def per_stage(name: str, values: Sequence | None, num_stages: int) -> list:
+def per_stage(name: str, value: Any, num_stages: int) -> list:
     """
     One value for each stage that is run.
 
     Args:
         name (`str`): Name of the argument, for the message.
-        values (`Sequence` or `None`): The values; `None` stands for `None` in all stages.
+        value (`Any`): A value for all stages, or a list or tuple with a value for each.
         num_stages (`int`): Number of stages that are run.
 
     Returns:
         `list`: As many values.
 
     Raises:
-        `TypeError`, `ValueError`: the values are no list or tuple, or not as many as the stages.
+        `ValueError`: there are not as many values as stages.
     """
-    if values is None:
-        return [None] * num_stages
-    check_type(name, values, (list, tuple))
-    if len(values) != num_stages:
-        raise ValueError(f"`{name}` must hold {num_stages} values (one per stage that is run), got {len(values)}.")
-    return list(values)
+    if not isinstance(value, (list, tuple)):
+        return [value] * num_stages
+    if len(value) != num_stages:
+        raise ValueError(
+            f"`{name}` must be one value or a list of {num_stages} (one per stage that is run), got {len(value)}."
+        )
+    return list(value)
 
 
-def _find_scheduler(scheduler: SchedulerMixin, solver: str | SchedulerMixin | None) -> SchedulerMixin:
-    """The scheduler of one stage, of a pipeline with `scheduler`."""
-    if isinstance(solver, str):
-        if not is_a(scheduler, "DoDFlowMatchScheduler"):
-            raise ValueError(
-                "`stage_solvers` must hold schedulers where that of the pipeline is no `DoDFlowMatchScheduler` but a "
-                f"`{type(scheduler).__name__}`, got {solver!r}."
-            )
-        try:
-            return type(scheduler).from_config(scheduler.config, solver=solver)
-        except ValueError as error:
-            raise ValueError(f"`stage_solvers` must hold schedulers or solvers: {error}") from error
-    if solver is not None:
-        check_type("stage_solvers", solver, (str, SchedulerMixin))
-    found = scheduler if solver is None else solver
-    check_scheduler("scheduler" if solver is None else "stage_solvers", found)
-    return found
+def _find_scheduler(scheduler: SchedulerMixin, given: str | SchedulerMixin | None) -> SchedulerMixin:
+    """The scheduler of one stage: the one that is given, or the pipeline's, with another solver if that is given."""
+    if given is None:
+        check_scheduler("scheduler", scheduler)
+        return scheduler
+    check_type("schedulers", given, (str, SchedulerMixin))
+    if not isinstance(given, str):
+        check_scheduler("schedulers", given)
+        return given
+    if not is_a(scheduler, "DoDFlowMatchScheduler"):
+        raise ValueError(
+            "`schedulers` must hold schedulers where that of the pipeline is no `DoDFlowMatchScheduler` but a "
+            f"`{type(scheduler).__name__}`, got {given!r}."
+        )
+    try:
+        return type(scheduler).from_config(scheduler.config, solver=given)
+    except ValueError as error:
+        raise ValueError(f"`schedulers` must hold schedulers or solvers: {error}") from error
 
 
 def plan_stages(
     numbers: Sequence[int],
     scheduler: SchedulerMixin,
-    num_inference_steps: int,
-    guidance_scales: Sequence[float],
-    stage_inference_steps: Sequence[int | None] | None = None,
-    stage_solvers: Sequence[str | SchedulerMixin | None] | None = None,
-    grid: dict[str, Any] | None = None,
+    default_num_inference_steps: int,
+    default_guidance_scale: float,
+    has_priors: bool,
+    num_inference_steps: int | Sequence[int | None] | None = None,
+    guidance_scale: float | Sequence[float | None] | None = None,
+    schedulers: str | SchedulerMixin | Sequence[str | SchedulerMixin | None] | None = None,
+    sigmas: Sequence[float] | None = None,
 ) -> list[Stage]:
     """
     The stages that are run, from the arguments of a call and the pipeline's defaults.
 
+    A single `guidance_scale` leaves stage 1 unguided (paper), unless it is the only stage of a model without priors.
+
     Args:
         numbers (`Sequence[int]`): Numbers of the stages that are run.
         scheduler (`SchedulerMixin`): The pipeline's scheduler.
-        num_inference_steps (`int`): Intervals of a stage that has no number of its own, >= 1.
-        guidance_scales (`Sequence[float]`): Scale of each stage, >= 0.
-        stage_inference_steps (`Sequence[int | None]`, *optional*): Intervals of each stage, >= 1.
-        stage_solvers (`Sequence[str | SchedulerMixin | None]`, *optional*): Solver or scheduler of each stage.
-        grid (`dict`, *optional*): `sigmas` or `timesteps` of all stages.
+        default_num_inference_steps (`int`): Intervals of a stage for which the call gives none.
+        default_guidance_scale (`float`): Scale of a guided stage for which the call gives none.
+        has_priors (`bool`): Whether the model has a latent embedder.
+        num_inference_steps (`int` or `Sequence[int | None]`, *optional*): Intervals of all stages, or of each, >= 1.
+        guidance_scale (`float` or `Sequence[float | None]`, *optional*): Scale, or that of each stage, >= 0.
+        schedulers (`str`, `SchedulerMixin` or a sequence of them, *optional*): Solver or scheduler, or that of each.
+        sigmas (`Sequence[float]`, *optional*): Starts of the intervals of all stages.
 
     Returns:
         `list[Stage]`.
@@ -211,21 +220,22 @@ def plan_stages(
     Raises:
         `TypeError`, `ValueError`: an argument is out of range, or there are not as many values as stages.
     """
-    solvers = per_stage("stage_solvers", stage_solvers, len(numbers))
-    steps = per_stage("stage_inference_steps", stage_inference_steps, len(numbers))
-    for value in steps:
-        if value is not None:
-            check_at_least("stage_inference_steps", value, 1)
-    scales = per_stage("stage_guidance_scales", guidance_scales, len(numbers))
-    for scale in scales:
-        check_number("stage_guidance_scales", scale, 0)
-    return [
-        Stage(
-            number,
-            _find_scheduler(scheduler, solver),
-            num_inference_steps if value is None else value,
-            float(scale),
-            grid or {},
-        )
-        for number, solver, value, scale in zip(numbers, solvers, steps, scales, strict=True)
-    ]
+    if sigmas is not None and num_inference_steps is not None:
+        raise ValueError(f"Only one of `sigmas` and `num_inference_steps` must be given, got {num_inference_steps}.")
+    is_list = isinstance(guidance_scale, (list, tuple))
+    planned = []
+    for number, steps, scale, given in zip(
+        numbers,
+        per_stage("num_inference_steps", num_inference_steps, len(numbers)),
+        per_stage("guidance_scale", guidance_scale, len(numbers)),
+        per_stage("schedulers", schedulers, len(numbers)),
+        strict=True,
+    ):
+        is_unguided = number == 1 and has_priors
+        steps = default_num_inference_steps if steps is None else steps
+        check_at_least("num_inference_steps", steps, 1)
+        scale = default_guidance_scale if scale is None and not is_unguided else scale
+        check_number("guidance_scale", 1.0 if scale is None else scale, 0)
+        scale = 1.0 if scale is None or (is_unguided and not is_list) else float(scale)
+        planned.append(Stage(number, _find_scheduler(scheduler, given), steps, scale, sigmas))
+    return planned

@@ -20,7 +20,7 @@ from diffusers_dod.evaluation.reconstruction import (
     reconstruct,
     rfid_interval,
 )
-from diffusers_dod.guidance import NULL_CONDITIONS
+from diffusers_dod.guidance import NULL_CONDITIONS, Guidance
 from diffusers_dod.metrics.frechet import feature_statistics, frechet_distance
 from diffusers_dod.metrics.statistics import RunningStatistics
 from diffusers_dod.options import parse_options
@@ -254,7 +254,7 @@ def test_what_the_null_condition_lacks(checkpoint, tmp_path, pipeline):
         results = read_results(tmp_path / f"{condition}.json")
         assert results["settings"]["null_condition"] == condition
         pictures, indices, _ = open_pictures(parse_options(ReconstructionOptions, results["argv"]).comparison, 26)
-        call = {"num_inference_steps": 2, "null_condition": condition}
+        call = {"num_inference_steps": 2, "guidance": Guidance(null_condition=condition)}
         pairs = [
             (reconstruct(pipeline, images, labels, places, 3.0, 0, **call), images.numpy())
             for places, images, labels in read_batches(pictures, sorted(indices), 8)

@@ -21,6 +21,7 @@ from diffusers_dod import DoDPipeline
 from diffusers_dod.evaluation.images import open_images
 from diffusers_dod.evaluation.sample import SampleFolder, SamplingOptions, draw_labels, main, to_uint8
 from diffusers_dod.files import file_sha256, in_use
+from diffusers_dod.guidance import Guidance
 from diffusers_dod.options import parse_options
 from diffusers_dod.results import checkpoint_sha256
 
@@ -429,7 +430,7 @@ def test_a_folder_of_something_else_is_refused(checkpoint, tmp_path):
 
 
 def test_options_that_the_pipeline_refuses_leave_a_folder_that_can_be_used(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=says("`guidance_channels`", "[1, 4]", "9")):
+    with pytest.raises(ValueError, match=says("`channels` of `guidance`", "[1, 4]", "9")):
         run(checkpoint, tmp_path / "samples", "--guidance_channels", "9")
     assert run(checkpoint, tmp_path / "samples")["num_images"] == NUM_IMAGES
 
@@ -482,15 +483,37 @@ def test_options_reach_the_pipeline(checkpoint, tmp_path):
     expected = pipeline(
         draw_labels("random", 5, 3, 10).tolist(),
         seed=5,
-        stage_inference_steps=[1, 3],
-        stage_solvers=["heun", "euler_maruyama"],
-        stage_guidance_scales=[1.5, 3.0],
-        guidance_interval=(0.1, 0.9),
-        guidance_rescale=0.5,
-        null_condition="class",
+        num_inference_steps=[1, 3],
+        schedulers=["heun", "euler_maruyama"],
+        guidance_scale=[1.5, 3.0],
+        guidance=Guidance(interval=(0.1, 0.9), rescale=0.5, null_condition="class"),
         output_type="np",
     ).images
     np.testing.assert_array_equal(read_images(tmp_path / "samples"), np.round(255 * expected))
+
+
+@pytest.mark.parametrize(
+    ("options", "guidance_scale"),
+    [
+        ("", None),
+        ("--guidance_scale 4", 4.0),
+        ("--first_stage_guidance_scale 1.5", [1.5, None, None]),
+        ("--first_stage_guidance_scale 1.5 --guidance_scale 4", [1.5, 4.0, 4.0]),
+        ("--stage_guidance_scales 2 3 4", (2.0, 3.0, 4.0)),
+    ],
+)
+def test_scales_of_the_command_as_those_of_a_call(options, guidance_scale):
+    required = ["--pretrained_model_name_or_path", "pipe", "--output_dir", "samples"]
+    call = parse_options(SamplingOptions, [*required, *options.split()]).call
+    assert call.to_call(3, has_priors=True)["guidance_scale"] == guidance_scale
+    if guidance_scale in (None, 4.0):  # what is for stage 1 is not for the only stage of another model
+        assert call.to_call(1, has_priors=False)["guidance_scale"] == guidance_scale
+
+
+def test_the_scale_of_stage_1_is_not_that_of_a_model_without_priors():
+    required = ["--pretrained_model_name_or_path", "pipe", "--output_dir", "samples"]
+    call = parse_options(SamplingOptions, [*required, "--first_stage_guidance_scale", "1.5"]).call
+    assert call.to_call(1, has_priors=False)["guidance_scale"] is None
 
 
 def test_all_errors_of_options_are_reported_at_once(checkpoint, tmp_path, capsys):
@@ -501,7 +524,7 @@ def test_all_errors_of_options_are_reported_at_once(checkpoint, tmp_path, capsys
     message = capsys.readouterr().err
     for name in ("num_images", "batch_size", "seed", "num_stages", "num_inference_steps", "guidance_scale", "height"):
         assert f"`{name}`" in message
-    assert "`guidance_interval`" in message and message.count("`stage_guidance_scales`") == 2
+    assert "`guidance_interval`" in message and message.count("`stage_guidance_scales`") == 3
     assert not list(tmp_path.iterdir())
 
 

@@ -78,7 +78,7 @@ def run(pipeline: DoDPipeline, steps: int | None, args: argparse.Namespace) -> t
             labels[indices].tolist(),
             num_stages=1,
             num_inference_steps=steps,
-            first_stage_guidance_scale=args.guidance_scale,
+            guidance_scale=[args.guidance_scale],
             seed=args.seed,
             sample_indices=indices.tolist(),
             output_type="pt",

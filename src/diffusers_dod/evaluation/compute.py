@@ -18,7 +18,7 @@ from typing import Any
 from ..checks import attempt, check_at_least, check_choice, check_number
 from ..compute import UNITS, EvaluationCost, ModelCost, count_model, sampling_compute, steps_within_budget
 from ..files import check_output
-from ..guidance import Guidance
+from ..guidance_options import build_guidance
 from ..presets import PRESETS
 from ..results import as_metric, write_results
 from ..tableaus import SOLVERS
@@ -111,9 +111,9 @@ def compute_tables(
     models = [(name, *variant) for name in presets for variant in _variants(name)]
     settings = {
         label: dict(
-            stage_guidance_scales=scales,
-            stage_solvers=[solver] * len(scales),
-            guidance_interval=guidance_interval,
+            guidance_scale=scales,
+            schedulers=solver,
+            interval=guidance_interval,
             cost=costs[name],
         )
         for name, label, scales in models
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
         attempt(errors, check_at_least, "steps", value, 1)
     for value in args.budget_gflops or ():
         attempt(errors, check_number, "budget_gflops", value, 0)
-    attempt(errors, Guidance, "class_and_prior", None, None, args.guidance_interval)
+    attempt(errors, build_guidance, {"guidance_interval": args.guidance_interval})
     attempt(errors, check_output, "output_file", args.output_file)
     if errors:
         parser.error("\n".join(errors))

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from ..data.image_grid import make_grid
 from ..data.pictures import to_pixels
 from ..files import check_output
-from ..guidance import NULL_CONDITIONS
+from ..guidance import NULL_CONDITIONS, Guidance
 from ..metrics.extractors import Extractor, extract, extractor_sha256, load_extractor
 from ..metrics.frechet import frechet_distance
 from ..metrics.intervals import jackknife_interval, mean_interval
@@ -317,9 +317,9 @@ def main(argv: list[str] | None = None) -> None:
     scales |= {f"scale_{scale:g}": scale for scale in guidance_scales}
     call = {
         "seed": comparison.seed,
-        "null_condition": options.null_condition,
+        "guidance": Guidance(null_condition=options.null_condition),
         "num_inference_steps": options.num_inference_steps,
-        "stage_solvers": None if options.solver is None else [options.solver],
+        "schedulers": options.solver,
     }
     identity = {
         "checkpoint": {

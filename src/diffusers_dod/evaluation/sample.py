@@ -18,7 +18,6 @@ continues with a larger `--num_images`. The files are the same on the same kind 
 processes must see `output_dir`.
 """
 
-import dataclasses
 import io
 import json
 import logging
@@ -30,7 +29,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,10 +38,9 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..checks import attempt
 from ..files import UNFINISHED, check_output, file_sha256, in_use, replacing, write_json
-from ..guidance import NULL_CONDITIONS, Guidance
-from ..options import option, parse_options, to_argv, to_json, to_values
+from ..guidance_options import GuidanceOptions
+from ..options import find_given, option, parse_options, to_argv, to_json, to_values
 from ..pipeline_dod import DoDPipeline
 from ..processes import all_or_none, check_processes, end_with_launcher
 from ..results import checkpoint_sha256, describe_versions
@@ -59,46 +57,6 @@ SETTINGS = "settings.json"
 ARCHIVE = "samples.npz"
 ROUNDING = "round(255 x)"
 LABELS = ("random", "balanced", "null")
-
-# Options of guidance, and the field of [`Guidance`] that each of them sets.
-GUIDANCE_FIELDS = {"null_condition": "null_condition", "prior_guidance_scale": "prior_scale"}
-GUIDANCE_FIELDS |= {
-    f"guidance_{field.name}": field.name
-    for field in dataclasses.fields(Guidance)
-    if field.name not in (*GUIDANCE_FIELDS.values(), "transformer")  # a model is no option
-}
-
-
-def _declare(name: str) -> tuple[str, Any, Any]:
-    """Name, type and field of an option of guidance."""
-    field = Guidance.__dataclass_fields__[GUIDANCE_FIELDS[name]]
-    choices = NULL_CONDITIONS if name == "null_condition" else None
-    declared = option(field.default, choices=choices, help=f"`{field.name}` of `Guidance`, see docs/sampling.md.")
-    return name, get_type_hints(Guidance)[field.name], declared
-
-
-class _ToGuidance:
-    """Methods of [`GuidanceOptions`]."""
-
-    def to_guidance(self) -> Guidance:
-        """Returns the [`Guidance`] that the options describe. Raises a `ValueError` or `TypeError` as it does."""
-        return Guidance(**{field: getattr(self, name) for name, field in GUIDANCE_FIELDS.items()})
-
-    def find_conflicts(self) -> list[str]:
-        """Messages about options that are out of range or do not fit each other."""
-        errors: list[str] = []
-        attempt(errors, self.to_guidance)
-        return errors
-
-
-GuidanceOptions = dataclasses.make_dataclass(
-    "GuidanceOptions",
-    [_declare(name) for name in GUIDANCE_FIELDS],
-    bases=(_ToGuidance,),
-    namespace={"__doc__": "Guidance.", "__module__": __name__},
-    frozen=True,
-    kw_only=True,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +87,36 @@ class CallOptions:
             f"`{name}` must hold {self.num_stages} values, got {len(values)}."
             for name, values in of_stages.items()
             if None not in (values, self.num_stages) and len(values) != self.num_stages
+        ] + [
+            f"`stage_guidance_scales` must be given without `{name}` only, got {list(self.stage_guidance_scales)}."
+            for name in ("guidance_scale", "first_stage_guidance_scale")
+            if self.stage_guidance_scales is not None and name in find_given(self)
         ]
+
+    def to_call(self, num_stages: int, has_priors: bool) -> dict[str, Any]:
+        """
+        Turns the options into arguments of a call of the pipeline.
+
+        Args:
+            num_stages (`int`): Number of stages.
+            has_priors (`bool`): Whether the pipeline has a latent embedder; without one there is one scale only.
+
+        Returns:
+            `dict`: The arguments.
+        """
+        guidance_scale, first_scale = self.guidance_scale, self.first_stage_guidance_scale
+        if self.stage_guidance_scales is not None:
+            guidance_scale = self.stage_guidance_scales
+        elif has_priors and first_scale != 1:
+            guidance_scale = [first_scale, *[guidance_scale] * (num_stages - 1)]
+        return {
+            "num_stages": num_stages,
+            "num_inference_steps": self.stage_inference_steps or self.num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "schedulers": self.stage_solvers,
+            "height": self.height,
+            "width": self.width,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,11 +137,6 @@ class SamplingOptions:
     allow_tf32: bool = option(False, help="TF32 products and convolutions on NVIDIA GPUs.")
     call: CallOptions = field(default_factory=CallOptions)
     guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
-
-    @property
-    def call_arguments(self) -> dict[str, Any]:
-        """Arguments of the call of the pipeline."""
-        return to_json(to_values(self.call) | to_values(self.guidance))
 
 
 def draw_labels(kind: str, seed: int, num_images: int, num_classes: int) -> np.ndarray | None:
@@ -211,7 +193,7 @@ def sample_settings(options: SamplingOptions, pipeline: DoDPipeline) -> dict[str
     Returns:
         `dict`: The settings, ready for JSON. Defaults of the checkpoint are filled in.
     """
-    call = options.call_arguments
+    call = to_json(to_values(options.call) | to_values(options.guidance))
     has_embedder = pipeline.latent_embedder is not None
     if call["num_stages"] is None:
         call["num_stages"] = pipeline.config.default_num_stages if has_embedder else 1
@@ -523,6 +505,7 @@ def _sample_chunks(
 ) -> None:
     """Deals chunks to the processes, one to each at a time, so that an error in one ends all."""
     first = next(iter(outputs.values()))
+    call = options.call.to_call(first.settings["num_stages"], has_priors=pipeline.latent_embedder is not None)
     progress = tqdm(
         total=options.num_images,
         initial=options.num_images - sum(len(first.indices(chunk)) for chunk in missing),
@@ -544,7 +527,8 @@ def _sample_chunks(
                         output_type="np",
                         return_stages=options.all_stages,
                         return_dict=False,
-                        **options.call_arguments,
+                        guidance=options.guidance.to_guidance(),
+                        **call,
                     )[-1]
                     for n, output in outputs.items():
                         images = stages[n - 1] if options.all_stages else stages

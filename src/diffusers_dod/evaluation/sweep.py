@@ -38,6 +38,7 @@ from safetensors.torch import load_file
 from ..compute import count_model, sampling_compute
 from ..files import check_output, file_sha256, in_use, replacing, write_json
 from ..guidance import Guidance
+from ..guidance_options import GuidanceOptions
 from ..losses import DoDJointModel
 from ..metrics.intervals import mean_interval
 from ..metrics.table import METRICS
@@ -52,7 +53,7 @@ from . import evaluate, sample
 from .evaluate import EvaluationOptions, JudgeOptions
 from .images import open_images
 from .options import DTYPES
-from .sample import LABELS, CallOptions, GuidanceOptions, SamplingOptions
+from .sample import LABELS, CallOptions, SamplingOptions
 
 
 PIPELINE = "pipeline"  # the average that a checkpoint's pipeline has

@@ -1,0 +1,73 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""Options of commands for guidance, made of the fields of `Guidance`; manifests and cards have the same names."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+from .checks import attempt
+from .guidance import NULL_CONDITIONS, Guidance
+from .options import option, to_values
+
+
+# Options whose names do not start with `guidance_`.
+_OTHER_NAMES = {"null_condition": "null_condition", "prior_scale": "prior_guidance_scale"}
+#: Name of an option -> field of [`Guidance`] that it sets; the weaker model is an object and no option.
+GUIDANCE_FIELDS = {
+    _OTHER_NAMES.get(field.name, f"guidance_{field.name}"): field
+    for field in dataclasses.fields(Guidance)
+    if field.name != "transformer"
+}
+
+
+def build_guidance(values: Mapping[str, Any]) -> Guidance:
+    """
+    Builds the guidance that options describe.
+
+    Args:
+        values (`Mapping[str, Any]`): Values of options by name; what is missing has its default.
+
+    Returns:
+        [`Guidance`].
+
+    Raises:
+        `TypeError`, `ValueError`: see [`Guidance`]; the message names the options.
+    """
+    try:
+        return Guidance(**{field.name: values[name] for name, field in GUIDANCE_FIELDS.items() if name in values})
+    except (TypeError, ValueError) as error:
+        message = str(error)
+        for name, field in GUIDANCE_FIELDS.items():
+            message = message.replace(f"`{field.name}`", f"`{name}`")
+        raise type(error)(message) from error
+
+
+class _ToGuidance:
+    """Methods of [`GuidanceOptions`]."""
+
+    def to_guidance(self) -> Guidance:
+        """Returns the [`Guidance`] that the options describe. Raises a `ValueError` or `TypeError` as it does."""
+        return build_guidance(to_values(self))
+
+    def find_conflicts(self) -> list[str]:
+        """Messages about options that are out of range or do not fit each other."""
+        errors: list[str] = []
+        attempt(errors, self.to_guidance)
+        return errors
+
+
+def _declare(name: str, field: dataclasses.Field) -> tuple[str, Any, Any]:
+    """Name, type and field of an option."""
+    choices = tuple(NULL_CONDITIONS) if field.name == "null_condition" else None
+    declared = option(field.default, choices=choices, help=f"`{field.name}` of `Guidance`, see docs/sampling.md.")
+    return name, get_type_hints(Guidance)[field.name], declared
+
+
+GuidanceOptions = dataclasses.make_dataclass(
+    "GuidanceOptions",
+    [_declare(name, field) for name, field in GUIDANCE_FIELDS.items()],
+    bases=(_ToGuidance,),
+    namespace={"__doc__": "Guidance.", "__module__": __name__},
+    frozen=True,
+    kw_only=True,
+)
