@@ -146,6 +146,7 @@ def test_a_saved_pipeline_names_it_and_is_loaded_again(pipe, tmp_path):
         assert type(loaded.latent_embedder) is GridEncoder
         loaded.set_progress_bar_config(disable=True)
         assert torch.equal(draw(loaded), draw(pipe))
+        assert DoDPipeline.from_pipe(loaded).components["latent_embedder"] is loaded.latent_embedder
     half = DoDPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.latent_embedder.dtype == torch.bfloat16 and draw(half).isfinite().all()
     # As of all our models, weights must be its own.

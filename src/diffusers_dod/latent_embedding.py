@@ -191,6 +191,14 @@ class VisualPriorMixin(DoDModelMixin, PeftAdapterMixin):
         return LatentEmbeddingOutput(prior_embeds=prior_embeds, latent_tokens=latent_tokens)
 
 
+def list_visual_prior_classes() -> list[type[VisualPriorMixin]]:
+    """Lists all encoder classes in modules that have been imported."""
+    classes: list[type[VisualPriorMixin]] = [VisualPriorMixin]
+    for cls in classes:  # grows
+        classes += cls.__subclasses__()
+    return classes[1:]
+
+
 def find_visual_prior_class(name: str) -> type[VisualPriorMixin]:
     """
     Finds an encoder class by its name in a saved pipeline.
@@ -204,10 +212,7 @@ def find_visual_prior_class(name: str) -> type[VisualPriorMixin]:
     Raises:
         `ValueError`: there is no such class, or its module has not been imported.
     """
-    classes: list[type[VisualPriorMixin]] = [VisualPriorMixin]
-    for cls in classes:  # grows
-        classes += cls.__subclasses__()
-    known = {cls.__name__: cls for cls in classes[1:]}
+    known = {cls.__name__: cls for cls in list_visual_prior_classes()}
     if name not in known:
         raise ValueError(
             f"`latent_embedder` must be of a class that has been imported ({', '.join(sorted(known))}), got {name!r}: "

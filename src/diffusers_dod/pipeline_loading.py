@@ -7,6 +7,7 @@ from typing import Any, Self
 from diffusers.configuration_utils import ConfigMixin
 from huggingface_hub.errors import HFValidationError
 
+from .latent_embedding import list_visual_prior_classes
 from .modeling_utils import without_local_paths
 
 
@@ -53,6 +54,12 @@ class DoDPipelineLoadingMixin:
             return super().download(pretrained_model_name, **kwargs)
         except (OSError, HFValidationError) as error:
             raise OSError(cls._not_found(pretrained_model_name, f"which is no folder here: {error}")) from error
+
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, tuple[type, ...]]:
+        """Types of the components. `from_pipe` keeps a model only if its very class is among them."""
+        types = super()._get_signature_types()
+        return {**types, "latent_embedder": (*types["latent_embedder"], *list_visual_prior_classes())}
 
     @classmethod
     def _not_found(cls, path: str | os.PathLike, reason: str) -> str:
