@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 
-from diffusers_dod.data.encoding import encode_latents
+from diffusers_dod.data.encoding import EncodingOptions, encode_latents
 from diffusers_dod.data.pictures import Pictures
 from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
 
@@ -73,13 +73,14 @@ def main() -> None:
     print(f"{args.num_pictures} pictures of {args.resolution} x {args.resolution} with their mirror images, ", end="")
     print(f"{args.device}, {torch.get_num_threads()} thread(s)\n")
     print("| autoencoder | pictures/s | KiB per picture in float16 |\n| --- | ---: | ---: |")
+    options = EncodingOptions(random_flip=True, encoding_batch_size=args.batch_size, latents_dtype="float16")
     for name, build in AUTOENCODERS.items():
         torch.manual_seed(0)
         vae = build()
         vae = vae if vae is None else vae.requires_grad_(False).eval().to(args.device)
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            encode_latents(pictures, vae, Path(folder), True, args.batch_size, latents_dtype="float16")
+            encode_latents(pictures, vae, Path(folder), options)
             seconds = time.perf_counter() - start
             size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
         print(f"| {name} | {args.num_pictures / seconds:.2f} | {size / args.num_pictures / 1024:.1f} |", flush=True)

@@ -16,10 +16,10 @@ from contextlib import nullcontext
 
 import torch
 
-from diffusers_dod.compute import training_cost
+from diffusers_dod.compute import TrainingStep, training_cost
 from diffusers_dod.presets import PRESETS
-from diffusers_dod.training.arguments import parse_args
 from diffusers_dod.training.models import build_models, build_optimizer, use_fast_attention
+from diffusers_dod.training_options import ModelOptions, OptimizerOptions
 
 
 WARM_UP_STEPS = 3
@@ -42,9 +42,9 @@ def main() -> None:
     latent_shape = (config.get("in_channels", 4), size, size)
     num_priors = 0 if preset.latent_embedder_config is None else options.batch_size // 2
 
-    args = parse_args(["--preset", options.preset, "--latents_dir", "none", "--output_dir", "none"])
-    model = build_models(args, latent_shape, num_classes).to(device)
-    optimizer = build_optimizer(args, model)
+    model = build_models(ModelOptions(preset=options.preset), latent_shape, num_classes).to(device)
+    optimization = OptimizerOptions()
+    optimizer = build_optimizer(optimization, model)
     use_fast_attention(model, device)
     if options.compile:
         for module in model.children():
@@ -61,7 +61,7 @@ def main() -> None:
         with torch.autocast(device.type, torch.bfloat16) if in_bf16 else nullcontext():
             losses = model(**batch, num_priors=num_priors)
         losses.mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optimization.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -78,15 +78,13 @@ def main() -> None:
     synchronize()
     images_per_second = options.steps * options.batch_size / (time.perf_counter() - start)
 
-    cost = training_cost(
-        preset,
-        latent_shape,
-        num_classes,
-        options.batch_size,
-        1 - num_priors / options.batch_size,
-        options.mixed_precision,
+    work = TrainingStep(
+        batch_size=options.batch_size,
+        prior_dropout_prob=1 - num_priors / options.batch_size,
+        mixed_precision=options.mixed_precision,
         num_averages=0,
     )
+    cost = training_cost(preset, latent_shape, num_classes, work)
     flops = images_per_second * cost.training_flops
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     compiled = "compiled" if options.compile else "eager"

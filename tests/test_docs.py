@@ -9,7 +9,8 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
-from diffusers_dod.training.train import parse_args
+from diffusers_dod.options import parse_options
+from diffusers_dod.training_options import TrainingOptions
 
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +79,7 @@ TRAIN_COMMANDS = [
 
 @pytest.mark.parametrize(("document", "command"), TRAIN_COMMANDS)
 def test_training_commands_are_accepted(document, command):
-    parse_args(shlex.split(command, comments=True))
+    parse_options(TrainingOptions, shlex.split(command, comments=True))
 
 
 def test_there_are_training_commands():

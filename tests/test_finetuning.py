@@ -9,8 +9,10 @@ from safetensors.torch import load_file
 from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDTransformer2DModel
 from diffusers_dod.finetuning import difffit_parameters, freeze_all_but
 from diffusers_dod.losses import DoDJointModel
+from diffusers_dod.options import parse_options
 from diffusers_dod.training.checkpoints import STATE_FOLDER
-from diffusers_dod.training.train import build_models, main, parse_args
+from diffusers_dod.training.train import build_models, main
+from diffusers_dod.training_options import TrainingOptions
 
 
 STEPS = "--max_train_steps 2 --train_batch_size 4 --learning_rate 1e-2 --num_train_samples 24 --resolution 16".split()
@@ -39,6 +41,12 @@ def pretrained(tmp_path_factory):
 
 
 # ------------------------------------------------------------------------------------------------------------ labels
+
+
+def build(argv: list[str], latent_shape: tuple[int, int, int], num_classes: int) -> DoDJointModel:
+    """The models of a run with these arguments."""
+    options = parse_options(TrainingOptions, argv)
+    return build_models(options.model, latent_shape, num_classes, seed=options.data.seed)
 
 
 @pytest.mark.parametrize("num_classes", [1, 3, 25])
@@ -104,7 +112,7 @@ def test_a_pipeline_takes_a_transformer_for_other_classes(pretrained):
 def test_training_goes_on_from_a_pipeline_with_the_classes_of_the_data(pretrained, tmp_path):
     where = ["--pretrained_model_name_or_path", pretrained / "pipeline"]
     where += ["--pretrained_vae_name_or_path", pretrained / "vae"]
-    start = build_models(parse_args(arguments(tmp_path, *where)), (4, 8, 8), 12).state_dict()
+    start = build(arguments(tmp_path, *where), (4, 8, 8), 12).state_dict()
     original = DoDPipeline.from_pretrained(pretrained / "pipeline")
     for name, weight in original.latent_embedder.state_dict().items():
         assert torch.equal(start[f"latent_embedder.{name}"], weight)
@@ -120,12 +128,11 @@ def test_training_goes_on_from_a_pipeline_with_the_classes_of_the_data(pretraine
 
 
 def test_a_pipeline_for_other_latents_is_refused(pretrained, tmp_path):
-    args = parse_args(arguments(tmp_path, "--pretrained_model_name_or_path", pretrained / "pipeline"))
+    argv = arguments(tmp_path, "--pretrained_model_name_or_path", pretrained / "pipeline")
     with pytest.raises(ValueError, match=says("`pretrained_model_name_or_path`", "3 channels", "for 4 channels")):
-        build_models(args, (3, 16, 16), 12)
-    args.num_latent_tokens = 8
+        build(argv, (3, 16, 16), 12)
     with pytest.raises(ValueError, match=says("`num_latent_tokens` must not be given", "whose own is 4", "got 8")):
-        build_models(args, (4, 8, 8), 12)
+        build([*argv, "--num_latent_tokens", "8"], (4, 8, 8), 12)
 
 
 @torch.no_grad()
@@ -134,14 +141,14 @@ def test_a_fitv2_becomes_a_dod_that_starts_as_the_same_stage_1(tmp_path):
     DoDPipeline(transformer=fitv2, scheduler=DoDFlowMatchScheduler()).save_pretrained(tmp_path / "fitv2")
     tiny_vae().save_pretrained(tmp_path / "vae")
     where = ["--pretrained_model_name_or_path", tmp_path / "fitv2"]
-    args = parse_args(arguments(tmp_path / "run", *where))
+    argv = arguments(tmp_path / "run", *where)
     data = golden("fitv2_tiny_io")
     inputs = (data["sq8x8.latents"], timestep_of(data["sq8x8.t"]), data["sq8x8.y"])
 
-    start = build_models(args, (4, 8, 8), 10)  # as many classes as it has
+    start = build(argv, (4, 8, 8), 10)  # as many classes as it has
     assert start.latent_embedder is not None and start.transformer.config.prior_embed_dim == 128
     torch.testing.assert_close(start.transformer(*inputs).sample, -data["sq8x8.velocity"], atol=1e-5, rtol=0)
-    other_classes = build_models(args, (4, 8, 8), 12)  # the textures have more
+    other_classes = build(argv, (4, 8, 8), 12)  # the textures have more
     as_null = fitv2(*inputs[:2], torch.full_like(inputs[2], 10)).sample
     torch.testing.assert_close(other_classes.transformer(*inputs).sample, as_null, atol=1e-5, rtol=0)
 
@@ -159,7 +166,7 @@ def test_a_fitv2_becomes_a_dod_that_starts_as_the_same_stage_1(tmp_path):
 def test_difffit_changes_biases_norms_and_embeddings_only(pretrained, tmp_path):
     where = ["--pretrained_model_name_or_path", pretrained / "pipeline", "--trainable_parameters", "difffit"]
     where += ["--pretrained_vae_name_or_path", pretrained / "vae"]
-    model = build_models(parse_args(arguments(tmp_path, *where)), (4, 8, 8), 12)
+    model = build(arguments(tmp_path, *where), (4, 8, 8), 12)
     start = model.state_dict()
     chosen = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {

@@ -1,6 +1,7 @@
 """
-Imports go down only: the library at the bottom, `data` and `metrics` side by side on it, cards on these, then training
-and evaluation side by side. Evaluation looks at checkpoints of training, and training at nothing of evaluation.
+Imports go down only: the library at the bottom, `data` and `metrics` side by side on it, options of training and cards
+on these, then training and evaluation side by side. Evaluation looks at checkpoints of training, and training at
+nothing of evaluation.
 """
 
 import ast
@@ -17,8 +18,9 @@ BENEATH = {
     "library": set(),
     "data": {"library"},
     "metrics": {"library"},
-    "cards": {"library", "data", "metrics"},
-    "training": {"library", "data", "metrics", "cards"},
+    "training_options": {"library", "data"},
+    "cards": {"library", "data", "metrics", "training_options"},
+    "training": {"library", "data", "metrics", "training_options", "cards"},
     "evaluation": {"library", "data", "metrics"},
 }
 EXCEPTIONS = {("evaluation", "training.checkpoints")}

@@ -285,4 +285,4 @@ def test_a_published_recipe_holds_what_anybody_can_use(tmp_path):
 
 def test_secrets_are_not_shown():
     shown = describe(parse("--token", "secret", "--decays", 0.5))
-    assert "token" not in shown and shown["decays"] == "(0.5,)" and "secret" not in str(shown)
+    assert "token" not in shown and shown["decays"] == "[0.5]" and "secret" not in str(shown)

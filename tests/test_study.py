@@ -10,9 +10,9 @@ from helpers import check_all, says, tiny_pipeline
 from diffusers_dod.evaluation.linear_probe import LinearProbeOptions
 from diffusers_dod.evaluation.reconstruction import ReconstructionOptions
 from diffusers_dod.evaluation.sweep import SweepOptions
-from diffusers_dod.options import build_parser
+from diffusers_dod.options import build_parser, parse_options
 from diffusers_dod.results import as_metric, write_results
-from diffusers_dod.training.arguments import parse_args
+from diffusers_dod.training_options import TrainingOptions
 
 
 ROOT = Path(__file__).parents[1]
@@ -35,10 +35,11 @@ def test_runs_are_what_the_trainer_takes(monkeypatch):
     monkeypatch.chdir(ROOT)
 
     def check(run):
-        args = parse_args(study.training_argv(STUDY, run))
-        assert args.output_dir == study.OUTPUTS / run and args.ema_decay == STUDY["common"]["ema_decay"]
+        options = parse_options(TrainingOptions, study.training_argv(STUDY, run))
+        assert options.output.output_dir == study.OUTPUTS / run
+        assert options.averages.ema_decay == tuple(STUDY["common"]["ema_decay"])
         for step in study.evaluations_of(STUDY, run):
-            assert step <= args.max_train_steps and step % args.checkpointing_steps == 0
+            assert step <= options.optimizer.max_train_steps and step % options.output.checkpointing_steps == 0
 
     check_all(check, ((run,) for run in STUDY["runs"]))
 

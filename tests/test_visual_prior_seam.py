@@ -21,17 +21,18 @@ from torch import nn
 from torch.export import Dim
 
 from diffusers_dod import DoDPipeline, LatentEmbeddingModule, VisualPriorMixin
-from diffusers_dod.compute import count_model, sampling_compute, training_cost
+from diffusers_dod.compute import TrainingStep, count_model, sampling_compute, training_cost
 from diffusers_dod.evaluation import linear_probe, reconstruction, sample, sweep
 from diffusers_dod.latent_embedding import find_visual_prior_class
 from diffusers_dod.losses import DoDJointModel
+from diffusers_dod.options import parse_options
 from diffusers_dod.presets import PRESETS, Preset
 from diffusers_dod.remote_code import export_remote_code, self_contained_source
 from diffusers_dod.results import read_results
 from diffusers_dod.training.checkpoints import STATE_FOLDER
 from diffusers_dod.training.cost import describe_run
 from diffusers_dod.training.models import build_models
-from diffusers_dod.training.train import parse_args
+from diffusers_dod.training_options import TrainingOptions
 
 
 class GridEncoder(VisualPriorMixin):
@@ -109,8 +110,8 @@ def draw(pipe: DoDPipeline, **kwargs) -> torch.Tensor:
     return pipe([1, 3], num_stages=2, output_type="pt", generator=generator, **kwargs).images
 
 
-def options(tmp_path: Path, *arguments: str):
-    return parse_args([*RUN, "--output_dir", str(tmp_path / "run"), *arguments])
+def options(tmp_path: Path, *arguments: str) -> TrainingOptions:
+    return parse_options(TrainingOptions, [*RUN, "--output_dir", str(tmp_path / "run"), *arguments])
 
 
 # ------------------------------------------------------------------------------------------------- models and pipeline
@@ -236,30 +237,30 @@ def test_a_resumed_run_is_the_same_run(run, autoencoder, tmp_path):
 
 def test_options_of_the_trainer_that_concern_it(tmp_path, checkpoint):
     arguments = ["--gradient_checkpointing", "--trainable_parameters", "difffit", "--patch_size", "4"]
-    model = build_models(options(tmp_path, *arguments), (4, 8, 8), 12)
+    model = build_models(options(tmp_path, *arguments).model, (4, 8, 8), 12)
     assert type(model.latent_embedder) is GridEncoder and model.latent_embedder.config.patch_size == 4
     trained = {name for name, parameter in model.latent_embedder.named_parameters() if parameter.requires_grad}
     assert trained == {"mlp.0.bias", "mlp.2.bias"}
     saved = ["--pretrained_model_name_or_path", str(checkpoint)]
-    assert type(build_models(options(tmp_path, *saved), (4, 8, 8), 12).latent_embedder) is GridEncoder
+    assert type(build_models(options(tmp_path, *saved).model, (4, 8, 8), 12).latent_embedder) is GridEncoder
     with pytest.raises(ValueError, match=says("`num_latent_tokens`", "GridEncoder", "no such argument", "got 6")):
-        build_models(options(tmp_path, "--num_latent_tokens", "6"), (4, 8, 8), 12)
+        build_models(options(tmp_path, "--num_latent_tokens", "6").model, (4, 8, 8), 12)
 
 
 def test_a_plain_backbone_gets_it(tmp_path):
     tiny_pipeline(latent_embedder=None, vae=None).save_pretrained(tmp_path / "plain")
     arguments = options(tmp_path, "--pretrained_model_name_or_path", str(tmp_path / "plain"))
-    model = build_models(arguments, (4, 8, 8), 10)
+    model = build_models(arguments.model, (4, 8, 8), 10)
     assert type(model.latent_embedder) is GridEncoder and model.transformer.config.prior_embed_dim == 32
 
 
 def test_what_training_costs(tmp_path, checkpoint, autoencoder):
-    cost = training_cost(PRESET, (4, 8, 8), 12, batch_size=4)
+    cost = training_cost(PRESET, (4, 8, 8), 12, TrainingStep(batch_size=4))
     encoder = GridEncoder()
     assert cost.latent_embedder_parameters == encoder.num_parameters() == 4 * 32 + 32 + 32 * 32 + 32
     plain = Preset({**PRESET.transformer_config, "prior_embed_dim": None}, None)
-    assert cost.forward_flops > training_cost(plain, (4, 8, 8), 12, batch_size=4).forward_flops
-    checkpointed = training_cost(PRESET, (4, 8, 8), 12, batch_size=4, gradient_checkpointing=True)
+    assert cost.forward_flops > training_cost(plain, (4, 8, 8), 12, TrainingStep(batch_size=4)).forward_flops
+    checkpointed = training_cost(PRESET, (4, 8, 8), 12, TrainingStep(batch_size=4, gradient_checkpointing=True))
     assert checkpointed.activation_bytes < cost.activation_bytes
     vae = ["--pretrained_vae_name_or_path", str(autoencoder)]
     for arguments in (vae, [*vae, "--pretrained_model_name_or_path", str(checkpoint)]):

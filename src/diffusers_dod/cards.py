@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """Model cards: one template, filled from the configs of a pipeline, the options of its training and results."""
 
-import argparse
 import json
 import re
 import shlex
@@ -24,6 +23,7 @@ from .metrics.table import METRICS
 from .pipeline_dod import DoDPipeline
 from .presets import PRESETS, Preset
 from .tables import format_table
+from .training_options import TrainingOptions
 from .transformer_dod import DoDTransformer2DModel
 
 
@@ -228,17 +228,11 @@ def _format_flops(flops: float) -> str:
     return f"{flops / 1000**power:.1f} {['', 'k', 'M', 'G', 'T', 'P', 'E', 'Z'][power]}FLOPs"
 
 
-def _count(args: argparse.Namespace, model: Preset, num_images: int) -> dict[str, str]:
+def _count(options: TrainingOptions, model: Preset, num_images: int) -> dict[str, str]:
     """Counts the cost of training and sampling, for the template."""
     config = _build_without_weights(model)[0].config
     training = training_cost(
-        model,
-        (config.in_channels, config.sample_size, config.sample_size),
-        config.num_classes,
-        args.train_batch_size,
-        args.prior_dropout_prob,
-        gradient_checkpointing=args.gradient_checkpointing,
-        trainable_parameters=args.trainable_parameters,
+        model, (config.in_channels, config.sample_size, config.sample_size), config.num_classes, options.step
     ).training_flops
     sampling = sampling_compute(model)
     stages = [
@@ -268,8 +262,8 @@ def _training_time(metrics: Path, images_per_step: int) -> str | None:
     return f"{seconds / size:.1f} {unit}"
 
 
-def _autoencoder(args: argparse.Namespace, folder: Path | None) -> str:
-    name = args.pretrained_vae_name_or_path
+def _autoencoder(options: TrainingOptions, folder: Path | None) -> str:
+    name = options.data.pretrained_vae_name_or_path
     if name is not None and not _is_local(name):
         return f"`{name}`"
     is_saved = folder is not None and (folder / "vae").is_dir()
@@ -288,22 +282,24 @@ def _steps(step: int, max_steps: int, images_per_step: int | None) -> str:
     return f"{text} of {images_per_step:,} images ({num_steps * images_per_step:,} in all)"
 
 
-def _optimizer(args: argparse.Namespace) -> str:
+def _optimizer(options: TrainingOptions) -> str:
+    optimizer, precision = options.optimizer, options.precision.mixed_precision
     parts = {
-        {"adamw": "AdamW", "adamw_8bit": "AdamW with moments of 8 bits"}[args.optimizer]: True,
-        f"learning rate {args.learning_rate:g}": True,
-        f"that of the LEM {args.latent_embedder_learning_rate}": args.latent_embedder_learning_rate is not None,
-        f"{args.lr_scheduler.replace('_', ' ')} schedule": "constant" not in args.lr_scheduler,
-        f"{args.lr_warmup_steps:,} steps of warm-up": args.lr_warmup_steps > 0,
-        f"weight decay {args.adam_weight_decay:g}": True,
-        f"mixed precision {args.mixed_precision}": args.mixed_precision not in (None, "no"),
-        "fp32": args.mixed_precision == "no",
+        {"adamw": "AdamW", "adamw_8bit": "AdamW with moments of 8 bits"}[optimizer.optimizer]: True,
+        f"learning rate {optimizer.learning_rate:g}": True,
+        f"that of the LEM {optimizer.latent_embedder_learning_rate}": optimizer.latent_embedder_learning_rate
+        is not None,
+        f"{optimizer.lr_scheduler.replace('_', ' ')} schedule": "constant" not in optimizer.lr_scheduler,
+        f"{optimizer.lr_warmup_steps:,} steps of warm-up": optimizer.lr_warmup_steps > 0,
+        f"weight decay {optimizer.adam_weight_decay:g}": True,
+        f"mixed precision {precision}": precision not in (None, "no"),
+        "fp32": precision == "no",
     }
     return ", ".join(part for part, is_shown in parts.items() if is_shown)
 
 
 def fill_card(
-    args: argparse.Namespace,
+    options: TrainingOptions,
     recipe: Path,
     path: str,
     name: str,
@@ -320,7 +316,7 @@ def fill_card(
     Fills the template of a card.
 
     Args:
-        args (`argparse.Namespace`): The options of the training.
+        options ([`TrainingOptions`]): The options of the training.
         recipe (`Path`): File of the options that differ from the defaults. Comments at its head are left out.
         path (`str`): Path or Hub id of the pipeline, for the card.
         name (`str`): Name of the model.
@@ -345,9 +341,10 @@ def fill_card(
     results, texts = results or {}, texts or {}
     for content in results.values():
         check_choice("task", content["task"], tuple(TASKS))
-    is_own = args.dataset_name is None or args.dataset_name == TEXTURES or _is_local(args.dataset_name)
-    datasets = texts.get("datasets") or ([] if is_own else [args.dataset_name])
-    base_model = args.pretrained_model_name_or_path
+    dataset_name, num_processes = options.data.images.dataset_name, options.processes.num_processes or 1
+    is_own = dataset_name is None or dataset_name == TEXTURES or _is_local(dataset_name)
+    datasets = texts.get("datasets") or ([] if is_own else [dataset_name])
+    base_model = options.model.pretrained_model_name_or_path
     eval_results = [
         entry for content in results.values() for entry in to_eval_results(content, datasets[0] if datasets else None)
     ]
@@ -361,17 +358,17 @@ def fill_card(
         model_name=name if eval_results else None,
         eval_results=eval_results or None,
     )
-    pictures = "own pictures" if is_own else f"`{args.dataset_name}`"
-    if args.dataset_name == TEXTURES:
+    pictures = "own pictures" if is_own else f"`{dataset_name}`"
+    if dataset_name == TEXTURES:
         pictures = "procedural textures (`diffusers_dod.data.textures`)"
     run = folder if step > 0 else None
     drawn = [] if run is None else sorted((run / "samples").glob("step-*.png"))
     card = ModelCard.from_template(
         card_data,
         template_path=TEMPLATE,
-        preset=args.preset,
-        resolution=args.resolution,
-        embedder=_embedder_name(model or PRESETS[args.preset]),
+        preset=options.model.preset,
+        resolution=options.data.images.resolution,
+        embedder=_embedder_name(model or PRESETS[options.model.preset]),
         is_trained=step > 0,
         samples=f"samples/{drawn[-1].name}" if drawn else None,
         path=texts.get("repo_id", path),
@@ -379,15 +376,15 @@ def fill_card(
         architecture=None if model is None else _architecture(model),
         data=texts.get("data") or f"{pictures}.",
         classes=_classes(class_names),
-        autoencoder=_autoencoder(args, folder),
-        steps=_steps(step, args.max_train_steps, images_per_step),
-        ema_decay=args.ema_decay[0],
-        optimizer=_optimizer(args),
-        prior_dropout=f"{100 * args.prior_dropout_prob:g}",
-        label_dropout=f"{100 * args.label_dropout_prob:g}",
+        autoencoder=_autoencoder(options, folder),
+        steps=_steps(step, options.optimizer.max_train_steps, images_per_step),
+        ema_decay=options.averages.ema_decay[0],
+        optimizer=_optimizer(options),
+        prior_dropout=f"{100 * options.dropout.prior_dropout_prob:g}",
+        label_dropout=f"{100 * options.dropout.label_dropout_prob:g}",
         time=None if run is None or not images_per_step else _training_time(run / METRICS_FILE, images_per_step),
-        launch_option=f"--multi_gpu --num_processes {args.num_processes} " if (args.num_processes or 1) > 1 else "",
-        data_option="" if args.dataset_name else "--train_data_dir ... ",
+        launch_option=f"--multi_gpu --num_processes {num_processes} " if num_processes > 1 else "",
+        data_option="" if dataset_name else "--train_data_dir ... ",
         recipe_path=recipe.name if recipe.parent == folder else recipe.as_posix(),
         recipe=re.sub(r"\A(#.*\n)+", "", recipe.read_text(encoding="utf-8")).strip(),
         curves=CURVES if run is not None and (run / CURVES).exists() else None,
@@ -405,7 +402,9 @@ def fill_card(
             {"title": table["title"], "table": format_table(table["header"], [map(str, row) for row in table["rows"]])}
             for table in texts.get("paper", ())
         ],
-        cost=_count(args, model, (step or args.max_train_steps) * images_per_step) if with_cost else None,
+        cost=_count(options, model, (step or options.optimizer.max_train_steps) * images_per_step)
+        if with_cost
+        else None,
         **{key: texts.get(key, "") for key in ("hardware", "description", "training", "limitations")},
     )
     return ModelCard(re.sub(r"\n{3,}", "\n\n", str(card)).strip() + "\n")

@@ -22,6 +22,7 @@ from .checks import check_at_least, check_choice, check_number, check_type
 from .finetuning import TRAINABLE_PARAMETERS, difffit_parameters, freeze_all_but
 from .guidance import Guidance, GuidedVelocity
 from .losses import DoDJointModel
+from .options import check_options, option
 from .presets import Preset
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
 from .scheduling_dod import DoDFlowMatchScheduler
@@ -195,36 +196,40 @@ def count_kept_bytes(
     return total(), max(blocks)
 
 
+OPTIMIZERS = ("adamw", "adamw_8bit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingStep:
+    """Work of a training step."""
+
+    batch_size: int = option(32, at_least=1, help="Images per process and micro-batch.")
+    prior_dropout_prob: float = option(0.5, at_least=0, at_most=1, help="Share p_s of images without a prior.")
+    mixed_precision: str = option("bf16", choices=("no", "fp16", "bf16"), help="Precision of matrix products.")
+    gradient_checkpointing: bool = option(False, help="Whether blocks are computed again in the backward pass.")
+    num_averages: int = option(1, at_least=0, help="Averages of the weights.")
+    trainable_parameters: str = option("all", choices=TRAINABLE_PARAMETERS, help="See [`difffit_parameters`].")
+    optimizer: str = option("adamw", choices=OPTIMIZERS, help="AdamW, or its form with moments of 8 bits.")
+
+
 def training_cost(
     preset: Preset,
     latent_shape: tuple[int, int, int] = (4, 32, 32),
     num_classes: int = 1000,
-    batch_size: int = 32,
-    prior_dropout_prob: float = 0.5,
-    mixed_precision: str = "bf16",
-    gradient_checkpointing: bool = False,
-    num_averages: int = 1,
-    trainable_parameters: str = "all",
-    optimizer: str = "adamw",
+    options: TrainingStep | None = None,
 ) -> TrainingCost:
     """
     Counts what training costs.
 
-    One image with and one without a prior are counted, and mixed by `prior_dropout_prob`. Bytes are those of a
-    micro-batch with the expected number of priors. With gradient checkpointing they are the kept tensors and the
+    One image with and one without a prior are counted, and mixed by their shares. Bytes are those of a micro-batch
+    with the expected number of priors. With gradient checkpointing they are the kept tensors and the
     largest block, which is computed again.
 
     Args:
         preset ([`Preset`]): The model.
         latent_shape (`tuple[int, int, int]`, defaults to `(4, 32, 32)`): Shape (C, h, w) of the latents.
         num_classes (`int`, defaults to 1000): Number of classes.
-        batch_size (`int`, defaults to 32): Images per process and micro-batch.
-        prior_dropout_prob (`float`, defaults to 0.5): The share p_s of images without a prior.
-        mixed_precision (`str`, defaults to `"bf16"`): `"no"`, `"fp16"` or `"bf16"`.
-        gradient_checkpointing (`bool`, defaults to `False`): Whether blocks are computed again in the backward pass.
-        num_averages (`int`, defaults to 1): Averages of the weights.
-        trainable_parameters (`str`, defaults to `"all"`): `"all"` or `"difffit"`, see [`difffit_parameters`].
-        optimizer (`str`, defaults to `"adamw"`): `"adamw"` or `"adamw_8bit"`.
+        options ([`TrainingStep`], *optional*): The work of a step; the defaults of its fields if not given.
 
     Returns:
         [`TrainingCost`].
@@ -234,17 +239,13 @@ def training_cost(
     """
     if len(latent_shape) != 3:
         raise ValueError(f"`latent_shape` must be three integers (C, h, w), got {latent_shape}.")
-    check_at_least("batch_size", batch_size, 1)
-    check_at_least("num_averages", num_averages, 0)
-    check_number("prior_dropout_prob", prior_dropout_prob, 0, 1)
-    check_choice("mixed_precision", mixed_precision, ("no", "fp16", "bf16"))
-    check_choice("trainable_parameters", trainable_parameters, TRAINABLE_PARAMETERS)
-    check_choice("optimizer", optimizer, OPTIMIZERS)
-    prior_share = 0.0 if preset.latent_embedder_config is None else 1 - prior_dropout_prob
+    options = options or TrainingStep()
+    check_options(options)
+    prior_share = 0.0 if preset.latent_embedder_config is None else 1 - options.prior_dropout_prob
 
     with torch.device("meta"):
-        model = _joint_model(preset, latent_shape, num_classes, trainable_parameters)
-    if gradient_checkpointing:
+        model = _joint_model(preset, latent_shape, num_classes, options.trainable_parameters)
+    if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     shares = {num_priors: share for num_priors, share in ((0, 1 - prior_share), (1, prior_share)) if share > 0}
     counts = {num_priors: count_flops(model, latent_shape, num_priors) for num_priors in shares}
@@ -253,12 +254,12 @@ def training_cost(
     )
 
     with FakeTensorMode():
-        fake = _joint_model(preset, latent_shape, num_classes, trainable_parameters)
-        batch, num_priors = _empty_batch(batch_size, latent_shape), round(prior_share * batch_size)
-        activations, largest_block = count_kept_bytes(fake, batch, num_priors, mixed_precision)
-        if gradient_checkpointing:
+        fake = _joint_model(preset, latent_shape, num_classes, options.trainable_parameters)
+        batch, num_priors = _empty_batch(options.batch_size, latent_shape), round(prior_share * options.batch_size)
+        activations, largest_block = count_kept_bytes(fake, batch, num_priors, options.mixed_precision)
+        if options.gradient_checkpointing:
             fake.enable_gradient_checkpointing()
-            activations = largest_block + count_kept_bytes(fake, batch, num_priors, mixed_precision)[0]
+            activations = largest_block + count_kept_bytes(fake, batch, num_priors, options.mixed_precision)[0]
 
     embedder = [] if model.latent_embedder is None else [*model.latent_embedder.parameters()]
     trainable = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
@@ -268,13 +269,10 @@ def training_cost(
         trainable_parameters=sum(trainable),
         forward_flops=forward,
         training_flops=training,
-        moment_bytes=sum(_moment_bytes(count, optimizer) for count in trainable),
-        num_averages=num_averages,
+        moment_bytes=sum(_moment_bytes(count, options.optimizer) for count in trainable),
+        num_averages=options.num_averages,
         activation_bytes=activations,
     )
-
-
-OPTIMIZERS = ("adamw", "adamw_8bit")
 
 
 @dataclass(frozen=True)

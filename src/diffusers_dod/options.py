@@ -499,4 +499,6 @@ def describe(options: Any) -> dict[str, str]:
         `dict[str, str]`: Values as text by name, but for secrets.
     """
     known = list_options(type(options))
-    return {name: str(value) for name, value in to_values(options).items() if not known[name].option.is_secret}
+    return {
+        name: str(to_json(value)) for name, value in to_values(options).items() if not known[name].option.is_secret
+    }

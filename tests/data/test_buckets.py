@@ -3,7 +3,7 @@
 import json
 import threading
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,9 +25,17 @@ from diffusers_dod.data.buckets import (
     encode_buckets,
     split_pictures,
 )
-from diffusers_dod.data.encoding import BadImagesError
+from diffusers_dod.data.encoding import BadImagesError, EncodingOptions, Share
 from diffusers_dod.data.latents import LatentDataset
-from diffusers_dod.data.pictures import Pictures, center_crop, cover_and_crop, load_pictures, to_pixels, to_rgb
+from diffusers_dod.data.pictures import (
+    ImageOptions,
+    Pictures,
+    center_crop,
+    cover_and_crop,
+    load_pictures,
+    to_pixels,
+    to_rgb,
+)
 from diffusers_dod.data.sample_stream import PositionSampler, SampleDraws, TrainingSamples, collate_priors_first
 from diffusers_dod.data.vision_features import VisionFeatures
 from diffusers_dod.losses import DoDJointModel
@@ -55,12 +63,21 @@ def pictures(tmp_path) -> Pictures:
 
 
 def reload(folder: Path) -> Pictures:
-    return load_pictures(None, str(folder), 16, 0, 0)
+    return load_pictures(ImageOptions(train_data_dir=str(folder), resolution=16), 0, 0)
 
 
-def encode(pictures: Pictures, folder: Path, vae=None, sizes=SIZES, random_flip=False, **options) -> BucketedLatents:
-    options = {"shard_size": 2, "batch_size": 2, **options}
-    return encode_buckets(pictures, sizes, vae, folder, random_flip, **options)
+def encode(
+    pictures: Pictures,
+    folder: Path,
+    vae=None,
+    sizes=SIZES,
+    share=None,
+    vision=None,
+    all_or_none=nullcontext,
+    **options,
+) -> BucketedLatents:
+    encoding = EncodingOptions(**{"shard_size": 2, "encoding_batch_size": 2, **options})
+    return encode_buckets(pictures, sizes, vae, folder, encoding, share=share, vision=vision, all_or_none=all_or_none)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,7 +164,7 @@ def test_what_cannot_be_opened_is_square(tmp_path, pictures):
 
 
 def test_pictures_that_have_no_buckets(pictures):
-    textures = load_pictures("textures", None, 16, 4, 0)
+    textures = load_pictures(ImageOptions(dataset_name="textures", resolution=16), 4, 0)
     with pytest.raises(TypeError, match=says("`pictures.dataset`", "ImageDataset", "TextureDataset")):
         assign_buckets(textures, SIZES)
     with pytest.raises(ValueError, match=says("`sizes`", "at least one", "0")):
@@ -303,9 +320,7 @@ def test_any_number_of_processes_writes_the_same(tmp_path, pictures, count):
     results, together = {}, Together(count)
 
     def run(index: int) -> None:
-        results[index] = encode(
-            pictures, tmp_path / "shared", process_index=index, num_processes=count, all_or_none=together
-        )
+        results[index] = encode(pictures, tmp_path / "shared", share=Share(index, count), all_or_none=together)
 
     threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
     for thread in threads:
@@ -323,7 +338,7 @@ def test_the_shards_of_all_buckets_are_dealt_in_turn(tmp_path, pictures):
     for index in range(4):
         folder = tmp_path / f"process-{index}"
         with pytest.raises(ValueError):  # alone it cannot finish
-            encode(pictures, folder, process_index=index, num_processes=4)
+            encode(pictures, folder, share=Share(index, 4))
         written.append([path.relative_to(folder) for path in folder.rglob("*.safetensors")])
     assert [len(paths) for paths in written] == [2, 2, 1, 1]
     assert len({path for paths in written for path in paths}) == 6
@@ -332,7 +347,7 @@ def test_the_shards_of_all_buckets_are_dealt_in_turn(tmp_path, pictures):
 def test_a_run_that_was_stopped_goes_on(tmp_path, pictures):
     folder = tmp_path / "latents"
     with pytest.raises(ValueError, match=says("must hold 2 shards")):
-        encode(pictures, folder, process_index=0, num_processes=2)  # without the other one
+        encode(pictures, folder, share=Share(0, 2))  # without the other one
     assert not (folder / BUCKETS).exists()
     with pytest.raises(ValueError, match=says(BUCKETS, "got none")):
         BucketedLatents(folder)

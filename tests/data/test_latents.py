@@ -22,17 +22,21 @@ from torch.utils.data import DataLoader, Dataset
 from diffusers_dod import files
 from diffusers_dod.data.encoding import (
     BadImagesError,
+    EncodingOptions,
+    Share,
     describe_autoencoder,
     encode_latents,
     finish_latents,
     latent_settings,
 )
 from diffusers_dod.data.latents import SHARD_MANIFEST, LatentDataset, check_settings, find_damaged_shards
-from diffusers_dod.data.pictures import Columns, ImageDataset, Pictures, load_pictures, to_pixels
+from diffusers_dod.data.pictures import Columns, ImageDataset, ImageOptions, Pictures, load_pictures, to_pixels
 from diffusers_dod.data.sample_stream import SampleDraws, TrainingSamples, collate_priors_first
 from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
+from diffusers_dod.options import parse_options
 from diffusers_dod.training import encode_latents as command
 from diffusers_dod.training import train
+from diffusers_dod.training_options import TrainingOptions
 
 
 class Watched(Dataset):
@@ -60,30 +64,19 @@ def textures(count: int = 11, size: int = 16, **options) -> Pictures:
     return Pictures(Watched(count, size, **options), TEXTURE_CLASSES, f"textures-{count}", size)
 
 
-SETTINGS = {"random_flip": False, "latents_dtype": "float32"}
-
-
 def write(
     folder: Path, pictures: Pictures, vae=None, on_bad_image="error", processes=(0,), **options
 ) -> LatentDataset:
     """All shards, of four pictures each in batches of three, and the manifest."""
-    options = {**SETTINGS, "shard_size": 4, "batch_size": 3, **options}
+    options = EncodingOptions(**{"shard_size": 4, "encoding_batch_size": 3, "on_bad_image": on_bad_image, **options})
     for process in processes:
-        encode_latents(
-            pictures,
-            vae,
-            folder,
-            **options,
-            on_bad_image=on_bad_image,
-            process_index=process,
-            num_processes=len(processes),
-        )
-    finish_latents(folder, settings_of(pictures, vae, **options), on_bad_image)
+        encode_latents(pictures, vae, folder, options, share=Share(process, len(processes)))
+    finish_latents(folder, latent_settings(pictures, vae, options), on_bad_image)
     return LatentDataset(folder)
 
 
-def settings_of(pictures: Pictures, vae=None, random_flip=False, latents_dtype="float32", **_) -> dict:
-    return latent_settings(pictures, vae, random_flip, latents_dtype)
+def settings_of(pictures: Pictures, vae=None, **options) -> dict:
+    return latent_settings(pictures, vae, EncodingOptions(**options))
 
 
 def all_moments(latents: LatentDataset, view: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -217,7 +210,7 @@ def test_lower_precision_on_disk(tmp_path, name, bits):
 
 def test_an_unknown_precision_is_refused(tmp_path):
     with pytest.raises(ValueError, match=says("`latents_dtype`", "bfloat16", "got 'float8'")):
-        encode_latents(textures(), None, tmp_path, False, latents_dtype="float8")
+        encode_latents(textures(), None, tmp_path, EncodingOptions(latents_dtype="float8"))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +230,7 @@ def test_shards(tmp_path, shard_size, sizes):
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_batch_size_does_not_matter(tmp_path, batch_size):
     vae = tiny_vae()
-    ours = write(tmp_path / "ours", textures(), vae, batch_size=batch_size)
+    ours = write(tmp_path / "ours", textures(), vae, encoding_batch_size=batch_size)
     expected = write(tmp_path / "expected", textures(), vae)
     for one, other in zip(all_moments(ours), all_moments(expected), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -245,7 +238,7 @@ def test_batch_size_does_not_matter(tmp_path, batch_size):
 
 
 def test_reading_processes_do_not_matter(tmp_path):
-    write(tmp_path / "ours", textures(bad=(5,)), on_bad_image="skip", num_workers=2)
+    write(tmp_path / "ours", textures(bad=(5,)), on_bad_image="skip", dataloader_num_workers=2)
     write(tmp_path / "expected", textures(bad=(5,)), on_bad_image="skip")
     assert contents(tmp_path / "ours") == contents(tmp_path / "expected")
 
@@ -320,7 +313,7 @@ def test_a_shard_that_was_being_written_is_no_shard(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["*", "safetensors"])
 def test_no_manifest_without_all_shards(tmp_path, kind):
     folder = tmp_path / "latents"
-    encode_latents(textures(), None, folder, **SETTINGS, shard_size=4)
+    encode_latents(textures(), None, folder, EncodingOptions(shard_size=4))
     for path in folder.glob(f"shard-00001.{kind}"):
         path.unlink()
     with pytest.raises(ValueError, match=says("must hold 3 shards", "got 2")):
@@ -335,9 +328,10 @@ def test_no_manifest_of_no_shards(tmp_path):
 
 def test_no_manifest_of_shards_of_two_sizes(tmp_path):
     """Both processes write their own shard 0 and 1 of 2, of other pictures."""
-    options = {**SETTINGS, "num_processes": 2}
-    encode_latents(textures(), None, tmp_path, **options, process_index=0, shard_size=6)
-    encode_latents(textures(), None, tmp_path, **options, process_index=1, shard_size=8)
+    for process, shard_size in ((0, 6), (1, 8)):
+        encode_latents(
+            textures(), None, tmp_path, EncodingOptions(shard_size=shard_size), share=Share(process, num_processes=2)
+        )
     with pytest.raises(ValueError, match=says("`shard_size`", "6", "8")):
         finish_latents(tmp_path, settings_of(textures()))
 
@@ -483,7 +477,10 @@ def test_only_what_is_read_is_in_memory(tmp_path):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     write(
-        tmp_path / "latents", Pictures(Noise(), tuple(map(str, range(96))), "noise", 256), shard_size=48, batch_size=8
+        tmp_path / "latents",
+        Pictures(Noise(), tuple(map(str, range(96))), "noise", 256),
+        shard_size=48,
+        encoding_batch_size=8,
     )
     size = sum(path.stat().st_size for path in (tmp_path / "latents").iterdir()) / 2**20
     before = resident()
@@ -552,7 +549,7 @@ def spoilt(tmp_path) -> Path:
 
 
 def load(folder: Path) -> Pictures:
-    return load_pictures(None, str(folder), 16, 1, 0)
+    return load_pictures(ImageOptions(train_data_dir=str(folder), resolution=16), 1, 0)
 
 
 class Counted(Dataset):
@@ -663,7 +660,7 @@ def test_rows_without_a_picture_or_a_label(tmp_path):
 
 
 def test_what_to_do_about_them_is_one_of_two(tmp_path):
-    encode_latents(textures(), None, tmp_path, **SETTINGS)
+    encode_latents(textures(), None, tmp_path)
     with pytest.raises(ValueError, match=says("`on_bad_image`", "'error'", "'skip'", "got 'ignore'")):
         finish_latents(tmp_path, settings_of(textures()), "ignore")
 
@@ -748,7 +745,7 @@ def test_the_command_and_pictures_that_cannot_be_read(tmp_path, spoilt, caplog):
     with pytest.raises(BadImagesError, match=says(*(str(spoilt / name) for name in BAD))):
         encode(*shared)
     encode(*shared, "--on_bad_image", "skip")
-    assert "4 pictures that cannot be read are left out" in caplog.text
+    assert "4 images that cannot be read are left out" in caplog.text
     assert len(LatentDataset(tmp_path / "latents")) == 4
 
 
@@ -789,7 +786,7 @@ def test_arguments_that_do_not_fit(arguments, fragments, capsys):
         assert fragment in message
     if "here" in arguments and "'b'" in fragments[-1]:
         with pytest.raises(SystemExit):
-            train.parse_args([*arguments, "--preset", "DoD-Desk", "--output_dir", "run"])
+            parse_options(TrainingOptions, [*arguments, "--preset", "DoD-Desk", "--output_dir", "run"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

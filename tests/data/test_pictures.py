@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from diffusers_dod.data.pictures import Pictures, center_crop, load_pictures, to_rgb
+from diffusers_dod.data.pictures import ImageOptions, Pictures, center_crop, load_pictures, to_rgb
 from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
 
 
@@ -165,7 +165,8 @@ def test_a_picture_is_turned_as_its_orientation_says(kind, orientation, turn):
 
 def load(dataset_name=None, train_data_dir=None, resolution=16, num_train_samples=8, seed=0, **columns) -> Pictures:
     folder = None if train_data_dir is None else str(train_data_dir)
-    return load_pictures(dataset_name, folder, resolution, num_train_samples, seed, **columns)
+    images = ImageOptions(dataset_name=dataset_name, train_data_dir=folder, resolution=resolution, **columns)
+    return load_pictures(images, num_train_samples, seed)
 
 
 def write_pictures(folder: Path, names: tuple[str, ...], count: int = 2) -> Path:

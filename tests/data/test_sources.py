@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -9,7 +10,11 @@ import pytest
 from helpers import says
 from PIL import Image
 
-from diffusers_dod.data.pictures import center_crop, load_pictures
+from diffusers_dod.data.pictures import ImageOptions, Pictures, center_crop, load_pictures
+
+
+def load(folder: Path, **columns: str) -> Pictures:
+    return load_pictures(ImageOptions(train_data_dir=str(folder), resolution=16, **columns), 1, 0)
 
 
 @pytest.fixture
@@ -55,7 +60,7 @@ def assert_holds(pictures, images, labels, class_names) -> None:
 
 def test_webdataset(tmp_path, images):
     write_tars(tmp_path / "tars", images, [2, 0, 0, 1])
-    pictures = load_pictures(None, str(tmp_path / "tars"), 16, 1, 0, "png", "cls")
+    pictures = load(tmp_path / "tars", image_column="png", label_column="cls")
     assert_holds(pictures, images, [2, 0, 0, 1], ("0", "1", "2"))
     assert pictures.path_of(3) == "3.png"
 
@@ -71,7 +76,7 @@ def test_webdataset(tmp_path, images):
 )
 def test_parquet(tmp_path, images, feature, labels, ids, class_names):
     write_parquet(tmp_path / "parquet", images, labels, feature, "kind")
-    pictures = load_pictures(None, str(tmp_path / "parquet"), 16, 1, 0, label_column="kind")
+    pictures = load(tmp_path / "parquet", label_column="kind")
     assert_holds(pictures, images, ids, class_names)
 
 
@@ -81,7 +86,7 @@ def test_parquet(tmp_path, images, feature, labels, ids, class_names):
 def test_labels_that_are_no_classes(tmp_path, images, feature, labels):
     write_parquet(tmp_path / "parquet", images, labels, feature)
     with pytest.raises(ValueError, match=says("`label_column`", "class labels, names or ids from 0", "got 'label'")):
-        load_pictures(None, str(tmp_path / "parquet"), 16, 1, 0)
+        load(tmp_path / "parquet")
 
 
 def test_other_columns_are_other_pictures(tmp_path, images):
@@ -90,9 +95,7 @@ def test_other_columns_are_other_pictures(tmp_path, images):
     features = {"image": datasets.Image(), "label": datasets.Value("int64"), "kind": datasets.Value("int64")}
     rows = {"image": images, "label": [0, 1, 0, 1], "kind": [1, 1, 0, 0]}
     datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(folder / "data.parquet")
-    fingerprints = {
-        load_pictures(None, str(folder), 16, 1, 0, label_column=column).fingerprint for column in ("label", "kind")
-    }
+    fingerprints = {load(folder, label_column=column).fingerprint for column in ("label", "kind")}
     assert len(fingerprints) == 2
 
 
@@ -104,7 +107,7 @@ def test_a_gated_data_set_says_what_to_do(monkeypatch):
     name = "ILSVRC/imagenet-1k"
     message = says("`dataset_name`", f"got '{name}'", f"https://huggingface.co/datasets/{name}", "hf auth login")
     with pytest.raises(ValueError, match=message):
-        load_pictures(name, None, 16, 1, 0)
+        load_pictures(ImageOptions(dataset_name=name, resolution=16), 1, 0)
 
 
 def test_a_data_set_that_does_not_exist(monkeypatch):
@@ -113,5 +116,5 @@ def test_a_data_set_that_does_not_exist(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(ValueError, match=says("`dataset_name`", "got 'no/such'", "doesn't exist")) as error:
-        load_pictures("no/such", None, 16, 1, 0)
+        load_pictures(ImageOptions(dataset_name="no/such", resolution=16), 1, 0)
     assert "licence" not in str(error.value)

@@ -16,7 +16,8 @@ import torch
 from helpers import says
 from PIL import Image
 
-from diffusers_dod.data.pictures import Columns, center_crop, to_pixels
+from diffusers_dod.data.encoding import EncodingOptions, Share
+from diffusers_dod.data.pictures import ImageOptions, center_crop, to_pixels
 from diffusers_dod.data.sample_stream import PositionSampler, SampleDraws
 from diffusers_dod.data.streaming import ImageStream, build_stream_loader, open_stream
 
@@ -79,12 +80,37 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def stream(folder) -> datasets.IterableDataset:
-    return open_stream(None, str(folder / "parquet"))[0]
+    return open_folder(folder / "parquet")[0]
 
 
-def pictures_of(stream, seed=0, batch_size=3, flip=False, probabilities=(0.0, 0.5), **options) -> ImageStream:
-    draws = SampleDraws(len(CLASS_NAMES), seed, *probabilities)
-    return ImageStream(stream, CLASS_NAMES, draws, 8, LATENT_SHAPE, batch_size, random_flip=flip, **options)
+def open_folder(path: Path, class_names: list[str] | None = None, **columns: str) -> tuple:
+    return open_stream(ImageOptions(train_data_dir=str(path), **columns), class_names)
+
+
+def pictures_of(
+    stream,
+    seed=0,
+    batch_size=3,
+    flip=False,
+    probabilities=(0.0, 0.5),
+    columns=None,
+    num_workers=0,
+    on_bad_image="error",
+    process_index=0,
+    num_processes=1,
+    state=None,
+) -> ImageStream:
+    return ImageStream(
+        stream,
+        CLASS_NAMES,
+        SampleDraws(len(CLASS_NAMES), seed, *probabilities),
+        LATENT_SHAPE,
+        batch_size=batch_size,
+        images=ImageOptions(resolution=8, **columns or {}),
+        encoding=EncodingOptions(random_flip=flip, on_bad_image=on_bad_image, dataloader_num_workers=num_workers),
+        share=Share(process_index, num_processes),
+        state=state,
+    )
 
 
 def take(pictures: ImageStream, count: int) -> list[dict]:
@@ -107,13 +133,13 @@ def seen(batches: list[dict]) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("kind", ["parquet", "tars"])
 @pytest.mark.parametrize(("num_processes", "num_workers"), [(1, 0), (2, 0), (1, 2), (2, 2)])
 def test_every_picture_once_per_pass(folder, kind, num_processes, num_workers):
-    columns = ("image", "label") if kind == "parquet" else ("png", "cls")
+    columns = {} if kind == "parquet" else {"image_column": "png", "label_column": "cls"}
     names = None if kind == "parquet" else list(CLASS_NAMES)
-    stream, class_names = open_stream(None, str(folder / kind), *columns, names)
+    stream, class_names = open_folder(folder / kind, names, **columns)
     assert class_names == CLASS_NAMES and stream.num_shards == len(SHARD_SIZES)
     samples, labels = [], {}
     for index in range(num_processes):
-        settings = {"process_index": index, "num_processes": num_processes, "columns": Columns(*columns)}
+        settings = {"process_index": index, "num_processes": num_processes, "columns": columns}
         pictures = pictures_of(stream, num_workers=num_workers, **settings)
         batches = take(pictures, 20)  # two passes for the reader with the longest shards
         samples += seen(batches)
@@ -186,7 +212,7 @@ def test_pixels_are_those_of_the_crop(tmp_path):
     file = io.BytesIO()
     picture.save(file, "png")
     write_parquet(tmp_path / "one", [[row(0, image={"bytes": file.getvalue(), "path": None})]])
-    batch = take(pictures_of(open_stream(None, str(tmp_path / "one"))[0], batch_size=1), 1)[0]
+    batch = take(pictures_of(open_folder(tmp_path / "one")[0], batch_size=1), 1)[0]
     expected = to_pixels(torch.from_numpy(center_crop(picture, 8))[None])
     assert batch["pixels"].dtype == torch.float32 and torch.equal(batch["pixels"], expected)
 
@@ -229,7 +255,7 @@ def test_a_resumed_stream_goes_on_exactly(stream, num_workers):
 def test_stops_at_the_end_of_a_shard_within_one_and_in_a_later_pass(tmp_path):
     """One shard of four pictures and batches of two: every other stop is at the end of the shard and of the pass."""
     write_parquet(tmp_path / "one", [[row(number) for number in range(4)]])
-    stream = open_stream(None, str(tmp_path / "one"))[0]
+    stream = open_folder(tmp_path / "one")[0]
     batches, states = run_with_states(pictures_of(stream, batch_size=2), 7)
     readers = [json.loads(state)["readers"][0][:3] for state in states]
     assert readers == [[0, 0, 0], [0, 0, 2], [0, 0, 4], [1, 0, 2], [1, 0, 4], [2, 0, 2], [2, 0, 4]]
@@ -276,7 +302,7 @@ def test_other_data_cannot_go_on(stream, tmp_path):
     state = pictures_of(stream).state.state_dict()
     write_parquet(tmp_path / "one", [[row(0)]])
     with pytest.raises(ValueError, match=says("`num_shards` must be 6", "got 1")):
-        pictures_of(open_stream(None, str(tmp_path / "one"))[0], state=state)
+        pictures_of(open_folder(tmp_path / "one")[0], state=state)
 
 
 def test_no_worker_counts_as_one(stream):
@@ -304,7 +330,7 @@ BAD_ROWS = {
 @pytest.mark.parametrize(("change", "reason", "path"), BAD_ROWS.values(), ids=BAD_ROWS)
 def test_a_bad_picture_is_an_error_that_says_where_and_why(tmp_path, change, reason, path):
     write_parquet(tmp_path / "bad", [[row(0)], [row(1), row(2), row(9, **change), row(3)]])
-    pictures = pictures_of(open_stream(None, str(tmp_path / "bad"))[0])
+    pictures = pictures_of(open_folder(tmp_path / "bad")[0])
     with pytest.raises(ValueError, match=says("row 2 of shard 1", reason, path or "row", "`on_bad_image` = 'skip'")):
         take(pictures, 3)
 
@@ -312,7 +338,7 @@ def test_a_bad_picture_is_an_error_that_says_where_and_why(tmp_path, change, rea
 @pytest.mark.slow  # such a worker is waited for 5 seconds
 def test_a_bad_picture_is_an_error_in_a_worker_too(tmp_path):
     write_parquet(tmp_path / "bad", [[row(9, label=3)]])
-    pictures = pictures_of(open_stream(None, str(tmp_path / "bad"))[0], num_workers=1)
+    pictures = pictures_of(open_folder(tmp_path / "bad")[0], num_workers=1)
     with pytest.raises(ValueError, match=says("9.png, row 0 of shard 0", "its label is 3")):
         take(pictures, 1)
 
@@ -321,7 +347,7 @@ def test_a_bad_picture_is_an_error_in_a_worker_too(tmp_path):
 def test_bad_pictures_are_left_out_and_counted(tmp_path, num_workers):
     bad = [row(9, **change) for change, _, _ in BAD_ROWS.values()]
     shards = [[row(0), *bad[:4], row(1)], bad[4:], [row(2), row(3), row(4), row(5)]]
-    stream = open_stream(None, str(write_parquet(tmp_path / "bad", shards)))[0]
+    stream = open_folder(write_parquet(tmp_path / "bad", shards))[0]
     settings = {"batch_size": 2, "num_workers": num_workers, "on_bad_image": "skip"}
     pictures = pictures_of(stream, **settings)
     batches, states = run_with_states(pictures, 14)
@@ -338,7 +364,7 @@ def test_bad_pictures_are_left_out_and_counted(tmp_path, num_workers):
 
 @pytest.mark.parametrize("shards", [[[], []], [[row(0, label=7)], [row(1, image=None)]]], ids=["empty", "bad"])
 def test_data_without_any_picture_end(tmp_path, shards):
-    stream = open_stream(None, str(write_parquet(tmp_path / "none", shards)))[0]
+    stream = open_folder(write_parquet(tmp_path / "none", shards))[0]
     for index in range(2):
         pictures = pictures_of(stream, on_bad_image="skip", process_index=index, num_processes=2)
         with pytest.raises(ValueError, match=says("2 shards with none that can be read", "[0, 2]")):
@@ -347,7 +373,7 @@ def test_data_without_any_picture_end(tmp_path, shards):
 
 def test_a_reader_without_pictures_in_a_pass_waits_for_the_next(tmp_path):
     shards = [[row(0), row(1)], [], [row(2, label=7)]]
-    stream = open_stream(None, str(write_parquet(tmp_path / "sparse", shards)))[0]
+    stream = open_folder(write_parquet(tmp_path / "sparse", shards))[0]
     for index in range(3):
         pictures = pictures_of(stream, on_bad_image="skip", process_index=index, num_processes=3)
         assert Counter(number for _, number in seen(take(pictures, 4))) == {0: 6, 1: 6}
@@ -359,13 +385,13 @@ def test_a_reader_without_pictures_in_a_pass_waits_for_the_next(tmp_path):
 
 def test_only_what_is_needed_is_kept(folder, stream):
     assert list(stream.features) == ["image", "label"] and stream.features["image"].decode is False
-    tars = open_stream(None, str(folder / "tars"), "png", "cls", list(CLASS_NAMES))[0]
+    tars = open_folder(folder / "tars", list(CLASS_NAMES), image_column="png", label_column="cls")[0]
     assert list(tars.features) == ["png", "cls"]
 
 
 def test_a_data_set_by_name(tmp_path):
     write_parquet(tmp_path / "named", [[row(0), row(1)], [row(2)]])
-    stream, class_names = open_stream(str(tmp_path / "named"), None)
+    stream, class_names = open_stream(ImageOptions(dataset_name=str(tmp_path / "named")))
     assert class_names == CLASS_NAMES and stream.num_shards == 2
     assert sorted(number for _, number in seen(take(pictures_of(stream), 1))) == [0, 1, 2]
 
@@ -382,7 +408,7 @@ def test_pictures_that_are_not_marked_as_such_and_labels_that_are_names(tmp_path
     features = datasets.Features({"image": feature, "label": datasets.Value("string")})
     rows = [{"image": image, "label": "cat"}, {"image": image, "label": "dog"}]
     write_parquet(tmp_path / "plain", [rows], features)
-    stream, class_names = open_stream(None, str(tmp_path / "plain"), class_names=list(CLASS_NAMES))
+    stream, class_names = open_folder(tmp_path / "plain", list(CLASS_NAMES))
     assert class_names == CLASS_NAMES
     batch = take(pictures_of(stream, on_bad_image="skip"), 1)[0]
     assert batch["class_labels"].tolist() == [2, 2, 2] and number_of(batch["pixels"][0]) == 1
@@ -393,7 +419,7 @@ def test_pictures_that_are_not_marked_as_such_and_labels_that_are_names(tmp_path
 def test_pictures_in_files_of_their_own(tmp_path):
     (tmp_path / "1.png").write_bytes(png(1))
     write_parquet(tmp_path / "paths", [[row(1, image={"bytes": None, "path": str(tmp_path / "1.png")})]])
-    batch = take(pictures_of(open_stream(None, str(tmp_path / "paths"))[0]), 1)[0]
+    batch = take(pictures_of(open_folder(tmp_path / "paths")[0]), 1)[0]
     assert number_of(batch["pixels"][0]) == 1
 
 
@@ -401,7 +427,7 @@ def test_pictures_in_files_of_their_own(tmp_path):
     ("arguments", "fragments"),
     [
         ({"dataset_name": "both"}, ["Exactly one of `dataset_name` and `train_data_dir`", "'both'"]),
-        ({"train_data_dir": None}, ["Exactly one of `dataset_name` and `train_data_dir`", "train_data_dir=None"]),
+        ({"train_data_dir": None}, ["Exactly one of `dataset_name` and `train_data_dir`", "got None and None"]),
         ({"dataset_name": "textures", "train_data_dir": None}, ["`dataset_name`", "procedural", "got 'textures'"]),
         ({"image_column": "jpg"}, ["`image_column` must be one of", "'image', 'label'", "got 'jpg'"]),
         ({"label_column": "kind"}, ["`label_column` must be one of", "got 'kind'"]),
@@ -411,25 +437,26 @@ def test_pictures_in_files_of_their_own(tmp_path):
     ],
 )
 def test_what_cannot_be_opened(folder, arguments, fragments):
-    arguments = {"dataset_name": None, "train_data_dir": str(folder / "parquet")} | arguments
+    arguments = {"train_data_dir": str(folder / "parquet")} | arguments
+    class_names = arguments.pop("class_names", None)
     with pytest.raises(ValueError, match=says(*fragments)):
-        open_stream(**arguments)
+        open_stream(ImageOptions(**arguments), class_names)
 
 
 @pytest.mark.parametrize("path", ["nothing", "."])
 def test_a_folder_without_shards(folder, path):
     with pytest.raises(ValueError, match=says("`train_data_dir`", "Parquet or tar files", repr(str(folder / path)))):
-        open_stream(None, str(folder / path))
+        open_folder(folder / path)
 
 
 def test_classes_must_be_known_in_advance(folder, tmp_path):
     message = says("`class_names` must be given", "got None for 'cls' of type Value('int64')")
     with pytest.raises(ValueError, match=message):
-        open_stream(None, str(folder / "tars"), "png", "cls")
+        open_folder(folder / "tars", image_column="png", label_column="cls")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
     write_parquet(tmp_path / "names", [[row(0, label="crane")]], features)
     with pytest.raises(ValueError, match=says("`class_names` must differ", "['crane', 'crane']")):
-        open_stream(None, str(tmp_path / "names"), class_names=["crane", "crane"])
+        open_folder(tmp_path / "names", ["crane", "crane"])
 
 
 @pytest.mark.parametrize(
@@ -441,7 +468,7 @@ def test_a_data_set_that_is_not_there_for_all(monkeypatch, reason, hint):
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(ValueError, match=says("`dataset_name`", "got 'a/b'", reason, hint)) as error:
-        open_stream("a/b", None)
+        open_stream(ImageOptions(dataset_name="a/b"))
     assert ("log in" in str(error.value)) == bool(hint)
 
 
@@ -455,7 +482,7 @@ def test_a_data_set_that_is_not_there_for_all(monkeypatch, reason, hint):
         ),
         ({"process_index": 1}, ["`process_index` must be less than 1, got 1"]),
         ({"batch_size": 0}, ["`batch_size`", ">= 1", "got 0"]),
-        ({"num_workers": -1}, ["`num_workers`", ">= 0", "got -1"]),
+        ({"num_workers": -1}, ["`dataloader_num_workers`", ">= 0", "got -1"]),
         ({"on_bad_image": "ignore"}, ["`on_bad_image`", "'error', 'skip'", "got 'ignore'"]),
     ],
 )
@@ -466,7 +493,7 @@ def test_arguments_out_of_range(stream, options, fragments):
 
 def test_as_many_classes_as_the_draws_have(stream):
     with pytest.raises(ValueError, match=says("`class_names` must be 4 names, got 3")):
-        ImageStream(stream, CLASS_NAMES, SampleDraws(4, 0), 8, LATENT_SHAPE, 1)
+        ImageStream(stream, CLASS_NAMES, SampleDraws(4, 0), LATENT_SHAPE, batch_size=1)
 
 
 def test_a_loader_with_another_number_of_workers(stream):

@@ -11,7 +11,7 @@ from helpers import fresh_accelerator, says, tiny_latent_embedder, tiny_transfor
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers_dod.data.encoding import encode_latents, finish_latents, latent_settings
+from diffusers_dod.data.encoding import EncodingOptions, Share, encode_latents, finish_latents, latent_settings
 from diffusers_dod.data.latents import LatentDataset, pictures_of
 from diffusers_dod.data.pictures import Pictures, to_pixels
 from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
@@ -266,20 +266,10 @@ def textures(count: int = 11, bad: tuple[int, ...] = ()) -> Pictures:
 
 
 def write(folder: Path, pictures: Pictures, vision=None, random_flip=False, vae=None, processes=(0,)) -> LatentDataset:
+    options = EncodingOptions(random_flip=random_flip, encoding_batch_size=3, shard_size=4, on_bad_image="skip")
     for process in processes:
-        encode_latents(
-            pictures,
-            vae,
-            folder,
-            random_flip,
-            batch_size=3,
-            shard_size=4,
-            on_bad_image="skip",
-            process_index=process,
-            num_processes=len(processes),
-            vision=vision,
-        )
-    finish_latents(folder, latent_settings(pictures, vae, random_flip, vision=vision), on_bad_image="skip")
+        encode_latents(pictures, vae, folder, options, share=Share(process, len(processes)), vision=vision)
+    finish_latents(folder, latent_settings(pictures, vae, options, vision), on_bad_image="skip")
     return LatentDataset(folder)
 
 
@@ -325,16 +315,16 @@ def test_features_of_another_model_are_refused(tmp_path, vision):
     write(tmp_path / "plain", pictures)
     other = VisionFeatures(save(tmp_path / "other", make("ViT")))
     with pytest.raises(ValueError, match=says(str(tmp_path / "latents"), "`vision_model`", "'vit'", "'dinov2'")):
-        encode_latents(pictures, None, tmp_path / "latents", False, shard_size=4, vision=other)
+        encode_latents(pictures, None, tmp_path / "latents", EncodingOptions(shard_size=4), vision=other)
     with pytest.raises(ValueError, match=says(str(tmp_path / "plain"), "`vision_model`", "got None")):
-        encode_latents(pictures, None, tmp_path / "plain", False, shard_size=4, vision=vision)
+        encode_latents(pictures, None, tmp_path / "plain", EncodingOptions(shard_size=4), vision=vision)
 
 
 def test_features_that_float16_cannot_hold_are_refused(tmp_path, vision):
     with torch.no_grad():
         vision.model.layernorm.bias.fill_(1e5)
     with pytest.raises(ValueError, match=says("`vision`", "float16")):
-        encode_latents(textures(), None, tmp_path / "latents", False, vision=vision)
+        encode_latents(textures(), None, tmp_path / "latents", vision=vision)
 
 
 def test_pictures_of_latents(tmp_path):

@@ -14,7 +14,7 @@ from helpers import says, tiny_pipeline
 from PIL import Image
 from safetensors import safe_open
 
-from diffusers_dod.data.pictures import Pictures, load_pictures
+from diffusers_dod.data.pictures import ImageOptions, Pictures, load_pictures
 from diffusers_dod.evaluation import linear_probe
 from diffusers_dod.evaluation.linear_probe import (
     LinearProbeOptions,
@@ -215,7 +215,7 @@ def test_a_random_latent_embedder(pipeline):
 
 @torch.no_grad()
 def test_tokens_are_those_of_the_pipeline(pipeline):
-    pictures = load_pictures("textures", None, 16, 40, seed=1)
+    pictures = load_pictures(ImageOptions(dataset_name="textures", resolution=16), 40, seed=1)
     indices = [3, 5, 8, 21, 34]
     tokens = compute_tokens(pipeline, pictures, indices, batch_size=2)
     images = [Image.fromarray(pictures.dataset[i]["image"]) for i in indices]

@@ -12,14 +12,15 @@ from helpers import says, tiny_pipeline, tiny_vae
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusers_dod import DoDTransformer2DModel, LatentEmbeddingModule
-from diffusers_dod.compute import OPTIMIZERS, TrainingCost, count_flops, count_kept_bytes, training_cost
+from diffusers_dod.compute import OPTIMIZERS, TrainingCost, TrainingStep, count_flops, count_kept_bytes, training_cost
 from diffusers_dod.losses import DoDJointModel
+from diffusers_dod.options import parse_options
 from diffusers_dod.presets import PRESETS, Preset
 from diffusers_dod.training import cost
-from diffusers_dod.training.arguments import parse_args
 from diffusers_dod.training.cost import GPUS, describe_run, estimate_run
 from diffusers_dod.training.ema import averaged_parameters
 from diffusers_dod.training.models import build_models, build_optimizer
+from diffusers_dod.training_options import TrainingOptions
 
 
 ROOT = Path(__file__).parents[2]
@@ -39,17 +40,17 @@ def tiny_presets(monkeypatch):
 
 @lru_cache
 def tiny_cost(preset="Tiny", **kwargs) -> TrainingCost:
-    return training_cost(TINY[preset], SHAPE, CLASSES, **{"batch_size": 4, **kwargs})
+    return training_cost(TINY[preset], SHAPE, CLASSES, TrainingStep(**{"batch_size": 4, **kwargs}))
 
 
 def options(tmp_path, *argv):
     source = () if "--latents_dir" in argv else ("--train_data_dir", str(tmp_path / "pictures"))
-    return parse_args([*source, "--output_dir", str(tmp_path / "run"), *map(str, argv)])
+    return parse_options(TrainingOptions, [*source, "--output_dir", str(tmp_path / "run"), *map(str, argv)])
 
 
 def tiny_model(tmp_path, *argv):
     args = options(tmp_path, "--preset", "Tiny", *argv)
-    return args, build_models(args, SHAPE, CLASSES)
+    return args, build_models(args.model, SHAPE, CLASSES)
 
 
 # -------------------------------------------------------------------------------------------------------- operations
@@ -123,7 +124,9 @@ def test_a_fitv2_has_no_priors_to_drop():
 
 def test_gradient_checkpointing_trades_operations_for_memory():
     deeper = Preset(TINY["Tiny"].transformer_config | {"num_layers": 4}, LEM)
-    plain, checkpointed = (training_cost(deeper, SHAPE, gradient_checkpointing=value) for value in (False, True))
+    plain, checkpointed = (
+        training_cost(deeper, SHAPE, options=TrainingStep(gradient_checkpointing=value)) for value in (False, True)
+    )
     assert checkpointed.forward_flops == plain.forward_flops
     repeated = (checkpointed.training_flops - plain.training_flops) / plain.forward_flops
     assert 0.6 < repeated < 1
@@ -146,7 +149,7 @@ def test_states_are_those_of_a_real_step(tmp_path, trainable, optimizer):
     if optimizer == "adamw_8bit":
         pytest.importorskip("torchao")
     args, model = tiny_model(tmp_path, "--trainable_parameters", trainable, "--optimizer", optimizer)
-    adam, ema = build_optimizer(args, model), EMAModel(list(averaged_parameters(model).values()))
+    adam, ema = build_optimizer(args.optimizer, model), EMAModel(list(averaged_parameters(model).values()))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     with torch.compiler.set_stance("force_eager"):  # of torchao's step
@@ -260,12 +263,16 @@ def test_bad_estimates_are_refused(name, value, accepted):
         ("mixed_precision", "fp8", "'no', 'fp16', 'bf16'"),
         ("optimizer", "sgd", ", ".join(map(repr, OPTIMIZERS))),
         ("trainable_parameters", "some", "'all', 'difffit'"),
-        ("latent_shape", (4, 8), "(C, h, w)"),
     ],
 )
 def test_bad_settings_are_refused(name, value, accepted):
     with pytest.raises(ValueError, match=says(f"`{name}`", accepted, f"got {value!r}")):
-        training_cost(TINY["Tiny"], **{"latent_shape": SHAPE, name: value})
+        training_cost(TINY["Tiny"], SHAPE, options=TrainingStep(**{name: value}))
+
+
+def test_the_shape_of_latents_is_three_numbers():
+    with pytest.raises(ValueError, match=says("`latent_shape`", "(C, h, w)", "got (4, 8)")):
+        training_cost(TINY["Tiny"], (4, 8))
 
 
 # ----------------------------------------------------------------------------------------------------------- reports
@@ -277,7 +284,7 @@ RUN = "--preset Tiny --train_batch_size 4 --max_train_steps 100 --mixed_precisio
 def test_a_run_is_described_without_data(tmp_path):
     argv = "--resolution 8 --gradient_accumulation_steps 2 --hub_token secret-token --ema_decay 0.9 0.99".split()
     report = describe_run(options(tmp_path, *RUN, *argv), num_processes=3)
-    found = training_cost(TINY["Tiny"], (3, 8, 8), CLASSES, 4, num_averages=2)
+    found = training_cost(TINY["Tiny"], (3, 8, 8), CLASSES, TrainingStep(batch_size=4, num_averages=2))
     assert "secret-token" not in report and "hub_token" not in report
     assert "\n  max_train_steps: 100\n" in report and "\n  ema_decay: [0.9, 0.99]\n" in report
     assert f"{found.backbone_parameters:,} of the backbone, {found.latent_embedder_parameters:,} of the LEM" in report
@@ -337,7 +344,7 @@ def test_a_saved_model_is_described_by_its_configs(tmp_path, is_plain):
     argv = [*RUN, "--resolution", 16, "--pretrained_model_name_or_path", tmp_path / "model"]
     tiny_vae().save_config(tmp_path / "vae")
     args = options(tmp_path, *argv, "--pretrained_vae_name_or_path", tmp_path / "vae")
-    model = build_models(args, (4, 8, 8), CLASSES)
+    model = build_models(args.model, (4, 8, 8), CLASSES)
     sizes = [sum(weight.numel() for weight in part.parameters()) for part in model.children()]
     assert parameters_of(describe_run(args)) == [*sizes, sum(sizes)]
 

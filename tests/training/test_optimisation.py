@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from diffusers_dod import DoDPipeline, DoDTransformer2DModel, LatentEmbeddingModule
 from diffusers_dod.losses import DoDJointModel
+from diffusers_dod.options import parse_options
 from diffusers_dod.training import posthoc_ema
 from diffusers_dod.training.checkpoints import STATE_FOLDER
-from diffusers_dod.training.train import parse_args
+from diffusers_dod.training_options import TrainingOptions
 
 
 TINY = "--preset DoD-Desk --train_batch_size 4 --logging_steps 1 --learning_rate 1e-2 --adam_epsilon 1e-3 "
@@ -85,7 +86,7 @@ def test_an_average_cannot_start_in_the_middle(finished, tmp_path):
 )
 def test_bad_options(tmp_path, capsys, arguments, fragments):
     with pytest.raises(SystemExit):
-        parse_args([*TINY, "--output_dir", str(tmp_path), *map(str, arguments)])
+        parse_options(TrainingOptions, [*TINY, "--output_dir", str(tmp_path), *map(str, arguments)])
     message = capsys.readouterr().err
     assert all(fragment in message for fragment in fragments), message
 

@@ -18,12 +18,15 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from diffusers_dod import DoDPipeline
+from diffusers_dod.data.encoding import EncodingOptions
+from diffusers_dod.data.pictures import ImageOptions
 from diffusers_dod.data.sample_stream import SampleDraws
 from diffusers_dod.data.streaming import ImageStream, open_stream
+from diffusers_dod.options import parse_options, to_recipe
 from diffusers_dod.training import encode_latents, train
-from diffusers_dod.training.arguments import to_recipe
 from diffusers_dod.training.checkpoints import CHECKPOINT_MANIFEST, STATE_FOLDER, find_damage
-from diffusers_dod.training.train import main, parse_args
+from diffusers_dod.training.train import main
+from diffusers_dod.training_options import TrainingOptions
 
 
 # A large epsilon makes Adam's update a smooth function of the gradient, so that rounding stays rounding.
@@ -81,7 +84,7 @@ def tensors(run_dir: Path, step: int, name: str = "model") -> dict[str, torch.Te
 def says_at_start(capsys, *arguments) -> str:
     """What the command says of options that do not fit."""
     with pytest.raises(SystemExit) as error:
-        parse_args([*TINY, "--output_dir", "run", *map(str, arguments)])
+        parse_options(TrainingOptions, [*TINY, "--output_dir", "run", *map(str, arguments)])
     assert error.value.code == 2
     return capsys.readouterr().err
 
@@ -146,9 +149,19 @@ def streamed(stream, tmp_path_factory) -> Path:
 
 def loss_of_zero(shards: Path, vae: Path | None) -> float:
     """The loss of an untrained model, which answers zero, over the first four pictures of a stream."""
-    opened, class_names = open_stream(None, str(shards), class_names=["ant", "newt"])
+    opened, class_names = open_stream(ImageOptions(train_data_dir=str(shards)), ["ant", "newt"])
     shape = (3, 8, 8) if vae is None else (4, 4, 4)
-    samples = iter(ImageStream(opened, class_names, SampleDraws(2, 0), 8, shape, 2, random_flip=True))
+    samples = iter(
+        ImageStream(
+            opened,
+            class_names,
+            SampleDraws(2, 0),
+            shape,
+            batch_size=2,
+            images=ImageOptions(resolution=8),
+            encoding=EncodingOptions(random_flip=True),
+        )
+    )
     losses = []
     for _, sample in zip(range(4), samples, strict=False):
         latents = sample["pixels"]
@@ -223,9 +236,8 @@ def test_what_a_stream_refuses(stream, shards, pictures, vae, capsys, tmp_path):
     assert "`latents_dir`" in says_at_start(capsys, *stream, "--latents_dir", "latents")
     assert "`max_aspect_ratio`" in says_at_start(capsys, *stream, "--max_aspect_ratio", 2)
     said = says_at_start(capsys, *stream, "--latents_dtype", "float16", "--shard_size", 7)
-    assert (
-        "`latents_dtype` and `shard_size` must be given without `streaming` only" in said and "float16 and 7" in said
-    )
+    assert "`latents_dtype` must be given without `streaming` only, got float16." in said
+    assert "`shard_size` must be given without `streaming` only, got 7." in said
     message = says_at_start(capsys, "--train_data_dir", pictures, "--class_names_file", "classes.txt")
     assert "`class_names_file` must be given with `streaming` only, got classes.txt" in message
 
@@ -483,7 +495,9 @@ def test_what_distances_refuse(distances, reference, tmp_path, capsys):
             run(tmp_path / "run", *distances, "--fid_reference", tmp_path / name)
     assert not list(tmp_path.glob("run/checkpoint-*"))
     message = says_at_start(capsys, "--dataset_name", "textures", "--fid_reference", reference)
-    assert "`fid_extractor` and `fid_reference` must be given together" in message
+    assert f"`fid_reference` must be given with `fid_extractor` only, got {reference}." in message
+    message = says_at_start(capsys, "--dataset_name", "textures", "--fid_extractor", "inception")
+    assert "`fid_extractor` must be given with `fid_reference` only, got inception." in message
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -509,7 +523,9 @@ def test_a_recipe_names_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     arguments = ["--dataset_name", "owner/data", "--pretrained_vae_name_or_path", "models", "--output_dir", "run"]
-    recipe = to_recipe(parse_args([*arguments, "--repa_model_name_or_path", "facebook/dinov2-base"]))
+    recipe = to_recipe(
+        parse_options(TrainingOptions, [*arguments, "--repa_model_name_or_path", "facebook/dinov2-base"])
+    )
     assert recipe == {"dataset_name": "owner/data", "repa_model_name_or_path": "facebook/dinov2-base"}
 
 

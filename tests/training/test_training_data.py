@@ -12,8 +12,10 @@ from helpers import says, tiny_vae, write_pictures
 
 from diffusers_dod.autoencoders import encode_moments
 from diffusers_dod.data.buckets import bucket_sizes, encode_buckets
+from diffusers_dod.data.encoding import EncodingOptions
 from diffusers_dod.data.foreign_latents import Edm2Latents
 from diffusers_dod.data.latents import Latents
+from diffusers_dod.data.pictures import ImageOptions, load_pictures
 from diffusers_dod.data.sample_stream import PositionSampler, SampleDraws
 from diffusers_dod.data.streaming import open_stream
 from diffusers_dod.training.training_data import StoredLatents, StreamedImages, TrainingData
@@ -65,8 +67,16 @@ def shards(tmp_path) -> Path:
     return tmp_path / "shards"
 
 
+IMAGES = ImageOptions(resolution=8)
+
+
+def open_folder(shards: Path) -> tuple:
+    return open_stream(ImageOptions(train_data_dir=str(shards)))
+
+
 def streamed(shards: Path, vae=None, vision=None) -> StreamedImages:
-    return StreamedImages(*open_stream(None, str(shards)), vae, 8, True, CPU, vision, on_bad_image="error")
+    encoding = EncodingOptions(random_flip=True)
+    return StreamedImages(*open_folder(shards), vae, IMAGES, encoding, CPU, vision)
 
 
 def inputs_of(data: TrainingData, count: int, positions: PositionSampler | None = None, **options) -> list[dict]:
@@ -154,12 +164,10 @@ def test_what_the_latents_decide(tmp_path):
 
 
 def test_steps_of_buckets_have_one_shape(tmp_path):
-    from diffusers_dod.data.pictures import load_pictures
-
     (tmp_path / "images").mkdir()
     folder = write_pictures(tmp_path / "images", [(12, 20), (16, 16), (20, 12)])
-    images = load_pictures(None, str(folder), 16, 0, 0)
-    latents = encode_buckets(images, bucket_sizes(16, 4), None, tmp_path / "latents", random_flip=False)
+    images = load_pictures(ImageOptions(train_data_dir=str(folder), resolution=16), 0, 0)
+    latents = encode_buckets(images, bucket_sizes(16, 4), None, tmp_path / "latents")
     data = StoredLatents(latents, 1, CPU)
     shapes = [tuple(inputs["latents"].shape[1:]) for inputs in inputs_of(data, 40)]
     assert shapes[::2] == shapes[1::2] and set(shapes) == set(data.latent_shapes) and len(data.latent_shapes) == 3
@@ -186,14 +194,14 @@ def test_images_are_encoded_as_the_model_trains(shards):
 
 def test_a_resolution_that_the_autoencoder_does_not_take(shards):
     with pytest.raises(ValueError, match=says("`resolution` must be a multiple of 2", "got 9")):
-        StreamedImages(*open_stream(None, str(shards)), tiny_vae(), 9, False, CPU)
+        StreamedImages(*open_folder(shards), tiny_vae(), ImageOptions(resolution=9), EncodingOptions(), CPU)
 
 
 def test_bad_images_are_counted(shards, caplog):
     rows = {"image": [{"bytes": b"text", "path": None}], "label": [0]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "newt"])})
     datasets.Dataset.from_dict(rows, features=features).to_parquet(shards / "3.parquet")
-    data = StreamedImages(*open_stream(None, str(shards)), None, 8, False, CPU, on_bad_image="skip")
+    data = StreamedImages(*open_folder(shards), None, IMAGES, EncodingOptions(on_bad_image="skip"), CPU)
     inputs_of(data, 10)
     bad = sum(reader[-1] for reader in data.state()["stream"][0]["readers"])
     assert bad >= 1 and f"{bad} images that cannot be read have been left out so far." in caplog.text

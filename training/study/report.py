@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from study import RESULTS
 
-from diffusers_dod.compute import sampling_compute, training_cost
+from diffusers_dod.compute import TrainingStep, sampling_compute, training_cost
 from diffusers_dod.files import METRICS_FILE
 from diffusers_dod.metrics.intervals import mean_interval
 from diffusers_dod.presets import PRESETS
@@ -392,7 +392,7 @@ def training_compute_table(results: Results) -> str:
     ):
         if (preset, dropout) not in costs:  # counting takes a second
             costs[preset, dropout] = training_cost(
-                PRESETS[preset], LATENT_SHAPE, NUM_CLASSES, prior_dropout_prob=dropout
+                PRESETS[preset], LATENT_SHAPE, NUM_CLASSES, TrainingStep(prior_dropout_prob=dropout)
             )
         cost = costs[preset, dropout]
         parameters = (cost.backbone_parameters + cost.latent_embedder_parameters) / 1e6

@@ -25,7 +25,15 @@ from torch.utils.data import DataLoader, Dataset
 from ..autoencoders import Autoencoder
 from ..checks import check_at_least, check_number, check_type
 from ..files import write_json
-from .encoding import SHARD_SIZE, check_bad_images, encode_latents, finish_latents, latent_settings
+from ..options import check_options
+from .encoding import (
+    EncodingOptions,
+    Share,
+    check_bad_images,
+    encode_latents,
+    finish_latents,
+    latent_settings,
+)
 from .latents import LatentDataset, Latents, check_settings, is_complete
 from .orders import BucketOrder
 from .pictures import ImageDataset, Pictures
@@ -159,14 +167,8 @@ def encode_buckets(
     sizes: Sequence[tuple[int, int]],
     vae: Autoencoder | None,
     folder: Path,
-    random_flip: bool,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    latents_dtype: str = "float32",
-    shard_size: int = SHARD_SIZE,
-    on_bad_image: str = "error",
-    process_index: int = 0,
-    num_processes: int = 1,
+    options: EncodingOptions | None = None,
+    share: Share | None = None,
     vision: VisionFeatures | None = None,
     all_or_none: Callable[[], AbstractContextManager] = nullcontext,
 ) -> "BucketedLatents":
@@ -180,15 +182,8 @@ def encode_buckets(
         sizes (`Sequence[tuple[int, int]]`): Heights and widths, see [`bucket_sizes`].
         vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
         folder (`Path`): Folder of the latents.
-        random_flip (`bool`): Whether to encode the mirror images too.
-        batch_size (`int`, defaults to 64): Images per pass of the autoencoder.
-        num_workers (`int`, defaults to 0): Processes that read images; 0 reads them in this process.
-        latents_dtype (`str`, defaults to `"float32"`): Dtype on disk, see [`latent_settings`].
-        shard_size (`int`, defaults to 4096): Images per shard.
-        on_bad_image (`str`, defaults to `"error"`):
-            `"error"` refuses data with images that cannot be read. `"skip"` leaves them out and counts them.
-        process_index (`int`, defaults to 0): Index of this process.
-        num_processes (`int`, defaults to 1): Number of processes. They share the shards.
+        options ([`EncodingOptions`], *optional*): Settings of the encoding; the defaults if not given.
+        share ([`Share`], *optional*): The process's share of the shards; all of them if not given.
         vision ([`VisionFeatures`], *optional*): A vision model whose features of the images are stored too.
         all_or_none (`Callable`, defaults to `nullcontext`):
             Gives a context that waits at its end for all processes and raises in each if one has failed.
@@ -200,36 +195,27 @@ def encode_buckets(
         `ValueError`, `TypeError`: the folder has latents of other images, of other sizes or of another autoencoder, or
             there are no images or no sizes. It is a [`BadImagesError`] if an image cannot be read.
     """
-    shared = latent_settings(pictures, vae, random_flip, latents_dtype, vision)
+    options, share = options or EncodingOptions(), share or Share()
+    check_options(options)
+    shared = latent_settings(pictures, vae, options, vision)
     settings = shared | {"transform": "ADM centre crop to buckets", "bucket_sizes": [list(size) for size in sizes]}
     with all_or_none():  # all have looked before anyone writes
         is_done = _is_done(folder, settings)
     if not is_done:
         with all_or_none():
-            buckets = split_pictures(pictures, sizes, num_workers)
+            buckets = split_pictures(pictures, sizes, options.dataloader_num_workers)
             num_shards = 0
             for size, bucket in buckets.items():
-                encode_latents(
-                    bucket,
-                    vae,
-                    folder / _name(size),
-                    random_flip,
-                    batch_size,
-                    num_workers,
-                    latents_dtype,
-                    shard_size,
-                    on_bad_image,
-                    process_index=(process_index - num_shards) % num_processes,  # goes on where the last bucket ended
-                    num_processes=num_processes,
-                    vision=vision,
-                )
-                num_shards += -(-len(bucket.dataset) // shard_size)
+                start = (share.process_index - num_shards) % share.num_processes  # goes on where the last bucket ended
+                part = Share(start, share.num_processes)
+                encode_latents(bucket, vae, folder / _name(size), options, share=part, vision=vision)
+                num_shards += -(-len(bucket.dataset) // options.shard_size)
         with all_or_none():
-            if process_index == 0:
-                _finish_buckets(folder, buckets, settings, shared, on_bad_image)
+            if share.process_index == 0:
+                _finish_buckets(folder, buckets, settings, shared, options.on_bad_image)
     latents = BucketedLatents(folder)
     check_settings(folder, latents.manifest, settings)
-    check_bad_images(latents.manifest["bad_images"], on_bad_image)
+    check_bad_images(latents.manifest["bad_images"], options.on_bad_image)
     return latents
 
 

@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..autoencoders import Autoencoder, encode_moments
-from ..checks import check_choice
+from ..checks import check_at_least, check_choice
 from ..files import file_sha256, replacing, sha256_of_weights, write_json
+from ..options import check_options, option
 from .latents import DTYPES, SHARD_FORMAT, SHARD_MANIFEST, check_settings
 from .pictures import TRANSFORM, Pictures, to_pixels
 from .vision_features import VisionFeatures
@@ -22,6 +24,54 @@ from .vision_features import VisionFeatures
 
 ON_BAD_IMAGE = ("error", "skip")
 SHARD_SIZE = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingOptions:
+    """Encoding of images."""
+
+    random_flip: bool = option(False, help="Mirror half of the images.")
+    max_aspect_ratio: float | None = option(
+        None,
+        at_least=1,
+        excludes="streaming",
+        help="Buckets of shapes up to this ratio of sides, about as large as the square, instead of squares.",
+    )
+    latents_dtype: str = option(
+        "float32", choices=DTYPES, excludes="streaming", help="Data type of the latents on disk."
+    )
+    on_bad_image: str = option(
+        "error",
+        choices=ON_BAD_IMAGE,
+        help="Whether images that cannot be read are an error, or are left out and counted.",
+    )
+    shard_size: int = option(
+        SHARD_SIZE, at_least=1, excludes="streaming", help="Images in a shard, the unit of the work."
+    )
+    dataloader_num_workers: int = option(
+        0, at_least=0, help="Processes that read images; 0 reads in the process itself."
+    )
+    encoding_batch_size: int = option(64, at_least=1, excludes="streaming", help="Images that are encoded at a time.")
+
+
+@dataclass(frozen=True)
+class Share:
+    """
+    Part of the work that falls to one process.
+
+    Args:
+        process_index (`int`, defaults to 0): Number of the process, from 0.
+        num_processes (`int`, defaults to 1): Number of processes.
+    """
+
+    process_index: int = 0
+    num_processes: int = 1
+
+    def __post_init__(self):
+        check_at_least("num_processes", self.num_processes, 1)
+        check_at_least("process_index", self.process_index, 0)
+        if self.process_index >= self.num_processes:
+            raise ValueError(f"`process_index` must be less than {self.num_processes}, got {self.process_index}.")
 
 
 class BadImagesError(ValueError):
@@ -57,8 +107,7 @@ def describe_autoencoder(vae: Autoencoder | None) -> dict[str, str] | None:
 def latent_settings(
     pictures: Pictures,
     vae: Autoencoder | None,
-    random_flip: bool,
-    latents_dtype: str = "float32",
+    options: EncodingOptions,
     vision: VisionFeatures | None = None,
 ) -> dict[str, Any]:
     """
@@ -67,23 +116,21 @@ def latent_settings(
     Args:
         pictures ([`Pictures`]): The images.
         vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
-        random_flip (`bool`): Whether the mirror images are encoded too.
-        latents_dtype (`str`, defaults to `"float32"`): Dtype on disk: `"float32"`, `"float16"` or `"bfloat16"`.
+        options ([`EncodingOptions`]): Settings of the encoding.
         vision ([`VisionFeatures`], *optional*): The vision model whose features are stored too.
 
     Returns:
         `dict`: The settings, ready for JSON.
     """
-    check_choice("latents_dtype", latents_dtype, tuple(DTYPES))
     settings = {
         "pictures": pictures.fingerprint,
         "num_pictures": len(pictures.dataset),
         "class_names": list(pictures.class_names),
         "transform": TRANSFORM,
         "resolution": pictures.resolution,
-        "random_flip": random_flip,
+        "random_flip": options.random_flip,
         "autoencoder": describe_autoencoder(vae),
-        "latents_dtype": latents_dtype,
+        "latents_dtype": options.latents_dtype,
     }
     return settings if vision is None else {**settings, "vision_model": vision.describe()}
 
@@ -139,14 +186,8 @@ def encode_latents(
     pictures: Pictures,
     vae: Autoencoder | None,
     folder: Path,
-    random_flip: bool,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    latents_dtype: str = "float32",
-    shard_size: int = SHARD_SIZE,
-    on_bad_image: str = "error",
-    process_index: int = 0,
-    num_processes: int = 1,
+    options: EncodingOptions | None = None,
+    share: Share | None = None,
     vision: VisionFeatures | None = None,
 ) -> None:
     """
@@ -156,36 +197,39 @@ def encode_latents(
         pictures ([`Pictures`]): The images.
         vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
         folder (`Path`): Folder of the shards.
-        random_flip (`bool`): Whether to encode the mirror images too.
-        batch_size (`int`, defaults to 64): Images per pass of the autoencoder.
-        num_workers (`int`, defaults to 0): Processes that read images; 0 reads them in this process.
-        latents_dtype (`str`, defaults to `"float32"`): Dtype on disk, see [`latent_settings`].
-        shard_size (`int`, defaults to 4096): Images per shard.
-        on_bad_image (`str`, defaults to `"error"`):
-            Images that cannot be read are left out and noted. With `"error"` the next call tries them again.
-        process_index (`int`, defaults to 0): Index of this process. It writes every `num_processes`-th shard.
-        num_processes (`int`, defaults to 1): Number of processes.
+        options ([`EncodingOptions`], *optional*): Settings of the encoding; the defaults if not given. Images that
+            cannot be read are left out and noted; if they are an error, the next call tries them again.
+        share ([`Share`], *optional*): The process's share of the shards; all of them if not given.
         vision ([`VisionFeatures`], *optional*): A vision model whose features of the images are stored too.
 
     Raises:
-        `ValueError`: the folder has shards with other settings, latents are too large for `latents_dtype`, or features
-            for float16.
+        `ValueError`: an option is out of range, the folder has shards with other settings, latents are too large for
+            `latents_dtype`, or features for float16.
     """
-    check_choice("on_bad_image", on_bad_image, ON_BAD_IMAGE)
+    options, share = options or EncodingOptions(), share or Share()
+    check_options(options)
+    shard_size, batch_size = options.shard_size, options.encoding_batch_size
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {**latent_settings(pictures, vae, random_flip, latents_dtype, vision), "shard_size": shard_size}
+    settings = {**latent_settings(pictures, vae, options, vision), "shard_size": shard_size}
     device = next(vae.parameters()).device if vae is not None else torch.device("cpu")
-    dtype = DTYPES[latents_dtype]
+    dtype = DTYPES[options.latents_dtype]
     num_pictures = len(pictures.dataset)
-    shards = range(process_index, -(-num_pictures // shard_size), num_processes)
-    todo = [shard for shard in shards if not _is_done(folder, shard, settings, on_bad_image)]
+    shards = range(share.process_index, -(-num_pictures // shard_size), share.num_processes)
+    todo = [shard for shard in shards if not _is_done(folder, shard, settings, options.on_bad_image)]
     batches = [
         list(range(start, min(start + batch_size, (shard + 1) * shard_size, num_pictures)))
         for shard in todo
         for start in range(shard * shard_size, min((shard + 1) * shard_size, num_pictures), batch_size)
     ]
-    loader = iter(DataLoader(_Readable(pictures), batch_sampler=batches, num_workers=num_workers, collate_fn=list))
-    progress = tqdm(total=sum(map(len, batches)), desc="Encoding pictures", disable=process_index > 0)
+    loader = iter(
+        DataLoader(
+            _Readable(pictures),
+            batch_sampler=batches,
+            num_workers=options.dataloader_num_workers,
+            collate_fn=list,
+        )
+    )
+    progress = tqdm(total=sum(map(len, batches)), desc="Encoding pictures", disable=share.process_index > 0)
     for shard in todo:
         parts: dict[str, list[torch.Tensor]] = {"mean": [], "std": [], "labels": [], "features": []}
         bad = []
@@ -197,7 +241,7 @@ def encode_latents(
             if not rows:
                 continue
             pixels = to_pixels(torch.from_numpy(np.stack([row["image"] for row in rows]))).to(device)
-            views = [pixels, pixels.flip(-1)] if random_flip else [pixels]
+            views = [pixels, pixels.flip(-1)] if options.random_flip else [pixels]
             means, stds = zip(*(encode_moments(view, vae) for view in views), strict=True)
             parts["mean"].append(torch.stack(means, dim=1).to(dtype).cpu())  # (B, views, C, h, w)
             if stds[0] is not None:
@@ -211,7 +255,7 @@ def encode_latents(
             raise ValueError("`vision` must give features that float16 can hold, got some that are not finite in it.")
         if nonfinite:
             raise ValueError(
-                f"`latents_dtype` must hold the latents, got {latents_dtype!r}, in which some are not finite."
+                f"`latents_dtype` must hold the latents, got {options.latents_dtype!r}, in which some are not finite."
             )
         path = _shard_path(folder, shard)
         path.with_suffix(".json").unlink(missing_ok=True)

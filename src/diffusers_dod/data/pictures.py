@@ -222,29 +222,16 @@ class ImageOptions:
         ]
 
 
-def load_pictures(
-    dataset_name: str | None,
-    train_data_dir: str | None,
-    resolution: int,
-    num_train_samples: int,
-    seed: int,
-    image_column: str = "image",
-    label_column: str = "label",
-) -> Pictures:
+def load_pictures(images: ImageOptions, num_train_samples: int, seed: int) -> Pictures:
     """
     Opens the procedural `textures`, a data set of the Hub, or a folder.
 
     A folder has one sub-folder of images per class, or no sub-folders and Parquet files or WebDataset's tar files.
 
     Args:
-        dataset_name (`str` or `None`): `"textures"` or a name for `datasets.load_dataset`.
-        train_data_dir (`str` or `None`): A folder. Exactly one of the two must be given.
-        resolution (`int`): Side of the images in pixels.
+        images ([`ImageOptions`]): Source of the images, and their size.
         num_train_samples (`int`): Number of procedural images.
         seed (`int`): Seed of the procedural images.
-        image_column (`str`, defaults to `"image"`): Column of the images.
-        label_column (`str`, defaults to `"label"`):
-            Column of the classes: a `ClassLabel`, ids from 0, or names (ids follow their alphabetical order).
 
     Returns:
         [`Pictures`].
@@ -252,11 +239,10 @@ def load_pictures(
     Raises:
         `ValueError`: both or neither source is given, it cannot be opened, or it has no such columns or no classes.
     """
-    if (dataset_name is None) == (train_data_dir is None):
-        raise ValueError(
-            "Exactly one of `dataset_name` and `train_data_dir` must be given, "
-            f"got dataset_name={dataset_name!r} and train_data_dir={train_data_dir!r}."
-        )
+    if errors := images.find_source_errors():
+        raise ValueError(errors[0])
+    dataset_name, train_data_dir, resolution = images.dataset_name, images.train_data_dir, images.resolution
+    image_column, label_column = images.image_column, images.label_column
     if dataset_name == TEXTURES:
         dataset = TextureDataset(num_train_samples, size=resolution, seed=seed)
         return Pictures(dataset, TEXTURE_CLASSES, f"{TEXTURES}-{resolution}-{num_train_samples}-{seed}", resolution)

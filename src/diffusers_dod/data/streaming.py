@@ -11,7 +11,7 @@ starts the next pass, and waits for no other reader.
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ..checks import check_at_least, check_choice
+from ..checks import check_at_least
+from ..options import check_options
 from ..seeding import stateless_generator
-from .encoding import ON_BAD_IMAGE
-from .pictures import TEXTURES, Columns, center_crop, open_dataset, read_row, to_pixels
+from .encoding import EncodingOptions, Share
+from .pictures import TEXTURES, Columns, ImageOptions, center_crop, open_dataset, read_row, to_pixels
 from .sample_stream import SampleDraws, collate_priors_first
 
 
@@ -32,20 +33,14 @@ READ_SIZE = 256  # rows of a shard that are read at a time
 
 
 def open_stream(
-    dataset_name: str | None,
-    train_data_dir: str | None,
-    image_column: str = "image",
-    label_column: str = "label",
+    images: ImageOptions,
     class_names: list[str] | None = None,
 ) -> tuple[datasets.IterableDataset, tuple[str, ...]]:
     """
     Opens a data set of the Hub, or a folder of Parquet or WebDataset's tar files, without reading its images.
 
     Args:
-        dataset_name (`str` or `None`): Name for `datasets.load_dataset`.
-        train_data_dir (`str` or `None`): A folder. Exactly one of the two must be given.
-        image_column (`str`, defaults to `"image"`): Column of the images.
-        label_column (`str`, defaults to `"label"`): Column of the classes: `ClassLabel`, ids from 0, or names.
+        images ([`ImageOptions`]): Source of the images; its columns of classes may hold ids from 0 or names.
         class_names (`list[str]`, *optional*):
             Names of the classes in the order of their ids. Needed unless the column is of type `ClassLabel`.
 
@@ -57,12 +52,12 @@ def open_stream(
         `ValueError`: both or neither source is given, it cannot be opened, it has no such columns, or its classes are
             unknown.
     """
-    if (dataset_name is None) == (train_data_dir is None):
-        raise ValueError(
-            "Exactly one of `dataset_name` and `train_data_dir` must be given, "
-            f"got dataset_name={dataset_name!r} and train_data_dir={train_data_dir!r}."
-        )
-    stream = _open_folder(train_data_dir) if dataset_name is None else _open_dataset(dataset_name)
+    if errors := images.find_source_errors():
+        raise ValueError(errors[0])
+    image_column, label_column = images.image_column, images.label_column
+    stream = (
+        _open_dataset(images.dataset_name) if images.train_data_dir is None else _open_folder(images.train_data_dir)
+    )
     features = stream.features or {}  # formats such as JSON do not list their columns in advance
     for name, column in {"image_column": image_column, "label_column": label_column}.items():
         if column not in features:
@@ -196,17 +191,12 @@ class ImageStream(IterableDataset):
         stream (`datasets.IterableDataset`): A stream from [`open_stream`], with at least as many shards as readers.
         class_names (`tuple[str, ...]`): Names of the classes in the order of their ids.
         draws ([`SampleDraws`]): The random draws. The orders use the same seed.
-        resolution (`int`): Side R of the images in pixels.
         latent_shape (`tuple[int, ...]`): Shape (C, h, w) of the latents.
         batch_size (`int`): Samples in a micro-batch of one process.
-        num_workers (`int`, defaults to 0): Workers of the `DataLoader`; 0 reads in the process itself.
-        process_index (`int`, defaults to 0): Index of this process.
-        num_processes (`int`, defaults to 1): Number of processes.
-        random_flip (`bool`, defaults to `False`): Whether half of the images are mirrored.
-        on_bad_image (`str`, defaults to `"error"`):
-            Treatment of an image that cannot be read or has no class: `"error"`, or `"skip"` to leave it out and count
-            it.
-        columns ([`Columns`], *optional*): The columns of images and classes. By default `image` and `label`.
+        images ([`ImageOptions`], *optional*): Columns of the stream, and the side R of the images in pixels.
+        encoding ([`EncodingOptions`], *optional*): Workers of the `DataLoader`, whether half of the images are
+            mirrored, and whether an image that cannot be read or has no class is an error or is left out and counted.
+        share ([`Share`], *optional*): This process among all; the only one if not given.
         state (`dict`, *optional*): A [`StreamState.state_dict`] to continue from. By default the start.
 
     Raises:
@@ -219,44 +209,44 @@ class ImageStream(IterableDataset):
         stream: datasets.IterableDataset,
         class_names: tuple[str, ...],
         draws: SampleDraws,
-        resolution: int,
         latent_shape: tuple[int, ...],
         batch_size: int,
-        num_workers: int = 0,
-        process_index: int = 0,
-        num_processes: int = 1,
-        random_flip: bool = False,
-        on_bad_image: str = "error",
-        columns: Columns | None = None,
+        images: ImageOptions | None = None,
+        encoding: EncodingOptions | None = None,
+        share: Share | None = None,
         state: dict[str, Any] | None = None,
     ):
-        check_at_least("resolution", resolution, 1)
+        images, encoding, share = images or ImageOptions(), encoding or EncodingOptions(), share or Share()
+        check_options(images)
+        check_options(encoding)
         check_at_least("batch_size", batch_size, 1)
-        check_at_least("num_workers", num_workers, 0)
-        check_at_least("num_processes", num_processes, 1)
-        check_at_least("process_index", process_index, 0)
-        if process_index >= num_processes:
-            raise ValueError(f"`process_index` must be less than {num_processes}, got {process_index}.")
-        check_choice("on_bad_image", on_bad_image, ON_BAD_IMAGE)
+        num_readers = max(encoding.dataloader_num_workers, 1)
         if len(class_names) != draws.num_classes:
             raise ValueError(f"`class_names` must be {draws.num_classes} names, got {len(class_names)}.")
-        if stream.num_shards < num_processes * max(num_workers, 1):
+        if stream.num_shards < share.num_processes * num_readers:
             raise ValueError(
                 "`num_shards` of the data set must be at least the number of processes times that of workers, "
-                f"{num_processes} x {max(num_workers, 1)}, got {stream.num_shards}: use fewer of them, or store the "
+                f"{share.num_processes} x {num_readers}, got {stream.num_shards}: use fewer of them, or store the "
                 "data in more files."
             )
         self.stream = stream
-        self.columns = replace(columns or Columns(), class_ids={name: index for index, name in enumerate(class_names)})
+        self.columns = Columns(
+            images.image_column, images.label_column, {name: index for index, name in enumerate(class_names)}
+        )
         self.draws = draws
-        self.resolution = resolution
+        self.resolution = images.resolution
         self.latent_shape = latent_shape
-        self.num_workers = num_workers
-        self.random_flip = random_flip
-        self.on_bad_image = on_bad_image
+        self.num_workers = encoding.dataloader_num_workers
+        self.random_flip = encoding.random_flip
+        self.on_bad_image = encoding.on_bad_image
         #: Position of this process; call [`StreamState.update`] with each batch that is used.
         self.state = StreamState(
-            draws.seed, stream.num_shards, num_processes, max(num_workers, 1), process_index, batch_size
+            seed=draws.seed,
+            num_shards=stream.num_shards,
+            num_processes=share.num_processes,
+            num_workers=num_readers,
+            process_index=share.process_index,
+            batch_size=batch_size,
         )
         if state is not None:
             self.state.load_state_dict(state)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ..checks import check_at_least
-from ..data.pictures import TEXTURES, Pictures, load_pictures
+from ..data.pictures import TEXTURES, ImageOptions, Pictures, load_pictures
 from ..files import file_sha256, folder_sha256
 from ..seeding import stateless_generator
 
@@ -357,7 +357,9 @@ def open_images(
         numbers = name.split(":")[1:]
         if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
             raise ValueError(f"Procedural pictures must be named as `textures:<number>:<seed>`, got {name!r}.")
-        pictures = load_pictures(TEXTURES, None, resolution or TEXTURE_RESOLUTION, *map(int, numbers))
+        pictures = load_pictures(
+            ImageOptions(dataset_name=TEXTURES, resolution=resolution or TEXTURE_RESOLUTION), *map(int, numbers)
+        )
         return DatasetImages(name, pictures)
     if path.is_dir() and (stages := sorted(file.parent for file in path.glob("*/manifest.json"))):
         raise ValueError(f"Samples of several stages must be named one by one, such as {stages[-1]}, got {name!r}.")
@@ -365,9 +367,11 @@ def open_images(
         raise ValueError(f"`name` must be that of pictures, got {name!r}, a folder without files.")
     if resolution is None:
         raise ValueError(f"`resolution` must be given for pictures that are cropped to it, got none for {name!r}.")
-    hub_name, folder = (None, name) if path.is_dir() else (name, None)
+    folder = name if path.is_dir() else None
+    source = {"train_data_dir": name} if path.is_dir() else {"dataset_name": name}
+    columns = {"image_column": image_column, "label_column": label_column}
     try:
-        pictures = load_pictures(hub_name, folder, resolution, 0, 0, image_column, label_column)
+        pictures = load_pictures(ImageOptions(**source, **columns, resolution=resolution), 0, 0)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"`name` must be that of pictures, got {name!r}: {error}") from error
     return DatasetImages(name, pictures, folder)

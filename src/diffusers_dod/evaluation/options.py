@@ -72,15 +72,7 @@ def open_pictures(options: ComparisonOptions, num_pictures: int) -> tuple[Pictur
     """
     images = options.images
     try:
-        pictures = load_pictures(
-            dataset_name=images.dataset_name,
-            train_data_dir=images.train_data_dir,
-            resolution=images.resolution,
-            num_train_samples=num_pictures,
-            seed=options.data_seed,
-            image_column=images.image_column,
-            label_column=images.label_column,
-        )
+        pictures = load_pictures(images, num_pictures, options.data_seed)
     except FileNotFoundError as error:
         source = "dataset_name" if images.train_data_dir is None else "train_data_dir"
         raise ValueError(f"`{source}` must hold pictures, got {getattr(images, source)!r}: {error}") from error

@@ -8,7 +8,6 @@ A multiply-add is 2 FLOPs. Matrix products are counted, including attention, and
 on the meta device or fake, so that nothing is computed. docs/training_cost.md explains the model.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -23,9 +22,10 @@ from ..autoencoders import AUTOENCODERS, check_image_size, latent_channels, spat
 from ..checks import check_at_least, check_choice, check_number
 from ..compute import TrainingCost, training_cost
 from ..data.latents import SHARD_MANIFEST
+from ..options import describe, find_given, option, parse_options, read_recipe
 from ..presets import PRESETS, Preset
 from ..tables import format_table
-from .arguments import parse_args, read_config
+from ..training_options import TrainingOptions
 
 
 @dataclass(frozen=True)
@@ -107,16 +107,16 @@ def estimate_run(
     return RunEstimate(images_per_second, hours / 24, hours * num_gpus, hours * num_gpus * price_per_gpu_hour)
 
 
-def find_preset(args: argparse.Namespace) -> tuple[Preset, list[str]]:
+def find_preset(options: TrainingOptions) -> tuple[Preset, list[str]]:
     """
     Finds the model that the options name, from configs alone, and the assumptions about it.
 
     Args:
-        args (`argparse.Namespace`): The options of `training/train_dod.py`.
+        options ([`TrainingOptions`]): The options of the trainer.
     """
-    preset, assumptions = PRESETS[args.preset], []
-    if args.pretrained_model_name_or_path is not None:
-        path = args.pretrained_model_name_or_path
+    preset, assumptions = PRESETS[options.model.preset], []
+    if options.model.pretrained_model_name_or_path is not None:
+        path = options.model.pretrained_model_name_or_path
         try:
             saved = Preset.from_pretrained(path)
             if saved.latent_embedder_config is None and preset.latent_embedder_config is not None:
@@ -130,19 +130,19 @@ def find_preset(args: argparse.Namespace) -> tuple[Preset, list[str]]:
         except OSError:
             assumptions.append(f"a model of the preset's size: the configs of {path!r} cannot be reached")
     names = ("num_latent_tokens", "latent_token_dim", "patch_size")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: value for name, value in find_given(options.model).items() if name in names}
     return preset.override(**given), assumptions
 
 
-def _find_latents(args: argparse.Namespace) -> tuple[tuple[int, int, int], int, list[str]]:
+def _find_latents(options: TrainingOptions) -> tuple[tuple[int, int, int], int, list[str]]:
     """Finds shape of latents and number of classes without data, and the assumptions about them."""
-    manifest = (args.latents_dir or args.output_dir / "latents") / SHARD_MANIFEST
+    manifest = (options.data.latents_dir or options.output.output_dir / "latents") / SHARD_MANIFEST
     if manifest.is_file():
         content = json.loads(manifest.read_text())
         return tuple(content["latent_shape"]), len(content["class_names"]), []
-    num_classes = PRESETS[args.preset].transformer_config.get("num_classes", 1000)
+    num_classes = PRESETS[options.model.preset].transformer_config.get("num_classes", 1000)
     assumptions = [f"{num_classes} classes: the data are not looked at"]
-    path = args.pretrained_vae_name_or_path
+    path = options.data.pretrained_vae_name_or_path
     channels, factor = 3, 1
     if path is not None:
         try:
@@ -150,51 +150,48 @@ def _find_latents(args: argparse.Namespace) -> tuple[tuple[int, int, int], int, 
             check_choice("pretrained_vae_name_or_path", config.get("_class_name"), AUTOENCODERS)
             with torch.device("meta"):
                 vae = getattr(diffusers, config["_class_name"]).from_config(config)
-            check_image_size(vae, args.resolution, args.resolution)
+            check_image_size(vae, options.data.images.resolution, options.data.images.resolution)
             channels, factor = latent_channels(vae), spatial_factor(vae)
         except OSError:
             channels, factor = LATENT_CHANNELS, SPATIAL_FACTOR
             assumptions.append(
                 f"latents of {channels} channels and {factor} pixels a side: the config of {path!r} cannot be reached"
             )
-    side = args.resolution // factor
+    side = options.data.images.resolution // factor
     return (channels, side, side), num_classes, assumptions
 
 
 def _run_cost(
-    args: argparse.Namespace, gradient_checkpointing: bool
+    options: TrainingOptions, gradient_checkpointing: bool
 ) -> tuple[TrainingCost, tuple[int, int, int], list[str]]:
     """Cost of a run with these options, the shape of its latents, and the assumptions."""
-    preset, model_assumptions = find_preset(args)
-    latent_shape, num_classes, data_assumptions = _find_latents(args)
-    cost = training_cost(
-        preset,
-        latent_shape,
-        num_classes,
-        args.train_batch_size,
-        args.prior_dropout_prob,
-        _mixed_precision(args),
-        gradient_checkpointing,
-        len(args.ema_decay) + len(args.ema_sigma_rel),
-        args.trainable_parameters,
-        args.optimizer,
+    preset, model_assumptions = find_preset(options)
+    latent_shape, num_classes, data_assumptions = _find_latents(options)
+    step = replace(
+        options.step, mixed_precision=_mixed_precision(options), gradient_checkpointing=gradient_checkpointing
     )
+    cost = training_cost(preset, latent_shape, num_classes, step)
     return cost, latent_shape, model_assumptions + data_assumptions
 
 
-def _mixed_precision(args: argparse.Namespace) -> str:
+def _mixed_precision(options: TrainingOptions) -> str:
     """The option `mixed_precision`, by default the launcher's configuration."""
-    return args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return options.precision.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
-def _precision(args: argparse.Namespace) -> str:
+def _precision(options: TrainingOptions) -> str:
     """Precision of the matrix products."""
-    mixed_precision = _mixed_precision(args)
-    return mixed_precision if mixed_precision != "no" else "tf32" if args.allow_tf32 else "fp32"
+    mixed_precision = _mixed_precision(options)
+    return mixed_precision if mixed_precision != "no" else "tf32" if options.precision.allow_tf32 else "fp32"
 
 
-def _num_images(args: argparse.Namespace, num_processes: int) -> int:
-    return args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps * num_processes
+def _num_images(options: TrainingOptions, num_processes: int) -> int:
+    return (
+        options.optimizer.max_train_steps
+        * options.optimizer.train_batch_size
+        * options.optimizer.gradient_accumulation_steps
+        * num_processes
+    )
 
 
 def _assumed_speed(peak_flops: float, precision: str, utilisation: float, price_per_gpu_hour: float) -> str:
@@ -205,7 +202,7 @@ def _assumed_speed(peak_flops: float, precision: str, utilisation: float, price_
 
 
 def describe_run(
-    args: argparse.Namespace,
+    options: TrainingOptions,
     num_processes: int | None = None,
     utilisation: float = UTILISATION,
     price_per_gpu_hour: float = PRICE_PER_GPU_HOUR,
@@ -216,7 +213,7 @@ def describe_run(
     It does not check that saved models, data and options fit each other. The run itself does.
 
     Args:
-        args (`argparse.Namespace`): The options of the trainer.
+        options ([`TrainingOptions`]): The options of the trainer.
         num_processes (`int`, *optional*): Number of processes. By default that of the options or of the launcher.
         utilisation (`float`, defaults to `UTILISATION`): Assumed share of the peak FLOP/s, in (0, 1].
         price_per_gpu_hour (`float`, defaults to `PRICE_PER_GPU_HOUR`): Assumed price in US dollars, >= 0.
@@ -228,16 +225,16 @@ def describe_run(
         `TypeError`, `ValueError`: an argument is out of range, or the options do not fit the autoencoder.
     """
     if num_processes is None:
-        num_processes = args.num_processes or int(os.environ.get("WORLD_SIZE", 1))
+        num_processes = options.processes.num_processes or int(os.environ.get("WORLD_SIZE", 1))
     check_at_least("num_processes", num_processes, 1)
-    cost, latent_shape, assumptions = _run_cost(args, args.gradient_checkpointing)
-    num_images = _num_images(args, num_processes)
-    images_per_step = num_images // args.max_train_steps
-    precision = _precision(args)
+    cost, latent_shape, assumptions = _run_cost(options, options.model.gradient_checkpointing)
+    num_images = _num_images(options, num_processes)
+    images_per_step = num_images // options.optimizer.max_train_steps
+    precision = _precision(options)
     states = {"weights": cost.weight_bytes, "gradients": cost.gradient_bytes, "moments": cost.moment_bytes}
     states |= {f"{cost.num_averages} averages": cost.average_bytes, "activations": cost.activation_bytes}
     lines = ["Options"]
-    lines += [f"  {name}: {value}" for name, value in sorted(vars(args).items()) if name != "hub_token"]
+    lines += [f"  {name}: {value}" for name, value in sorted(describe(options).items())]
     lines += [
         "Computed, not measured",
         f"  parameters: {cost.backbone_parameters:,} of the backbone, {cost.latent_embedder_parameters:,} of the LEM, "
@@ -253,10 +250,10 @@ def describe_run(
         run = estimate_run(
             cost.training_flops,
             num_images,
-            num_processes,
-            gpu.peak_flops[precision],
-            utilisation,
-            price_per_gpu_hour,
+            num_gpus=num_processes,
+            peak_flops=gpu.peak_flops[precision],
+            utilisation=utilisation,
+            price_per_gpu_hour=price_per_gpu_hour,
         )
         lines += [
             f"  {num_processes} x {name}: {run.images_per_second:,.0f} images/s, {run.days:.2f} days, "
@@ -298,18 +295,25 @@ def format_tables(
     operations, memory, time, speeds = [], [], [], {}
     for recipe in recipes:
         argv = ["--config", str(recipe), "--output_dir", os.devnull]
-        if "--latents_dir" not in read_config(recipe):
+        if "--latents_dir" not in read_recipe(recipe):
             argv += ["--latents_dir", os.devnull]  # pictures need not be named
-        args = parse_args(argv)
-        cost, latent_shape, assumptions = _run_cost(args, args.gradient_checkpointing)
-        checkpointed, _, _ = _run_cost(args, gradient_checkpointing=True)
+        options = parse_options(TrainingOptions, argv)
+        cost, latent_shape, assumptions = _run_cost(options, options.model.gradient_checkpointing)
+        checkpointed, _, _ = _run_cost(options, gradient_checkpointing=True)
         for assumption in assumptions:
             print(f"{recipe}: assumed {assumption}", file=sys.stderr)
-        num_images, precision = _num_images(args, num_processes), _precision(args)
+        num_images, precision = _num_images(options, num_processes), _precision(options)
         peak_flops = GPUS[gpu].peak_flops[precision]
         speeds[precision] = _assumed_speed(peak_flops, precision, utilisation, price_per_gpu_hour)
         runs = [
-            estimate_run(cost.training_flops, num_images, number, peak_flops, utilisation, price_per_gpu_hour)
+            estimate_run(
+                cost.training_flops,
+                num_images,
+                num_gpus=number,
+                peak_flops=peak_flops,
+                utilisation=utilisation,
+                price_per_gpu_hour=price_per_gpu_hour,
+            )
             for number in _NUM_GPUS
         ]
         name = recipe.stem
@@ -335,7 +339,7 @@ def format_tables(
             checkpointed.memory(),
             cost.memory(8, "fsdp2"),
         )
-        memory.append([name, str(args.train_batch_size), *(f"{size / 1e9:.1f}" for size in sizes)])
+        memory.append([name, str(options.optimizer.train_batch_size), *(f"{size / 1e9:.1f}" for size in sizes)])
         time.append(
             [
                 name,
@@ -365,26 +369,36 @@ def format_tables(
     return "\n\n".join(parts)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "recipes",
-        type=Path,
+@dataclass(frozen=True, kw_only=True)
+class CostOptions:
+    """Options of the command."""
+
+    recipes: tuple[Path, ...] = option(
+        (),
+        is_positional=True,
         nargs="*",
         help="Recipes of the trainer, those of ImageNet in training/recipes by default.",
     )
-    parser.add_argument("--gpu", default="H100", choices=list(GPUS))
-    parser.add_argument("--utilisation", type=float, default=UTILISATION, help="Assumed share of the peak FLOP/s.")
-    parser.add_argument("--price", type=float, default=PRICE_PER_GPU_HOUR, help="Assumed dollars per GPU-hour.")
-    parser.add_argument(
-        "--num_processes", type=int, default=RECIPE_PROCESSES, help="By which the batch of a recipe is multiplied."
+    gpu: str = option("H100", choices=GPUS, help="Kind of GPU.")
+    utilisation: float = option(UTILISATION, above=0, at_most=1, help="Assumed share of the peak FLOP/s.")
+    price: float = option(PRICE_PER_GPU_HOUR, at_least=0, help="Assumed dollars per GPU-hour.")
+    num_processes: int = option(
+        RECIPE_PROCESSES, at_least=1, help="Number of processes that the batch of a recipe is multiplied by."
     )
-    args = parser.parse_args(argv)
-    recipes = args.recipes or sorted(Path("training/recipes").glob("*-imagenet256*.yaml"))
+
+
+def find_recipes(options: CostOptions) -> CostOptions:
+    """Fills in the recipes of `options` if none are given. Raises a `ValueError` if there are none to be found."""
+    recipes = options.recipes or tuple(sorted(Path("training/recipes").glob("*-imagenet256*.yaml")))
     if not recipes:
-        parser.error("`recipes` must be given where there is no folder training/recipes, got none.")
-    print(format_tables(recipes, args.gpu, args.utilisation, args.price, args.num_processes))
+        raise ValueError("`recipes` must be given where there is no folder training/recipes, got none.")
+    return replace(options, recipes=recipes)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command; `argv` defaults to the process's arguments. Raises a `ValueError` if they do not fit."""
+    options = parse_options(CostOptions, argv, __doc__, find_recipes)
+    print(format_tables(options.recipes, options.gpu, options.utilisation, options.price, options.num_processes))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ Encodes the pictures of a data set once, for any number of runs:
 All processes share the work. A run that was stopped goes on where it was, on any number of processes.
 """
 
-import argparse
 import logging
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,84 +24,19 @@ from accelerate.utils import InitProcessGroupKwargs
 from diffusers import AutoModel
 
 from ..autoencoders import AUTOENCODERS, Autoencoder, spatial_factor
-from ..checks import check_at_least, check_number
 from ..data.buckets import bucket_sizes, encode_buckets
-from ..data.encoding import ON_BAD_IMAGE, SHARD_SIZE, check_bad_images, encode_latents, finish_latents, latent_settings
-from ..data.latents import DTYPES, LatentDataset, Latents, check_settings, find_damaged_shards, is_complete
+from ..data.encoding import Share, check_bad_images, encode_latents, finish_latents, latent_settings
+from ..data.latents import LatentDataset, Latents, check_settings, find_damaged_shards, is_complete
 from ..data.pictures import Pictures, load_pictures
 from ..data.vision_features import VisionFeatures
+from ..options import option, parse_options
 from ..processes import all_or_none
+from ..training_options import DataOptions
 
 
 logger = get_logger(__name__, log_level="INFO")
 
 PATCH_SIZE = 2  # of all presets
-
-
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of pictures and latents to `parser`, for the commands that encode and that train."""
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset_name", help="`textures` (procedural) or a data set that `datasets` can load.")
-    data.add_argument("--train_data_dir", help="Folder with one sub-folder of images per class.")
-    data.add_argument("--image_column", default="image", help="Column of the images.")
-    data.add_argument("--label_column", default="label", help="Column of the class ids.")
-    data.add_argument("--num_train_samples", type=int, default=100_000, help="Number of procedural pictures.")
-    data.add_argument("--resolution", type=int, default=256, help="Side of the centre crop in pixels.")
-    data.add_argument("--random_flip", action="store_true", help="Mirror half of the images.")
-    data.add_argument(
-        "--max_aspect_ratio",
-        type=float,
-        help="Buckets of shapes up to this ratio of sides, about as large as the square, in place of squares.",
-    )
-    data.add_argument(
-        "--pretrained_vae_name_or_path", help="Autoencoder (folder or Hub id); without one, a pixel-space model."
-    )
-    data.add_argument(
-        "--latents_dir", type=Path, help="Folder of the latents; the trainer's default is `latents` in `--output_dir`."
-    )
-    data.add_argument("--latents_dtype", default="float32", choices=list(DTYPES), help="Of latents on disk.")
-    data.add_argument(
-        "--on_bad_image",
-        default="error",
-        choices=ON_BAD_IMAGE,
-        help="Whether pictures that cannot be read are an error, or are left out and counted.",
-    )
-    data.add_argument("--shard_size", type=int, default=SHARD_SIZE, help="Pictures in a shard, the unit of the work.")
-    data.add_argument("--dataloader_num_workers", type=int, default=0)
-    data.add_argument("--encoding_batch_size", type=int, default=64, help="Images that are encoded at a time.")
-    data.add_argument("--seed", type=int, default=0, help="Of procedural pictures, data stream and initial weights.")
-
-
-def find_data_errors(args: argparse.Namespace, source_is_needed: bool) -> list[str]:
-    """
-    All that is wrong with the options of [`add_data_arguments`].
-
-    Args:
-        args (`argparse.Namespace`): The parsed options.
-        source_is_needed (`bool`): Whether pictures must be given, not only their latents.
-
-    Returns:
-        `list[str]`: A message for each option that is out of range.
-    """
-    errors = []
-    minimums = {"num_train_samples": 1, "resolution": 1, "encoding_batch_size": 1, "shard_size": 1}
-    for name, minimum in (minimums | {"dataloader_num_workers": 0, "seed": 0}).items():
-        try:
-            check_at_least(name, getattr(args, name), minimum)
-        except (TypeError, ValueError) as error:
-            errors.append(str(error))
-    if args.max_aspect_ratio is not None:
-        try:
-            check_number("max_aspect_ratio", args.max_aspect_ratio, 1)
-        except ValueError as error:
-            errors.append(str(error))
-    sources = [args.dataset_name, args.train_data_dir]
-    if all(source is not None for source in sources) or (source_is_needed and not any(sources)):
-        errors.append(
-            "Exactly one of `dataset_name` and `train_data_dir` must be given"
-            f"{'' if source_is_needed else ', or none beside `latents_dir`'}, got {sources[0]!r} and {sources[1]!r}."
-        )
-    return errors
 
 
 def load_autoencoder(path: str | None, device: torch.device) -> Autoencoder | None:
@@ -129,12 +64,12 @@ def load_autoencoder(path: str | None, device: torch.device) -> Autoencoder | No
     return vae.requires_grad_(False).eval().to(device)
 
 
-def open_pictures(args: argparse.Namespace, accelerator: Accelerator) -> Pictures:
+def open_pictures(options: DataOptions, accelerator: Accelerator) -> Pictures:
     """
-    The pictures that the options name.
+    Opens the images that the options name.
 
     Args:
-        args (`argparse.Namespace`): The options of [`add_data_arguments`].
+        options ([`DataOptions`]): The options.
         accelerator (`Accelerator`): The processes.
 
     Returns:
@@ -144,123 +79,104 @@ def open_pictures(args: argparse.Namespace, accelerator: Accelerator) -> Picture
         `ValueError`: see [`load_pictures`].
     """
     with accelerator.local_main_process_first():  # which prepares what `datasets` caches
-        return load_pictures(
-            args.dataset_name,
-            args.train_data_dir,
-            args.resolution,
-            args.num_train_samples,
-            args.seed,
-            args.image_column,
-            args.label_column,
-        )
+        return load_pictures(options.images, options.num_train_samples, options.seed)
 
 
 def encode_data(
-    args: argparse.Namespace,
+    options: DataOptions,
     accelerator: Accelerator,
     vae: Autoencoder | None,
     folder: Path,
     vision: VisionFeatures | None = None,
 ) -> Latents:
     """
-    The latents of the pictures that the options name, encoded by all processes unless this has been done.
+    Opens the latents of the images that the options name; all processes encode them unless this has been done.
 
     Args:
-        args (`argparse.Namespace`): The options of [`add_data_arguments`].
-        accelerator (`Accelerator`): The processes, which share the shards.
+        options ([`DataOptions`]): The options.
+        accelerator (`Accelerator`): The processes. They share the shards.
         vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
-        folder (`Path`): Where the latents are or go.
-        vision ([`VisionFeatures`], *optional*): A vision model whose features of the pictures are stored too.
+        folder (`Path`): Folder of the latents.
+        vision ([`VisionFeatures`], *optional*): A vision model whose features of the images are stored too.
 
     Returns:
         [`Latents`].
 
     Raises:
-        `ValueError`: the folder has the latents of other pictures, of another autoencoder or without the features, or
-            a picture cannot be read.
+        `ValueError`: the folder has the latents of other images, of another autoencoder or without the features, or
+            an image cannot be read.
     """
-    pictures = open_pictures(args, accelerator)
-    if args.max_aspect_ratio is not None:
+    pictures, encoding = open_pictures(options, accelerator), options.encoding
+    share = Share(accelerator.process_index, accelerator.num_processes)
+    if encoding.max_aspect_ratio is not None:
         multiple = PATCH_SIZE * (1 if vae is None else spatial_factor(vae))
         latents = encode_buckets(
             pictures,
-            bucket_sizes(args.resolution, multiple, args.max_aspect_ratio),
+            bucket_sizes(options.images.resolution, multiple, encoding.max_aspect_ratio),
             vae,
             folder,
-            args.random_flip,
-            args.encoding_batch_size,
-            args.dataloader_num_workers,
-            args.latents_dtype,
-            args.shard_size,
-            args.on_bad_image,
-            accelerator.process_index,
-            accelerator.num_processes,
+            encoding,
+            share=share,
             vision=vision,
             all_or_none=all_or_none,
         )
         _warn_of_bad_images(latents)
         return latents
-    settings = latent_settings(pictures, vae, args.random_flip, args.latents_dtype, vision)
+    settings = latent_settings(pictures, vae, encoding, vision)
     is_done = is_complete(folder)
     accelerator.wait_for_everyone()  # all have looked before anyone writes
     if not is_done:
         with all_or_none():
-            encode_latents(
-                pictures,
-                vae,
-                folder,
-                args.random_flip,
-                args.encoding_batch_size,
-                args.dataloader_num_workers,
-                args.latents_dtype,
-                args.shard_size,
-                args.on_bad_image,
-                process_index=accelerator.process_index,
-                num_processes=accelerator.num_processes,
-                vision=vision,
-            )
+            encode_latents(pictures, vae, folder, encoding, share=share, vision=vision)
         with all_or_none():
             if accelerator.is_main_process:
-                finish_latents(folder, settings, args.on_bad_image)
+                finish_latents(folder, settings, encoding.on_bad_image)
     latents = LatentDataset(folder)
     check_settings(folder, latents.manifest, settings)
-    check_bad_images(latents.manifest["bad_images"], args.on_bad_image)
+    check_bad_images(latents.manifest["bad_images"], encoding.on_bad_image)
     _warn_of_bad_images(latents)
     return latents
 
 
 def _warn_of_bad_images(latents: Latents) -> None:
     if latents.manifest["bad_images"]:
-        logger.warning(f"{len(latents.manifest['bad_images'])} pictures that cannot be read are left out.")
+        logger.warning(f"{len(latents.manifest['bad_images'])} images that cannot be read are left out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeLatentsOptions:
+    """Options of the command."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    repa_model_name_or_path: str | None = option(
+        None, help="Vision model (folder or Hub id) whose features of the images are stored too, in float16."
+    )
+
+    def find_conflicts(self) -> list[str]:
+        """Messages about options that do not fit each other."""
+        found = self.data.images.find_source_errors()
+        if self.data.latents_dir is None:
+            found.append("`latents_dir` must be a folder, got None.")
+        return found
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser)
-    parser.add_argument(
-        "--repa_model_name_or_path",
-        help="Vision model (folder or Hub id) whose features of the pictures are stored too, in float16.",
-    )
-    args = parser.parse_args(argv)
-    errors = find_data_errors(args, source_is_needed=True)
-    if args.latents_dir is None:
-        errors.append("`latents_dir` must be a folder, got None.")
-    if errors:
-        parser.error("\n".join(errors))
+    """Runs the command; `argv` defaults to the process's arguments. Raises a `ValueError` if they do not fit."""
+    options = parse_options(EncodeLatentsOptions, argv, __doc__)
+    folder = options.data.latents_dir
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))])
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    vae = load_autoencoder(args.pretrained_vae_name_or_path, accelerator.device)
+    vae = load_autoencoder(options.data.pretrained_vae_name_or_path, accelerator.device)
     vision = None
-    if args.repa_model_name_or_path is not None:
-        vision = VisionFeatures(args.repa_model_name_or_path, accelerator.device)
-    latents = encode_data(args, accelerator, vae, args.latents_dir, vision)
+    if options.repa_model_name_or_path is not None:
+        vision = VisionFeatures(options.repa_model_name_or_path, accelerator.device)
+    latents = encode_data(options.data, accelerator, vae, folder, vision)
     damaged = [part.folder / name for part in latents.parts for name in find_damaged_shards(part.folder)]
     if accelerator.is_main_process and damaged:
-        raise ValueError(f"{args.latents_dir} must hold undamaged shards: remove {damaged} and encode again.")
-    size = sum(path.stat().st_size for path in args.latents_dir.rglob("shard-*.safetensors"))
+        raise ValueError(f"{folder} must hold undamaged shards: remove {damaged} and encode again.")
+    size = sum(path.stat().st_size for path in folder.rglob("shard-*.safetensors"))
     logger.info(
-        f"{args.latents_dir}: {len(latents):,} pictures of {len(latents.manifest['class_names'])} classes, "
+        f"{folder}: {len(latents):,} pictures of {len(latents.manifest['class_names'])} classes, "
         f"{latents.num_views} view(s) of {latents.latent_shape}, {size / len(latents) / 1024:.1f} KiB a picture."
     )
     accelerator.end_training()

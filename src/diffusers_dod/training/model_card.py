@@ -7,12 +7,12 @@ Writes model cards: of a run while it trains, and of models from files that list
 A card goes beside its file, and into the pipeline's folder as `README.md`. docs/model_cards.md says more.
 """
 
-import argparse
 import json
 import logging
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from huggingface_hub import ModelCard
 from ..cards import CARD, CURVES, fill_card, read_model
 from ..checks import check_at_least
 from ..files import METRICS_FILE
+from ..options import build_parser, find_places, from_values, option, parse_options, read_recipe, to_recipe
 from ..presets import PRESETS, Preset
 from ..results import checkpoint_sha256, read_results
-from .arguments import PLACES, build_parser, read_config, to_recipe
+from ..training_options import TrainingOptions
 from .checkpoints import CHECKPOINT_MANIFEST, list_checkpoints
 from .cost import find_preset
 from .plot_metrics import plot_metrics
@@ -54,19 +55,22 @@ SOURCES = {
 }
 
 
-def _read_evaluation(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def _read_evaluation(options: TrainingOptions) -> dict[str, dict[str, Any]]:
     """Reads the latest line of evaluations, if there is one, in the form of results."""
-    path = args.output_dir / EVALUATIONS
+    path = options.output.output_dir / EVALUATIONS
     lines = path.read_text().splitlines() if path.exists() else []
     if not lines:
         return {}
     line = json.loads(lines[-1])
-    is_public = args.dataset_name is not None and not Path(args.dataset_name).exists()
+    is_public = options.data.images.dataset_name is not None and not Path(options.data.images.dataset_name).exists()
     return {
         EVALUATIONS: {
             "task": "train",
-            "data": {"name": args.dataset_name if is_public else "own pictures", "num_samples": line["num_samples"]},
-            "settings": {"extractor": args.fid_extractor, "step": line["step"]},
+            "data": {
+                "name": options.data.images.dataset_name if is_public else "own pictures",
+                "num_samples": line["num_samples"],
+            },
+            "settings": {"extractor": options.validation.fid_extractor, "step": line["step"]},
             "metrics": {
                 name: {"value": value, "interval": None}
                 for name, value in line.items()
@@ -87,7 +91,7 @@ def _draw_curves(folder: Path) -> None:
 
 
 def write_model_card(
-    args: argparse.Namespace,
+    options: TrainingOptions,
     class_names: tuple[str, ...] | None = None,
     images_per_step: int | None = None,
     step: int = 0,
@@ -96,7 +100,7 @@ def write_model_card(
     Writes `README.md` into the folder of a run, and beside it the recipe and, if there are metrics, their curves.
 
     Args:
-        args (`argparse.Namespace`): The run's arguments.
+        options ([`TrainingOptions`]): The run's options.
         class_names (`tuple[str]`, *optional*): Names of the classes, if they are known yet.
         images_per_step (`int`, *optional*): Samples per optimizer step over all processes, if they are known yet.
         step (`int`, defaults to 0): Number of finished steps.
@@ -104,10 +108,9 @@ def write_model_card(
     Returns:
         `str`: The card.
     """
-    folder = args.output_dir
-    recipe = yaml.safe_dump(to_recipe(args), sort_keys=False)
-    left_out = [name for name in PLACES if getattr(args, name) is not None and Path(getattr(args, name)).exists()]
-    if left_out:
+    folder = options.output.output_dir
+    recipe = yaml.safe_dump(to_recipe(options), sort_keys=False)
+    if left_out := find_places(options):
         recipe += f"# To be given as well, since the run had folders of its machine for it: {', '.join(left_out)}\n"
     (folder / RECIPE).write_text(recipe)
     if step > 0:
@@ -115,7 +118,7 @@ def write_model_card(
     pipelines = [folder, *reversed(list_checkpoints(folder))]
     saved = next((path for path in pipelines if (path / "model_index.json").exists()), None)
     card = fill_card(
-        args,
+        options,
         folder / RECIPE,
         path="path/or/hub-id",
         name=folder.resolve().name,
@@ -124,7 +127,7 @@ def write_model_card(
         class_names=class_names or (),
         folder=folder,
         model=None if saved is None or step == 0 else read_model(saved)[0],
-        results=_read_evaluation(args) if step > 0 else None,
+        results=_read_evaluation(options) if step > 0 else None,
     )
     card.save(folder / CARD)
     return str(card)
@@ -161,15 +164,17 @@ def read_sources(path: Path) -> dict[str, Any]:
     return sources
 
 
-def _check_model(model: Preset, args: argparse.Namespace) -> None:
+def _check_model(model: Preset, options: TrainingOptions) -> None:
     """Raises unless a pipeline has the backbone of its recipe; recipes that start from another model pass."""
     names = ("num_layers", "num_attention_heads", "attention_head_dim")
     expected, found = (
         {name: config[name] for name in names}
-        for config in (PRESETS[args.preset].transformer_config, model.transformer_config)
+        for config in (PRESETS[options.model.preset].transformer_config, model.transformer_config)
     )
-    if args.pretrained_model_name_or_path is None and found != expected:
-        raise ValueError(f"`pipeline` must be of the recipe's preset {args.preset}, {expected}, got one with {found}.")
+    if options.model.pretrained_model_name_or_path is None and found != expected:
+        raise ValueError(
+            f"`pipeline` must be of the recipe's preset {options.model.preset}, {expected}, got one with {found}."
+        )
 
 
 def _read_step(folder: Path) -> int:
@@ -202,10 +207,15 @@ def build_card(sources: Mapping[str, Any], name: str) -> ModelCard:
         `OSError`: a file cannot be read.
     """
     recipe = Path(sources["recipe"])
-    args = build_parser().parse_args([*read_config(recipe), "--output_dir", os.devnull])
-    num_processes = sources.get("num_processes", args.num_processes or 1)
+    argv = [*read_recipe(recipe), "--output_dir", os.devnull]
+    options = from_values(
+        TrainingOptions, vars(build_parser(TrainingOptions).parse_args(argv))
+    )  # images need no source
+    num_processes = sources.get("num_processes", options.processes.num_processes or 1)
     check_at_least("num_processes", num_processes, 1)
-    images_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    images_per_step = (
+        options.optimizer.train_batch_size * options.optimizer.gradient_accumulation_steps * num_processes
+    )
     folder, step, class_names = None, 0, ()
     if "pipeline" in sources:
         folder = Path(sources["pipeline"])
@@ -213,17 +223,17 @@ def build_card(sources: Mapping[str, Any], name: str) -> ModelCard:
             raise ValueError(f"`pipeline` must be a folder, got {sources['pipeline']!r}.")
         checkpoint = checkpoint_sha256(folder)
         model, class_names = read_model(folder)
-        _check_model(model, args)
+        _check_model(model, options)
         step = _read_step(folder)
     else:
-        model, _ = find_preset(args)
+        model, _ = find_preset(options)
     results = {file: read_results(Path(file)) for file in sources.get("results", ())}
     for file, content in results.items():
         found = (content.get("checkpoint") or {}).get("sha256")
         if found != checkpoint:
             raise ValueError(f"`results` must be of the checkpoint {checkpoint} in {folder}, got {file} of {found}.")
     return fill_card(
-        args,
+        options,
         recipe,
         path=f"outputs/{recipe.stem}" if folder is None else folder.as_posix(),
         name=name,
@@ -238,14 +248,16 @@ def build_card(sources: Mapping[str, Any], name: str) -> ModelCard:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CardOptions:
+    """Options of the command."""
+
+    cards: tuple[Path, ...] = option(is_positional=True, help="Files that say what cards are filled from.")
+
+
 def main(argv: list[str] | None = None) -> None:
-    """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("cards", type=Path, nargs="+", help="Files of what cards are filled from.")
-    args = parser.parse_args(argv)
-    for path in args.cards:
+    """Runs the command; `argv` defaults to the process's arguments. Raises a `ValueError` if they do not fit."""
+    for path in parse_options(CardOptions, argv, __doc__).cards:
         sources = read_sources(path)
         card = build_card(sources, path.stem)
         card.save(path.with_suffix(".md"))

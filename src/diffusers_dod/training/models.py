@@ -1,50 +1,58 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """Models of a training run and their optimizer."""
 
-import argparse
-
 import torch
 
 from ..conversion import add_prior_projection
 from ..finetuning import difffit_parameters, freeze_all_but
 from ..latent_embedding import VisualPriorMixin
 from ..losses import DoDJointModel, RepresentationProjector
+from ..options import find_given
 from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS, Preset
+from ..training_options import AlignmentOptions, ModelOptions, OptimizerOptions
 from ..transformer_dod import DoDAttention, DoDTransformer2DModel
 
 
 def build_models(
-    args: argparse.Namespace, latent_shape: tuple[int, ...], num_classes: int, feature_dim: int | None = None
+    options: ModelOptions,
+    latent_shape: tuple[int, ...],
+    num_classes: int,
+    seed: int = 0,
+    feature_dim: int | None = None,
+    alignment: AlignmentOptions | None = None,
 ) -> DoDJointModel:
     """
     Builds backbone and LEM.
 
-    They come from `--pretrained_model_name_or_path` as far as it has them, else from the preset, seeded by `--seed`.
+    They come from `--pretrained_model_name_or_path` as far as it has them, else from the preset.
 
     Args:
-        args (`argparse.Namespace`): The run's arguments.
+        options ([`ModelOptions`]): The options of the model.
         latent_shape (`tuple[int, ...]`): Shape (C, h, w) of the latents.
         num_classes (`int`): Number of classes.
+        seed (`int`, defaults to 0): Seed of the weights that come from the preset.
         feature_dim (`int`, *optional*): Width of the features, if tokens are aligned.
+        alignment ([`AlignmentOptions`], *optional*): The options of the alignment; the defaults if not given.
 
     Returns:
         [`DoDJointModel`]. All of it is trainable unless `--trainable_parameters` says otherwise.
 
     Raises:
-        `ValueError`: a saved pipeline does not fit the latents or the arguments.
+        `ValueError`: a saved pipeline does not fit the latents or the options.
     """
-    torch.manual_seed(args.seed)
-    preset: Preset = PRESETS[args.preset]
+    torch.manual_seed(seed)
+    alignment = alignment or AlignmentOptions()
+    preset: Preset = PRESETS[options.preset]
     names = ("num_latent_tokens", "latent_token_dim")
-    overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.pretrained_model_name_or_path is None:
-        if args.patch_size is not None:
-            overrides["patch_size"] = args.patch_size
+    overrides = {name: value for name, value in find_given(options).items() if name in names}
+    if options.pretrained_model_name_or_path is None:
+        if options.patch_size is not None:
+            overrides["patch_size"] = options.patch_size
         transformer, latent_embedder = preset.build(latent_shape, num_classes, **overrides)
     else:
         shape = {"in_channels": latent_shape[0], "sample_size": latent_shape[1]}
-        transformer, latent_embedder = load_pretrained(args.pretrained_model_name_or_path, shape, num_classes)
+        transformer, latent_embedder = load_pretrained(options.pretrained_model_name_or_path, shape, num_classes)
         if latent_embedder is not None and overrides:
             name, value = next(iter(overrides.items()))
             raise ValueError(
@@ -59,12 +67,12 @@ def build_models(
     projector = prior_projector = None
     if feature_dim is not None:
         projector = RepresentationProjector(transformer.inner_dim, feature_dim)
-        if latent_embedder is not None and args.repa_prior_weight > 0:
+        if latent_embedder is not None and alignment.repa_prior_weight > 0:
             prior_projector = RepresentationProjector(latent_embedder.inner_dim, feature_dim)
-    model = DoDJointModel(transformer, latent_embedder, projector, prior_projector, args.repa_layer)
-    if args.gradient_checkpointing:
+    model = DoDJointModel(transformer, latent_embedder, projector, prior_projector, alignment.repa_layer)
+    if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    if args.trainable_parameters == "difffit":
+    if options.trainable_parameters == "difffit":
         projectors = [name for name, _ in model.named_parameters() if name.split(".")[0].endswith("projector")]
         freeze_all_but(model, sorted({*difffit_parameters(model), *projectors}))
     return model
@@ -133,12 +141,12 @@ def use_fast_attention(model: DoDJointModel | DoDPipeline, device: torch.device)
                 module.set_attention_backend("_native_math")
 
 
-def build_optimizer(args: argparse.Namespace, model: DoDJointModel) -> torch.optim.Optimizer:
+def build_optimizer(options: OptimizerOptions, model: DoDJointModel) -> torch.optim.Optimizer:
     """
     Builds AdamW for the trainable weights; the LEM may have its own learning rate.
 
     Args:
-        args (`argparse.Namespace`): The run's arguments.
+        options ([`OptimizerOptions`]): The options of the optimizer.
         model ([`DoDJointModel`]): The model.
 
     Returns:
@@ -151,18 +159,18 @@ def build_optimizer(args: argparse.Namespace, model: DoDJointModel) -> torch.opt
     def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
         return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
-    rates = {"latent_embedder": args.latent_embedder_learning_rate or args.learning_rate}
+    rates = {"latent_embedder": options.latent_embedder_learning_rate or options.learning_rate}
     groups = [
-        {"params": trainable(module), "lr": rates.get(name, args.learning_rate)}
+        {"params": trainable(module), "lr": rates.get(name, options.learning_rate)}
         for name, module in model.named_children()
     ]
     settings = {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-        "weight_decay": args.adam_weight_decay,
+        "lr": options.learning_rate,
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "eps": options.adam_epsilon,
+        "weight_decay": options.adam_weight_decay,
     }
-    if args.optimizer == "adamw":
+    if options.optimizer == "adamw":
         return torch.optim.AdamW(groups, **settings, fused=True)
     try:
         from torchao.optim import AdamW8bit

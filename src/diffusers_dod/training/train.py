@@ -11,7 +11,6 @@ The images are encoded once, into `output_dir/latents`. The run writes `metrics.
 pipeline itself into `output_dir`.
 """
 
-import argparse
 import json
 import logging
 import math
@@ -35,6 +34,7 @@ from ..data.vision_features import VisionFeatures
 from ..files import METRICS_FILE
 from ..losses import DoDJointModel
 from ..metrics.extractors import check_extractor, load_extractor, load_statistics
+from ..options import describe, parse_options, replace_values, to_values
 from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS
 from ..processes import (
@@ -47,8 +47,8 @@ from ..processes import (
     sharded_like,
 )
 from ..scheduling_dod import DoDFlowMatchScheduler
+from ..training_options import TrainingOptions
 from ..transformer_dod import DoDTransformer2DModel
-from .arguments import parse_args
 from .checkpoints import (
     STATE_FOLDER,
     find_checkpoint,
@@ -73,12 +73,12 @@ logger = get_logger(__name__, log_level="INFO")
 PUSH_TIMEOUT_S = 3600.0  # longest wait for the upload at the end of a run
 
 
-def build_accelerator(args: argparse.Namespace) -> Accelerator:
+def build_accelerator(options: TrainingOptions) -> Accelerator:
     """
     Sets up the processes of a run, as its launcher and its options ask for.
 
     Args:
-        args (`argparse.Namespace`): The run's arguments.
+        options ([`TrainingOptions`]): The run's options.
 
     Returns:
         `Accelerator`.
@@ -87,34 +87,38 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         `ValueError`: the launcher made other processes, or the options do not fit them.
     """
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=args.report_to,
-        project_dir=args.output_dir,
+        mixed_precision=options.precision.mixed_precision,
+        gradient_accumulation_steps=options.optimizer.gradient_accumulation_steps,
+        log_with=options.output.report_to,
+        project_dir=options.output.output_dir,
         # The other processes wait while one encodes pictures or saves.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
     )
-    check_processes(accelerator, args.num_processes, args.distributed_type)
-    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
+    check_processes(accelerator, options.processes.num_processes, options.processes.distributed_type)
+    if accelerator.gradient_accumulation_steps != options.optimizer.gradient_accumulation_steps:
         raise ValueError(
             "`gradient_accumulation_steps` must be what the launcher is configured for, "
-            f"{accelerator.gradient_accumulation_steps}, got {args.gradient_accumulation_steps}."
+            f"{accelerator.gradient_accumulation_steps}, got {options.optimizer.gradient_accumulation_steps}."
         )
     if accelerator.mixed_precision not in ("no", "fp16", "bf16"):
         raise ValueError(f"`mixed_precision` must be 'no', 'fp16' or 'bf16', got {accelerator.mixed_precision!r}.")
     is_deepspeed = accelerator.distributed_type.value == "DEEPSPEED"
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None and not is_deepspeed:
         raise ValueError("`mixed_precision` must be 'no' or 'bf16' where gradients cannot be scaled, got 'fp16'.")
-    if is_deepspeed and args.resume_from_checkpoint is not None:
+    if is_deepspeed and options.output.resume_from_checkpoint is not None:
         raise ValueError(
             "`resume_from_checkpoint` must not be given under DeepSpeed, whose optimizer is not saved, got "
-            f"{args.resume_from_checkpoint!r}: start from a checkpoint's weights with `pretrained_model_name_or_path`."
+            f"{options.output.resume_from_checkpoint!r}: start from a checkpoint's weights with "
+            "`pretrained_model_name_or_path`."
         )
-    if args.optimizer != "adamw" and accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
-        raise ValueError(f"`optimizer` must be 'adamw' under FSDP and DeepSpeed, got {args.optimizer!r}.")
+    if options.optimizer.optimizer != "adamw" and accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
+        raise ValueError(f"`optimizer` must be 'adamw' under FSDP and DeepSpeed, got {options.optimizer.optimizer!r}.")
     if is_deepspeed:
         accelerator.state.deepspeed_plugin.deepspeed_config.update(
-            {"train_micro_batch_size_per_gpu": args.train_batch_size, "gradient_clipping": args.max_grad_norm}
+            {
+                "train_micro_batch_size_per_gpu": options.optimizer.train_batch_size,
+                "gradient_clipping": options.optimizer.max_grad_norm,
+            }
         )
     elif accelerator.is_fsdp2:
         # Autocast does the rest. FSDP's own casts would round the times of the samples to bf16.
@@ -127,51 +131,60 @@ class Trainer:
     A training run: its data and models, its steps, and its output.
 
     Args:
-        args (`argparse.Namespace`): The run's arguments.
+        options ([`TrainingOptions`]): The run's options.
         accelerator (`Accelerator`): The run's processes.
 
     Raises:
         `ValueError`: the arguments do not fit the data, the models or the content of the folders.
     """
 
-    def __init__(self, args: argparse.Namespace, accelerator: Accelerator):
-        self.args = args
+    def __init__(self, options: TrainingOptions, accelerator: Accelerator):
+        self.options = options
         self.accelerator = accelerator
         self.pusher = None
         if accelerator.is_main_process:
-            args.output_dir.mkdir(parents=True, exist_ok=True)
-        self.checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)  # the latest
-        if args.push_to_hub:  # before anything else, so that a refusal costs nothing
+            options.output.output_dir.mkdir(parents=True, exist_ok=True)
+        self.checkpoint = find_checkpoint(
+            options.output.output_dir, options.output.resume_from_checkpoint
+        )  # the latest
+        if options.hub.push_to_hub:  # before anything else, so that a refusal costs nothing
             with all_or_none():
                 if accelerator.is_main_process:
-                    name = args.hub_model_id or args.output_dir.resolve().name
-                    self.pusher = HubPusher(name, args.output_dir, args.hub_token)
-                    self.pusher.check(write_model_card(args))
+                    name = options.hub.hub_model_id or options.output.output_dir.resolve().name
+                    self.pusher = HubPusher(name, options.output.output_dir, options.hub.hub_token)
+                    self.pusher.check(write_model_card(options))
         self.fid = None
-        if args.fid_extractor is not None:
+        if options.validation.fid_extractor is not None:
             self.fid = (
-                load_extractor(args.fid_extractor, device=accelerator.device),
-                load_statistics(args.fid_reference),
+                load_extractor(options.validation.fid_extractor, device=accelerator.device),
+                load_statistics(options.validation.fid_reference),
             )
 
-        self.vae = load_autoencoder(args.pretrained_vae_name_or_path, accelerator.device)
+        self.vae = load_autoencoder(options.data.pretrained_vae_name_or_path, accelerator.device)
         vision = None
-        if args.repa_model_name_or_path is not None:
-            vision = VisionFeatures(args.repa_model_name_or_path, accelerator.device)
-        self.data = open_training_data(args, accelerator, self.vae, vision)
+        if options.alignment.repa_model_name_or_path is not None:
+            vision = VisionFeatures(options.alignment.repa_model_name_or_path, accelerator.device)
+        self.data = open_training_data(options, accelerator, self.vae, vision)
         if self.fid is not None:
             check_extractor(self.fid[0], len(self.fid[1][0]), self.data.resolution, accelerator.device)
         feature_dim = None if vision is None else vision.feature_dim
-        model = build_models(args, self.data.latent_shape, len(self.data.class_names), feature_dim)
+        model = build_models(
+            options.model,
+            self.data.latent_shape,
+            len(self.data.class_names),
+            seed=options.data.seed,
+            feature_dim=feature_dim,
+            alignment=options.alignment,
+        )
         self.data.check_patch_size(model.transformer.config.patch_size)
-        optimizer = build_optimizer(args, model)
+        optimizer = build_optimizer(options.optimizer, model)
         self.lr_scheduler = get_scheduler(
-            args.lr_scheduler,
+            options.optimizer.lr_scheduler,
             optimizer,
-            num_warmup_steps=args.lr_warmup_steps,
-            num_training_steps=args.max_train_steps,
+            num_warmup_steps=options.optimizer.lr_warmup_steps,
+            num_training_steps=options.optimizer.max_train_steps,
         )  # not prepared by accelerate, which would step it once per process
-        if args.compile:
+        if options.precision.compile:
             model.transformer.compile_repeated_blocks()
             if model.latent_embedder is not None and model.latent_embedder._repeated_blocks:
                 model.latent_embedder.compile_repeated_blocks()
@@ -183,21 +196,25 @@ class Trainer:
         state = self._resume()
         positions = PositionSampler(
             start_step=self.step,
-            num_steps=args.max_train_steps,
-            batch_size=args.train_batch_size,
-            accumulation=args.gradient_accumulation_steps,
+            num_steps=options.optimizer.max_train_steps,
+            batch_size=options.optimizer.train_batch_size,
+            accumulation=options.optimizer.gradient_accumulation_steps,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
         self.images_per_step = positions.images_per_step
         self.metrics = TrainingMetrics(
-            args.output_dir / METRICS_FILE, accelerator, self.images_per_step, self.step, state.get("metrics")
+            options.output.output_dir / METRICS_FILE,
+            accelerator,
+            self.images_per_step,
+            self.step,
+            state.get("metrics"),
         )
         self.batches = self.data.batches(
             self._build_draws(),
             positions,
             num_aligned_steps=self._num_aligned_steps,
-            num_workers=args.dataloader_num_workers,
+            num_workers=options.data.encoding.dataloader_num_workers,
             state=state,
         )
 
@@ -205,9 +222,10 @@ class Trainer:
         """Builds the averages of the weights by name; pipelines and samples use the first."""
         parameters = list(averaged_parameters(self.joint_model).values())
         emas: dict[str, EMAModel] = {
-            f"decay-{decay}": EMAModel(parameters, decay=decay, foreach=True) for decay in self.args.ema_decay
+            f"decay-{decay}": EMAModel(parameters, decay=decay, foreach=True)
+            for decay in self.options.averages.ema_decay
         }
-        for width in self.args.ema_sigma_rel:
+        for width in self.options.averages.ema_sigma_rel:
             emas[f"sigma-rel-{width}"] = PowerFunctionEMA(parameters, width, foreach=True)
         for ema in emas.values():
             ema.to(dtype=torch.float32)  # of bf16 weights too, which DeepSpeed trains: small changes would be lost
@@ -224,16 +242,16 @@ class Trainer:
         return dict(list(self.emas.items())[1:])
 
     def _build_draws(self) -> SampleDraws:
-        args = self.args
+        options = self.options
         return SampleDraws(
             num_classes=len(self.data.class_names),
-            seed=args.seed,
-            label_dropout_prob=args.label_dropout_prob,
-            prior_dropout_prob=1.0 if self.joint_model.latent_embedder is None else args.prior_dropout_prob,
-            exact_dropout_size=self.images_per_step if args.exact_dropout else None,
-            logit_mean=args.logit_mean,
-            logit_std=args.logit_std,
-            time_shift=args.time_shift,
+            seed=options.data.seed,
+            label_dropout_prob=options.dropout.label_dropout_prob,
+            prior_dropout_prob=1.0 if self.joint_model.latent_embedder is None else options.dropout.prior_dropout_prob,
+            exact_dropout_size=self.images_per_step if options.dropout.exact_dropout else None,
+            logit_mean=options.times.logit_mean,
+            logit_std=options.times.logit_std,
+            time_shift=options.times.time_shift,
         )
 
     @property
@@ -241,7 +259,11 @@ class Trainer:
         """Number of steps that align tokens with features."""
         if self.data.vision is None:
             return 0
-        return self.args.max_train_steps if self.args.repa_stop_step is None else self.args.repa_stop_step
+        return (
+            self.options.optimizer.max_train_steps
+            if self.options.alignment.repa_stop_step is None
+            else self.options.alignment.repa_stop_step
+        )
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
@@ -256,16 +278,20 @@ class Trainer:
             raise ValueError(
                 f"The first `ema_decay` must be that of the pipeline in {checkpoint}, {state['average']}, got {first}."
             )
-        for name in ("streaming", "optimizer", *(["gradient_accumulation_steps"] if self.args.streaming else [])):
-            if state[name] != getattr(self.args, name):
+        values = to_values(self.options)
+        for name in (
+            "streaming",
+            "optimizer",
+            *(["gradient_accumulation_steps"] if self.options.stream.streaming else []),
+        ):
+            if state[name] != values[name]:
                 raise ValueError(
-                    f"`{name}` must be {state[name]!r} as in the run that is resumed, "
-                    f"got {getattr(self.args, name)!r}."
+                    f"`{name}` must be {state[name]!r} as in the run that is resumed, got {values[name]!r}."
                 )
-        if state["step"] > self.args.max_train_steps:
+        if state["step"] > self.options.optimizer.max_train_steps:
             raise ValueError(
                 f"`max_train_steps` must be at least the step {state['step']} of {checkpoint}, "
-                f"got {self.args.max_train_steps}."
+                f"got {self.options.optimizer.max_train_steps}."
             )
         load_training_state(checkpoint, self.joint_model, self.optimizer, self.other_emas)
         averaged = DoDTransformer2DModel.from_pretrained(checkpoint, subfolder="transformer")
@@ -310,10 +336,10 @@ class Trainer:
             models[part].requires_grad_(False).eval()
         pipeline = DoDPipeline(
             **models,
-            scheduler=DoDFlowMatchScheduler(shift=self.args.time_shift),
+            scheduler=DoDFlowMatchScheduler(shift=self.options.times.time_shift),
             vae=self.vae,
             id2label=dict(enumerate(self.data.class_names)),
-            **PRESETS[self.args.preset].pipeline_config,
+            **PRESETS[self.options.model.preset].pipeline_config,
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -330,9 +356,9 @@ class Trainer:
             "step": self.step,
             "num_nonfinite_steps": self.num_nonfinite_steps,
             "average": next(iter(self.emas)),
-            "streaming": self.args.streaming,
-            "optimizer": self.args.optimizer,
-            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "streaming": self.options.stream.streaming,
+            "optimizer": self.options.optimizer.optimizer,
+            "gradient_accumulation_steps": self.options.optimizer.gradient_accumulation_steps,
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
             "gradient_scaler": None if scaler is None else scaler.state_dict(),
             "metrics": self.metrics.state(),
@@ -345,7 +371,7 @@ class Trainer:
 
         if is_main:
             self.checkpoint = save_checkpoint(
-                self.args.output_dir, self.step, write, self.args.checkpoints_total_limit
+                self.options.output.output_dir, self.step, write, self.options.output.checkpoints_total_limit
             )
 
     # ------------------------------------------------------------------------------------------------------- steps
@@ -364,24 +390,24 @@ class Trainer:
         loss = losses.mean()
         if "features" in batch:
             _, alignment, prior_alignment = output
-            loss = loss + self.args.repa_weight * alignment.mean()
+            loss = loss + self.options.alignment.repa_weight * alignment.mean()
             # Over the whole batch, so that micro-batches with few priors weigh no more than others.
-            loss = loss + self.args.repa_prior_weight * prior_alignment.sum() / len(losses)
+            loss = loss + self.options.alignment.repa_prior_weight * prior_alignment.sum() / len(losses)
             self.metrics.add_alignment(alignment.detach(), prior_alignment.detach())
         self.metrics.add_losses(losses.detach(), batch["sigmas"], batch["num_priors"])
         return loss
 
     def train_step(self) -> None:
         """Makes one optimizer step; it changes no weight if its gradients are not finite."""
-        args, accelerator = self.args, self.accelerator
-        for _ in range(args.gradient_accumulation_steps):
+        options, accelerator = self.options, self.accelerator
+        for _ in range(options.optimizer.gradient_accumulation_steps):
             batch = self._next_batch()
             with accelerator.accumulate(self.model):
                 accelerator.backward(self._forward(batch))
                 is_finite = True
                 if accelerator.sync_gradients:
                     # Clipping would spread what is not finite.
-                    is_last_chance = self.nonfinite_in_a_row == args.max_nonfinite_steps
+                    is_last_chance = self.nonfinite_in_a_row == options.optimizer.max_nonfinite_steps
                     suspects = self._find_nonfinite_gradients() if is_last_chance else []
                     grad_norm = self._clip_gradients()
                     is_finite = bool(torch.isfinite(grad_norm))  # the same on all processes, which share gradients
@@ -402,7 +428,7 @@ class Trainer:
 
     def _clip_gradients(self) -> torch.Tensor:
         """Clips the gradients to `--max_grad_norm`, and returns their norm before clipping."""
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.optimizer.max_grad_norm)
         if not isinstance(norm, torch.Tensor):  # DeepSpeed clips on its own, and does not know the norm at first
             return torch.tensor(norm or 0.0, device=self.accelerator.device)
         return full_tensor(norm)
@@ -417,7 +443,7 @@ class Trainer:
         self.num_nonfinite_steps += 1
         self.nonfinite_in_a_row += 1
         logger.warning(f"Step {self.step} is left out: the norm of its gradients is {grad_norm}.")
-        if self.nonfinite_in_a_row <= self.args.max_nonfinite_steps:
+        if self.nonfinite_in_a_row <= self.options.optimizer.max_nonfinite_steps:
             return
         report = {
             "step": self.step,
@@ -431,41 +457,47 @@ class Trainer:
             ],
             "nonfinite_gradients": suspects,
         }
-        path = self.args.output_dir / f"nonfinite-step-{self.step}.json"
+        path = self.options.output.output_dir / f"nonfinite-step-{self.step}.json"
         if self.accelerator.is_main_process:
             path.write_text(json.dumps(report, indent=2) + "\n")
         raise FloatingPointError(
             f"The gradients of {self.nonfinite_in_a_row} steps in a row are not finite, up to step {self.step}: more "
-            f"than `max_nonfinite_steps` = {self.args.max_nonfinite_steps}. See {path}."
+            f"than `max_nonfinite_steps` = {self.options.optimizer.max_nonfinite_steps}. See {path}."
         )
 
     def validate(self) -> None:
         """Draws a grid of samples and, if asked to, computes Fréchet distances; all processes share the work."""
-        args, accelerator = self.args, self.accelerator
+        options, accelerator = self.options, self.accelerator
         pipeline = self.averaged_pipeline()
         use_fast_attention(pipeline, accelerator.device)
-        call = {"guidance_scale": args.validation_guidance_scale}
+        call = {"guidance_scale": options.validation.validation_guidance_scale}
         if self.fid is not None:
             distances = stage_distances(
-                pipeline, *self.fid, args.fid_num_samples, args.validation_seed, accelerator, **call
+                pipeline,
+                *self.fid,
+                options.validation.fid_num_samples,
+                options.validation.validation_seed,
+                accelerator,
+                **call,
             )
-            line = {"step": self.step, "num_samples": args.fid_num_samples, **distances}
+            line = {"step": self.step, "num_samples": options.validation.fid_num_samples, **distances}
             if accelerator.is_main_process:
-                drop_metrics_after(args.output_dir / EVALUATIONS, self.step - 1)
-            append_line(args.output_dir / EVALUATIONS, line, accelerator)
-        grid = stage_grid(pipeline, args.validation_seed, accelerator, **call)
+                drop_metrics_after(options.output.output_dir / EVALUATIONS, self.step - 1)
+            append_line(options.output.output_dir / EVALUATIONS, line, accelerator)
+        grid = stage_grid(pipeline, options.validation.validation_seed, accelerator, **call)
         if accelerator.is_main_process:  # at last, so that what has a grid has all of it
             self._grid_path.parent.mkdir(exist_ok=True)
             grid.save(self._grid_path)
 
     @property
     def _grid_path(self) -> Path:
-        return self.args.output_dir / "samples" / f"step-{self.step:07d}.png"
+        return self.options.output.output_dir / "samples" / f"step-{self.step:07d}.png"
 
     @property
     def _is_to_be_validated(self) -> bool:
         return self.step > 0 and (
-            self.step % self.args.validation_steps == 0 or self.step == self.args.max_train_steps
+            self.step % self.options.validation.validation_steps == 0
+            or self.step == self.options.optimizer.max_train_steps
         )
 
     def train(self) -> bool:
@@ -475,38 +507,37 @@ class Trainer:
         Returns:
             `bool`: Whether the run reached its end. If not, SIGTERM has stopped it, with a checkpoint.
         """
-        args, accelerator = self.args, self.accelerator
+        options, accelerator = self.options, self.accelerator
         if accelerator.is_main_process:
             for name in (METRICS_FILE, EVALUATIONS):
-                drop_metrics_after(args.output_dir / name, self.step)
-        if args.report_to:
-            settings = {name: str(value) for name, value in vars(self._resolved_args()).items() if name != "hub_token"}
-            accelerator.init_trackers("diffusers_dod", config=settings)
+                drop_metrics_after(options.output.output_dir / name, self.step)
+        if options.output.report_to:
+            accelerator.init_trackers("diffusers_dod", config=describe(self._resolved_options()))
         parameters = sum(parameter.numel() for parameter in self.joint_model.parameters())
         logger.info(
-            f"{args.preset}: {parameters:,} parameters, {self.data.describe()}, {accelerator.num_processes} "
+            f"{options.model.preset}: {parameters:,} parameters, {self.data.describe()}, {accelerator.num_processes} "
             f"process(es) on {accelerator.device}, {self.images_per_step} images per step."
         )
         if self._is_to_be_validated and not any(gather_object([self._grid_path.exists()])):
             self.validate()  # the run was ended between its checkpoint and its samples
         progress = tqdm(
-            total=args.max_train_steps,
+            total=options.optimizer.max_train_steps,
             initial=self.step,
             desc="Training",
             disable=not accelerator.is_main_process,
         )
         with progress, StopSignal(accelerator) as stop:
-            while self.step < args.max_train_steps:
+            while self.step < options.optimizer.max_train_steps:
                 self.train_step()
                 progress.update()
-                is_last = self.step == args.max_train_steps
+                is_last = self.step == options.optimizer.max_train_steps
                 is_stopped = stop.is_received()
-                if self.step % args.logging_steps == 0 or is_last:
+                if self.step % options.output.logging_steps == 0 or is_last:
                     line = self.metrics.write(self.step, self.learning_rate)
                     loss = math.nan if line["loss"] is None else line["loss"]
                     progress.set_postfix(loss=f"{loss:.4f}", images_per_s=line["images_per_second"])
                 pause = time.perf_counter()
-                if self.step % args.checkpointing_steps == 0 or is_last or is_stopped:
+                if self.step % options.output.checkpointing_steps == 0 or is_last or is_stopped:
                     self.save()
                     if not is_last and not is_stopped:
                         self._push_checkpoint()
@@ -520,31 +551,36 @@ class Trainer:
 
     def _push_checkpoint(self) -> None:
         """Starts the upload of the latest checkpoint if it is due."""
-        every = self.args.push_every
-        if self.pusher is not None and every is not None and self.step // self.args.checkpointing_steps % every == 0:
+        every = self.options.hub.push_every
+        if (
+            self.pusher is not None
+            and every is not None
+            and self.step // self.options.output.checkpointing_steps % every == 0
+        ):
             self._push(f"Step {self.step}")
 
-    def _resolved_args(self) -> argparse.Namespace:
-        """The run's arguments, with the settings of latents on disk."""
-        decided = {"resolution": self.data.resolution, "random_flip": self.data.random_flip}
-        return argparse.Namespace(**vars(self.args) | decided)
+    def _resolved_options(self) -> TrainingOptions:
+        """The run's options with the settings of latents on disk."""
+        return replace_values(self.options, resolution=self.data.resolution, random_flip=self.data.random_flip)
 
     def _write_card(self) -> None:
-        write_model_card(self._resolved_args(), self.data.class_names, self.images_per_step, self.step)
+        write_model_card(self._resolved_options(), self.data.class_names, self.images_per_step, self.step)
 
     def _push(self, message: str) -> None:
-        folder = self.args.output_dir
+        folder = self.options.output.output_dir
         self._write_card()
         names = ("README.md", METRICS_FILE, EVALUATIONS, "samples", *CARD_FILES)
-        self.pusher.push(self.checkpoint, [folder / name for name in names], message, self.args.push_training_state)
+        self.pusher.push(
+            self.checkpoint, [folder / name for name in names], message, self.options.hub.push_training_state
+        )
 
     def finish(self) -> None:
         """Writes the finished pipeline with its model card and, if asked to, uploads them."""
-        args = self.args
+        options = self.options
         pipeline = self.averaged_pipeline()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            pipeline.save_pretrained(args.output_dir)
+            pipeline.save_pretrained(options.output.output_dir)
             self._write_card()
             if self.pusher is not None:
                 self._push("End of training")
@@ -561,18 +597,18 @@ def main(argv: list[str] | None = None) -> None:
         `ValueError`: the arguments do not fit the processes, the data, the models or the content of the folders.
         `FloatingPointError`: the gradients of too many steps in a row are not finite.
     """
-    args = parse_args(argv, __doc__)
-    if args.dry_run:
+    options = parse_options(TrainingOptions, argv, __doc__)
+    if options.dry_run:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(describe_run(args))
+            print(describe_run(options))
         return
     end_with_launcher()
-    accelerator = build_accelerator(args)
+    accelerator = build_accelerator(options)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("diffusers_dod").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    if args.allow_tf32:
+    if options.precision.allow_tf32:
         torch.set_float32_matmul_precision("high")
-    trainer = Trainer(args, accelerator)
+    trainer = Trainer(options, accelerator)
     is_finished = False
     try:
         if trainer.train():

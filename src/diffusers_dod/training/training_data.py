@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """Training data of a run: latents on disk, or images that are read and encoded while the model trains."""
 
-import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -14,13 +14,14 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..autoencoders import Autoencoder, encode_moments, latent_channels, spatial_factor
-from ..data.encoding import describe_autoencoder
+from ..data.encoding import EncodingOptions, Share, describe_autoencoder
 from ..data.foreign_latents import open_latents
 from ..data.latents import Latents, check_settings, pictures_of
-from ..data.pictures import TRANSFORM, Columns
+from ..data.pictures import TRANSFORM, ImageOptions
 from ..data.sample_stream import PositionSampler, SampleDraws, TrainingSamples, collate_priors_first
 from ..data.streaming import ImageStream, build_stream_loader, open_stream
 from ..data.vision_features import VisionFeatures
+from ..training_options import TrainingOptions
 from .encode_latents import encode_data, open_pictures
 
 
@@ -216,11 +217,10 @@ class StreamedImages(TrainingData):
         stream (`datasets.IterableDataset`): A stream from [`open_stream`].
         class_names (`tuple[str, ...]`): Names of the classes in the order of their ids.
         vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
-        resolution (`int`): Side of the images in pixels.
-        random_flip (`bool`): Whether half of the images are mirrored.
+        images ([`ImageOptions`]): Columns of the stream, and the side of the images in pixels.
+        encoding ([`EncodingOptions`]): Whether half of the images are mirrored, and the treatment of bad ones.
         device (`torch.device`): Device of the inputs.
         vision ([`VisionFeatures`], *optional*): The vision model whose features tokens are aligned with.
-        options (`Any`): Arguments of [`ImageStream`]: its columns, and the treatment of bad images.
 
     Raises:
         `ValueError`: the autoencoder does not take images of this resolution.
@@ -231,20 +231,21 @@ class StreamedImages(TrainingData):
         stream: datasets.IterableDataset,
         class_names: tuple[str, ...],
         vae: Autoencoder | None,
-        resolution: int,
-        random_flip: bool,
+        images: ImageOptions,
+        encoding: EncodingOptions,
         device: torch.device,
         vision: VisionFeatures | None = None,
-        **options: Any,
     ):
+        resolution = images.resolution
         channels, factor = (3, 1) if vae is None else (latent_channels(vae), spatial_factor(vae))
         if resolution % factor:
             raise ValueError(f"`resolution` must be a multiple of {factor} for this `vae`, got {resolution}.")
         side = resolution // factor
-        super().__init__(class_names, (channels, side, side), resolution, random_flip, device, vision)
+        super().__init__(class_names, (channels, side, side), resolution, encoding.random_flip, device, vision)
         self.stream = stream
         self.vae = vae
-        self.options = options
+        self.images = images
+        self.encoding = encoding
 
     def batches(
         self,
@@ -259,16 +260,13 @@ class StreamedImages(TrainingData):
             self.stream,
             self.class_names,
             draws,
-            self.resolution,
             self.latent_shape,
             batch_size=positions.batch_size,
-            num_workers=num_workers,
-            process_index=positions.process_index,
-            num_processes=positions.num_processes,
-            random_flip=self.random_flip,
+            images=self.images,
+            encoding=replace(self.encoding, dataloader_num_workers=num_workers),
+            share=Share(positions.process_index, positions.num_processes),
             # With other processes than before, the error names what does not fit.
             state=None if states is None else states[positions.process_index % len(states)],
-            **self.options,
         )
         self._position = samples.state
         loader = iter(build_stream_loader(samples, pin_memory=self.device.type == "cuda"))
@@ -299,22 +297,28 @@ class StreamedImages(TrainingData):
         return f"streamed images of {len(self.class_names)} classes"
 
 
-def _open_latents(args: argparse.Namespace, accelerator: Accelerator, vae: Autoencoder | None) -> Latents:
+def _open_latents(options: TrainingOptions, accelerator: Accelerator, vae: Autoencoder | None) -> Latents:
     """Opens the latents of `--latents_dir`, or of images; all processes encode these unless that has been done."""
-    if args.dataset_name is not None or args.train_data_dir is not None:
-        folder = args.output_dir / "latents" if args.latents_dir is None else args.latents_dir
-        return encode_data(args, accelerator, vae, folder)
-    latents = open_latents(args.latents_dir, vae)
+    if options.data.images.dataset_name is not None or options.data.images.train_data_dir is not None:
+        folder = (
+            options.output.output_dir / "latents" if options.data.latents_dir is None else options.data.latents_dir
+        )
+        return encode_data(options.data, accelerator, vae, folder)
+    latents = open_latents(options.data.latents_dir, vae)
     if "autoencoder" not in latents.manifest:
-        logger.warning(f"{args.latents_dir} does not say which autoencoder it comes from: it is taken for the given.")
+        logger.warning(
+            f"{options.data.latents_dir} does not say which autoencoder it comes from: it is taken for the given."
+        )
         return latents
-    expected = {"autoencoder": describe_autoencoder(vae)} | ({"random_flip": True} if args.random_flip else {})
-    check_settings(args.latents_dir, latents.manifest, expected)
+    expected = {"autoencoder": describe_autoencoder(vae)} | (
+        {"random_flip": True} if options.data.encoding.random_flip else {}
+    )
+    check_settings(options.data.latents_dir, latents.manifest, expected)
     return latents
 
 
 def open_training_data(
-    args: argparse.Namespace,
+    options: TrainingOptions,
     accelerator: Accelerator,
     vae: Autoencoder | None,
     vision: VisionFeatures | None = None,
@@ -323,7 +327,7 @@ def open_training_data(
     Opens the data that the options name.
 
     Args:
-        args (`argparse.Namespace`): The run's arguments.
+        options ([`TrainingOptions`]): The run's options.
         accelerator (`Accelerator`): The processes. They share the work of encoding.
         vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
         vision ([`VisionFeatures`], *optional*): The vision model whose features tokens are aligned with.
@@ -335,27 +339,25 @@ def open_training_data(
         `ValueError`: the data cannot be opened, a folder has latents of other images or of another autoencoder, or an
             image cannot be read.
     """
-    if args.streaming:
-        names = None if args.class_names_file is None else args.class_names_file.read_text().splitlines()
-        columns = (args.image_column, args.label_column)
-        stream, class_names = open_stream(args.dataset_name, args.train_data_dir, *columns, names)
+    if options.stream.streaming:
+        file = options.stream.class_names_file
+        names = None if file is None else file.read_text().splitlines()
+        stream, class_names = open_stream(options.data.images, names)
         return StreamedImages(
             stream,
             class_names,
             vae,
-            resolution=args.resolution,
-            random_flip=args.random_flip,
+            images=options.data.images,
+            encoding=options.data.encoding,
             device=accelerator.device,
             vision=vision,
-            on_bad_image=args.on_bad_image,
-            columns=Columns(*columns),
         )
-    latents = _open_latents(args, accelerator, vae)
+    latents = _open_latents(options, accelerator, vae)
     images = None
-    has_source = args.dataset_name is not None or args.train_data_dir is not None
+    has_source = options.data.images.dataset_name is not None or options.data.images.train_data_dir is not None
     needs_images = vision is not None and "vision_model" not in latents.manifest
     if has_source and needs_images and latents.manifest["transform"] == TRANSFORM:
-        source = open_pictures(args, accelerator)
+        source = open_pictures(options.data, accelerator)
         images = Subset(source.dataset, pictures_of(latents, source).tolist())
     factor = 1 if vae is None else spatial_factor(vae)
     return StoredLatents(latents, factor, accelerator.device, vision, images)
