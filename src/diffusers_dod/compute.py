@@ -17,7 +17,6 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from .autoencoders import Autoencoder, decode_pixels, latent_channels
 from .checks import check_at_least, check_choice, check_number, check_type
 from .finetuning import TRAINABLE_PARAMETERS, difffit_parameters, freeze_all_but
 from .guidance import Guidance, GuidedVelocity
@@ -375,23 +374,6 @@ def count_model(model: Preset | DiffusionPipeline, latent_size: tuple[int, int] 
     flops, linear_macs = (EvaluationCost(*figures) for figures in zip(*counts, strict=True))
     embedder_parameters = 0 if embedder is None else embedder.num_parameters()
     return ModelCost(transformer.num_parameters(), embedder_parameters, flops, linear_macs)
-
-
-def count_decoder(vae: Autoencoder, latent_size: tuple[int, int]) -> int:
-    """
-    FLOPs of decoding one image, those of convolutions too.
-
-    Args:
-        vae (`AutoencoderKL`, `AutoencoderDC` or `AutoencoderRAE`): The autoencoder, of which the config is looked at.
-        latent_size (`tuple[int, int]`): Height and width of the latents.
-
-    Returns:
-        `int`: The FLOPs.
-    """
-    with torch.device("meta"):
-        vae = type(getattr(vae, "_orig_mod", vae)).from_config(vae.config)
-        latents = torch.empty(1, latent_channels(vae), *latent_size)
-        return _count_operations(lambda: decode_pixels(latents, vae))[0]
 
 
 def _count_guided(stage: Stage, guidance: Guidance) -> int:

@@ -31,14 +31,6 @@ PAPER_PARAMETERS = {"DoD-S": (27, 21), "DoD-B": (105, 86), "DoD-XL": (527, 86)}
 PAPER_COSTS = {"FiTv2-B": EvaluationCost(27.3), "DoD-B": EvaluationCost(26.5, 26.5, 24.6)}
 PAPER_STEPS = (30, 120)  # of each stage of a DoD; a FiTv2, of one stage, takes twice as many
 GUIDED = 2.0  # any scale but 1
-# The autoencoder of Stable Diffusion, which the paper decodes with.
-SD_AUTOENCODER = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
 IMAGENET_PRESETS = tuple(name for name in PRESETS if not name.endswith("-Desk"))
 
 
