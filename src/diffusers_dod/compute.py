@@ -429,12 +429,12 @@ def sampling_compute(
     planned = plan_stages(
         range(1, num_stages + 1),
         scheduler,
-        defaults["default_num_inference_steps"],
-        defaults["default_guidance_scale"],
-        has_embedder,
-        num_inference_steps,
-        guidance_scale,
-        copy.deepcopy(schedulers),
+        default_num_inference_steps=defaults["default_num_inference_steps"],
+        default_guidance_scale=defaults["default_guidance_scale"],
+        has_priors=has_embedder,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        schedulers=copy.deepcopy(schedulers),
     )
     stages = []
     for stage in planned:

@@ -395,7 +395,9 @@ class GuidedVelocity:
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).expand(latents.shape[0])
         steps = wanted_predictions(self.guidance, guidance_scale, prior_embeds is not None) if len(rows) else []
         wanted, scales = [prediction for prediction, _ in steps], [scale for _, scale in steps]
-        velocity, others = self._predict(wanted, rows, latents, timestep, class_labels, prior_embeds)
+        velocity, others = self._predict(
+            wanted, rows, latents, timestep=timestep, class_labels=class_labels, prior_embeds=prior_embeds
+        )
         if self._guider is not None and guidance_scale != 1:
             return self._combine_by_guider(velocity, others)
         if len(rows) == 0:

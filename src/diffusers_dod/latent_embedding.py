@@ -400,11 +400,11 @@ class LatentEmbeddingModule(VisualPriorMixin, AttentionMixin, PosInterpolationMi
             dim,
             rows,
             columns,
-            tokens.device,
-            tokens.dtype,
-            config.sample_size // config.patch_size,
-            config.pos_interpolation,
-            config.pos_interpolation_decoupled,
+            device=tokens.device,
+            dtype=tokens.dtype,
+            trained_size=config.sample_size // config.patch_size,
+            pos_interpolation=config.pos_interpolation,
+            pos_interpolation_decoupled=config.pos_interpolation_decoupled,
         )
 
     @apply_lora_scale("attention_kwargs")

@@ -574,7 +574,14 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
                     prior_embeds = prior_embeds.repeat_interleave(num_images_per_prior, 0)
                     state["class_labels"] = state["class_labels"].repeat_interleave(num_images_per_prior)
                 state["prior_embeds"] = prior_embeds
-            source = NoiseSource(stage.number, batch_size, num_replicas[stage.number], generator, seed, sample_indices)
+            source = NoiseSource(
+                stage=stage.number,
+                batch_size=batch_size,
+                num_replicas=num_replicas[stage.number],
+                generator=generator,
+                seed=seed,
+                sample_indices=sample_indices,
+            )
             self._guidance_scale = stage.guidance_scale
             num_steps = stage.lay_out(device)
             noise = source.draw(0, shape, device) if noise is None else noise
@@ -589,9 +596,9 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
                         guidance,
                         state,
                         source,
-                        progress_bar,
-                        callback_on_step_end,
-                        callback_on_step_end_tensor_inputs,
+                        progress_bar=progress_bar,
+                        callback_on_step_end=callback_on_step_end,
+                        callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
                     )
                 )
             results.append(state["latents"])
@@ -643,7 +650,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
             labels, priors = state["class_labels"], state["prior_embeds"]
             if indices is not None and len(indices) < batch_size:
                 labels, priors = labels[indices], None if priors is None else priors[indices]
-            return guided_velocity(latents, time, labels, priors, self.guidance_scale, indices)
+            return guided_velocity(latents, time, labels, priors, self.guidance_scale, indices=indices)
 
         def end_step(timestep: torch.Tensor) -> None:
             if callback_on_step_end is not None:

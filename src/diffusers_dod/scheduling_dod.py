@@ -551,7 +551,12 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         integrate = integrate_by_sample if by_sample else integrate_by_batch
         method = self._solver.tableau if by_sample else self.config.solver
         sample, counts = integrate(
-            velocity, sample, method, self.config.rtol, self.config.atol, None if callback is None else report
+            velocity,
+            sample,
+            method,
+            rtol=self.config.rtol,
+            atol=self.config.atol,
+            callback=None if callback is None else report,
         )
         return DoDFlowMatchSchedulerOutput(sample, *counts)
 

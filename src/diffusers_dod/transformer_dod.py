@@ -652,9 +652,9 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
             height // patch_size,
             width // patch_size,
             hidden_states.device,
-            self.config.sample_size // patch_size,
-            self.config.pos_interpolation,
-            self.config.pos_interpolation_decoupled,
+            trained_size=self.config.sample_size // patch_size,
+            pos_interpolation=self.config.pos_interpolation,
+            pos_interpolation_decoupled=self.config.pos_interpolation_decoupled,
         )
         hidden_states = hidden_states.to(self.x_embedder.weight.dtype)
         hidden_states = self.x_embedder(patchify(hidden_states, patch_size))  # (B, T, d)

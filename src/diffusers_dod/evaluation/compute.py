@@ -9,16 +9,17 @@ Linears and LayerNorms, without attention; multiply-adds of Linears are printed 
 device, so that nothing is computed. docs/compute.md explains the tables.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checks import attempt, check_at_least, check_choice, check_number
+from ..checks import attempt, check_choice
 from ..compute import UNITS, EvaluationCost, ModelCost, count_model, sampling_compute, steps_within_budget
 from ..files import check_output
 from ..guidance_options import build_guidance
+from ..options import option, parse_options
 from ..presets import PRESETS
 from ..results import as_metric, write_results
 from ..tableaus import SOLVERS
@@ -160,49 +161,57 @@ def compute_tables(
     return "\n\n".join(parts), metrics
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command; `argv` are its arguments, the process's by default. All errors are reported at once."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--presets", nargs="+", default=list(IMAGENET_PRESETS), choices=list(PRESETS))
-    parser.add_argument(
-        "--steps",
-        type=int,
-        nargs="+",
-        default=list(PAPER_STEPS),
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """Options of the command."""
+
+    presets: tuple[str, ...] = option(IMAGENET_PRESETS, choices=PRESETS, help="Models to compare.")
+    steps: tuple[int, ...] = option(
+        PAPER_STEPS,
+        at_least=1,
         help="Steps of each stage of a DoD; a FiTv2, of one stage, takes twice as many, as in Table 4.",
     )
-    fixed_steps = [name for name, solver in SOLVERS.items() if not (solver.is_adaptive or solver.is_stochastic)]
-    parser.add_argument("--solver", default="euler", choices=fixed_steps)
-    parser.add_argument(
-        "--guidance_interval", type=float, nargs=2, default=[0.0, 1.0], help="Sigmas between which guided stages are."
+    solver: str = option(
+        "euler",
+        choices=[name for name, solver in SOLVERS.items() if not (solver.is_adaptive or solver.is_stochastic)],
+        help="Solver of all stages.",
     )
-    parser.add_argument(
-        "--budget_gflops",
-        type=float,
-        nargs="+",
-        help="Of one image, for steps that cost the same; those of the first FiTv2, guided, by default.",
+    guidance_interval: tuple[float, float] = option(
+        (0.0, 1.0), metavar=("LOW", "HIGH"), help="Sigmas between which guided stages are."
     )
-    parser.add_argument("--output_file", type=Path, help="JSON file that the numbers go to as well.")
+    budget_gflops: tuple[float, ...] | None = option(
+        None,
+        at_least=0,
+        help="GFLOPs of one image, for steps that cost the same; those of the first FiTv2, guided, by default.",
+    )
+    output_file: Path | None = option(None, check=check_output, help="JSON file that the numbers go to as well.")
+
+    def find_conflicts(self) -> list[str]:
+        """Messages about options that do not fit each other."""
+        errors: list[str] = []
+        attempt(errors, build_guidance, {"guidance_interval": self.guidance_interval})
+        return errors
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command; `argv` defaults to the process's arguments. All errors are reported at once."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
-    errors: list[str] = []
-    for value in args.steps:
-        attempt(errors, check_at_least, "steps", value, 1)
-    for value in args.budget_gflops or ():
-        attempt(errors, check_number, "budget_gflops", value, 0)
-    attempt(errors, build_guidance, {"guidance_interval": args.guidance_interval})
-    attempt(errors, check_output, "output_file", args.output_file)
-    if errors:
-        parser.error("\n".join(errors))
-    budgets = None if args.budget_gflops is None else [1e9 * value for value in args.budget_gflops]
-    interval = tuple(args.guidance_interval)
-    text, metrics = compute_tables(list(dict.fromkeys(args.presets)), args.steps, args.solver, interval, budgets)
+    options = parse_options(ComputeOptions, argv, __doc__)
+    budgets = None if options.budget_gflops is None else [1e9 * value for value in options.budget_gflops]
+    text, metrics = compute_tables(
+        list(dict.fromkeys(options.presets)), options.steps, options.solver, options.guidance_interval, budgets
+    )
     print(text)
-    if args.output_file is not None:
-        settings = {"flops_per_multiply_add": 2, "linear_macs": "multiply-adds of Linears alone"}
-        write_results(args.output_file, "compute", argv, metrics, {}, settings, "meta")
+    if options.output_file is not None:
+        write_results(
+            options.output_file,
+            task="compute",
+            argv=argv,
+            metrics=metrics,
+            data={},
+            settings={"flops_per_multiply_add": 2, "linear_macs": "multiply-adds of Linears alone"},
+            device="meta",
+        )
 
 
 if __name__ == "__main__":

@@ -165,10 +165,10 @@ class StoredLatents(TrainingData):
         super().__init__(
             tuple(manifest["class_names"]),
             latents.latent_shape,
-            manifest["resolution"] or latents.latent_shape[1] * factor,
-            manifest["random_flip"],
-            device,
-            vision,
+            resolution=manifest["resolution"] or latents.latent_shape[1] * factor,
+            random_flip=manifest["random_flip"],
+            device=device,
+            vision=vision,
         )
         self.latents = latents
         self.images = images
@@ -241,7 +241,14 @@ class StreamedImages(TrainingData):
         if resolution % factor:
             raise ValueError(f"`resolution` must be a multiple of {factor} for this `vae`, got {resolution}.")
         side = resolution // factor
-        super().__init__(class_names, (channels, side, side), resolution, encoding.random_flip, device, vision)
+        super().__init__(
+            class_names,
+            (channels, side, side),
+            resolution=resolution,
+            random_flip=encoding.random_flip,
+            device=device,
+            vision=vision,
+        )
         self.stream = stream
         self.vae = vae
         self.images = images
