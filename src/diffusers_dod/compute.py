@@ -377,7 +377,7 @@ def count_model(model: Preset | DiffusionPipeline, latent_size: tuple[int, int] 
 
 
 def _count_guided(stage: Stage, guidance: Guidance) -> int:
-    """How many evaluations of the steps that a stage has laid out are guided."""
+    """Number of guided evaluations in the steps of a stage."""
     velocity = GuidedVelocity(transformer=None, batch_size=len(stage.sigmas), guidance=guidance)
     return int(velocity.rows_to_guide(stage.sigmas * NUM_TRAIN_TIMESTEPS, stage.guidance_scale).sum())
 
@@ -392,23 +392,25 @@ def sampling_compute(
     cost: ModelCost | None = None,
 ) -> dict[str, Any]:
     """
-    What it costs to sample the latents of one image from stage 1 on. The first three arguments mean what they mean in
-    a call of [`DoDPipeline`]; a list has an entry for each stage. The null condition is (null class, S).
+    Counts the cost of sampling the latents of one image from stage 1 on.
+
+    `num_inference_steps`, `guidance_scale` and `schedulers` have the same meaning as in a call of [`DoDPipeline`]. A
+    list has an entry for each stage. The null condition is (null class, S).
 
     Args:
         model ([`Preset`] or [`DoDPipeline`]): The model.
-        num_inference_steps (`int` or `Sequence[int | None]`, *optional*): Intervals of all stages, or of each.
-        guidance_scale (`float` or `Sequence[float | None]`, *optional*): Scale from stage 2 on, or of each stage; 1 is
-            no guidance, any other costs the same.
+        num_inference_steps (`int` or `Sequence[int | None]`, *optional*): Intervals of all stages, or of each stage.
+        guidance_scale (`float` or `Sequence[float | None]`, *optional*): Scale from stage 2 on, or of each stage. 1 is
+            no guidance; all other scales cost the same.
         schedulers (`str`, `SchedulerMixin` or `Sequence[str | SchedulerMixin | None]`, *optional*): Solver of all
-            stages, or of each; of fixed steps.
+            stages, or of each stage. It must have fixed steps.
         interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): `interval` of [`Guidance`].
-        latent_size (`tuple[int, int]`, *optional*): Height and width of the latents, the trained ones if not given.
-        cost ([`ModelCost`], *optional*): What [`count_model`] returned before.
+        latent_size (`tuple[int, int]`, *optional*): Height and width of the latents. By default the trained ones.
+        cost ([`ModelCost`], *optional*): Cost of the model, if [`count_model`] has counted it already.
 
     Returns:
-        `dict`: `flops` and `linear_macs`, the sums over `stages`, of which each has these two, with the LEM before
-        it, `num_evaluations` and `num_guided_evaluations`.
+        `dict`: The sums `flops` and `linear_macs`, and `stages`. Each stage has its own `flops` and `linear_macs`
+        (with the LEM before it), `num_evaluations` and `num_guided_evaluations`.
 
     Raises:
         `TypeError`, `ValueError`: an argument is out of range, or a solver chooses its own steps.
@@ -466,17 +468,17 @@ def steps_within_budget(
     cost: ModelCost | None = None,
 ) -> int:
     """
-    The most steps, as many in every stage, that cost no more than a budget: for comparisons at equal compute.
+    The largest number of steps of each stage within a budget, for comparisons at equal compute.
 
     Args:
         budget (`float`): FLOPs of one image.
         model ([`Preset`] or [`DoDPipeline`]): The model.
         guidance_scale (`Sequence[float | None]`): Scale of each stage; 1 is no guidance.
         schedulers (`str`, `SchedulerMixin` or `Sequence[str | SchedulerMixin | None]`, *optional*): Solver of all
-            stages, or of each; of fixed steps.
+            stages, or of each stage. It must have fixed steps.
         interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): `interval` of [`Guidance`].
-        latent_size (`tuple[int, int]`, *optional*): Height and width of the latents, the trained ones if not given.
-        cost ([`ModelCost`], *optional*): What [`count_model`] returned before.
+        latent_size (`tuple[int, int]`, *optional*): Height and width of the latents. By default the trained ones.
+        cost ([`ModelCost`], *optional*): Cost of the model, if [`count_model`] has counted it already.
 
     Returns:
         `int`: The number of intervals of each stage, 0 if a single one costs more.

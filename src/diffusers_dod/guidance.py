@@ -1,8 +1,9 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-Guidance: which predictions are needed, one batched pass, and how they are combined (paper, Section 3.3).
+Guidance: the wanted predictions, one batched pass, and their combination (paper, Section 3.3).
 
-A guided velocity starts from the weakest prediction and takes a step towards each stronger one, by a scale of its own.
+A guided velocity starts from the weakest prediction, and takes a step towards each stronger one. Each step has a
+scale.
 """
 
 import math
@@ -26,11 +27,12 @@ TIME_ROUNDING = 1e-6  # times are fp32, and the ends of an interval are not
 @dataclass(frozen=True)
 class Prediction:
     """
-    A velocity, by the condition that it is predicted under.
+    A velocity, described by its condition.
 
     Args:
-        has_class (`bool`, defaults to `True`): Whether the class is given; else the null class.
-        has_prior (`bool`, defaults to `True`): Whether the visual prior is given, if there is one; else S.
+        has_class (`bool`, defaults to `True`): Whether the condition has the class. If not, it has the null class.
+        has_prior (`bool`, defaults to `True`): Whether the condition has the visual prior, if there is one. If not, it
+            has S.
         is_weak (`bool`, defaults to `False`): Whether the weaker model predicts it.
     """
 
@@ -66,7 +68,7 @@ def classifier_free_guidance(
 
 def combine(predictions: Sequence[torch.Tensor], scales: Sequence[float | torch.Tensor]) -> torch.Tensor:
     """
-    Steps from the weakest prediction to the strongest: with two of them [`classifier_free_guidance`].
+    Steps from the weakest prediction to the strongest. Two predictions give [`classifier_free_guidance`].
 
     Args:
         predictions (`Sequence[torch.Tensor]`): Predictions (B, C, H, W), the weakest first, the conditional one last.
@@ -84,12 +86,12 @@ def combine(predictions: Sequence[torch.Tensor], scales: Sequence[float | torch.
 
 def power_cosine_scale(guidance_scale: float, sigma: torch.Tensor, power: float) -> torch.Tensor:
     """
-    The power-cosine schedule of MDT (Gao et al. 2023): no guidance in pure noise, all of it at the data.
+    The power-cosine schedule of MDT (Gao et al. 2023): no guidance in pure noise, full guidance at the data.
 
     Args:
         guidance_scale (`float`): The scale w at sigma = 0.
         sigma (`torch.Tensor`): Times in [0, 1], 0 = data.
-        power (`float`): The larger, the later the guidance sets in.
+        power (`float`): Exponent. A larger one starts the guidance later.
 
     Returns:
         `torch.Tensor`: 1 + (w - 1) (1 - cos(pi (1 - sigma)^power)) / 2, of the shape of `sigma`.
@@ -99,13 +101,14 @@ def power_cosine_scale(guidance_scale: float, sigma: torch.Tensor, power: float)
 
 def rescale_guidance(guided: torch.Tensor, conditional: torch.Tensor, guidance_rescale: float) -> torch.Tensor:
     """
-    Takes the standard deviation of a guided prediction back to that of the conditional one (Lin et al. 2023, Eqs. 15
-    and 16), against oversaturation.
+    Rescales a guided prediction to the conditional one's standard deviation (Lin et al. 2023, Eqs. 15 and 16).
+
+    This reduces oversaturation.
 
     Args:
         guided (`torch.Tensor` of shape `(B, C, H, W)`): The guided prediction.
         conditional (`torch.Tensor` of shape `(B, C, H, W)`): The conditional prediction.
-        guidance_rescale (`float`): From 0, nothing, to 1, all the way.
+        guidance_rescale (`float`): Strength in [0, 1]. 0 changes nothing, 1 matches the standard deviation.
 
     Returns:
         `torch.Tensor` of shape `(B, C, H, W)`.
@@ -119,26 +122,27 @@ def rescale_guidance(guided: torch.Tensor, conditional: torch.Tensor, guidance_r
 @dataclass(frozen=True)
 class Guidance:
     """
-    How predictions are guided, apart from the scale.
+    Settings of guidance, apart from the scale.
 
     Args:
         null_condition (`str`, defaults to `"class_and_prior"`):
-            What the null condition lacks, compared with the condition: `"class_and_prior"` is (null class, S),
-            `"class"` (null class, prior) and `"prior"` (class, S). Without a prior it lacks the class.
+            Part of the condition that the null condition lacks: `"class_and_prior"` is (null class, S), `"class"` is
+            (null class, prior), and `"prior"` is (class, S). Without a prior it lacks the class.
         prior_scale (`float`, *optional*):
-            A scale of its own for the prior, >= 0, in three evaluations: the guided velocity is v(null, S) + scale *
-            (v(class, S) - v(null, S)) + prior_scale * (v(class, prior) - v(class, S)). Equal scales are the default.
-        channels (`int`, *optional*): Guides the first channels only, >= 1; DiT, SiT and FiT guide 3 of 4.
+            Separate scale for the prior, >= 0, with three evaluations. The guided velocity is v(null, S) + scale *
+            (v(class, S) - v(null, S)) + prior_scale * (v(class, prior) - v(class, S)). By default scales are equal.
+        channels (`int`, *optional*): Number of leading channels to guide, >= 1. DiT, SiT and FiT guide 3 of 4.
         interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`):
-            Guides where low <= sigma <= high only (Kynkaanniemi et al. 2024).
-        power (`float`, *optional*): Power of the schedule [`power_cosine_scale`], > 0; a constant scale if not given.
-        rescale (`float`, defaults to 0.0): See [`rescale_guidance`], in [0, 1].
+            Interval of guidance: only where low <= sigma <= high (Kynkaanniemi et al. 2024).
+        power (`float`, *optional*):
+            Power of the schedule [`power_cosine_scale`], > 0. By default the scale is constant.
+        rescale (`float`, defaults to 0.0): Strength of [`rescale_guidance`], in [0, 1].
         cosine_threshold (`float`, *optional*):
-            Stops to guide a sample for good once the cosine between its conditional and its unconditional velocity has
-            reached this, in (-1, 1] (Adaptive Guidance, Castillo et al. 2023).
+            Guidance of a sample stops for good once the cosine between its conditional and its unconditional velocity
+            reaches this threshold in (-1, 1] (Adaptive Guidance, Castillo et al. 2023).
         transformer ([`DoDTransformer2DModel`], *optional*):
-            Guides by a weaker model under the same condition in place of the null condition (autoguidance, Karras et
-            al. 2024).
+            A weaker model that predicts under the same condition, in place of the null condition (autoguidance, Karras
+            et al. 2024).
 
     Raises:
         `ValueError`, `TypeError`: a value is out of range, or two exclude each other.
@@ -184,16 +188,16 @@ def check_guidance(
     guidance: Guidance | BaseGuidance, transformer: DoDTransformer2DModel, num_stages: int, stages: Sequence[Stage]
 ) -> None:
     """
-    Raises unless guidance fits the model and the stages that it is for.
+    Raises unless guidance fits the model and the stages of a call.
 
     Args:
         guidance ([`Guidance`] or one of Diffusers' guiders): The guidance.
         transformer ([`DoDTransformer2DModel`]): The model.
-        num_stages (`int`): Number of stages of the call, with one that a given prior stands for.
-        stages (`Sequence[Stage]`): The stages that are run.
+        num_stages (`int`): Number of stages of the call, including a stage that a given prior replaces.
+        stages (`Sequence[Stage]`): The stages to run.
 
     Raises:
-        `TypeError`, `ValueError`: it is something else, or does not fit.
+        `TypeError`, `ValueError`: the guidance has another type, or does not fit.
     """
     if is_a(guidance, "BaseGuidance"):
         _check_guider(guidance, stages)
@@ -260,7 +264,7 @@ def _check_guider(guider: BaseGuidance, stages: Sequence[Stage]) -> None:
 
 def wanted_predictions(guidance: Guidance, guidance_scale: float, has_prior: bool) -> list[tuple[Prediction, float]]:
     """
-    The predictions that guidance needs besides the conditional one, and the scales of its steps.
+    Lists the predictions that guidance needs besides the conditional one, and the scales of its steps.
 
     | guidance | from | by | over | by |
     | --- | --- | --- | --- | --- |
@@ -294,17 +298,16 @@ def wanted_predictions(guidance: Guidance, guidance_scale: float, has_prior: boo
 @dataclass
 class GuidedVelocity:
     """
-    The velocity of a batch of samples under guidance, and how much of it was computed.
+    Guided velocity of a batch of samples, with a count of its evaluations.
 
     Args:
         transformer ([`DoDTransformer2DModel`]): The model.
         batch_size (`int`): Number B of samples.
-        guidance ([`Guidance`] or one of Diffusers' guiders, *optional*): How they are guided; as in the paper if not
-            given.
+        guidance ([`Guidance`] or one of Diffusers' guiders, *optional*): Settings of guidance. By default the paper's.
         attention_kwargs (`dict`, *optional*): Passed on to the model.
         cache_name (`str`, defaults to `"velocity"`):
-            Name of the model's cache contexts, to which `_guided`, `_unguided` or `_partly_guided` is added. What a
-            cache holds is dropped when the layout of the batch changes.
+            Name of the model's cache contexts; `_guided`, `_unguided` or `_partly_guided` is added to it. Caches are
+            emptied when the layout of the batch changes.
     """
 
     transformer: DoDTransformer2DModel
@@ -326,12 +329,12 @@ class GuidedVelocity:
         self, timestep: torch.Tensor | float, guidance_scale: float, indices: torch.Tensor | None = None
     ) -> torch.Tensor:
         """
-        Which samples need an unconditional prediction at a time.
+        Tells which samples need an unconditional prediction at a time.
 
         Args:
             timestep (`float` or `torch.Tensor` of shape `()` or `(b,)`): Time in [0, 1000], 0 = data.
             guidance_scale (`float`): The scale.
-            indices (`torch.Tensor` of shape `(b,)`, *optional*): Which of the B samples there are; all if not given.
+            indices (`torch.Tensor` of shape `(b,)`, *optional*): Indices of the samples among all B. By default all.
 
         Returns:
             `torch.Tensor` of shape `(b,)`: Booleans on the CPU.
@@ -350,7 +353,7 @@ class GuidedVelocity:
 
     def start_step(self, step: int, num_steps: int, timestep: torch.Tensor) -> None:
         """
-        Tells a guider where sampling is; any other guidance goes by the time alone.
+        Tells a guider the current step; other guidance depends on the time alone.
 
         Args:
             step (`int`): Number of evaluations so far.
@@ -370,10 +373,10 @@ class GuidedVelocity:
         indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        The guided velocity, in one batched pass [conditional, unconditional].
+        Computes the guided velocity in one batched pass [conditional, unconditional].
 
-        Samples with a prior come first in it: only they have a modulation per token, the others one that is a token
-        wide. Where a sample is not guided, its unconditional prediction is not computed.
+        Samples with a prior come first in that batch. Only they have a modulation per token; for the others it is one
+        token wide. The unconditional prediction of a sample that is not guided is not computed.
 
         Args:
             latents (`torch.Tensor` of shape `(b, C, H, W)`): Noisy latents.
@@ -381,7 +384,7 @@ class GuidedVelocity:
             class_labels (`torch.Tensor` of shape `(b,)`): Class ids.
             prior_embeds (`torch.Tensor` of shape `(b, T, d_l)` or `None`): Visual priors.
             guidance_scale (`float`): The scale, see [`classifier_free_guidance`].
-            indices (`torch.Tensor` of shape `(b,)`, *optional*): Which of the B samples these are; all if not given.
+            indices (`torch.Tensor` of shape `(b,)`, *optional*): Indices of the samples among all B. By default all.
 
         Returns:
             `torch.Tensor` of shape `(b, C, H, W)`, in fp32.
@@ -410,7 +413,7 @@ class GuidedVelocity:
         return guided if len(rows) == len(latents) else velocity.index_copy(0, rows, guided)
 
     def _drop_stale_caches(self, samples: torch.Tensor, guided_rows: torch.Tensor) -> None:
-        """Resets the models' caches when they have seen other samples, or a batch of another shape."""
+        """Resets the models' caches if they come from other samples or from a batch of another shape."""
         layout = (samples.tolist(), guided_rows.tolist())
         if layout != self._layout:
             for model in (self.transformer, self.guidance.transformer):
@@ -427,7 +430,7 @@ class GuidedVelocity:
         class_labels: torch.Tensor,
         prior_embeds: torch.Tensor | None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The conditional prediction of all samples and the wanted ones of some rows, of each model in one pass."""
+        """Computes the conditional prediction of all samples and the wanted ones of some; one pass for each model."""
         own = [prediction for prediction in reversed(wanted) if not prediction.is_weak]  # those with a prior first
         null_labels = torch.full_like(class_labels[rows], self.transformer.config.num_classes)
         labels = [class_labels, *(class_labels[rows] if entry.has_class else null_labels for entry in own)]
@@ -458,7 +461,7 @@ class GuidedVelocity:
         class_labels: torch.Tensor,
         prior_embeds: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The prediction of the weaker model under the same condition."""
+        """Computes the prediction of the weaker model under the same condition."""
         weak = self.guidance.transformer
         takes_priors = prior_embeds is not None and weak.config.prior_embed_dim is not None
         with weak.cache_context(f"{self.cache_name}_weak"):
@@ -467,7 +470,7 @@ class GuidedVelocity:
             ).sample.float()
 
     def _combine(self, predictions: list[torch.Tensor], scales: list[float], timestep: torch.Tensor) -> torch.Tensor:
-        """The guided velocity out of predictions, the weakest first and the conditional one last."""
+        """Combines predictions to the guided velocity; the weakest comes first, the conditional one last."""
         guidance, conditional = self.guidance, predictions[-1]
         if guidance.power is not None:
             sigma = (timestep / NUM_TRAIN_TIMESTEPS).clamp(0, 1).reshape(-1, 1, 1, 1)
@@ -480,7 +483,7 @@ class GuidedVelocity:
         return guided
 
     def _combine_by_guider(self, velocity: torch.Tensor, others: list[torch.Tensor]) -> torch.Tensor:
-        """The velocity that one of Diffusers' guiders makes of the conditional and unconditional ones."""
+        """Combines the conditional and the unconditional velocity by one of Diffusers' guiders."""
         batches = self._guider.prepare_inputs({})
         for batch, prediction in zip(batches, [velocity, *others], strict=True):
             batch.noise_pred = prediction

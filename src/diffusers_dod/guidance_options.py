@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""Options of commands for guidance, made of the fields of `Guidance`; manifests and cards have the same names."""
+"""Options of commands for guidance, made of the fields of `Guidance`. Manifests and cards use the same names."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from .options import option, to_values
 
 # Options whose names do not start with `guidance_`.
 _OTHER_NAMES = {"null_condition": "null_condition", "prior_scale": "prior_guidance_scale"}
-#: Name of an option -> field of [`Guidance`] that it sets; the weaker model is an object and no option.
+#: Name of an option -> the field of [`Guidance`] that it sets. The weaker model is an object, so it has no option.
 GUIDANCE_FIELDS = {
     _OTHER_NAMES.get(field.name, f"guidance_{field.name}"): field
     for field in dataclasses.fields(Guidance)
@@ -25,7 +25,7 @@ def build_guidance(values: Mapping[str, Any]) -> Guidance:
     Builds the guidance that options describe.
 
     Args:
-        values (`Mapping[str, Any]`): Values of options by name; what is missing has its default.
+        values (`Mapping[str, Any]`): Values of options by name. A missing option has its default.
 
     Returns:
         [`Guidance`].

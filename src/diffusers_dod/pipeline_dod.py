@@ -68,16 +68,16 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
     Args:
         transformer ([`DoDTransformer2DModel`]): Predicts the velocity.
         scheduler ([`DoDFlowMatchScheduler`]):
-            Integrates it. Diffusers' own flow-match schedulers can take its place.
+            Integrates the velocity. Diffusers' own flow-match schedulers can take its place.
         vae (`AutoencoderKL`, `AutoencoderDC` or `AutoencoderRAE`, *optional*):
             Decodes latents to images; `None` for a pixel-space model.
         latent_embedder ([`LatentEmbeddingModule`] or any other [`VisualPriorMixin`], *optional*):
-            Extracts visual priors; without it there is one stage, guided by `guidance_scale`.
-        id2label (`dict[int, str]`, *optional*): Class names, several for one class separated by commas.
-        default_guidance_scale (`float`, defaults to 5.5): Scale from stage 2 on when a call gives none.
-        default_num_inference_steps (`int`, defaults to 30): Intervals of each stage when a call gives none.
-        default_num_stages (`int`, defaults to 2): Stages when a call gives none; without a latent embedder there is
-            only one.
+            Extracts visual priors. Without it there is one stage, guided by `guidance_scale`.
+        id2label (`dict[int, str]`, *optional*): Class names by id. Commas separate several names of one class.
+        default_guidance_scale (`float`, defaults to 5.5): Default scale from stage 2 on.
+        default_num_inference_steps (`int`, defaults to 30): Default number of intervals of each stage.
+        default_num_stages (`int`, defaults to 2): Default number of stages. Without a latent embedder there is only
+            one.
 
     Raises:
         `ValueError`, `TypeError`: an argument is out of range or the components do not fit together.
@@ -124,7 +124,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
 
     @property
     def guidance_scale(self) -> float:
-        """Guidance scale of the stage under way, read at every step; a callback may set `_guidance_scale` for it."""
+        """Guidance scale of the current stage. It is read at every step, so a callback may set `_guidance_scale`."""
         return self._guidance_scale
 
     @property
@@ -134,31 +134,31 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
 
     @property
     def num_timesteps(self) -> int | None:
-        """Number of steps over all stages of the latest call, `None` when the solver chooses its own steps."""
+        """Number of steps over all stages of the latest call; `None` if the solver chooses its own steps."""
         return self._num_timesteps
 
     @property
     def current_timestep(self) -> torch.Tensor | None:
-        """Time of the evaluation under way, in [0, 1000], `None` between calls; for caches that depend on it."""
+        """Time of the current evaluation in [0, 1000], for caches that depend on it; `None` between calls."""
         return self._current_timestep
 
     @property
     def interrupt(self) -> bool:
-        """Set `_interrupt` to `True` in a callback to end the call with the sample reached so far."""
+        """Whether the call is to end: set `_interrupt` in a callback to end it with the current sample."""
         return self._interrupt
 
     # ------------------------------------------------------------------------------------------------- inputs
 
     def get_label_ids(self, class_labels: int | str | Sequence[int | str | None] | torch.Tensor) -> list[int]:
         """
-        Class labels as a list of ids.
+        Converts class labels to a list of ids.
 
         Args:
             class_labels (`int`, `str`, `list` or `torch.Tensor`):
                 Ids in [0, num_classes - 1] or names of `id2label`; `None` in a list is the null class.
 
         Returns:
-            `list[int]`: One id per label, a single label too; `num_classes` is the null class.
+            `list[int]`: One id per label, also for a single label. `num_classes` is the null class.
 
         Raises:
             `ValueError`: an id is out of range, a name is unknown or fits several ids, or the list is empty.
@@ -176,19 +176,19 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
         """
-        Checks arguments of a call that stand alone, before anything is computed.
+        Checks arguments of a call that do not depend on others, before anything is computed.
 
         Args:
             num_stages (`int`): At least 1; 1 without a latent embedder, at least 2 with a prior.
-            has_prior (`bool`): Whether an `image`, `prior_latents` or `prior_tokens` stand for stage 1.
+            has_prior (`bool`): Whether an `image`, `prior_latents` or `prior_tokens` replaces stage 1.
             output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             attention_kwargs (`dict` or `None`): A dictionary.
             callback_on_step_end (`Callable` or `None`): Anything that can be called.
             callback_on_step_end_tensor_inputs (`Sequence[str]`): Names among `_callback_tensor_inputs`.
 
         Raises:
-            `ValueError`, `TypeError`: an argument is something else; the message names it, what it may be and what it
-                is.
+            `ValueError`, `TypeError`: an argument has another value. The message names the argument, the accepted
+                values and the value received.
         """
         check_at_least("num_stages", num_stages, 1)
         if num_stages > 1 and self.latent_embedder is None:
@@ -211,11 +211,11 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
 
     @property
     def _size_multiple(self) -> int:
-        """The number of pixels of which the height and width of images are multiples."""
+        """Divisor, in pixels, of the height and width of images."""
         return self.vae_scale_factor * self.transformer.config.patch_size
 
     def _check_image(self, image: PipelineImageInput, num_labels: int | None) -> torch.Tensor:
-        """The images of a visual prior as pixels, see [`to_pixels`]."""
+        """Converts the images of a visual prior to pixels, see [`to_pixels`]."""
         channels = (
             self.vae.config.get("in_channels", 3) if self.vae is not None else self.transformer.config.in_channels
         )
@@ -228,7 +228,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         prior_tokens: torch.Tensor | None,
         num_labels: int,
     ) -> GivenPrior | None:
-        """The one of the three arguments that takes the place of stage 1's sample, if any."""
+        """Finds the argument that takes the place of stage 1's sample, if one is given."""
         priors = {"image": image, "prior_latents": prior_latents, "prior_tokens": prior_tokens}
         given = [name for name, prior in priors.items() if prior is not None]
         if len(given) > 1:
@@ -246,7 +246,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         return None if prior_tokens is None else GivenPrior("prior_tokens", prior_tokens)
 
     def _latent_shape(self, height: int | None, width: int | None, prior: GivenPrior | None) -> tuple[int, int, int]:
-        """Shape of the latents of one image; its size is by default that of the prior, else the trained one."""
+        """Shape of the latents of one image. By default it has the prior's size, else the trained size."""
         config, factor = self.transformer.config, self.vae_scale_factor
         sizes = {"height": height, "width": width}
         for name, size in sizes.items():
@@ -274,7 +274,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         num_inference_steps: int | Sequence[int | None] | None,
         guidance_scale: float | Sequence[float | None] | None,
     ) -> None:
-        """Warns of numbers of steps and of a scale that no stage takes up."""
+        """Warns of numbers of steps and of a scale that no stage uses."""
         given_steps = per_stage("num_inference_steps", num_inference_steps, len(stages))
         idle = [stage.is_adaptive and steps is not None for stage, steps in zip(stages, given_steps, strict=True)]
         if any(idle) if isinstance(num_inference_steps, (list, tuple)) else all(idle):
@@ -292,7 +292,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """
-        Encodes pictures by the mean of the autoencoder's posterior; a pixel-space model takes them as they are.
+        Encodes images by the mean of the autoencoder's posterior; a pixel-space model takes them as they are.
 
         Args:
             pixels (`torch.Tensor` of shape `(B, 3, H, W)`): Pixels in [-1, 1].
@@ -310,21 +310,23 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         attention_kwargs: dict[str, Any] | None = None,
     ) -> torch.Tensor:
         """
-        The latent tokens of pictures or latents, for `prior_tokens`; `torch.lerp` of two of them lies between two
-        priors.
+        Computes the latent tokens of images or latents, for `prior_tokens`.
+
+        `torch.lerp` of two of them gives a prior in between.
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
-                Pictures: arrays (H, W, 3) and tensors (3, H, W), uint8 or in [0, 1].
+                Images: arrays (H, W, 3) and tensors (3, H, W), uint8 or in [0, 1].
             latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*):
-                Normalised latents, such as `stage_latents` of [`DoDPipelineOutput`], in place of pictures.
+                Normalised latents in place of images, such as `stage_latents` of [`DoDPipelineOutput`].
             attention_kwargs (`dict`, *optional*): `{"scale": ...}` is the scale of LoRA adapters.
 
         Returns:
             `torch.Tensor` of shape `(B, num_latent_tokens, latent_token_dim)`.
 
         Raises:
-            `ValueError`, `TypeError`: not one of both is given, it does not fit, or there is no latent embedder.
+            `ValueError`, `TypeError`: neither or both are given, the input does not fit, or there is no latent
+                embedder.
         """
         if self.latent_embedder is None:
             raise ValueError("`latent_embedder` must be loaded to extract tokens, got None.")
@@ -350,7 +352,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
 
         Args:
             latents (`torch.Tensor` of shape `(B, C, h, w)`): Normalised latents.
-            output_type (`str`): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the latents as they are.
+            output_type (`str`): `"pil"`, `"np"` or `"pt"`, or `"latent"` for unchanged latents.
 
         Returns:
             `list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`, as in [`DoDPipelineOutput`].
@@ -370,10 +372,10 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
             pos_interpolation (`str`, defaults to `"none"`): `"none"`, `"linear"`, `"ntk"` or `"yarn"`, see
                 [`PosInterpolationMixin.set_pos_interpolation`].
             pos_interpolation_decoupled (`bool`, defaults to `False`):
-                Whether rows and columns are as much larger as they are each; both as the longer side if not.
+                Whether rows and columns are scaled separately.
 
         Raises:
-            `ValueError`, `TypeError`: an argument is none of these.
+            `ValueError`, `TypeError`: an argument has another value or type.
         """
         for model in (self.transformer, self.latent_embedder):
             if hasattr(model, "set_pos_interpolation"):  # not every model has positions
@@ -386,7 +388,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         size: tuple[int, int],
         attention_kwargs: dict[str, Any] | None,
     ) -> torch.Tensor:
-        """The visual priors of latents, or of latent tokens, for the next stage."""
+        """Computes the visual priors of latents or of latent tokens, for the next stage."""
         embedder, device = self.latent_embedder, self._execution_device
         scale = {name: value for name, value in (attention_kwargs or {}).items() if name == "scale"}
         if latent_tokens is None:
@@ -425,68 +427,70 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> DoDPipelineOutput | tuple:
         r"""
-        Generates images of class labels, B of them: `num_images_per_label` of each label in turn, and from stage 2 on
-        `num_images_per_prior` of each of those.
+        Generates images of class labels.
+
+        Each label in turn gives `num_images_per_label` images, and from stage 2 on each of these gives
+        `num_images_per_prior`. B is the number of all images.
 
         Args:
             class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*):
                 Class ids in [0, num_classes - 1] or names of `id2label`. `None`, also in a list, is the null class: an
-                image of no class in particular, known to a transformer that was trained with label dropout.
-            num_stages (`int`, *optional*): Number of stages, >= 1; the checkpoint's default if not given.
+                image of no particular class. The transformer knows it if it was trained with label dropout.
+            num_stages (`int`, *optional*): Number of stages, >= 1. By default the checkpoint's.
             num_inference_steps (`int` or `Sequence[int | None]`, *optional*):
-                Number of intervals of all stages, or of each stage that is run, >= 1; `None` is the checkpoint's
-                default. Solvers of higher order evaluate the model several times per interval; adaptive ones choose
-                their own steps and ignore it.
+                Number of intervals, >= 1: one value for all stages, or one for each stage that is run. `None` is the
+                checkpoint's default. Solvers of higher order evaluate the model several times per interval. Adaptive
+                solvers choose their own steps and ignore it.
             guidance_scale (`float` or `Sequence[float | None]`, *optional*):
-                Guidance scale from stage 2 on, where stage 1 is unguided (paper), or one scale for each stage that is
-                run; >= 0, 1 is no guidance, `None` the default: 1 for stage 1, the checkpoint's for others. Without
-                a latent embedder a single scale is that of the only stage.
+                Guidance scale, >= 0; 1 is no guidance. A single value applies from stage 2 on and leaves stage 1
+                unguided (paper); a list has one value for each stage that is run. `None` is the default: 1 for stage
+                1, the checkpoint's scale for others. Without a latent embedder a single value guides the only stage.
             guidance ([`Guidance`] or one of Diffusers' guiders, *optional*):
-                How predictions are guided; as in the paper if not given. A guider brings a `guidance_scale` of its
-                own, which is the default then; a scale of 1 turns it off in a stage.
+                Settings of guidance. By default the paper's. A guider has its own `guidance_scale`, which then is the
+                default; a scale of 1 turns it off in a stage.
             schedulers (`str`, `SchedulerMixin` or `Sequence[str | SchedulerMixin | None]`, *optional*):
-                The `solver` of a [`DoDFlowMatchScheduler`] or another flow-match scheduler, for all stages or for
-                each that is run; `None` is the pipeline's.
+                The `solver` of a [`DoDFlowMatchScheduler`] or another flow-match scheduler: one value for all stages,
+                or one for each stage that is run. `None` is the pipeline's scheduler.
             sigmas (`Sequence[float]`, *optional*):
                 Strictly decreasing starts of the intervals of each stage in (0, 1], before the scheduler's shift, in
                 place of `num_inference_steps`.
             num_images_per_label (`int`, defaults to 1): Number of images of each label, >= 1.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
-                One image, or one per label, that takes the place of stage 1's sample: arrays (H, W, 3) and tensors
-                (3, H, W), uint8 or in [0, 1]. Stage 1 is not run, though `num_stages` counts it.
+                One image, or one per label, in place of stage 1's sample: arrays (H, W, 3) and tensors (3, H, W),
+                uint8 or in [0, 1]. Stage 1 is not run, but `num_stages` counts it.
             prior_latents (`torch.Tensor` of shape `(1, C, h, w)` or `(number of labels, C, h, w)`, *optional*):
                 Normalised latents in place of an image, such as `stage_latents` of an earlier call.
             prior_tokens (`torch.Tensor` of shape `(1, N, d_e)` or `(number of labels, N, d_e)`, *optional*):
                 Latent tokens in place of an image, `num_latent_tokens` of `latent_token_dim`, see `get_prior_tokens`.
             num_images_per_prior (`int`, defaults to 1):
-                Number of stage-2 images of each sample of stage 1, or of each given image, >= 1. Later stages go on
-                with all of them.
+                Number of stage-2 images for each sample of stage 1, or for each given image, >= 1. Later stages
+                continue with all of them.
             height (`int`, *optional*):
-                Height in pixels; that of `image` or `prior_latents`, else the trained size, if not given.
+                Height in pixels. By default the height of `image` or `prior_latents`, else the trained height.
             width (`int`, *optional*): Width in pixels, with the same default.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Source of the noise. One for all images: an image depends on its place in the batch, as in Diffusers.
-                Or one for each image of stage 1: an image depends on its own generator alone.
+                Source of the noise. With one generator an image depends on its place in the batch, as in Diffusers.
+                With one for each image of stage 1, an image depends on its own generator alone.
             seed (`int`, *optional*):
-                Source of the noise in place of a generator, >= 0: an image depends on the seed and its index alone,
+                Source of the noise in place of a generator, >= 0. An image depends on the seed and its index alone,
                 not on the batch, its place in it, or the process.
             sample_indices (`Sequence[int]`, *optional*):
-                Index of each image of stage 1, >= 0; 0, 1, 2, ... if not given.
+                Index of each image of stage 1, >= 0. By default 0, 1, 2, ...
             latents (`torch.Tensor` of shape `(B, C, h, w)` or a list of them, *optional*):
-                Standard normal noise of the first stage that is run, or of each.
+                Standard normal noise of the first stage that is run, or of each stage.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, defaults to `True`): Whether to return a [`DoDPipelineOutput`].
-            return_stages (`bool`, defaults to `False`): Whether to return images and latents of every stage too.
+            return_stages (`bool`, defaults to `False`): Whether to return also images and latents of every stage.
             attention_kwargs (`dict`, *optional*):
-                `{"scale": ...}` is the scale of LoRA adapters; anything else goes to the attention processors.
+                `{"scale": ...}` scales LoRA adapters. Everything else goes to the attention processors.
             callback_on_step_end (`Callable`, *optional*):
-                `callback(pipe, step_index, timestep, callback_kwargs)` after each step, with one index over all
-                stages. It may return a dict with new values of the tensors it was given. Under an adaptive solver the
-                latents cannot be replaced, and the time is that of the slowest sample; between the evaluations of an
-                interval they are a prediction that the last one replaces.
+                `callback(pipe, step_index, timestep, callback_kwargs)` is called after each step, with one index over
+                all stages. It may return a dict with new values of the tensors in `callback_kwargs`. With an adaptive
+                solver the latents cannot be replaced, and the time is that of the slowest sample. Between the
+                evaluations of an interval the latents are a prediction; the last evaluation replaces it.
             callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("latents",)`):
                 The tensors in `callback_kwargs`: `"latents"`, `"prior_embeds"`, `"class_labels"`. A `PipelineCallback`
-                brings its own.
+                has its own.
 
         Returns:
             [`DoDPipelineOutput`], or the tuple `(images,)`, `(images, stages)` with `return_stages=True`.

@@ -26,7 +26,7 @@ def check_components(
     latent_embedder: VisualPriorMixin | None,
 ) -> None:
     """
-    Raises unless the components of a pipeline are what they should be and fit together.
+    Raises unless the components of a pipeline have the right classes and fit together.
 
     Args:
         transformer ([`DoDTransformer2DModel`] or `None`): The backbone.
@@ -35,7 +35,7 @@ def check_components(
         latent_embedder ([`VisualPriorMixin`] or `None`): The latent embedder.
 
     Raises:
-        `TypeError`: a component is of another class.
+        `TypeError`: a component has another class.
         `ValueError`: two components do not fit together.
     """
     components = {
@@ -62,17 +62,18 @@ def check_components(
 
 def check_id2label(id2label: dict | None, num_classes: int | None) -> dict[int, str]:
     """
-    Names of classes by their ids, which JSON may have made strings.
+    Checks names of classes by id, and turns ids that JSON has made strings into integers.
 
     Args:
-        id2label (`dict` or `None`): Class id -> name, several for one class separated by commas.
-        num_classes (`int` or `None`): Number of classes; any if `None`.
+        id2label (`dict` or `None`): Class id -> name. Commas separate several names of one class.
+        num_classes (`int` or `None`): Number of classes. `None` accepts any number.
 
     Returns:
-        `dict[int, str]`: The same with integers, in the order of the ids; empty if there are no names.
+        `dict[int, str]`: The names by integer id, in the order of the ids; empty if there are no names.
 
     Raises:
-        `TypeError`, `ValueError`: it is no dictionary, an id is out of range or given twice, or a name is empty.
+        `TypeError`, `ValueError`: the value is no dictionary, an id is out of range or given twice, or a name is
+            empty.
     """
     if id2label is None:
         return {}
@@ -91,7 +92,7 @@ def check_id2label(id2label: dict | None, num_classes: int | None) -> dict[int, 
 
 
 def invert_id2label(id2label: dict[int, str]) -> dict[str, list[int]]:
-    """The ids that carry each name, from the names of each id in `id2label`."""
+    """Inverts `id2label`: gives the list of ids that carry each name."""
     label2ids: dict[str, list[int]] = {}
     for key, names in id2label.items():
         for name in {names: None, **dict.fromkeys(name.strip() for name in names.split(","))}:
@@ -105,18 +106,18 @@ def to_label_ids(
     num_classes: int,
 ) -> list[int]:
     """
-    Class labels of any form as a list of ids.
+    Converts class labels of any form to a list of ids.
 
     Args:
         class_labels (`int`, `str`, `list`, `torch.Tensor` or `None`): Ids or names; `None` is the null class.
         label2ids (`dict[str, list[int]]`): Class name -> ids that carry it.
-        num_classes (`int`): Number of classes, which is the id of the null class.
+        num_classes (`int`): Number of classes. It is also the id of the null class.
 
     Returns:
         `list[int]`: One id per label.
 
     Raises:
-        `TypeError`, `ValueError`: a label is of another type, out of range, unknown, or fits several ids.
+        `TypeError`, `ValueError`: a label has another type, is out of range or unknown, or fits several ids.
     """
     if isinstance(class_labels, (torch.Tensor, np.ndarray)):
         if isinstance(class_labels, torch.Tensor):
@@ -169,7 +170,7 @@ def _to_label_id(label: Any, label2ids: dict[str, list[int]], num_classes: int) 
 
 
 def _to_tensor(image: PIL.Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
-    """One image, or a batch of them, as an fp32 tensor (n, C, H, W) in [0, 1]."""
+    """Converts one image or a batch of images to an fp32 tensor (n, C, H, W) in [0, 1]."""
     processor = VaeImageProcessor
     if isinstance(image, PIL.Image.Image):
         return processor.numpy_to_pt(processor.pil_to_numpy(processor.convert_to_rgb(image)))
@@ -197,19 +198,19 @@ def _to_tensor(image: PIL.Image.Image | np.ndarray | torch.Tensor) -> torch.Tens
 
 def to_pixels(image: PipelineImageInput, batch_size: int | None, channels: int, multiple: int) -> torch.Tensor:
     """
-    Images of a visual prior as pixels; they are never resized.
+    Converts images of a visual prior to pixels. They are never resized.
 
     Args:
         image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them): The images.
-        batch_size (`int` or `None`): Number of labels: there must be one image, or as many; any number if `None`.
-        channels (`int`): Channels that they must have.
-        multiple (`int`): What height and width must be multiples of.
+        batch_size (`int` or `None`): Number of labels. There must be one image, or as many; `None` accepts any number.
+        channels (`int`): Number of channels that images must have.
+        multiple (`int`): Divisor of height and width.
 
     Returns:
         `torch.Tensor` of shape `(n, C, H, W)`: Pixels in [-1, 1].
 
     Raises:
-        `TypeError`, `ValueError`: an image is of another type, number, size or range.
+        `TypeError`, `ValueError`: the number of images, or the type, size or range of one, does not fit.
     """
     entries = list(image) if isinstance(image, (list, tuple)) else [image]
     if not entries:
@@ -243,16 +244,16 @@ def check_prior(
     name: str, prior: torch.Tensor, num_labels: int | None, latent_embedder: VisualPriorMixin | None
 ) -> None:
     """
-    Raises unless the latents or latent tokens of a visual prior are one, or one per label.
+    Raises unless there are latents or latent tokens for one visual prior, or for one per label.
 
     Args:
         name (`str`): Name of the argument, `"prior_tokens"` for tokens.
-        prior (`torch.Tensor`): What was received.
-        num_labels (`int` or `None`): Number of labels; any number of latents if `None`.
-        latent_embedder ([`VisualPriorMixin`] or `None`): What makes a prior out of it.
+        prior (`torch.Tensor`): The value received.
+        num_labels (`int` or `None`): Number of labels. `None` accepts any number of latents.
+        latent_embedder ([`VisualPriorMixin`] or `None`): The model that makes a prior of the value.
 
     Raises:
-        `TypeError`, `ValueError`: it is of another type, shape or range, or there is no latent embedder.
+        `TypeError`, `ValueError`: the value has another type, shape or range, or there is no latent embedder.
     """
     check_type(name, prior, torch.Tensor)
     if latent_embedder is None:
@@ -279,7 +280,7 @@ def check_prior(
 @dataclass(frozen=True)
 class GivenPrior:
     """
-    What a call gives in place of stage 1's sample.
+    Argument of a call that takes the place of stage 1's sample.
 
     Args:
         name (`str`): Name of the argument: `"image"`, `"prior_latents"` or `"prior_tokens"`.
@@ -299,16 +300,16 @@ def check_noise_source(
     batch_size: int,
 ) -> None:
     """
-    Raises unless the arguments that noise is drawn by are in range and fit together.
+    Raises unless the arguments that determine the noise are in range and fit together.
 
     Args:
-        generator (`torch.Generator`, `list[torch.Generator]` or `None`): One, or `batch_size` of them.
-        seed (`int` or `None`): At least 0; not beside a generator.
-        sample_indices (`Sequence[int]` or `None`): `batch_size` of them, at least 0; only beside a seed.
+        generator (`torch.Generator`, `list[torch.Generator]` or `None`): One generator, or `batch_size` generators.
+        seed (`int` or `None`): Seed of at least 0. It excludes a generator.
+        sample_indices (`Sequence[int]` or `None`): `batch_size` indices of at least 0. They need a seed.
         batch_size (`int`): Number of images of the first stage.
 
     Raises:
-        `TypeError`, `ValueError`: an argument is something else.
+        `TypeError`, `ValueError`: an argument has another type or value.
     """
     if seed is not None:
         check_at_least("seed", seed, 0)
@@ -341,17 +342,17 @@ def check_noises(
     latents: torch.Tensor | list[torch.Tensor] | None, shapes: list[tuple[int, ...]]
 ) -> list[torch.Tensor | None]:
     """
-    Given noise of the stages that are run.
+    Checks the given noise of the stages of a call.
 
     Args:
-        latents (`torch.Tensor`, `list[torch.Tensor]` or `None`): Noise of the first of them, or of each.
-        shapes (`list[tuple[int, ...]]`): Shape of the noise of each.
+        latents (`torch.Tensor`, `list[torch.Tensor]` or `None`): Noise of the first stage, or of each stage.
+        shapes (`list[tuple[int, ...]]`): Shape of the noise of each stage.
 
     Returns:
-        `list[torch.Tensor | None]`: The noise of each, `None` where it is to be drawn.
+        `list[torch.Tensor | None]`: The noise of each stage; `None` if it is to be drawn.
 
     Raises:
-        `TypeError`, `ValueError`: a noise is of another type, shape or number.
+        `TypeError`, `ValueError`: the number of noises, or the type or shape of one, does not fit.
     """
     if latents is None:
         return [None] * len(shapes)

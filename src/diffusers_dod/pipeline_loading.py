@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""How a DoD pipeline is loaded and saved."""
+"""Loading and saving of a DoD pipeline."""
 
 import os
 from typing import Any, Self
@@ -12,7 +12,7 @@ from .modeling_utils import without_local_paths
 
 
 class DoDPipelineLoadingMixin:
-    """Loading with errors that name what is missing, and saving without local paths, for [`DoDPipeline`]."""
+    """Loads a [`DoDPipeline`] with errors that name the missing part, and saves it without local paths."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
@@ -21,12 +21,12 @@ class DoDPipelineLoadingMixin:
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a repository on the Hub.
-            kwargs: Passed on: components and sampling defaults that take the place of the saved ones (`None` leaves a
-                component out), `dtype`, `variant`, `device_map`, `local_files_only`, `revision`, ...
+            kwargs: Passed on: components and sampling defaults that replace the saved ones (`None` leaves a component
+                out), `dtype`, `variant`, `device_map`, `local_files_only`, `revision`, ...
 
         Raises:
             `OSError`: there is no such folder or repository, or a file is missing or cannot be read.
-            `ValueError`: the files are those of something else.
+            `ValueError`: the files belong to something else.
         """
         path = os.fspath(pretrained_model_name_or_path)
         if os.path.isdir(path):
@@ -91,7 +91,7 @@ class DoDPipelineLoadingMixin:
         Saves the pipeline as `DiffusionPipeline` does, without the local paths that it was loaded from.
 
         Args:
-            save_directory (`str` or `os.PathLike`): The folder, made if needed.
+            save_directory (`str` or `os.PathLike`): The folder. It is made if needed.
             args, kwargs: Passed on: `safe_serialization`, `variant`, `max_shard_size`, `push_to_hub`, ...
         """
         components = [component for component in self.components.values() if isinstance(component, ConfigMixin)]

@@ -12,12 +12,12 @@ from diffusers.utils import BaseOutput
 @dataclass
 class DoDStageStatistics(BaseOutput):
     """
-    What a stage cost, by sample.
+    Cost of a stage, by sample.
 
     Args:
         num_evaluations (`torch.Tensor` of shape `(B,)`): Evaluations of the conditional velocity, int64.
         num_guided_evaluations (`torch.Tensor` of shape `(B,)`):
-            How many of them were guided. The difference is what guidance intervals and thresholds saved.
+            Guided evaluations among them. Guidance intervals and thresholds saved the difference.
         num_accepted_steps (`torch.Tensor` of shape `(B,)`, *optional*): Steps that an adaptive solver accepted.
         num_rejected_steps (`torch.Tensor` of shape `(B,)`, *optional*): Steps that an adaptive solver took again.
     """
@@ -37,9 +37,10 @@ class DoDPipelineOutput(BaseOutput):
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
             The images of the last stage: a list of B PIL images, an array (B, H, W, 3) or a tensor (B, 3, H, W) in
             [0, 1], or with `output_type="latent"` the normalised latents (B, C, h, w).
-        stages (`list`, *optional*): With `return_stages=True`, what `images` is for every stage that was run.
+        stages (`list`, *optional*): Images of every stage of the call, in the form of `images`, if
+            `return_stages=True`.
         stage_latents (`list[torch.Tensor]`, *optional*):
-            With `return_stages=True`, the normalised latents (B, C, h, w) of every stage that was run.
+            Normalised latents (B, C, h, w) of every stage of the call, if `return_stages=True`.
         statistics (`list[DoDStageStatistics]`, *optional*): Cost of every stage that was run.
     """
 

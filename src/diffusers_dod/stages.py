@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""The plan of a call: which scheduler, how many steps and which guidance scale each stage has."""
+"""The plan of a call: the scheduler, the number of steps and the guidance scale of each stage."""
 
 import inspect
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from .scheduling_dod import check_starts
 
 def is_a(component: Any, name: str) -> bool:
     """
-    Whether the class of a component is the one of that name or derived from it.
+    Whether a component's class has this name, or is derived from a class with this name.
 
-    Classes are told by name: a repository that is loaded with its own code has classes of its own. A compiled
-    component counts as what was compiled.
+    Names are compared because a repository with its own code has its own classes. A compiled component counts as the
+    original.
 
     Args:
         component (`Any`): A model, a scheduler or anything else.
@@ -35,15 +35,15 @@ def is_a(component: Any, name: str) -> bool:
 
 def check_scheduler(name: str, scheduler: SchedulerMixin) -> None:
     """
-    Raises unless a scheduler is a flow-match one: others would step along another path.
+    Raises unless a scheduler is a flow-match scheduler: others would step along another path.
 
     Args:
         name (`str`): Name of the argument, for the message.
-        scheduler (`SchedulerMixin`): What was received.
+        scheduler (`SchedulerMixin`): The value received.
 
     Raises:
-        `TypeError`: it is no scheduler.
-        `ValueError`: it is one of another kind, or has settings that leave the path.
+        `TypeError`: the value is no scheduler.
+        `ValueError`: the scheduler is of another kind, or has settings that leave the path.
     """
     check_type(name, scheduler, SchedulerMixin)
     if is_a(scheduler, "DoDFlowMatchScheduler"):
@@ -71,15 +71,15 @@ def check_scheduler(name: str, scheduler: SchedulerMixin) -> None:
 @dataclass
 class Stage:
     """
-    What one stage of a call runs with.
+    Settings of one stage of a call.
 
     Args:
-        number (`int`): 1 for the stage without a visual prior.
+        number (`int`): Number of the stage. Stage 1 has no visual prior.
         scheduler (`SchedulerMixin`): Integrates the velocity.
         num_inference_steps (`int`): Number of intervals.
         guidance_scale (`float`): Scale of guidance; 1 is none.
-        starts (`Sequence[float]`, *optional*): Starts of the intervals, `sigmas` of the call; equal intervals if not
-            given.
+        starts (`Sequence[float]`, *optional*): Starts of the intervals, `sigmas` of the call. By default intervals are
+            equal.
     """
 
     number: int
@@ -100,8 +100,8 @@ class Stage:
 
     @property
     def sigmas(self) -> torch.Tensor:
-        """Times of the steps that [`Stage.lay_out`] has laid out, in [0, 1], 0 = data."""
-        # Some of Diffusers' schedulers round their timesteps, and none of them its sigmas.
+        """Times of the steps from [`Stage.lay_out`], in [0, 1], 0 = data."""
+        # Some of Diffusers' schedulers round their timesteps. None rounds its sigmas.
         if self.is_ours:
             return self.scheduler.timesteps / self.scheduler.config.num_train_timesteps
         return self.scheduler.sigmas[: len(self.scheduler.timesteps)]
@@ -111,13 +111,13 @@ class Stage:
         Sets the scheduler's steps.
 
         Args:
-            device (`torch.device`, *optional*): Where the times are needed; the CPU if not given.
+            device (`torch.device`, *optional*): Device of the times. By default the CPU.
 
         Returns:
             `int | None`: The number of steps. `None` if the solver chooses them.
 
         Raises:
-            `ValueError`: the scheduler does not accept `sigmas`, or not these.
+            `ValueError`: the scheduler does not accept `sigmas`, or not these values.
         """
         scheduler = self.scheduler
         accepts_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
@@ -145,18 +145,18 @@ class Stage:
 
 def per_stage(name: str, value: Any, num_stages: int) -> list:
     """
-    One value for each stage that is run.
+    Turns an argument into a list with one value for each stage of the call.
 
     Args:
         name (`str`): Name of the argument, for the message.
         value (`Any`): A value for all stages, or a list or tuple with a value for each.
-        num_stages (`int`): Number of stages that are run.
+        num_stages (`int`): Number of stages of the call.
 
     Returns:
-        `list`: As many values.
+        `list`: A value for each stage.
 
     Raises:
-        `ValueError`: there are not as many values as stages.
+        `ValueError`: the number of values differs from the number of stages.
     """
     if not isinstance(value, (list, tuple)):
         return [value] * num_stages
@@ -168,7 +168,7 @@ def per_stage(name: str, value: Any, num_stages: int) -> list:
 
 
 def _find_scheduler(scheduler: SchedulerMixin, given: str | SchedulerMixin | None) -> SchedulerMixin:
-    """The scheduler of one stage: the one that is given, or the pipeline's, with another solver if that is given."""
+    """Finds the scheduler of one stage: the given one, or the pipeline's with the given solver."""
     if given is None:
         check_scheduler("scheduler", scheduler)
         return scheduler
@@ -199,26 +199,27 @@ def plan_stages(
     sigmas: Sequence[float] | None = None,
 ) -> list[Stage]:
     """
-    The stages that are run, from the arguments of a call and the pipeline's defaults.
+    Plans the stages of a call, from its arguments and the pipeline's defaults.
 
     A single `guidance_scale` leaves stage 1 unguided (paper), unless it is the only stage of a model without priors.
 
     Args:
-        numbers (`Sequence[int]`): Numbers of the stages that are run.
+        numbers (`Sequence[int]`): Numbers of the stages to run.
         scheduler (`SchedulerMixin`): The pipeline's scheduler.
         default_num_inference_steps (`int`): Intervals of a stage for which the call gives none.
         default_guidance_scale (`float`): Scale of a guided stage for which the call gives none.
         has_priors (`bool`): Whether the model has a latent embedder.
         num_inference_steps (`int` or `Sequence[int | None]`, *optional*): Intervals of all stages, or of each, >= 1.
-        guidance_scale (`float` or `Sequence[float | None]`, *optional*): Scale, or that of each stage, >= 0.
-        schedulers (`str`, `SchedulerMixin` or a sequence of them, *optional*): Solver or scheduler, or that of each.
+        guidance_scale (`float` or `Sequence[float | None]`, *optional*): Scale, or a scale for each stage, >= 0.
+        schedulers (`str`, `SchedulerMixin` or a sequence of them, *optional*):
+            Solver or scheduler, or one for each stage.
         sigmas (`Sequence[float]`, *optional*): Starts of the intervals of all stages.
 
     Returns:
         `list[Stage]`.
 
     Raises:
-        `TypeError`, `ValueError`: an argument is out of range, or there are not as many values as stages.
+        `TypeError`, `ValueError`: an argument is out of range, or has another number of values than stages.
     """
     if sigmas is not None and num_inference_steps is not None:
         raise ValueError(f"Only one of `sigmas` and `num_inference_steps` must be given, got {num_inference_steps}.")
