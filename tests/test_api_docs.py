@@ -32,11 +32,6 @@ LINK_OR_CODE = r"\[?`[^`]+`\]?"
 RIDDLE = re.compile(r"(Of|Those|That of|Likewise|See there|What\b.*\bdid cost)\b")
 # Names that only their docstrings explained. `run` is one for the position of a stage among those that are run.
 RIDDLES = {"whole", "together", "barren", "replicas"}
-# Files whose wording is not up to this yet.
-UNREVISED = (
-    "src/diffusers_dod/guidance.py",
-    "src/diffusers_dod/pipeline_dod.py",
-)
 
 
 def find_public_modules():
@@ -264,7 +259,7 @@ def test_texts_of_docstrings_can_be_read_alone():
         for text in find_texts(docstring)
     ]
     assert len(texts) > 1000
-    assert_none(f"{place}: {text}" for place, text in texts if RIDDLE.match(text) and not place.startswith(UNREVISED))
+    assert_none(f"{place}: {text}" for place, text in texts if RIDDLE.match(text))
 
 
 def test_names_say_what_they_are():
@@ -272,7 +267,6 @@ def test_names_say_what_they_are():
         f"{place}: {name}"
         for place, names in find_in_files(find_names, "src")
         for name in sorted(names & RIDDLES | (names & {"run"} if "stage" in names else set()))
-        if not place.startswith(UNREVISED)
     )
 
 
