@@ -1,6 +1,6 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-Encodes the pictures of a data set once, for any number of runs:
+Encodes the images of a data set once, for any number of runs:
 
     accelerate launch training/encode_latents.py --train_data_dir path/to/imagenet/train --resolution 256 \\
         --random_flip --pretrained_vae_name_or_path stabilityai/sd-vae-ft-ema --latents_dtype float16 \\
@@ -9,7 +9,7 @@ Encodes the pictures of a data set once, for any number of runs:
     accelerate launch training/train_dod.py --latents_dir latents/imagenet \\
         --pretrained_vae_name_or_path stabilityai/sd-vae-ft-ema --output_dir outputs/dod-b
 
-All processes share the work. A run that was stopped goes on where it was, on any number of processes.
+All processes share the work. A run that was stopped continues where it was, on any number of processes.
 """
 
 import logging
@@ -45,13 +45,13 @@ def load_autoencoder(path: str | None, device: torch.device) -> Autoencoder | No
 
     Args:
         path (`str` or `None`): A folder or a repository on the Hub; `None` for a pixel-space model.
-        device (`torch.device`): Where it goes.
+        device (`torch.device`): Device of the autoencoder.
 
     Returns:
         [`Autoencoder`], not trainable, or `None`.
 
     Raises:
-        `ValueError`: it is a model of another kind.
+        `ValueError`: the model is of another kind.
     """
     if path is None:
         return None
