@@ -271,14 +271,30 @@ def _open_folder(folder: str) -> datasets.Dataset:
     if not os.path.isdir(folder):
         raise ValueError(f"`train_data_dir` must be an existing folder, got {folder!r}.")
     has_folders = bool(_class_folders(folder))
-    if not has_folders:
-        for builder, pattern in (("parquet", "*.parquet"), ("webdataset", "*.tar")):
-            files = sorted(str(path) for path in Path(folder).glob(pattern))
-            if files:
-                return datasets.load_dataset(builder, data_files=files, split="train")
+    builder, files = (None, []) if has_folders else find_shards(folder)
+    if builder is not None:
+        return datasets.load_dataset(builder, data_files=files, split="train")
     return datasets.load_dataset(
         "imagefolder", data_dir=folder, split="train", drop_labels=False if has_folders else None
     )
+
+
+def find_shards(folder: str) -> tuple[str | None, list[str]]:
+    """
+    Finds the Parquet files of a folder, or its tar files in the form of WebDataset.
+
+    Args:
+        folder (`str`): The folder.
+
+    Returns:
+        `tuple[str | None, list[str]]`: The builder in `datasets` that reads the files, and their paths; `None` and an
+        empty list if there are none.
+    """
+    for builder, pattern in (("parquet", "*.parquet"), ("webdataset", "*.tar")):
+        files = sorted(str(path) for path in Path(folder).glob(pattern))
+        if files:
+            return builder, files
+    return None, []
 
 
 def _class_folders(folder: str) -> list[str]:

@@ -12,7 +12,6 @@ starts the next pass, and waits for no other reader.
 import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -25,7 +24,7 @@ from ..checks import check_at_least
 from ..options import check_options
 from ..seeding import stateless_generator
 from .encoding import EncodingOptions, Share
-from .pictures import TEXTURES, Columns, ImageOptions, center_crop, open_dataset, read_row, to_pixels
+from .pictures import TEXTURES, Columns, ImageOptions, center_crop, find_shards, open_dataset, read_row, to_pixels
 from .sample_stream import SampleDraws, collate_priors_first
 
 
@@ -73,13 +72,14 @@ def open_stream(
 
 
 def _open_folder(folder: str) -> datasets.IterableDataset:
-    for builder, pattern in (("parquet", "*.parquet"), ("webdataset", "*.tar")):
-        files = sorted(str(path) for path in Path(folder).glob(pattern))
-        if files:
-            # By default Parquet files are read by the size of their first group of rows, which fails where that is 0.
-            options = {"batch_size": READ_SIZE} if builder == "parquet" else {}
-            return datasets.load_dataset(builder, data_files=files, split="train", streaming=True, **options)
-    raise ValueError(f"`train_data_dir` must be a folder with Parquet or tar files to be streamed, got {folder!r}.")
+    builder, files = find_shards(folder)
+    if builder is None:
+        raise ValueError(
+            f"`train_data_dir` must be a folder with Parquet or tar files to be streamed, got {folder!r}."
+        )
+    # By default Parquet files are read by the size of their first group of rows, which fails where that is 0.
+    options = {"batch_size": READ_SIZE} if builder == "parquet" else {}
+    return datasets.load_dataset(builder, data_files=files, split="train", streaming=True, **options)
 
 
 def _open_dataset(name: str) -> datasets.IterableDataset:
