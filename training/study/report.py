@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from study import RESULTS
 
-from diffusers_dod.compute import TrainingStep, sampling_compute, training_cost
+from diffusers_dod.compute import TrainingStep, count_model, sampling_compute, training_cost
 from diffusers_dod.files import METRICS_FILE
 from diffusers_dod.metrics.intervals import mean_interval
 from diffusers_dod.presets import PRESETS
@@ -359,7 +359,7 @@ def dropout_differences_table(results: Results) -> str:
 
 def compute_table(results: Results) -> str:
     """Table of claim e: FID at equal sampling compute."""
-    rows = []
+    rows, counts = [], {name: count_model(PRESETS[name]) for name in ("FiTv2-Desk", "DoD-Desk")}
     for label, runs, preset, first, choices in (
         ("FiTv2, guided", FITV2, "FiTv2-Desk", "", BRIEF),
         ("DoD, stage 1 guided", DOD, "DoD-Desk", "", BRIEF),
@@ -373,7 +373,8 @@ def compute_table(results: Results) -> str:
             if scales is None:
                 continue
             numbers = [float(scale) for scale in scales.split(":")]
-            cost = sampling_compute(PRESETS[preset], [steps] * len(numbers), numbers)["flops"]
+            steps_of_stages = [steps] * len(numbers)
+            cost = sampling_compute(PRESETS[preset], steps_of_stages, numbers, cost=counts[preset])["flops"]
             number = show(results.stage(runs, "fid", scales, steps=steps))
             rows.append((cost, [label, " + ".join([str(steps)] * len(numbers)), scales, f"{cost / 1e9:.3f}", number]))
     return format_table(["", "steps", "scales", "GFLOPs", "FID"], [row for _, row in sorted(rows)])
