@@ -213,6 +213,7 @@ import sys
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.guiders import ClassifierFreeGuidance
 
 folder, expected = sys.argv[1], torch.load(sys.argv[2])
 
@@ -227,6 +228,10 @@ def check(pipe):
     own = (pipe, pipe.transformer, pipe.latent_embedder, pipe.scheduler)
     assert all(type(part).__module__.startswith("diffusers_modules.") for part in own), own
     torch.testing.assert_close(images(pipe), expected["euler"])
+    Guidance = sys.modules[type(pipe).__module__].Guidance
+    for guidance in (Guidance(), ClassifierFreeGuidance(guidance_scale=pipe.config.default_guidance_scale)):
+        torch.testing.assert_close(images(pipe, guidance=guidance), expected["euler"])
+    assert not torch.allclose(images(pipe, guidance=Guidance(rescale=1.0)), expected["euler"])
     ours = type(pipe.scheduler)
     pipe.scheduler = ours.from_config(pipe.scheduler.config, solver="heun")
     torch.testing.assert_close(images(pipe), expected["heun"])
