@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers import tiny_pipeline
 from hub_server import Hub
 from launch import PATIENCE_S
@@ -90,6 +91,7 @@ def json_files(folder: Path) -> dict[str, dict]:
 
 
 # One test, so that the client runs once however the tests are spread over processes.
+@pytest.mark.slow
 def test_up_to_the_hub_and_down_again(tmp_path):
     local = tmp_path / "local"
     tiny_pipeline(default_guidance_scale=3.0).save_pretrained(local)

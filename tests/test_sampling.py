@@ -2,11 +2,8 @@
 
 import itertools
 import math
-import os
-import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +18,7 @@ from diffusers import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 from helpers import FIXED_STEP_SOLVERS, assert_near, noise, record_calls, says, tiny_latent_embedder, tiny_pipeline
+from launch import run_command
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDPipelineOutput, Guidance
 from diffusers_dod.seeding import stateless_generator, stateless_noise
@@ -137,13 +135,14 @@ def chunked(indices_of_chunks) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_an_image_is_the_same_in_another_process(tmp_path):
     script = (
         "import sys, torch, test_sampling;"
         "torch.save((torch.get_num_threads(), test_sampling.chunked([[0, 1, 2], [3]])), sys.argv[1])"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(Path(__file__).parent)}
-    subprocess.run([sys.executable, "-c", script, tmp_path / "images.pt"], env=environment, check=True)
+    command = [sys.executable, "-c", script, tmp_path / "images.pt"]
+    run_command(command, tmp_path / "output", {"OMP_NUM_THREADS": "2"})
     num_threads, images = torch.load(tmp_path / "images.pt")
     assert num_threads == 2
     for solver, expected in chunked([[0], [1, 2, 3]]).items():
