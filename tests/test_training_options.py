@@ -13,7 +13,15 @@ import yaml
 
 import diffusers_dod
 from diffusers_dod.data.pictures import ImageOptions
-from diffusers_dod.options import find_errors, list_options, parse_options, read_recipe, replace_values, to_values
+from diffusers_dod.options import (
+    build_parser,
+    find_errors,
+    list_options,
+    parse_options,
+    read_recipe,
+    replace_values,
+    to_values,
+)
 from diffusers_dod.training_options import DataOptions, OutputOptions, TrainingOptions
 
 
@@ -125,6 +133,14 @@ def test_every_number_of_every_command_has_a_range():
             if field.type in (int, float):
                 found[name] = found.get(name, True) and (field.option.at_least, field.option.above) != (None, None)
     assert len(found) > 80 and {name for name, has_range in found.items() if not has_range} == WITHOUT_RANGE
+
+
+def test_every_command_shows_all_of_its_options():
+    for kind in find_option_classes():
+        text = build_parser(kind).format_help()
+        for name, field in list_options(kind).items():
+            assert re.search(rf"(?<!\w){name}(?!\w)", text), (kind, name)
+            assert re.fullmatch(r"\S.*[.)]", field.option.help), (kind, name, field.option.help)
 
 
 # --------------------------------------------------------------------------------------------------- what does not fit

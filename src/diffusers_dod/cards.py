@@ -284,11 +284,11 @@ def _steps(step: int, max_steps: int, images_per_step: int | None) -> str:
 
 def _optimizer(options: TrainingOptions) -> str:
     optimizer, precision = options.optimizer, options.precision.mixed_precision
+    own_rate = optimizer.latent_embedder_learning_rate
     parts = {
         {"adamw": "AdamW", "adamw_8bit": "AdamW with moments of 8 bits"}[optimizer.optimizer]: True,
         f"learning rate {optimizer.learning_rate:g}": True,
-        f"that of the LEM {optimizer.latent_embedder_learning_rate}": optimizer.latent_embedder_learning_rate
-        is not None,
+        f"that of the LEM {own_rate}": own_rate is not None,
         f"{optimizer.lr_scheduler.replace('_', ' ')} schedule": "constant" not in optimizer.lr_scheduler,
         f"{optimizer.lr_warmup_steps:,} steps of warm-up": optimizer.lr_warmup_steps > 0,
         f"weight decay {optimizer.adam_weight_decay:g}": True,

@@ -259,11 +259,7 @@ class Trainer:
         """Number of steps that align tokens with features."""
         if self.data.vision is None:
             return 0
-        return (
-            self.options.optimizer.max_train_steps
-            if self.options.alignment.repa_stop_step is None
-            else self.options.alignment.repa_stop_step
-        )
+        return self.options.alignment.repa_stop_step or self.options.optimizer.max_train_steps
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 

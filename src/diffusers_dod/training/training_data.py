@@ -306,21 +306,17 @@ class StreamedImages(TrainingData):
 
 def _open_latents(options: TrainingOptions, accelerator: Accelerator, vae: Autoencoder | None) -> Latents:
     """Opens the latents of `--latents_dir`, or of images; all processes encode these unless that has been done."""
-    if options.data.images.dataset_name is not None or options.data.images.train_data_dir is not None:
-        folder = (
-            options.output.output_dir / "latents" if options.data.latents_dir is None else options.data.latents_dir
-        )
-        return encode_data(options.data, accelerator, vae, folder)
-    latents = open_latents(options.data.latents_dir, vae)
+    data, folder = options.data, options.data.latents_dir
+    if data.images.dataset_name is not None or data.images.train_data_dir is not None:
+        return encode_data(data, accelerator, vae, folder or options.output.output_dir / "latents")
+    latents = open_latents(folder, vae)
     if "autoencoder" not in latents.manifest:
-        logger.warning(
-            f"{options.data.latents_dir} does not say which autoencoder it comes from: it is taken for the given."
-        )
+        logger.warning(f"{folder} does not say which autoencoder it comes from: it is taken for the given.")
         return latents
-    expected = {"autoencoder": describe_autoencoder(vae)} | (
-        {"random_flip": True} if options.data.encoding.random_flip else {}
-    )
-    check_settings(options.data.latents_dir, latents.manifest, expected)
+    expected: dict[str, Any] = {"autoencoder": describe_autoencoder(vae)}
+    if data.encoding.random_flip:
+        expected["random_flip"] = True
+    check_settings(folder, latents.manifest, expected)
     return latents
 
 
