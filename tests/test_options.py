@@ -69,7 +69,7 @@ class Options:
 
     folders: tuple[Path, ...] = option(is_positional=True, help="Folders.")
     config: Path | None = option(None, is_recipe=True, is_private=True, help="Recipe.")
-    output_file: Path = option(help="Where results go.", is_private=True)
+    output_file: Path = option(help="Where results go.", is_private=True, writes="file", suffix=".json")
     token: str | None = option(None, is_secret=True, help="Token.")
     rates: Rates = field(default_factory=Rates)
     source: Source = field(default_factory=Source)
@@ -134,6 +134,8 @@ def test_an_older_name_is_accepted():
         (["--stream", "--shard_size", "4"], ["`shard_size` must be given without `stream` only, got 4."]),
         (["--kind", "small", "--shard_size", "200"], ["`shard_size` must be at most 100", "got 200"]),
         (["--name", "a"], ["`folders` must not be `name`."]),
+        (["--output_file", "r.txt"], ["`output_file` must end with .json, got r.txt."]),
+        (["--output_file", "/dev/null/r.json"], ["`output_file` must be a file that can be written", "/dev/null/r"]),
     ],
 )
 def test_what_is_wrong_is_refused_in_clear_words(capsys, argv, fragments):

@@ -35,6 +35,7 @@ from typing import Any, TypeVar
 import yaml
 
 from .checks import attempt, check_at_least, check_choice, check_number, check_type
+from .files import check_output
 
 
 T = TypeVar("T")
@@ -54,6 +55,8 @@ class Option:
         below (`float`, *optional*): Upper end of the accepted numbers, which is none of them.
         is_distinct (`bool`, defaults to `False`): Whether several values must differ from each other.
         check (`Callable`, *optional*): Raises unless it accepts name and value.
+        writes (`str`, *optional*): `"file"` or `"folder"` if the value is one that the command writes.
+        suffix (`str`, defaults to `""`): End of the name of that file, such as `.npz`.
         needs (`str`, *optional*): Name of another option, without which this one must not be given.
         excludes (`str`, *optional*): Name of another option, with which this one must not be given.
         nargs (`str`, *optional*): Number of values in the words of `argparse`, if the type does not tell it.
@@ -74,6 +77,8 @@ class Option:
     below: float | None = None
     is_distinct: bool = False
     check: Callable[[str, Any], None] | None = None
+    writes: str | None = None
+    suffix: str = ""
     needs: str | None = None
     excludes: str | None = None
     nargs: str | None = None
@@ -131,6 +136,9 @@ class OptionField:
             errors.append(f"`{self.name}` must hold different values, got {list(values)}.")
         if self.option.check is not None and value is not None:
             attempt(errors, self.option.check, self.name, value)
+        if self.option.writes is not None:
+            is_folder = self.option.writes == "folder"
+            attempt(errors, check_output, self.name, value, is_folder=is_folder, suffix=self.option.suffix)
         return errors
 
     def _check(self, value: Any) -> None:

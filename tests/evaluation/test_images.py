@@ -16,7 +16,7 @@ from helpers import says
 from PIL import Image
 from torch.utils.data import Subset
 
-from diffusers_dod.data.pictures import center_crop, load_pictures
+from diffusers_dod.data.pictures import ImageOptions, center_crop, load_pictures
 from diffusers_dod.data.textures import TextureDataset
 from diffusers_dod.evaluation.images import DatasetImages, FolderImages, NpzImages, draw_indices, open_images
 
@@ -286,7 +286,7 @@ def test_images_of_a_folder_may_be_of_any_data_set(pixels, tmp_path):
     for index, image in enumerate(pixels[:4]):
         (tmp_path / "ab"[index % 2]).mkdir(exist_ok=True)
         Image.fromarray(image).save(tmp_path / "ab"[index % 2] / f"{index}.png")
-    images = load_pictures(None, str(tmp_path), 4, 0, 0)
+    images = load_pictures(ImageOptions(train_data_dir=str(tmp_path), resolution=4), 0, 0)
     whole = DatasetImages("whole", images, str(tmp_path)).data["fingerprint"]
     part = replace(images, dataset=Subset(images.dataset, [2, 0]), fingerprint=f"{images.fingerprint}-part")
     source = DatasetImages("part", part, str(tmp_path))

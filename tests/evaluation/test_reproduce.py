@@ -212,3 +212,8 @@ def test_files_of_something_else_are_refused(tmp_path):
         (tmp_path / "file.json").write_text(content)
         with pytest.raises(ValueError, match=says("`path`", "file.json")):
             read_results(tmp_path / "file.json")
+
+
+def test_everything_that_a_command_writes_is_redirected():
+    names = ("output_file", "output_dir", "cache_dir", "save_statistics", "grid_file")
+    assert reproduce.OUTPUTS == {f"--{name}" for name in names}

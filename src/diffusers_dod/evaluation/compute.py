@@ -17,7 +17,6 @@ from typing import Any
 
 from ..checks import attempt, check_choice
 from ..compute import UNITS, EvaluationCost, ModelCost, count_model, sampling_compute, steps_within_budget
-from ..files import check_output
 from ..guidance_options import build_guidance
 from ..options import option, parse_options
 from ..presets import PRESETS
@@ -184,7 +183,7 @@ class ComputeOptions:
         at_least=0,
         help="GFLOPs of one image, for steps that cost the same; those of the first FiTv2, guided, by default.",
     )
-    output_file: Path | None = option(None, check=check_output, help="JSON file that the numbers go to as well.")
+    output_file: Path | None = option(None, writes="file", help="JSON file that the numbers go to as well.")
 
     def find_conflicts(self) -> list[str]:
         """Messages about options that do not fit each other."""

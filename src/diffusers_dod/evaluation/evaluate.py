@@ -19,7 +19,6 @@ import sys
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -29,7 +28,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..checks import check_at_least
-from ..files import check_output, file_sha256, replacing
+from ..files import file_sha256, replacing
 from ..metrics.extractors import Extractor, extract, extractor_sha256, is_inception, load_extractor, load_statistics
 from ..metrics.inception_score import RunningInceptionScore
 from ..metrics.statistics import RunningStatistics, merge_statistics
@@ -321,9 +320,9 @@ class EvaluationOptions:
     num_samples: int | None = option(
         None, at_least=2, help="Evaluate so many of the images, drawn at random; all by default."
     )
-    output_file: Path | None = option(None, check=check_output, help="JSON file of the results.")
+    output_file: Path | None = option(None, writes="file", help="JSON file of the results.")
     save_statistics: Path | None = option(
-        None, check=partial(check_output, suffix=".npz"), help="npz file of the statistics of the samples."
+        None, writes="file", suffix=".npz", help="npz file of the statistics of the samples."
     )
     judge: JudgeOptions
 

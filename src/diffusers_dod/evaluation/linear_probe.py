@@ -27,7 +27,6 @@ import json
 import sys
 import warnings
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..checks import check_at_least, check_choice
-from ..files import check_output
 from ..metrics.intervals import wilson_interval
 from ..metrics.table import METRICS
 from ..options import option, parse_options, replace_values
@@ -291,7 +289,7 @@ class LinearProbeOptions:
     pooling: str = option("flatten", choices=POOLING, help="How tokens become features.")
     cache_dir: Path | None = option(
         None,
-        check=partial(check_output, is_folder=True),
+        writes="folder",
         help="Where tokens are kept for other calls of this command.",
     )
     probe: ProbeOptions = field(default_factory=ProbeOptions)

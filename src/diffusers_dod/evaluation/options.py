@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader, Subset
 
 from ..data.latents import DTYPES
 from ..data.pictures import TRANSFORM, ImageOptions, Pictures, load_pictures
-from ..files import check_output
 from ..options import option
 from ..pipeline_dod import DoDPipeline
 from ..seeding import stateless_generator
@@ -47,7 +46,7 @@ class ComparisonOptions:
     dataloader_num_workers: int = option(0, at_least=0, help="Processes that read images.")
     dtype: str = option("float32", choices=DTYPES, help="Data type of the weights.")
     device: str = device_option()
-    output_file: Path = option(check=check_output, help="JSON file of the results.")
+    output_file: Path = option(writes="file", help="JSON file of the results.")
     images: ImageOptions = field(default_factory=ImageOptions)
 
     def find_conflicts(self) -> list[str]:

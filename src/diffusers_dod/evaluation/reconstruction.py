@@ -19,7 +19,6 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from tqdm.auto import tqdm
 
 from ..data.image_grid import make_grid
 from ..data.pictures import to_pixels
-from ..files import check_output
 from ..guidance import NULL_CONDITIONS, Guidance
 from ..metrics.extractors import Extractor, extract, extractor_sha256, load_extractor
 from ..metrics.frechet import frechet_distance
@@ -260,7 +258,8 @@ class ReconstructionOptions:
     trust_extractor: bool = option(False, help="Run the code of an extractor in a file.")
     grid_file: Path | None = option(
         None,
-        check=partial(check_output, suffix=".png"),
+        writes="file",
+        suffix=".png",
         help="PNG file of the first images above their reconstructions.",
     )
 

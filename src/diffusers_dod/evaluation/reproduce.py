@@ -20,16 +20,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import check_output, file_sha256
+from ..files import file_sha256
 from ..metrics.extractors import extractor_file, is_inception
-from ..options import build_parser, option, parse_options
+from ..options import build_parser, list_options, option, parse_options
 from ..results import checkpoint_sha256, read_results
-from . import evaluate, sample
+from . import sample
+from .compute import ComputeOptions
+from .evaluate import EvaluationOptions
+from .linear_probe import LinearProbeOptions
+from .reconstruction import ReconstructionOptions
+from .sample import SamplingOptions
+from .sweep import SweepOptions
 
 
-TASKS = ("evaluate", "reconstruction", "linear_probe", "sweep", "compute")
+# Commands whose results can be computed again, and their options.
+TASKS: dict[str, type] = {
+    "evaluate": EvaluationOptions,
+    "reconstruction": ReconstructionOptions,
+    "linear_probe": LinearProbeOptions,
+    "sweep": SweepOptions,
+    "compute": ComputeOptions,
+}
 # Options for outputs. They get a folder of their own, so that nothing is read back and nothing overwritten.
-OUTPUTS = ("--output_file", "--output_dir", "--cache_dir", "--save_statistics", "--grid_file")
+OUTPUTS = {
+    f"--{name}"
+    for kind in (*TASKS.values(), SamplingOptions)
+    for name, field in list_options(kind).items()
+    if field.option.writes is not None
+}
 # Entries that identify images and statistics, wherever they are.
 IDENTITIES = ("sha256", "fingerprint", "pictures")
 
@@ -78,7 +96,7 @@ def _redirect(argv: list[str], folder: Path) -> list[str]:
 
 def _replace_samples(argv: list[str], samples: Path) -> list[str]:
     """Replaces the samples in arguments of [`evaluate`], and nothing else that has the same spelling."""
-    parser = build_parser(evaluate.EvaluationOptions)
+    parser = build_parser(EvaluationOptions)
     name = parser.parse_args(argv).samples
     for index in (index for index, word in enumerate(argv) if word == name):
         replaced = [*argv[:index], str(samples), *argv[index + 1 :]]
@@ -187,7 +205,7 @@ class ReproductionOptions:
 
     results: Path = option(is_positional=True, help="File of results.")
     rtol: float = option(1e-3, at_least=0, help="Accepted difference, as a share of the number.")
-    output_file: Path | None = option(None, check=check_output, help="JSON file of the new results.")
+    output_file: Path | None = option(None, writes="file", help="JSON file of the new results.")
     trust_extractor: bool = option(False, help="Run the code that the results name, such as an extractor.")
 
 

@@ -27,7 +27,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..files import UNFINISHED, check_output, file_sha256, in_use, replacing, write_json
+from ..files import UNFINISHED, file_sha256, in_use, replacing, write_json
 from ..guidance_options import GuidanceOptions
 from ..options import find_given, option, parse_options, to_argv, to_json, to_values
 from ..pipeline_dod import DoDPipeline
@@ -124,7 +123,7 @@ class SamplingOptions:
     """Options of the command."""
 
     pretrained_model_name_or_path: str = option(help="Pipeline (folder or Hub id).")
-    output_dir: Path = option(check=partial(check_output, is_folder=True), help="Folder that the images go to.")
+    output_dir: Path = option(writes="folder", help="Folder that the images go to.")
     num_images: int = option(50_000, at_least=1, help="Number of images.")
     batch_size: int = option(64, at_least=1, help="Images in a chunk, the unit of the work.")
     labels: str = option(

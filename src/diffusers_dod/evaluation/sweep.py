@@ -26,7 +26,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from ..compute import count_model, sampling_compute
-from ..files import check_output, file_sha256, in_use, replacing, write_json
+from ..files import file_sha256, in_use, replacing, write_json
 from ..guidance import Guidance
 from ..guidance_options import GuidanceOptions
 from ..losses import DoDJointModel
@@ -94,8 +93,8 @@ class SweepOptions:
         help=f"Averages of a training checkpoint, e.g. decay-0.9999; `{PIPELINE}` is its own.",
     )
     keep_samples: bool = option(False, help="Keep the images of every setting.")
-    output_dir: Path = option(check=partial(check_output, is_folder=True), help="Folder of the sweep.")
-    output_file: Path | None = option(None, check=check_output, help="`sweep.json` in `--output_dir` by default.")
+    output_dir: Path = option(writes="folder", help="Folder of the sweep.")
+    output_file: Path | None = option(None, writes="file", help="`sweep.json` in `--output_dir` by default.")
     judge: JudgeOptions
     guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
 
