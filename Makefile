@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# A picture of two-stage samples from the checkpoint in the repository: outputs/demo.png. One thread is enough for it.
+# An image of two-stage samples from the checkpoint in the repository: outputs/demo.png. One thread is enough for it.
 demo: install
 	OMP_NUM_THREADS=1 $(BIN)/python examples/quickstart.py --output outputs/demo.png
 
@@ -54,7 +54,7 @@ bench: install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_precision.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_batch_independence.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_training.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_encoding.py --num_pictures 8
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_encoding.py --num_images 8
 
 # The runs, results, tables and plots of docs/study.md: about a day of one core, and resumes where it stopped.
 study: install

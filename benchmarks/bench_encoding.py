@@ -2,7 +2,7 @@
 """
 Measures images per second and bytes per image of encoding, for autoencoders of published sizes with random weights.
 
-    python benchmarks/bench_encoding.py --num_pictures 16 --device cpu
+    python benchmarks/bench_encoding.py --num_images 16 --device cpu
 
 Weights make no difference to either number. Reading and decoding of files is not included: images are made beforehand.
 """
@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 
 from diffusers_dod.data.encoding import EncodingOptions, encode_latents
-from diffusers_dod.data.pictures import Pictures
+from diffusers_dod.data.labelled_images import LabelledImages
 from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
 
 
@@ -50,7 +50,7 @@ AUTOENCODERS = {
 
 
 class InMemory(TextureDataset):
-    """Pictures that are made once."""
+    """Images that are made once."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -62,17 +62,17 @@ class InMemory(TextureDataset):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_pictures", type=int, default=16)
+    parser.add_argument("--num_images", type=int, default=16)
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
-    dataset = InMemory(args.num_pictures, size=args.resolution, seed=0)
-    pictures = Pictures(dataset, TEXTURE_CLASSES, "benchmark", args.resolution)
-    print(f"{args.num_pictures} pictures of {args.resolution} x {args.resolution} with their mirror images, ", end="")
+    dataset = InMemory(args.num_images, size=args.resolution, seed=0)
+    images = LabelledImages(dataset, TEXTURE_CLASSES, "benchmark", args.resolution)
+    print(f"{args.num_images} images of {args.resolution} x {args.resolution} with their mirror images, ", end="")
     print(f"{args.device}, {torch.get_num_threads()} thread(s)\n")
-    print("| autoencoder | pictures/s | KiB per picture in float16 |\n| --- | ---: | ---: |")
+    print("| autoencoder | images/s | KiB per image in float16 |\n| --- | ---: | ---: |")
     options = EncodingOptions(random_flip=True, encoding_batch_size=args.batch_size, latents_dtype="float16")
     for name, build in AUTOENCODERS.items():
         torch.manual_seed(0)
@@ -80,10 +80,10 @@ def main() -> None:
         vae = vae if vae is None else vae.requires_grad_(False).eval().to(args.device)
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            encode_latents(pictures, vae, Path(folder), options)
+            encode_latents(images, vae, Path(folder), options)
             seconds = time.perf_counter() - start
             size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-        print(f"| {name} | {args.num_pictures / seconds:.2f} | {size / args.num_pictures / 1024:.1f} |", flush=True)
+        print(f"| {name} | {args.num_images / seconds:.2f} | {size / args.num_images / 1024:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

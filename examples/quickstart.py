@@ -32,8 +32,8 @@ def main(argv: list[str] | None = None) -> None:
     side, gap, margin, header = 2 * stages[0][0].width, 4, 92, 22
     font = ImageFont.load_default(size=14)
     panel = args.samples_per_class * (side + gap) + 3 * gap
-    picture = Image.new("RGB", (margin + len(names) * (side + gap), header + len(stages) * panel), "white")
-    draw = ImageDraw.Draw(picture)
+    grid = Image.new("RGB", (margin + len(names) * (side + gap), header + len(stages) * panel), "white")
+    draw = ImageDraw.Draw(grid)
     for column, name in enumerate(names):
         draw.text((margin + column * (side + gap) + side / 2, header / 2), name, "black", font, anchor="mm")
     for row, images in enumerate(stages):
@@ -42,9 +42,9 @@ def main(argv: list[str] | None = None) -> None:
         for index, image in enumerate(images):
             column, line = divmod(index, args.samples_per_class)
             enlarged = image.resize((side, side), Image.Resampling.NEAREST)
-            picture.paste(enlarged, (margin + column * (side + gap), top + line * (side + gap)))
+            grid.paste(enlarged, (margin + column * (side + gap), top + line * (side + gap)))
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(args.output)
+    grid.save(args.output)
     print(f"Wrote {args.output}: {len(labels)} samples of {len(names)} classes in {len(stages)} stages.")
 
 

@@ -9,7 +9,7 @@ on c = time + class + prior, or on c = time + class + S without a prior (paper, 
 to one number, or without a bottleneck to two, and a decoder makes the prior of it. All parts are trained together,
 with a prior for half of the points. docs/how_dod_works.md explains the figure.
 
-Two distances from the data stand under every picture, averages over the classes: W, the sliced Wasserstein distance
+Two distances from the data stand under every image, averages over the classes: W, the sliced Wasserstein distance
 of the distributions, and d, the mean distance to the nearest point. Under `data` are those of other data.
 """
 

@@ -3,7 +3,7 @@ Draws variations of an image of your own: it gives the visual prior in place of 
 
 With a second image the figure also has the priors in between, one row each.
 
-    python examples/variations.py --image picture.png --class_label marble --output outputs/variations.png
+    python examples/variations.py --image image.png --class_label marble --output outputs/variations.png
     python examples/variations.py --image one.png --second_image two.png --class_label marble
 """
 
@@ -18,7 +18,7 @@ from diffusers_dod.data.image_grid import make_grid
 
 
 def load(path: Path, side: int) -> Image.Image:
-    """The centre of a picture at the size of the model."""
+    """The centre of an image at the size of the model."""
     return ImageOps.fit(Image.open(path).convert("RGB"), (side, side), Image.Resampling.LANCZOS)
 
 
@@ -29,16 +29,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--second_image", type=Path)
     parser.add_argument("--class_label", default="marble")
     parser.add_argument("--num_images", type=int, default=8)
-    parser.add_argument("--num_priors", type=int, default=5, help="From the first picture to the second.")
+    parser.add_argument("--num_priors", type=int, default=5, help="From the first image to the second.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/variations.png"))
     args = parser.parse_args(argv)
 
     pipe = DoDPipeline.from_pretrained(args.pipeline)
     side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
-    pictures = [load(path, side) for path in (args.image, args.second_image) if path is not None]
-    tokens = pipe.get_prior_tokens(image=pictures)
-    weights = torch.linspace(0, 1, args.num_priors if len(pictures) > 1 else 1).tolist()
+    originals = [load(path, side) for path in (args.image, args.second_image) if path is not None]
+    tokens = pipe.get_prior_tokens(image=originals)
+    weights = torch.linspace(0, 1, args.num_priors if len(originals) > 1 else 1).tolist()
     rows = []
     for weight in weights:
         prior_tokens = torch.lerp(tokens[:1], tokens[-1:], weight)
@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> None:
             num_images_per_prior=args.num_images,
             seed=args.seed,
         ).images
-        # The pictures themselves stand in front of their own variations.
-        original = {0.0: pictures[0], 1.0: pictures[-1]}.get(weight, Image.new("RGB", (side, side), "white"))
+        # The images themselves stand in front of their own variations.
+        original = {0.0: originals[0], 1.0: originals[-1]}.get(weight, Image.new("RGB", (side, side), "white"))
         rows.append([original, *images])
     args.output.parent.mkdir(parents=True, exist_ok=True)
     make_grid(rows, scale=max(1, 96 // side), gap=4).save(args.output)

@@ -72,8 +72,8 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module.eval()
 
 
-def write_pictures(folder: Path, sizes: list[tuple[int, int]]) -> Path:
-    """Two classes of noise, with a picture of each size (height, width) in `folder/<class>`."""
+def write_images(folder: Path, sizes: list[tuple[int, int]]) -> Path:
+    """Two classes of noise, with an image of each size (height, width) in `folder/<class>`."""
     rng = np.random.default_rng(0)
     for name in ("newt", "ant"):
         (folder / name).mkdir()

@@ -61,7 +61,7 @@ def make_rae() -> AutoencoderRAE:
     )
 
 
-# Name -> the autoencoder, its channels, pixels per latent pixel, and the side of its pictures here.
+# Name -> the autoencoder, its channels, pixels per latent pixel, and the side of its images here.
 CASES = {
     "KL of 4 channels": (lambda: make_kl(latent_channels=4, scaling_factor=0.18215), 4, 2, 16),
     "KL of 16 channels": (lambda: make_kl(latent_channels=16, scaling_factor=0.36, shift_factor=0.11), 16, 2, 16),
@@ -112,7 +112,7 @@ def test_decoding_undoes_the_normalisation(make, channels, factor, side):
     assert reconstructed.shape == pixels.shape
     if isinstance(vae, AutoencoderKL):
         own = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
-    elif isinstance(vae, AutoencoderRAE):  # takes and gives pictures in [0, 1]
+    elif isinstance(vae, AutoencoderRAE):  # takes and gives images in [0, 1]
         own = vae(pixels / 2 + 0.5).sample * 2 - 1
     else:
         own = vae(pixels).sample

@@ -53,9 +53,9 @@ def test_an_independent_classifier_recognises_both_stages(pipeline):
     assert first >= 0.4  # without guidance, as in the paper
 
 
-def test_the_demo_draws_its_picture(tmp_path):
+def test_the_demo_draws_its_image(tmp_path):
     main = runpy.run_path(str(ROOT / "examples" / "quickstart.py"))["main"]
     main(["--samples_per_class", "1", "--output", str(tmp_path / "demo.png")])
-    with Image.open(tmp_path / "demo.png") as picture:
-        assert picture.width > 700
-        assert len(set(picture.resize((64, 64)).getdata())) > 500  # not a blank page
+    with Image.open(tmp_path / "demo.png") as image:
+        assert image.width > 700
+        assert len(set(image.resize((64, 64)).getdata())) > 500  # not a blank page

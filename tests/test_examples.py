@@ -15,23 +15,23 @@ GAP, SIDE = 4, 96
 
 
 def run(name: str, tmp_path, *arguments: str) -> np.ndarray:
-    """The picture that an example draws, as (H, W, 3)."""
+    """The image that an example draws, as (H, W, 3)."""
     output = tmp_path / "output.png"
     main = runpy.run_path(str(ROOT / "examples" / name))["main"]
     main(["--pipeline", str(ROOT / "checkpoints" / "dod-desk"), "--output", str(output), *arguments])
     return np.asarray(Image.open(output))
 
 
-def tiles(picture: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """The pictures of a grid, (rows, columns, H, W, 3)."""
-    assert picture.shape == (rows * (SIDE + GAP) - GAP, columns * (SIDE + GAP) - GAP, 3)
-    padded = np.pad(picture, ((0, GAP), (0, GAP), (0, 0)))
+def tiles(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """The images of a grid, (rows, columns, H, W, 3)."""
+    assert image.shape == (rows * (SIDE + GAP) - GAP, columns * (SIDE + GAP) - GAP, 3)
+    padded = np.pad(image, ((0, GAP), (0, GAP), (0, 0)))
     return padded.reshape(rows, SIDE + GAP, columns, SIDE + GAP, 3).swapaxes(1, 2)[:, :, :SIDE, :SIDE]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> list[str]:
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("images")
     dataset = TextureDataset(2, seed=5)
     for index in range(2):  # larger than the model, and not square
         Image.fromarray(dataset[index]["image"]).resize((80, 64)).save(folder / f"{index}.png")
@@ -44,13 +44,13 @@ def test_stages_side_by_side(tmp_path):
         assert np.abs(row[0].astype(int) - row[1]).mean() > 1 and np.abs(row[1].astype(int) - row[2]).mean() > 1
 
 
-def test_variations_of_a_picture(tmp_path, pictures):
-    (row,) = tiles(run("variations.py", tmp_path, "--image", pictures[0], "--num_images", "2"), 1, 3)
+def test_variations_of_an_image(tmp_path, images):
+    (row,) = tiles(run("variations.py", tmp_path, "--image", images[0], "--num_images", "2"), 1, 3)
     assert np.abs(row[1].astype(int) - row[2]).mean() > 1
 
 
-def test_variations_from_one_picture_to_another(tmp_path, pictures):
-    arguments = ["--image", pictures[0], "--second_image", pictures[1], "--num_priors", "3", "--num_images", "1"]
+def test_variations_from_one_image_to_another(tmp_path, images):
+    arguments = ["--image", images[0], "--second_image", images[1], "--num_priors", "3", "--num_images", "1"]
     grid = tiles(run("variations.py", tmp_path, *arguments), 3, 2)
     assert (grid[1, 0] == 255).all() and not (grid[0, 0] == 255).all() and not (grid[2, 0] == 255).all()
     assert np.abs(grid[0, 1].astype(int) - grid[2, 1]).mean() > 1

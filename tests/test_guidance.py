@@ -33,7 +33,7 @@ ALL, FIRST = [0, 1, 2, 3], [0]  # blocks whose attention is computed
 
 
 LATENTS, PRIORS = normal(2, 4, 8, 8), normal(2, 16, 32, seed=1)
-PICTURE = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(5))
+IMAGE = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture
@@ -794,7 +794,7 @@ def test_statistics_of_an_adaptive_solver(error_norm):
 
 def test_statistics_of_the_stages_that_were_run(pipe):
     assert len(sample(pipe, num_stages=3, latents=normal(2, 4, 8, 8)).statistics) == 3
-    assert len(sample(pipe, image=PICTURE).statistics) == 1
+    assert len(sample(pipe, image=IMAGE).statistics) == 1
     copies = sample(pipe, num_images_per_prior=3, latents=normal(2, 4, 8, 8)).statistics
     assert [len(statistics.num_evaluations) for statistics in copies] == [2, 6]
 
@@ -900,7 +900,7 @@ def idle_pipe():
 @pytest.mark.parametrize(("options", "error", "fragments"), BAD, ids=lambda value: str(value)[:60])
 def test_bad_values_are_refused_before_anything_is_computed(idle_pipe, options, error, fragments):
     with pytest.raises(error, match=says(*fragments)):
-        idle_pipe([1], image=PICTURE, guidance=Guidance(**options))
+        idle_pipe([1], image=IMAGE, guidance=Guidance(**options))
     assert not idle_pipe.evaluated
 
 

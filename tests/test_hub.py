@@ -24,7 +24,7 @@ from huggingface_hub import HfApi
 from diffusers_dod import DoDPipeline
 from diffusers_dod.training.train import main as train
 
-local_folder, exported_folder, pictures, trained_folder = sys.argv[1:]
+local_folder, exported_folder, image_folder, trained_folder = sys.argv[1:]
 
 
 def images(pipe):
@@ -50,7 +50,7 @@ for repo_id in ("user/uploaded", "user/pushed"):
 pipe.save_pretrained(exported_folder)
 
 sizes = "--resolution 8 --train_batch_size 2 --max_train_steps 1"
-where = ["--train_data_dir", pictures, "--output_dir", trained_folder]
+where = ["--train_data_dir", image_folder, "--output_dir", trained_folder]
 hub = ["--push_to_hub", "--hub_model_id", "user/trained", "--hub_token", "hf_dummy"]
 train(["--preset", "DoD-Desk", *sizes.split(), *where, *hub])
 pipe = DoDPipeline.from_pretrained("user/trained")
@@ -71,7 +71,7 @@ def run_client(folder: Path) -> Hub:
     with Hub() as hub, (folder / "errors").open("w") as errors:
         environment = {**hub.environment(folder / "home"), "HF_TOKEN": "hf_dummy"}
         client = subprocess.Popen(
-            [sys.executable, "-c", CLIENT, *(folder / name for name in ("local", "exported", "pictures", "trained"))],
+            [sys.executable, "-c", CLIENT, *(folder / name for name in ("local", "exported", "images", "trained"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -96,8 +96,8 @@ def test_up_to_the_hub_and_down_again(tmp_path):
     local = tmp_path / "local"
     tiny_pipeline(default_guidance_scale=3.0).save_pretrained(local)
     for name in ("newt", "ant"):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8), "red").save(tmp_path / "pictures" / name / "0.png")
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / name / "0.png")
     hub = run_client(tmp_path)  # asserts that the images are the same
 
     # The weights of every component came from the server.

@@ -69,7 +69,7 @@ def test_equations_6_and_7(embedder):
 
 
 def test_the_prior_passes_through_the_tokens_only(embedder):
-    """Two pictures with the same code have the same prior, whatever else differs."""
+    """Two images with the same code have the same prior, whatever else differs."""
     tokens = torch.randn(1, 5, 8)
     assert torch.equal(embedder.decode(tokens, 8, 8), embedder.decode(tokens.clone(), 8, 8))
     different = embedder.decode(tokens + 0.1, 8, 8)

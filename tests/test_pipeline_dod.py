@@ -105,12 +105,12 @@ def test_forms_and_shapes_of_two_stages(pipe, output_type):
             assert images.shape == (2, 4, 8, 8) and images.dtype == torch.float32
 
 
-def test_forms_hold_the_same_picture(pipe):
+def test_forms_hold_the_same_image(pipe):
     latents = sample(pipe)
-    tensors, arrays, pictures = (sample(pipe, output_type=form).images for form in ("pt", "np", "pil"))
+    tensors, arrays, images = (sample(pipe, output_type=form).images for form in ("pt", "np", "pil"))
     np.testing.assert_array_equal(arrays, tensors.permute(0, 2, 3, 1).numpy())
-    for array, picture in zip(arrays, pictures, strict=True):
-        np.testing.assert_array_equal((array * 255).round().astype(np.uint8), np.asarray(picture))
+    for array, image in zip(arrays, images, strict=True):
+        np.testing.assert_array_equal((array * 255).round().astype(np.uint8), np.asarray(image))
     # The way back from normalised latents, by hand.
     mean, std = (torch.tensor(pipe.vae.config[name]).reshape(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
     with torch.no_grad():
@@ -267,65 +267,65 @@ def test_without_latent_embedder_one_stage_is_guided_by_guidance_scale():
 
 # ------------------------------------------------------------------------------------------------------------ image
 
-PICTURE = np.random.default_rng(0).integers(0, 256, (16, 8, 3), dtype=np.uint8)  # not square: H and W differ
+IMAGE = np.random.default_rng(0).integers(0, 256, (16, 8, 3), dtype=np.uint8)  # not square: H and W differ
 
 
-def picture_forms():
-    floats = PICTURE.astype(np.float32) / 255
+def image_forms():
+    floats = IMAGE.astype(np.float32) / 255
     tensor = torch.from_numpy(floats).permute(2, 0, 1)
     return {
-        "PIL": Image.fromarray(PICTURE),
-        "uint8 array": PICTURE,
+        "PIL": Image.fromarray(IMAGE),
+        "uint8 array": IMAGE,
         "float array": floats,
         "float tensor": tensor,
-        "uint8 tensor": torch.from_numpy(PICTURE).permute(2, 0, 1),
-        "batch of one": PICTURE[None],
+        "uint8 tensor": torch.from_numpy(IMAGE).permute(2, 0, 1),
+        "batch of one": IMAGE[None],
         "batched array": np.stack([floats, floats]),
         "batched tensor": torch.stack([tensor, tensor]),
-        "list of PIL": [Image.fromarray(PICTURE)] * 2,
-        "list of one": [PICTURE],
-        "list of arrays": [PICTURE, PICTURE],
+        "list of PIL": [Image.fromarray(IMAGE)] * 2,
+        "list of one": [IMAGE],
+        "list of arrays": [IMAGE, IMAGE],
         "list of tensors": [tensor, tensor],
-        "RGBA PIL": Image.fromarray(PICTURE).convert("RGBA"),
+        "RGBA PIL": Image.fromarray(IMAGE).convert("RGBA"),
     }
 
 
-@pytest.mark.parametrize("form", picture_forms())
+@pytest.mark.parametrize("form", image_forms())
 def test_every_form_of_image_gives_the_same_result(pipe, form):
-    kwargs = dict(image=Image.fromarray(PICTURE), latents=noise(1, width=4))
+    kwargs = dict(image=Image.fromarray(IMAGE), latents=noise(1, width=4))
     expected = sample(pipe, **kwargs).images
     assert expected.shape == (2, 4, 8, 4)
-    assert_near(sample(pipe, **{**kwargs, "image": picture_forms()[form]}).images, expected)
+    assert_near(sample(pipe, **{**kwargs, "image": image_forms()[form]}).images, expected)
 
 
 def test_a_batched_image_raises_no_warning(pipe):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sample(pipe, image=np.stack([PICTURE, PICTURE]))
-        sample(pipe, image=torch.from_numpy(np.stack([PICTURE, PICTURE])).permute(0, 3, 1, 2))
+        sample(pipe, image=np.stack([IMAGE, IMAGE]))
+        sample(pipe, image=torch.from_numpy(np.stack([IMAGE, IMAGE])).permute(0, 3, 1, 2))
 
 
-def test_every_picture_of_a_list_is_read_by_its_own_dtype(pipe):
-    mixed = [PICTURE, PICTURE.astype(np.float32) / 255]
-    expected = sample(pipe, image=[PICTURE, PICTURE]).images
+def test_every_image_of_a_list_is_read_by_its_own_dtype(pipe):
+    mixed = [IMAGE, IMAGE.astype(np.float32) / 255]
+    expected = sample(pipe, image=[IMAGE, IMAGE]).images
     assert_near(sample(pipe, image=mixed).images, expected)
 
 
 @pytest.mark.parametrize("file_first", [True, False])
-def test_pictures_from_files_and_from_memory_mix(pipe, file_first):
+def test_images_from_files_and_from_memory_mix(pipe, file_first):
     file = io.BytesIO()
-    Image.fromarray(PICTURE).save(file, "PNG")
-    pictures = [Image.open(file), Image.fromarray(PICTURE)]  # a PngImageFile and an Image
-    pictures = pictures if file_first else pictures[::-1]
-    assert_near(sample(pipe, image=pictures).images, sample(pipe, image=PICTURE).images)
+    Image.fromarray(IMAGE).save(file, "PNG")
+    images = [Image.open(file), Image.fromarray(IMAGE)]  # a PngImageFile and an Image
+    images = images if file_first else images[::-1]
+    assert_near(sample(pipe, image=images).images, sample(pipe, image=IMAGE).images)
 
 
-def test_each_label_has_its_own_picture(pipe):
-    pictures = [PICTURE, PICTURE[::-1].copy()]
+def test_each_label_has_its_own_image(pipe):
+    images = [IMAGE, IMAGE[::-1].copy()]
     noises = noise(1, width=4)
-    together = sample(pipe, [1, 3], image=pictures, latents=noises).images
+    together = sample(pipe, [1, 3], image=images, latents=noises).images
     for i, label in enumerate([1, 3]):
-        assert_near(together[i : i + 1], sample(pipe, [label], image=pictures[i], latents=noises[i : i + 1]).images)
+        assert_near(together[i : i + 1], sample(pipe, [label], image=images[i], latents=noises[i : i + 1]).images)
 
 
 STATISTICS = {
@@ -339,8 +339,8 @@ STATISTICS = {
 def test_image_is_encoded_by_the_mode_and_normalised(statistics):
     pipe = tiny_pipeline(vae=tiny_vae(**STATISTICS[statistics]))
     calls = record_calls(pipe.latent_embedder)
-    sample(pipe, image=PICTURE)
-    pixels = torch.from_numpy(PICTURE).permute(2, 0, 1)[None] / 127.5 - 1
+    sample(pipe, image=IMAGE)
+    pixels = torch.from_numpy(IMAGE).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         mode = pipe.vae.encode(pixels).latent_dist.mode()
     if statistics == "mean and std":
@@ -359,7 +359,7 @@ def test_image_takes_the_place_of_stage_1(pipe):
     drawn = randn_tensor((2, 4, 8, 4), generator=torch.Generator().manual_seed(3))
     output = sample(
         pipe,
-        image=PICTURE,
+        image=IMAGE,
         num_stages=2,
         num_inference_steps=3,
         guidance_scale=3.0,
@@ -370,14 +370,14 @@ def test_image_takes_the_place_of_stage_1(pipe):
     assert batch_sizes(calls) == [4, 4, 4] and pipe.num_timesteps == 3
     assert all(call.prior_embeds is not None for call in calls)
     assert len(output.stages) == 1 and torch.equal(output.stages[0], output.images)
-    again = sample(pipe, image=PICTURE, num_inference_steps=3, guidance_scale=3.0, latents=[drawn])
+    again = sample(pipe, image=IMAGE, num_inference_steps=3, guidance_scale=3.0, latents=[drawn])
     assert torch.equal(again.images, output.images)
 
 
 def test_image_and_three_stages_run_two(pipe):
     calls = record_calls(pipe.latent_embedder)
     output = sample(
-        pipe, image=PICTURE, num_stages=3, latents=[noise(0, width=4), noise(1, width=4)], return_stages=True
+        pipe, image=IMAGE, num_stages=3, latents=[noise(0, width=4), noise(1, width=4)], return_stages=True
     )
     assert len(output.stages) == 2 and len(calls) == 2 and pipe.num_timesteps == 4
     assert torch.equal(calls[1].latents, output.stages[0])
@@ -402,9 +402,9 @@ def test_pixel_space_model():
     assert sample(pipe, output_type="pil").images[0].size == (8, 8)
 
     calls = record_calls(pipe.latent_embedder)
-    picture = PICTURE[:6, :8]  # only a multiple of the patch size is asked for here
-    assert sample(pipe, image=picture).images.shape == (2, 3, 6, 8)
-    expected = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1
+    image = IMAGE[:6, :8]  # only a multiple of the patch size is asked for here
+    assert sample(pipe, image=image).images.shape == (2, 3, 6, 8)
+    expected = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
     assert_near(calls[0].latents, expected)
 
 
@@ -521,7 +521,7 @@ def test_result_of_a_callback_is_checked(pipe, result, exception, fragments):
 @pytest.mark.parametrize("with_image", [False, True])
 def test_progress_bar_names_the_stage(pipe, capsys, with_image):
     pipe.set_progress_bar_config(disable=False)
-    sample(pipe, num_stages=3, num_inference_steps=3, image=PICTURE if with_image else None)
+    sample(pipe, num_stages=3, num_inference_steps=3, image=IMAGE if with_image else None)
     stages = re.findall(r"Stage (\d)/3: 100%\S* 3/3", capsys.readouterr().err)
     assert list(dict.fromkeys(stages)) == (["2", "3"] if with_image else ["1", "2", "3"])  # a slow bar is drawn again
 
@@ -789,7 +789,7 @@ BAD_CALLS = [
     ("num_stages", dict(num_stages=1.5), TypeError, "int", "got 1.5"),
     ("num_stages", dict(num_stages=True), TypeError, "int", "got True"),
     ("num_stages", dict(num_stages="2"), TypeError, "int", "got '2'"),
-    ("num_stages", dict(num_stages=1, image=PICTURE), ValueError, ">= 2", "`image`", "got 1"),
+    ("num_stages", dict(num_stages=1, image=IMAGE), ValueError, ">= 2", "`image`", "got 1"),
     ("num_inference_steps", dict(num_inference_steps=0), ValueError, ">= 1", "got 0"),
     ("num_inference_steps", dict(num_inference_steps=-3), ValueError, ">= 1", "got -3"),
     ("num_inference_steps", dict(num_inference_steps=2.5), TypeError, "int", "got 2.5"),
@@ -803,25 +803,25 @@ BAD_CALLS = [
     ("height", dict(height=0), ValueError, ">= 1", "got 0"),
     ("height", dict(height=-4), ValueError, ">= 1", "got -4"),
     ("height", dict(height=16.0), TypeError, "int", "got 16.0"),
-    ("height", dict(height=8, image=PICTURE), ValueError, "`image`, 16", "got 8"),
+    ("height", dict(height=8, image=IMAGE), ValueError, "`image`, 16", "got 8"),
     ("width", dict(width=18), ValueError, "multiple of 4", "got 18"),
     ("width", dict(width=0), ValueError, ">= 1", "got 0"),
     ("width", dict(width=16.0), TypeError, "int", "got 16.0"),
-    ("width", dict(width=16, image=PICTURE), ValueError, "`image`, 8", "got 16"),
+    ("width", dict(width=16, image=IMAGE), ValueError, "`image`, 8", "got 16"),
     ("image", dict(image=floats(16, 16, 4)), ValueError, "3 channels", "got 4 channels"),
     ("image", dict(image=torch.rand(4, 16, 16)), ValueError, "3 channels", "got 4 channels"),
     ("image", dict(image=torch.rand(16, 16, 3)), ValueError, "3 channels", "got 16 channels"),
     ("image", dict(image=floats(16, 16, 1)), ValueError, "3 channels", "got 1 channels"),
-    ("image", dict(image=PICTURE[:15]), ValueError, "multiples of 4", "15 x 8"),
+    ("image", dict(image=IMAGE[:15]), ValueError, "multiples of 4", "15 x 8"),
     ("image", dict(image=Image.new("RGB", (10, 16))), ValueError, "multiples of 4", "16 x 10"),
     ("image", dict(image=floats(16, 16)), ValueError, "(H, W, 3)", "got (16, 16)"),
     ("image", dict(image=floats(1, 1, 16, 16, 3)), ValueError, "(B, H, W, 3)", "got (1, 1, 16, 16, 3)"),
     ("image", dict(image=np.zeros((0, 16, 3), np.float32)), ValueError, "(H, W, 3)", "0"),
-    ("image", dict(image=[PICTURE] * 3), ValueError, "1 or 2 images", "got 3"),
+    ("image", dict(image=[IMAGE] * 3), ValueError, "1 or 2 images", "got 3"),
     ("image", dict(image=torch.rand(3, 3, 16, 16)), ValueError, "1 or 2 images", "got 3"),
     (
         "image",
-        dict(image=[PICTURE, PICTURE[:8]]),
+        dict(image=[IMAGE, IMAGE[:8]]),
         ValueError,
         "one size",
         "got (channels, height, width) [(3, 16, 8), (3, 8, 8)]",
@@ -829,8 +829,8 @@ BAD_CALLS = [
     ("image", dict(image=floats(16, 16, 3, high=255.0)), ValueError, "[0, 1]", "in [0.0, 255.0]"),
     ("image", dict(image=floats(16, 16, 3, low=-1.0)), ValueError, "[0, 1]", "in [-1.0, 1.0]"),
     ("image", dict(image=floats(16, 16, 3, high=NAN)), ValueError, "[0, 1]", "nan"),
-    ("image", dict(image=[PICTURE, floats(16, 8, 3, high=2.0)]), ValueError, "[0, 1]", "in [0.0, 2.0]"),
-    ("image", dict(image=PICTURE.astype(np.int64)), ValueError, "uint8", "in [0.0, 255.0]"),
+    ("image", dict(image=[IMAGE, floats(16, 8, 3, high=2.0)]), ValueError, "[0, 1]", "in [0.0, 2.0]"),
+    ("image", dict(image=IMAGE.astype(np.int64)), ValueError, "uint8", "in [0.0, 255.0]"),
     ("image", dict(image="bricks.png"), TypeError, "a PIL image", "got 'bricks.png'"),
     ("image", dict(image=[None]), TypeError, "a PIL image", "got None"),
     ("image", dict(image=[]), ValueError, "1 or 2 images", "got []"),
@@ -844,7 +844,7 @@ BAD_CALLS = [
     ("latents", dict(latents=noise(0) * NAN), ValueError, "finite", "nan"),
     ("latents", dict(latents=noise(0).long()), ValueError, "floating-point", "got torch.int64"),
     ("latents", dict(latents=[noise(0)]), ValueError, "a list of 2", "got a list of 1"),
-    ("latents", dict(latents=[noise(0, width=4)] * 2, image=PICTURE), ValueError, "list of 1", "got a list of 2"),
+    ("latents", dict(latents=[noise(0, width=4)] * 2, image=IMAGE), ValueError, "list of 1", "got a list of 2"),
     ("latents", dict(latents=[]), ValueError, "a list of 2", "got a list of 0"),
     ("latents", dict(latents="noise"), TypeError, "Tensor", "got 'noise'"),
     ("latents", dict(latents=[noise(0), None]), TypeError, "Tensor", "got None"),
@@ -852,7 +852,7 @@ BAD_CALLS = [
     ("seed", dict(seed=1.0), TypeError, "int", "got 1.0"),
     ("seed", dict(seed=True), TypeError, "int", "got True"),
     ("seed", dict(seed=torch.tensor(0)), TypeError, "int", "got tensor(0)"),
-    ("seed", dict(seed=2**64, image=PICTURE), ValueError, "2**64", "got 18446744073709551616"),
+    ("seed", dict(seed=2**64, image=IMAGE), ValueError, "2**64", "got 18446744073709551616"),
     ("seed", dict(seed=0, generator=SEED), ValueError, "Only one of `generator` and `seed`", "and 0"),
     ("sample_indices", dict(sample_indices=[0, 1]), ValueError, "None without a `seed`", "got [0, 1]"),
     ("sample_indices", dict(sample_indices=[0, 1], generator=SEED), ValueError, "None without a `seed`", "got [0, 1]"),
@@ -868,7 +868,7 @@ BAD_CALLS = [
     ("sample_indices", dict(seed=0, sample_indices=[0, 1.0]), TypeError, "int", "got 1.0"),
     ("sample_indices", dict(seed=0, sample_indices=[0, None]), TypeError, "int", "got None"),
     ("sample_indices", dict(seed=0, sample_indices=1), TypeError, "list or tuple or range", "got 1"),
-    ("sample_indices", dict(seed=0, sample_indices=[0, 2**64], image=PICTURE), ValueError, "2**64", "got 1844674407"),
+    ("sample_indices", dict(seed=0, sample_indices=[0, 2**64], image=IMAGE), ValueError, "2**64", "got 1844674407"),
     *[
         (
             argument,
@@ -877,7 +877,7 @@ BAD_CALLS = [
             "Only one of `image`, `prior_latents`, `prior_tokens`",
             f"got ['{argument}', '{other}']",
         )
-        for given in [dict(image=PICTURE, prior_latents=torch.zeros(1, 4, 8, 4), prior_tokens=torch.zeros(1, 4, 8))]
+        for given in [dict(image=IMAGE, prior_latents=torch.zeros(1, 4, 8, 4), prior_tokens=torch.zeros(1, 4, 8))]
         for argument, other in [
             ("image", "prior_latents"),
             ("image", "prior_tokens"),
@@ -928,7 +928,7 @@ BAD_CALLS = [
     *[
         (name, {name: values, **kwargs}, ValueError, f"{number} (one per stage that is run)", f"got {length}.")
         for name, value in [("num_inference_steps", 2), ("schedulers", "heun"), ("guidance_scale", 2.0)]
-        for kwargs, number in [(dict(), 2), (dict(num_stages=3), 3), (dict(image=PICTURE), 1)]
+        for kwargs, number in [(dict(), 2), (dict(num_stages=3), 3), (dict(image=IMAGE), 1)]
         for length in (0, number + 1)
         for values in [[value] * length]
     ],
@@ -1098,7 +1098,7 @@ def test_bad_arguments_of_a_call(refusing_pipe, argument, kwargs, exception, fra
 
 def test_the_watch_over_bad_calls_sees_every_model(refusing_pipe):
     pipe, evaluated = refusing_pipe
-    pipe(1, image=PICTURE, num_inference_steps=1)
+    pipe(1, image=IMAGE, num_inference_steps=1)
     assert set(evaluated) == {"transformer", "latent_embedder", "vae"}
 
 
@@ -1151,7 +1151,7 @@ def test_num_stages_without_latent_embedder():
 
 def test_a_pixel_space_model_takes_images_of_its_own_channels():
     with pytest.raises(ValueError, match=says("`image`", "3 channels", "multiples of 2", "got 3 channels and 15 x 8")):
-        tiny_pipeline(vae=None, in_channels=3)([1], image=PICTURE[:15])
+        tiny_pipeline(vae=None, in_channels=3)([1], image=IMAGE[:15])
 
 
 def test_a_diffusion_scheduler_is_refused_and_flow_ones_are_not():
@@ -1179,11 +1179,11 @@ def test_a_stochastic_stock_scheduler_belongs_to_its_seed():
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
 
 
-def test_one_picture_is_encoded_once_for_all_labels():
+def test_one_image_is_encoded_once_for_all_labels():
     pipe = tiny_pipeline()
     sizes = []
     handle = pipe.vae.encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    many = pipe([1, 1, 3], image=PICTURE, num_inference_steps=1, latents=torch.ones(3, 4, 8, 4), output_type="latent")
+    many = pipe([1, 1, 3], image=IMAGE, num_inference_steps=1, latents=torch.ones(3, 4, 8, 4), output_type="latent")
     handle.remove()
     assert sizes == [1]
     torch.testing.assert_close(many.images[0], many.images[1], atol=1e-5, rtol=0)

@@ -22,7 +22,7 @@ from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline
 
 
 LABELS = [1, 3]
-PICTURE = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(5))
+IMAGE = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(5))
 ATTENTION_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -102,7 +102,7 @@ def test_first_block_cache_is_not_revived_when_guidance_pauses(deep_pipe):
     def callback(pipe, step_index, timestep, kwargs):
         pipe._guidance_scale = 1.0 if step_index == 0 else 3.0
 
-    sample(deep_pipe, image=PICTURE, num_inference_steps=4, guidance_scale=3.0, callback_on_step_end=callback)
+    sample(deep_pipe, image=IMAGE, num_inference_steps=4, guidance_scale=3.0, callback_on_step_end=callback)
     assert evaluations == [ALL, ALL, ALL, FIRST]  # guided, not, guided again: what was kept is two steps old
 
 
@@ -260,22 +260,22 @@ def test_every_image_of_a_label_has_its_own_generator(pipe):
         sample(pipe, num_images_per_label=2, latents=torch.zeros(2, 4, 8, 8))
 
 
-def test_all_images_of_a_label_share_its_picture(pipe):
-    pictures = [PICTURE, PICTURE.flip(1)]
+def test_all_images_of_a_label_share_its_image(pipe):
+    given = [IMAGE, IMAGE.flip(1)]
     embedded, calls = [], record_inputs(pipe)
     pipe.latent_embedder.register_forward_pre_hook(
         lambda module, args, kwargs: embedded.append(args[0]), with_kwargs=True
     )
-    images = sample(pipe, image=pictures, num_images_per_label=2)
-    assert [len(latents) for latents in embedded] == [2]  # each picture once
+    images = sample(pipe, image=given, num_images_per_label=2)
+    assert [len(latents) for latents in embedded] == [2]  # each image once
     _, priors = calls[0]
     assert len(priors) == 4
     assert torch.equal(priors[0], priors[1]) and torch.equal(priors[2], priors[3])
     assert not torch.allclose(priors[1], priors[2], atol=1e-2)
-    assert_near(images, sample(pipe, [1, 1, 3, 3], image=[pictures[0], pictures[0], pictures[1], pictures[1]]))
-    assert_near(sample(pipe, image=PICTURE, num_images_per_label=2), sample(pipe, [1, 1, 3, 3], image=PICTURE))
+    assert_near(images, sample(pipe, [1, 1, 3, 3], image=[given[0], given[0], given[1], given[1]]))
+    assert_near(sample(pipe, image=IMAGE, num_images_per_label=2), sample(pipe, [1, 1, 3, 3], image=IMAGE))
     with pytest.raises(ValueError, match=says("`image`", "1 or 2 images (one per label)", "got 4")):
-        sample(pipe, image=pictures * 2, num_images_per_label=2)
+        sample(pipe, image=given * 2, num_images_per_label=2)
 
 
 # ------------------------------------------------------------------------------------------------------- offloading
@@ -325,7 +325,7 @@ MODELS_OF_A_STAGE = ["+latent_embedder", "-latent_embedder"]
 
 @pytest.mark.parametrize("with_image", [False, True])
 def test_models_that_take_turns_change_places_once(pipe, monkeypatch, with_image):
-    kwargs = {"num_stages": 3, "return_stages": True, "output_type": "pt", "image": PICTURE if with_image else None}
+    kwargs = {"num_stages": 3, "return_stages": True, "output_type": "pt", "image": IMAGE if with_image else None}
     generator = torch.Generator().manual_seed(0)
     expected = pipe(LABELS, generator=generator, **kwargs)
     residency = Residency(pipe, monkeypatch)
@@ -357,14 +357,14 @@ def test_hooks_are_freed_at_the_end_and_after_encoding(pipe, monkeypatch, with_i
     pipe.vae.encoder.register_forward_pre_hook(lambda *_: events.append("encoder"))
     pipe.vae.decoder.register_forward_pre_hook(lambda *_: events.append("decoder"))
     monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: events.append("free"))
-    sample(pipe, num_inference_steps=1, output_type="pt", image=PICTURE if with_image else None)
+    sample(pipe, num_inference_steps=1, output_type="pt", image=IMAGE if with_image else None)
     begin = ["encoder", "free"] if with_image else ["transformer"]
     assert events == [*begin, "transformer", "decoder", "free"]
 
 
 @pytest.mark.parametrize("with_image", [False, True])
 def test_sequential_offload(pipe, monkeypatch, with_image):
-    kwargs = {"output_type": "pt", "image": PICTURE if with_image else None}
+    kwargs = {"output_type": "pt", "image": IMAGE if with_image else None}
     expected = sample(pipe, **kwargs)
     cpu_offload = accelerate.cpu_offload
     # Diffusers numbers its devices, and Accelerate does not take "cpu:0" for the CPU.
@@ -383,7 +383,7 @@ def test_sequential_offload(pipe, monkeypatch, with_image):
     "how", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}], ids=str
 )
 def test_group_offload(pipe, how, with_image):
-    kwargs = {"output_type": "pt", "image": PICTURE if with_image else None}
+    kwargs = {"output_type": "pt", "image": IMAGE if with_image else None}
     expected = sample(pipe, **kwargs)
     cpu = torch.device("cpu")
     pipe.enable_group_offload(onload_device=cpu, offload_device=cpu, **how)
@@ -483,8 +483,8 @@ def test_a_pipeline_without_its_transformer_only_encodes_and_decodes(pipe, folde
     loaded = cls.from_pretrained(folder, transformer=None)
     assert type(loaded) is DoDPipeline and loaded.transformer is None
     assert loaded.label2ids == pipe.label2ids
-    latents = loaded.encode_image(PICTURE[None] * 2 - 1)
-    torch.testing.assert_close(latents, pipe.encode_image(PICTURE[None] * 2 - 1))
+    latents = loaded.encode_image(IMAGE[None] * 2 - 1)
+    torch.testing.assert_close(latents, pipe.encode_image(IMAGE[None] * 2 - 1))
     torch.testing.assert_close(loaded.decode_latents(latents, "pt"), pipe.decode_latents(latents, "pt"))
     for labels in ("goldfish", 3, []):
         with pytest.raises(ValueError, match=says("`transformer`", "got None")):
@@ -540,7 +540,7 @@ def test_a_pipeline_changes_its_dtype(pipe):
     images = sample(pipe, output_type="pt")
     assert images.dtype == torch.float32 and sample(pipe).dtype == torch.float32
     assert 0 < (images - expected).abs().mean() < 0.02
-    assert sample(pipe, output_type="pt", image=PICTURE).isfinite().all()
+    assert sample(pipe, output_type="pt", image=IMAGE).isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated")
@@ -554,7 +554,7 @@ def test_every_component_may_have_a_dtype_of_its_own(pipe, folder, keyword, in_h
     assert {parameter.dtype for parameter in time_embed.parameters()} == {torch.float32}
     images, expected = (sample(p, output_type="pt", guidance_scale=1.0) for p in (loaded, pipe))
     assert 0 < (images - expected).abs().mean() < 0.01
-    assert sample(loaded, output_type="pt", image=PICTURE).isfinite().all()
+    assert sample(loaded, output_type="pt", image=IMAGE).isfinite().all()
 
 
 # ------------------------------------------------------------------------------------------------------------- LoRA

@@ -399,7 +399,7 @@ def test_a_pipeline_chooses_for_all_its_models(has_embedder, tmp_path):
 
 
 @every_mode
-def test_larger_pictures_of_a_pipeline_depend_on_both_models(mode):
+def test_larger_images_of_a_pipeline_depend_on_both_models(mode):
     pipe = tiny_pipeline()
 
     def sample():

@@ -27,7 +27,7 @@ from diffusers_dod.seeding import stateless_generator, stateless_noise
 SOLVERS = [*FIXED_STEP_SOLVERS, "dopri5"]
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 LABELS = [1, 3, 7, 0, 9, 2]  # of the indices 0, 1, ..., 5
-PICTURE = np.random.default_rng(0).integers(0, 256, (16, 8, 3), dtype=np.uint8)  # not square: H and W differ
+IMAGE = np.random.default_rng(0).integers(0, 256, (16, 8, 3), dtype=np.uint8)  # not square: H and W differ
 
 
 def sample(pipe: DoDPipeline, labels=(1, 3), **kwargs) -> DoDPipelineOutput:
@@ -344,14 +344,14 @@ def test_noise_can_be_given_for_every_image_of_a_prior(pipe):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_images_of_a_picture(pipe, shared):
-    pictures = [PICTURE] if shared else [PICTURE, PICTURE[::-1].copy()]
+def test_images_of_an_image(pipe, shared):
+    images = [IMAGE] if shared else [IMAGE, IMAGE[::-1].copy()]
     given = noise(3, 2 * 2 * COPIES, width=4)
     embedded = []
     pipe.latent_embedder.register_forward_pre_hook(lambda module, args: embedded.append(len(args[0])))
-    output = sample(pipe, image=pictures, num_images_per_label=2, num_images_per_prior=COPIES, latents=given)
-    assert embedded == [len(pictures)]
-    each = [picture for picture in pictures for _ in range(2 * COPIES * 2 // len(pictures))]
+    output = sample(pipe, image=images, num_images_per_label=2, num_images_per_prior=COPIES, latents=given)
+    assert embedded == [len(images)]
+    each = [image for image in images for _ in range(2 * COPIES * 2 // len(images))]
     labels = [1] * 2 * COPIES + [3] * 2 * COPIES
     assert_near(output.images, sample(pipe, labels, image=each, latents=given).images)
 
@@ -380,17 +380,17 @@ def test_later_stages_follow_a_given_prior(pipe):
         assert_near(latents, expected)
 
 
-def test_tokens_of_pictures_stand_for_the_pictures(pipe):
-    pictures = [PICTURE, PICTURE[::-1].copy()]
-    tokens = pipe.get_prior_tokens(image=pictures)
-    assert_near(sample(pipe, prior_tokens=tokens, height=16, width=8).images, sample(pipe, image=pictures).images)
+def test_tokens_of_images_stand_for_the_images(pipe):
+    images = [IMAGE, IMAGE[::-1].copy()]
+    tokens = pipe.get_prior_tokens(image=images)
+    assert_near(sample(pipe, prior_tokens=tokens, height=16, width=8).images, sample(pipe, image=images).images)
     shared = sample(pipe, prior_tokens=tokens[:1], height=16, width=8, num_images_per_label=2).images
-    assert_near(shared, sample(pipe, image=PICTURE, num_images_per_label=2).images)
+    assert_near(shared, sample(pipe, image=IMAGE, num_images_per_label=2).images)
     with torch.no_grad():
-        pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
         latents = pipe.encode_image(pixels)
     assert_near(pipe.get_prior_tokens(latents=latents), tokens)
-    assert_near(sample(pipe, prior_latents=latents).images, sample(pipe, image=pictures).images)
+    assert_near(sample(pipe, prior_latents=latents).images, sample(pipe, image=images).images)
 
 
 def test_between_the_tokens_of_two_priors_lie_others(pipe):
@@ -418,7 +418,7 @@ def test_the_size_follows_the_latents_of_a_prior(pipe):
     assert_near(given.images, output.images)
 
 
-@pytest.mark.parametrize("prior", [{"image": PICTURE}, {"latents": noise(0)}], ids=["image", "latents"])
+@pytest.mark.parametrize("prior", [{"image": IMAGE}, {"latents": noise(0)}], ids=["image", "latents"])
 def test_nothing_stays_on_the_device_when_tokens_are_extracted(pipe, monkeypatch, prior):
     events = []
     pipe.vae.encoder.register_forward_pre_hook(lambda *_: events.append("vae"))
@@ -433,13 +433,13 @@ def test_nothing_stays_on_the_device_when_tokens_are_extracted(pipe, monkeypatch
     ("kwargs", "exception", "fragments"),
     [
         ({}, ValueError, ["`image`", "`latents`", "got neither"]),
-        ({"image": PICTURE, "latents": noise(0)}, ValueError, ["`image`", "`latents`", "got both"]),
+        ({"image": IMAGE, "latents": noise(0)}, ValueError, ["`image`", "`latents`", "got both"]),
         ({"latents": noise(0)[:, :3]}, ValueError, ["`latents`", "4, 8, 8)", "got (2, 3, 8, 8)"]),
         ({"latents": noise(0, width=7)}, ValueError, ["`latents`", "multiples of 2", "got (2, 4, 8, 7)"]),
         ({"latents": noise(0)[0]}, ValueError, ["`latents`", "4, height, width)", "got (4, 8, 8)"]),
         ({"latents": noise(0) * math.nan}, ValueError, ["`latents`", "finite", "nan"]),
         ({"latents": [noise(0)]}, TypeError, ["`latents`", "Tensor", "got [tensor"]),
-        ({"image": PICTURE[:15]}, ValueError, ["`image`", "multiples of 4", "15 x 8"]),
+        ({"image": IMAGE[:15]}, ValueError, ["`image`", "multiples of 4", "15 x 8"]),
         ({"image": []}, ValueError, ["`image`", "at least one image", "got []"]),
         ({"image": "tree.png"}, TypeError, ["`image`", "a PIL image", "got 'tree.png'"]),
     ],

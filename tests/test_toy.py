@@ -90,9 +90,9 @@ def test_documented_commands_run(command, tmp_path, capsys):
     output = tmp_path / "folder" / "toy.png"
     quick = ["--max_train_steps", "2", "--num_samples", "30", "--output", str(output)]
     TOY["main"]([*shlex.split(command, comments=True), *quick])
-    picture = np.asarray(Image.open(output))
+    image = np.asarray(Image.open(output))
     assert all(
-        (picture == [int(color[i : i + 2], 16) for i in (1, 3, 5)] + [255]).all(-1).any() for color in TOY["COLORS"]
+        (image == [int(color[i : i + 2], 16) for i in (1, 3, 5)] + [255]).all(-1).any() for color in TOY["COLORS"]
     )
     assert capsys.readouterr().out.count(" W = ") == 7
 

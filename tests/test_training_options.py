@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import diffusers_dod
-from diffusers_dod.data.pictures import ImageOptions
+from diffusers_dod.data.labelled_images import ImageOptions
 from diffusers_dod.options import (
     build_parser,
     find_errors,
@@ -27,7 +27,7 @@ from diffusers_dod.training_options import DataOptions, OutputOptions, TrainingO
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
-SOURCE = ["--train_data_dir", "pictures"]
+SOURCE = ["--train_data_dir", "images"]
 ACCEPTED = TrainingOptions(
     data=DataOptions(images=ImageOptions(dataset_name="textures")), output=OutputOptions(output_dir=Path("run"))
 )
@@ -158,7 +158,7 @@ def test_counts_are_integers(name, capsys):
     assert f"--{name}" in error_of(capsys, *SOURCE, "--output_dir", "run", f"--{name}=2.5")
 
 
-def test_pictures_are_not_needed_beside_their_latents(capsys):
+def test_images_are_not_needed_beside_their_latents(capsys):
     options = parse("--latents_dir", "latents", "--output_dir", "run")
     assert options.data.images.dataset_name is None and find_errors(options) == []
     message = error_of(capsys, "--latents_dir", "latents", *SOURCE, "--dataset_name", "x", "--output_dir", "run")

@@ -128,12 +128,12 @@ def test_the_pipeline_samples_with_it(pipe):
     assert "pos_interpolation" not in pipe.latent_embedder.config
 
 
-def test_tokens_stand_for_a_picture(pipe):
-    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    tokens = pipe.get_prior_tokens(picture)
-    latents = pipe.encode_image(2 * picture - 1)
+def test_tokens_stand_for_an_image(pipe):
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    tokens = pipe.get_prior_tokens(image)
+    latents = pipe.encode_image(2 * image - 1)
     assert tokens.shape == (1, 4, 4) and torch.equal(tokens, pipe.latent_embedder.encode(latents))
-    torch.testing.assert_close(draw(pipe, prior_tokens=tokens), draw(pipe, image=picture))
+    torch.testing.assert_close(draw(pipe, prior_tokens=tokens), draw(pipe, image=image))
     with pytest.raises(ValueError, match=says("`prior_tokens`", "(1, 4, 4)", "got (1, 3, 4)")):
         draw(pipe, prior_tokens=tokens[:, :3])
 
@@ -294,8 +294,8 @@ EXTRACTOR = """
 from torch.nn.functional import adaptive_avg_pool2d
 
 
-def extractor(pictures):
-    return adaptive_avg_pool2d(pictures.float(), 1).flatten(1)
+def extractor(images):
+    return adaptive_avg_pool2d(images.float(), 1).flatten(1)
 """
 
 
@@ -306,7 +306,7 @@ def command(checkpoint: Path, text: str, **paths: Path | str) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore:The best of")
 def test_the_linear_probe_takes_its_tokens(checkpoint, tmp_path):
-    text = "--dataset_name textures --resolution 16 --num_pictures 60 --num_test_pictures 24 --num_neighbors 3 "
+    text = "--dataset_name textures --resolution 16 --num_images 60 --num_test_images 24 --num_neighbors 3 "
     text += "--num_epochs 2 --num_seeds 1 --learning_rates 0.1 --batch_size 32 --device cpu"
     linear_probe.main(command(checkpoint, text, output_file=tmp_path / "probe.json"))
     results = read_results(tmp_path / "probe.json")
@@ -314,8 +314,8 @@ def test_the_linear_probe_takes_its_tokens(checkpoint, tmp_path):
     assert results["metrics"]["top1_lem"]["value"] > 1 / 12
 
 
-def test_pictures_are_drawn_again_from_its_priors(checkpoint, tmp_path):
-    text = "--dataset_name textures --resolution 16 --num_pictures 4 --batch_size 4 --device cpu"
+def test_images_are_drawn_again_from_its_priors(checkpoint, tmp_path):
+    text = "--dataset_name textures --resolution 16 --num_images 4 --batch_size 4 --device cpu"
     reconstruction.main(command(checkpoint, text, output_file=tmp_path / "again.json"))
     assert any(name.startswith("psnr") for name in read_results(tmp_path / "again.json")["metrics"])
 

@@ -20,20 +20,20 @@ from diffusers_dod.seeding import stateless_noise
 
 
 SEED = 0
-PICTURE_SEED = 101  # the checkpoint has not seen pictures of this seed
+IMAGE_SEED = 101  # the checkpoint has not seen images of this seed
 MODEL, EMBEDDER, DATA, CONDITION = "#CFE3F5", "#FBE3C0", "#F0F0F0", "#D3EDDF"
 
 
 def draw_grid(path: Path, rows: list[list[Image.Image | None]], row_titles: list[str], titles: list[str]) -> None:
-    """Pictures in rows with titles on the left and on top; `None` leaves a place empty."""
+    """Images in rows with titles on the left and on top; `None` leaves a place empty."""
     figure = Figure(figsize=(1.3 + 0.95 * len(titles), 0.35 + 0.95 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
-    for row, (pictures, row_title) in enumerate(zip(rows, row_titles, strict=True)):
-        for column, picture in enumerate(pictures):
+    for row, (images, row_title) in enumerate(zip(rows, row_titles, strict=True)):
+        for column, image in enumerate(images):
             ax = axes[row, column]
             ax.set(xticks=[], yticks=[], frame_on=False)
-            if picture is not None:
-                ax.imshow(picture, interpolation="nearest")
+            if image is not None:
+                ax.imshow(image, interpolation="nearest")
             if row == 0:
                 ax.set_title(titles[column], fontsize=9)
         axes[row, 0].set_ylabel(row_title, rotation=0, ha="right", va="center", fontsize=9)
@@ -117,7 +117,7 @@ def draw_diagram(path: Path) -> None:
     draw_arrow(ax, (10.4, 3.2), (11.4, 3.2))
     draw_box(ax, 12.3, 3.2, "autoencoder's\ndecoder", DATA, 1.7)
     draw_arrow(ax, (13.2, 3.2), (13.9, 3.2))
-    ax.text(14.0, 3.2, "picture", fontsize=10, va="center")
+    ax.text(14.0, 3.2, "image", fontsize=10, va="center")
     ax.text(10.6, 4.7, "further stages\nstart here again", fontsize=8.5, va="center")
     ax.text(5.9, 5.58, "the same backbone in all stages", fontsize=8.5, ha="center", va="center")
     ax.text(5.9, 2.6, "guided against c = time + null class + S", fontsize=8.5, ha="center", va="center")
@@ -152,8 +152,8 @@ def main(argv: list[str] | None = None) -> None:
     pipe.set_progress_bar_config(disable=True)
     side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
 
-    def picture(name: str) -> Image.Image:
-        return Image.fromarray(render_texture(TEXTURE_CLASSES.index(name), PICTURE_SEED, side)[0])
+    def render(name: str) -> Image.Image:
+        return Image.fromarray(render_texture(TEXTURE_CLASSES.index(name), IMAGE_SEED, side)[0])
 
     rows, titles = trajectory(pipe, "bricks")
     row_titles = ["stage 1: $x_σ$", "stage 1: predicted $x_0$", "stage 2: $x_σ$", "stage 2: predicted $x_0$"]
@@ -170,23 +170,23 @@ def main(argv: list[str] | None = None) -> None:
     draw_grid(args.output_dir / "how_guidance.png", rows, row_titles, [f"scale {scale:g}" for scale in scales])
 
     labels, prior_names = ["bricks", "rings", "wood"], ["bricks", "rings", "wood", "marble", "dots", "plaid"]
-    pictures = [picture(name) for name in prior_names]
-    tokens = pipe.get_prior_tokens(image=pictures)
-    noise = stateless_noise((1, *first.shape[1:]), SEED, 2).expand(len(pictures), -1, -1, -1)
-    rows = [pictures]
+    originals = [render(name) for name in prior_names]
+    tokens = pipe.get_prior_tokens(image=originals)
+    noise = stateless_noise((1, *first.shape[1:]), SEED, 2).expand(len(originals), -1, -1, -1)
+    rows = [originals]
     for label in labels:
-        images = pipe([label] * len(pictures), num_stages=2, prior_tokens=tokens, latents=[noise]).images
+        images = pipe([label] * len(originals), num_stages=2, prior_tokens=tokens, latents=[noise]).images
         rows.append(images)
-    row_titles = ["picture", *(f"class {label}" for label in labels)]
+    row_titles = ["image", *(f"class {label}" for label in labels)]
     draw_grid(args.output_dir / "how_priors.png", rows, row_titles, prior_names)
 
     names, num_noises = ["stripes", "bricks", "sphere", "voronoi"], 5
-    pictures, rows = [picture(name) for name in names], []
-    decoded = pipe.decode_latents(pipe.encode_image(pipe.image_processor.preprocess(pictures)), "pil")
-    for name, original, through_autoencoder in zip(names, pictures, decoded, strict=True):
+    originals, rows = [render(name) for name in names], []
+    decoded = pipe.decode_latents(pipe.encode_image(pipe.image_processor.preprocess(originals)), "pil")
+    for name, original, through_autoencoder in zip(names, originals, decoded, strict=True):
         images = pipe(name, num_stages=2, image=original, num_images_per_prior=num_noises, seed=SEED).images
         rows.append([original, through_autoencoder, *images])
-    titles = ["picture", "autoencoder", *(f"noise {number + 1}" for number in range(num_noises))]
+    titles = ["image", "autoencoder", *(f"noise {number + 1}" for number in range(num_noises))]
     draw_grid(args.output_dir / "how_bottleneck.png", rows, names, titles)
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .checks import check_choice
 from .compute import sampling_compute, training_cost
-from .data.pictures import TEXTURES
+from .data.labelled_images import TEXTURES
 from .files import METRICS_FILE
 from .guidance_options import GUIDANCE_FIELDS
 from .latent_embedding import LatentEmbeddingModule, VisualPriorMixin
@@ -34,7 +34,7 @@ CURVES = "curves.png"
 TASKS = {
     "evaluate": ("Samples", "images"),
     "sweep": ("Samples with several settings", "stage, average, steps, solver, scales"),
-    "reconstruction": ("Reconstruction: stage 2 with the visual prior of real pictures", "guidance"),
+    "reconstruction": ("Reconstruction: stage 2 with the visual prior of real images", "guidance"),
     "linear_probe": ("Linear probe of the visual prior's tokens", "features"),
     "train": ("Fréchet distance after {step:,} steps", "images"),
 }
@@ -89,7 +89,7 @@ def _dataset(results: Mapping[str, Any]) -> str:
     """The reference of samples, or the images that were taken."""
     data = results["data"]
     source = data.get("reference") or data.get("train") or data
-    return source.get("name") or source.get("pictures") or "no reference"
+    return source.get("name") or source.get("images") or "no reference"
 
 
 def to_eval_results(results: Mapping[str, Any], dataset_type: str | None = None) -> list[EvalResult]:
@@ -142,7 +142,7 @@ def _table(results: Mapping[str, Any]) -> str:
 
 def _caption(name: str, results: Mapping[str, Any]) -> str:
     data, settings, features = results["data"], _settings(results), _features(results)
-    counts = {"num_samples": "samples", "num_pictures": "pictures", "num_test": "pictures to test with"}
+    counts = {"num_samples": "samples", "num_images": "images", "num_test": "images to test with"}
     parts = [f"{data[key]:,} {what}" for key, what in counts.items() if data.get(key) is not None]
     if results["task"] == "sweep" and len(seeds := results["settings"].get("seeds", [])) > 1:
         parts[0] += f" of each of {len(seeds)} seeds"
@@ -358,9 +358,9 @@ def fill_card(
         model_name=name if eval_results else None,
         eval_results=eval_results or None,
     )
-    pictures = "own pictures" if is_own else f"`{dataset_name}`"
+    images = "own images" if is_own else f"`{dataset_name}`"
     if dataset_name == TEXTURES:
-        pictures = "procedural textures (`diffusers_dod.data.textures`)"
+        images = "procedural textures (`diffusers_dod.data.textures`)"
     run = folder if step > 0 else None
     drawn = [] if run is None else sorted((run / "samples").glob("step-*.png"))
     card = ModelCard.from_template(
@@ -374,7 +374,7 @@ def fill_card(
         path=texts.get("repo_id", path),
         label=json.dumps(class_names[0], ensure_ascii=False) if class_names else 0,
         architecture=None if model is None else _architecture(model),
-        data=texts.get("data") or f"{pictures}.",
+        data=texts.get("data") or f"{images}.",
         classes=_classes(class_names),
         autoencoder=_autoencoder(options, folder),
         steps=_steps(step, options.optimizer.max_train_steps, images_per_step),

@@ -8,7 +8,7 @@ from diffusers.optimization import SchedulerType
 
 from .compute import OPTIMIZERS, TrainingStep
 from .data.encoding import EncodingOptions
-from .data.pictures import ImageOptions
+from .data.labelled_images import ImageOptions
 from .finetuning import TRAINABLE_PARAMETERS
 from .options import option
 from .presets import PRESETS

@@ -23,19 +23,19 @@ from diffusers_dod.data.buckets import (
     assign_buckets,
     bucket_sizes,
     encode_buckets,
-    split_pictures,
+    split_images,
 )
 from diffusers_dod.data.encoding import BadImagesError, EncodingOptions, Share
-from diffusers_dod.data.latents import LatentDataset
-from diffusers_dod.data.pictures import (
+from diffusers_dod.data.labelled_images import (
     ImageOptions,
-    Pictures,
+    LabelledImages,
     center_crop,
     cover_and_crop,
-    load_pictures,
+    load_labelled_images,
     to_pixels,
     to_rgb,
 )
+from diffusers_dod.data.latents import LatentDataset
 from diffusers_dod.data.sample_stream import PositionSampler, SampleDraws, TrainingSamples, collate_priors_first
 from diffusers_dod.data.vision_features import VisionFeatures
 from diffusers_dod.losses import DoDJointModel
@@ -44,30 +44,30 @@ from diffusers_dod.losses import DoDJointModel
 SIZES = [(12, 20), (16, 16), (20, 12)]  # those of resolution 16 in steps of 4
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-# Width and height of the pictures of each class; three are wide, four about square, four high.
+# Width and height of the images of each class; three are wide, four about square, four high.
 SHAPES = {"ant": [(20, 12), (40, 25), (16, 16), (12, 20), (33, 70)], "newt": [(17, 16), (30, 33), (50, 90)]}
 SHAPES["zebra"] = [(64, 40), (16, 17), (24, 40)]
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Pictures:
+def images(tmp_path) -> LabelledImages:
     for name, shapes in SHAPES.items():
-        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "images" / name).mkdir(parents=True)
         for number, shape in enumerate(shapes):
-            picture(*shape, seed=number).save(tmp_path / "pictures" / name / f"{number}.png")
-    return reload(tmp_path / "pictures")
+            random_image(*shape, seed=number).save(tmp_path / "images" / name / f"{number}.png")
+    return reload(tmp_path / "images")
 
 
-def reload(folder: Path) -> Pictures:
-    return load_pictures(ImageOptions(train_data_dir=str(folder), resolution=16), 0, 0)
+def reload(folder: Path) -> LabelledImages:
+    return load_labelled_images(ImageOptions(train_data_dir=str(folder), resolution=16), 0, 0)
 
 
 def encode(
-    pictures: Pictures,
+    images: LabelledImages,
     folder: Path,
     vae=None,
     sizes=SIZES,
@@ -77,7 +77,7 @@ def encode(
     **options,
 ) -> BucketedLatents:
     encoding = EncodingOptions(**{"shard_size": 2, "encoding_batch_size": 2, **options})
-    return encode_buckets(pictures, sizes, vae, folder, encoding, share=share, vision=vision, all_or_none=all_or_none)
+    return encode_buckets(images, sizes, vae, folder, encoding, share=share, vision=vision, all_or_none=all_or_none)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,56 +122,56 @@ def test_sizes_that_there_are_not(arguments, error, fragments):
 # Who goes into which bucket
 
 
-def test_the_nearest_ratio(pictures):
-    assigned = dict(zip(map(pictures.path_of, range(11)), assign_buckets(pictures, SIZES), strict=True))
+def test_the_nearest_ratio(images):
+    assigned = dict(zip(map(images.path_of, range(11)), assign_buckets(images, SIZES), strict=True))
     border = (12 / 20) ** 0.5  # halfway between 12 / 20 and 1
     for path, number in assigned.items():
         width, height = SHAPES[Path(path).parent.name][int(Path(path).stem)]
         assert number == (0 if height / width < border else 2 if height / width > 1 / border else 1), path
     assert Counter(assigned.values()) == {0: 3, 1: 4, 2: 4}
-    assert assign_buckets(pictures, SIZES, num_workers=2) == list(assigned.values())
+    assert assign_buckets(images, SIZES, num_workers=2) == list(assigned.values())
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "webp"])
 @pytest.mark.parametrize("orientation", [1, 3, 5, 6, 7, 8])
-def test_the_orientation_counts(tmp_path, pictures, kind, orientation):
+def test_the_orientation_counts(tmp_path, images, kind, orientation):
     exif, path = Image.Exif(), tmp_path / "turned" / "ant" / f"0.{kind}"
     exif[0x0112] = orientation
     path.parent.mkdir(parents=True)
-    picture(40, 24).save(path, kind, exif=exif)
+    random_image(40, 24).save(path, kind, exif=exif)
     turned = to_rgb(Image.open(path)).size == (24, 40)
     assert turned == (orientation >= 5)
     assert assign_buckets(reload(tmp_path / "turned"), SIZES) == [2 if turned else 0]
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
-def test_only_the_header_is_read(tmp_path, pictures, kind):
-    path = tmp_path / "pictures" / "ant" / f"cut.{kind}"
-    picture(400, 240).save(path, kind)
+def test_only_the_header_is_read(tmp_path, images, kind):
+    path = tmp_path / "images" / "ant" / f"cut.{kind}"
+    random_image(400, 240).save(path, kind)
     path.write_bytes(path.read_bytes()[:2000])  # of which nothing can be decoded
-    pictures = reload(tmp_path / "pictures")
-    index = [pictures.path_of(i) for i in range(12)].index(str(path))
+    images = reload(tmp_path / "images")
+    index = [images.path_of(i) for i in range(12)].index(str(path))
     with pytest.raises(OSError):
-        pictures.dataset[index]
-    assert assign_buckets(pictures, SIZES)[index] == 0
+        images.dataset[index]
+    assert assign_buckets(images, SIZES)[index] == 0
 
 
-def test_what_cannot_be_opened_is_square(tmp_path, pictures):
-    path = tmp_path / "pictures" / "ant" / "0.png"
-    path.write_text("no picture")
-    pictures = reload(tmp_path / "pictures")
-    assert assign_buckets(pictures, SIZES)[[pictures.path_of(i) for i in range(11)].index(str(path))] == 1
+def test_what_cannot_be_opened_is_square(tmp_path, images):
+    path = tmp_path / "images" / "ant" / "0.png"
+    path.write_text("no image")
+    images = reload(tmp_path / "images")
+    assert assign_buckets(images, SIZES)[[images.path_of(i) for i in range(11)].index(str(path))] == 1
 
 
-def test_pictures_that_have_no_buckets(pictures):
-    textures = load_pictures(ImageOptions(dataset_name="textures", resolution=16), 4, 0)
-    with pytest.raises(TypeError, match=says("`pictures.dataset`", "ImageDataset", "TextureDataset")):
+def test_images_that_have_no_buckets(images):
+    textures = load_labelled_images(ImageOptions(dataset_name="textures", resolution=16), 4, 0)
+    with pytest.raises(TypeError, match=says("`images.dataset`", "ImageDataset", "TextureDataset")):
         assign_buckets(textures, SIZES)
     with pytest.raises(ValueError, match=says("`sizes`", "at least one", "0")):
-        assign_buckets(pictures, [])
-    pictures = replace(pictures, dataset=pictures.dataset.select([], (16, 16)))
-    with pytest.raises(ValueError, match=says("`pictures`", "at least one", "0")):
-        assign_buckets(pictures, SIZES)
+        assign_buckets(images, [])
+    images = replace(images, dataset=images.dataset.select([], (16, 16)))
+    with pytest.raises(ValueError, match=says("`images`", "at least one", "0")):
+        assign_buckets(images, SIZES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,13 +180,13 @@ def test_pictures_that_have_no_buckets(pictures):
 
 @pytest.mark.parametrize("size", [(16, 16), (40, 24), (33, 100), (131, 17), (200, 200), (1, 9), (16, 31)])
 def test_the_crop_of_a_square_is_that_of_squares(size):
-    np.testing.assert_array_equal(cover_and_crop(picture(*size), 16, 16), center_crop(picture(*size), 16))
+    np.testing.assert_array_equal(cover_and_crop(random_image(*size), 16, 16), center_crop(random_image(*size), 16))
 
 
 @pytest.mark.parametrize("size", [(20, 12), (64, 64), (41, 24), (100, 33), (1, 1), (700, 5), (5, 700), (39, 23)])
 @pytest.mark.parametrize(("height", "width"), [(12, 20), (20, 12)])
 def test_the_crop_covers_the_bucket(size, height, width):
-    """Pillow fills what lies outside of a picture with black."""
+    """Pillow fills what lies outside of an image with black."""
     cropped = cover_and_crop(Image.new("RGB", size, (10, 200, 30)), height, width)
     assert cropped.shape == (height, width, 3) and cropped.dtype == np.uint8
     assert (cropped == [10, 200, 30]).all()
@@ -199,50 +199,50 @@ def test_position_of_the_crop():
     np.testing.assert_array_equal(cover_and_crop(Image.fromarray(turned), 20, 12), turned[:, 2:14])
 
 
-def test_large_pictures_are_averaged_in_boxes():
+def test_large_images_are_averaged_in_boxes():
     """48 x 100 to 24 x 50 to 12 x 25, which is not twice as large as the bucket along both sides."""
-    image = picture(100, 48)
-    means = np.asarray(image).astype(float).reshape(12, 4, 25, 4, 3).mean((1, 3))
-    assert np.abs(cover_and_crop(image, 12, 20) - means[:, 2:22]).max() <= 2  # Pillow rounds in between
+    large = random_image(100, 48)
+    means = np.asarray(large).astype(float).reshape(12, 4, 25, 4, 3).mean((1, 3))
+    assert np.abs(cover_and_crop(large, 12, 20) - means[:, 2:22]).max() <= 2  # Pillow rounds in between
 
 
-def test_pictures_of_a_bucket(pictures):
-    buckets = split_pictures(pictures, SIZES)
+def test_images_of_a_bucket(images):
+    buckets = split_images(images, SIZES)
     assert {size: len(bucket.dataset) for size, bucket in buckets.items()} == {(12, 20): 3, (16, 16): 4, (20, 12): 4}
-    rows = {pictures.path_of(i): i for i in range(11)}
+    rows = {images.path_of(i): i for i in range(11)}
     for (height, width), bucket in buckets.items():
-        assert (bucket.class_names, bucket.resolution) == (pictures.class_names, 16)
+        assert (bucket.class_names, bucket.resolution) == (images.class_names, 16)
         for index in range(len(bucket.dataset)):
             path = bucket.path_of(index)
             sample, row = bucket.dataset[index], rows.pop(path)
-            assert pictures.class_names[sample["label"]] == Path(path).parent.name
-            assert sample["label"] == pictures.dataset[row]["label"]
+            assert images.class_names[sample["label"]] == Path(path).parent.name
+            assert sample["label"] == images.dataset[row]["label"]
             np.testing.assert_array_equal(sample["image"], cover_and_crop(Image.open(path), height, width))
     assert not rows
 
 
-def test_other_pictures_in_a_bucket_have_another_fingerprint(pictures):
-    three, two = split_pictures(pictures, SIZES), split_pictures(pictures, SIZES[:2])
+def test_other_images_in_a_bucket_have_another_fingerprint(images):
+    three, two = split_images(images, SIZES), split_images(images, SIZES[:2])
     assert three[12, 20].fingerprint == two[12, 20].fingerprint  # the same ones
     assert len({bucket.fingerprint for buckets in (three, two) for bucket in buckets.values()}) == 4
 
 
-def test_a_bucket_without_pictures_is_left_out(pictures):
-    assert list(split_pictures(pictures, [(16, 16), (4, 64)])) == [(16, 16)]
+def test_a_bucket_without_images_is_left_out(images):
+    assert list(split_images(images, [(16, 16), (4, 64)])) == [(16, 16)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Latents
 
 
-def test_latents_of_buckets(tmp_path, pictures):
+def test_latents_of_buckets(tmp_path, images):
     vae = tiny_vae()
-    latents = encode(pictures, tmp_path / "latents", vae, random_flip=True)
+    latents = encode(images, tmp_path / "latents", vae, random_flip=True)
     assert isinstance(latents, BucketedLatents)
     assert latents.bucket_lengths == [3, 4, 4] and len(latents) == 11
     assert latents.num_views == 2 and latents.latent_shape == (4, 8, 8)
     index = 0
-    for bucket in split_pictures(pictures, SIZES).values():
+    for bucket in split_images(images, SIZES).values():
         for sample in bucket.dataset:
             assert int(latents.labels[index]) == sample["label"]
             pixels = to_pixels(torch.from_numpy(sample["image"])[None])
@@ -254,15 +254,15 @@ def test_latents_of_buckets(tmp_path, pictures):
     assert index == 11
 
 
-def test_what_is_written(tmp_path, pictures):
+def test_what_is_written(tmp_path, images):
     folder = tmp_path / "latents"
-    encode(pictures, folder)
+    encode(images, folder)
     manifest = json.loads((folder / BUCKETS).read_text())
     assert manifest.pop("bad_images") == [] and manifest.pop("autoencoder") is None
     assert manifest == {
         "format": 1,
-        "pictures": pictures.fingerprint,
-        "num_pictures": 11,
+        "images": images.fingerprint,
+        "num_images": 11,
         "class_names": ["ant", "newt", "zebra"],
         "transform": "ADM centre crop to buckets",
         "resolution": 16,
@@ -283,13 +283,13 @@ def test_what_is_written(tmp_path, pictures):
         assert bucket.latent_shape == (3, height, width) and len(bucket) == count
 
 
-def test_features_of_a_vision_model(tmp_path, pictures):
+def test_features_of_a_vision_model(tmp_path, images):
     config = ViTConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
     )
     ViTModel(config).save_pretrained(tmp_path / "vision")
     vision = VisionFeatures(tmp_path / "vision")
-    latents = encode(pictures, tmp_path / "latents", vision=vision)
+    latents = encode(images, tmp_path / "latents", vision=vision)
     assert latents.manifest["vision_model"] == vision.describe()
     for index in (0, 5, 10):  # whatever the shape of the bucket
         features = vision(latents.read(index)[0][None])[0]
@@ -315,12 +315,12 @@ class Together:
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_any_number_of_processes_writes_the_same(tmp_path, pictures, count):
-    encode(pictures, tmp_path / "alone")
+def test_any_number_of_processes_writes_the_same(tmp_path, images, count):
+    encode(images, tmp_path / "alone")
     results, together = {}, Together(count)
 
     def run(index: int) -> None:
-        results[index] = encode(pictures, tmp_path / "shared", share=Share(index, count), all_or_none=together)
+        results[index] = encode(images, tmp_path / "shared", share=Share(index, count), all_or_none=together)
 
     threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
     for thread in threads:
@@ -332,49 +332,49 @@ def test_any_number_of_processes_writes_the_same(tmp_path, pictures, count):
     assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
 
 
-def test_the_shards_of_all_buckets_are_dealt_in_turn(tmp_path, pictures):
+def test_the_shards_of_all_buckets_are_dealt_in_turn(tmp_path, images):
     """Six shards, two of each bucket: no process is left with the first of every bucket."""
     written = []
     for index in range(4):
         folder = tmp_path / f"process-{index}"
         with pytest.raises(ValueError):  # alone it cannot finish
-            encode(pictures, folder, share=Share(index, 4))
+            encode(images, folder, share=Share(index, 4))
         written.append([path.relative_to(folder) for path in folder.rglob("*.safetensors")])
     assert [len(paths) for paths in written] == [2, 2, 1, 1]
     assert len({path for paths in written for path in paths}) == 6
 
 
-def test_a_run_that_was_stopped_goes_on(tmp_path, pictures):
+def test_a_run_that_was_stopped_goes_on(tmp_path, images):
     folder = tmp_path / "latents"
     with pytest.raises(ValueError, match=says("must hold 2 shards")):
-        encode(pictures, folder, share=Share(0, 2))  # without the other one
+        encode(images, folder, share=Share(0, 2))  # without the other one
     assert not (folder / BUCKETS).exists()
     with pytest.raises(ValueError, match=says(BUCKETS, "got none")):
         BucketedLatents(folder)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     assert len(before) == 3
-    assert len(encode(pictures, folder)) == 11
+    assert len(encode(images, folder)) == 11
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_what_is_done_is_not_done_again(tmp_path, pictures):
+def test_what_is_done_is_not_done_again(tmp_path, images):
     folder = tmp_path / "latents"
-    encode(pictures, folder)
+    encode(images, folder)
     before = contents(folder)
-    for path in (tmp_path / "pictures").rglob("*.png"):
-        path.unlink()  # neither pictures nor headers are read
-    assert len(encode(pictures, folder)) == 11
+    for path in (tmp_path / "images").rglob("*.png"):
+        path.unlink()  # neither images nor headers are read
+    assert len(encode(images, folder)) == 11
     assert contents(folder) == before
 
 
-def test_a_lost_shard_is_encoded_again(tmp_path, pictures):
+def test_a_lost_shard_is_encoded_again(tmp_path, images):
     folder = tmp_path / "latents"
-    encode(pictures, folder)
+    encode(images, folder)
     before = contents(folder)
     (folder / "bucket-20x12" / "shard-00001.safetensors").unlink()
     with pytest.raises(ValueError, match=says("bucket-20x12", "shard-00001")):
         BucketedLatents(folder)
-    encode(pictures, folder)
+    encode(images, folder)
     assert contents(folder) == before
 
 
@@ -386,30 +386,30 @@ def test_a_lost_shard_is_encoded_again(tmp_path, pictures):
         ({"latents_dtype": "float16"}, "latents_dtype"),
         ({"vae": "another"}, "autoencoder"),
         ({"sizes": [(12, 20), (16, 16)]}, "bucket_sizes"),
-        ({"fingerprint": "other pictures"}, "pictures"),
+        ({"fingerprint": "other images"}, "images"),
     ],
 )
-def test_other_settings_are_refused(tmp_path, pictures, changed, name, state):
+def test_other_settings_are_refused(tmp_path, images, changed, name, state):
     folder = tmp_path / "latents"
-    encode(pictures, folder)
+    encode(images, folder)
     if state == "damaged":
         (folder / "bucket-12x20" / "shard-00000.safetensors").unlink()
     if state == "unfinished":
         (folder / BUCKETS).unlink()
-        name = "pictures" if name == "bucket_sizes" else name  # there are others in a bucket
+        name = "images" if name == "bucket_sizes" else name  # there are others in a bucket
     before = contents(folder)
     if "fingerprint" in changed:
-        pictures, changed = replace(pictures, **changed), {}
+        images, changed = replace(images, **changed), {}
     if "vae" in changed:
         changed = {"vae": tiny_vae()}
     with pytest.raises(ValueError, match=says("must hold latents with", f"`{name}`")):
-        encode(pictures, folder, **changed)
+        encode(images, folder, **changed)
     assert contents(folder) == before
 
 
-def test_a_bucket_of_other_settings_is_refused(tmp_path, pictures):
-    encode(pictures, tmp_path / "one")
-    encode(pictures, tmp_path / "other", random_flip=True)
+def test_a_bucket_of_other_settings_is_refused(tmp_path, images):
+    encode(images, tmp_path / "one")
+    encode(images, tmp_path / "other", random_flip=True)
     (tmp_path / "one" / "bucket-12x20").rename(tmp_path / "away")
     (tmp_path / "other" / "bucket-12x20").rename(tmp_path / "one" / "bucket-12x20")
     with pytest.raises(ValueError, match=says("bucket-12x20", "`random_flip`")):
@@ -422,38 +422,38 @@ def test_buckets_of_another_format(tmp_path):
         BucketedLatents(tmp_path)
 
 
-def test_bad_pictures(tmp_path, pictures):
+def test_bad_images(tmp_path, images):
     """One cannot be opened, one of another bucket cannot be decoded."""
-    bad = [tmp_path / "pictures" / "ant" / "0.png", tmp_path / "pictures" / "newt" / "2.png"]
-    bad[0].write_text("no picture")
+    bad = [tmp_path / "images" / "ant" / "0.png", tmp_path / "images" / "newt" / "2.png"]
+    bad[0].write_text("no image")
     bad[1].write_bytes(bad[1].read_bytes()[:200])
-    pictures, folder = reload(tmp_path / "pictures"), tmp_path / "latents"
-    rows = [[pictures.path_of(i) for i in range(11)].index(str(path)) for path in bad]
+    images, folder = reload(tmp_path / "images"), tmp_path / "latents"
+    rows = [[images.path_of(i) for i in range(11)].index(str(path)) for path in bad]
     with pytest.raises(BadImagesError) as error:
-        encode(pictures, folder)
+        encode(images, folder)
     assert [(entry["index"], entry["path"]) for entry in error.value.bad] == [
         (row, str(path)) for row, path in zip(rows, bad, strict=True)
     ]
     assert not (folder / BUCKETS).exists()
-    latents = encode(pictures, folder, on_bad_image="skip")
-    assert latents.bucket_lengths == [2, 4, 3] and latents.manifest["num_pictures"] == 11
+    latents = encode(images, folder, on_bad_image="skip")
+    assert latents.bucket_lengths == [2, 4, 3] and latents.manifest["num_images"] == 11
     assert latents.manifest["bad_images"] == error.value.bad
     with pytest.raises(BadImagesError):
-        encode(pictures, folder)
+        encode(images, folder)
 
 
-def test_a_bucket_of_bad_pictures_only(tmp_path, pictures):
-    for path in (tmp_path / "pictures").rglob("*.png"):
+def test_a_bucket_of_bad_images_only(tmp_path, images):
+    for path in (tmp_path / "images").rglob("*.png"):
         if Image.open(path).height * 20 <= Image.open(path).width * 13:
             path.write_bytes(path.read_bytes()[:200])
-    pictures = reload(tmp_path / "pictures")
-    latents = encode(pictures, tmp_path / "latents", on_bad_image="skip")
+    images = reload(tmp_path / "images")
+    latents = encode(images, tmp_path / "latents", on_bad_image="skip")
     assert latents.bucket_lengths == [4, 4] and len(latents.manifest["bad_images"]) == 3
-    assert len(encode(pictures, tmp_path / "latents", on_bad_image="skip")) == 8
-    for path in (tmp_path / "pictures").rglob("*.png"):
-        path.write_text("no picture")
-    with pytest.raises(ValueError, match=says("must hold at least one picture", "none of 11")):
-        encode(reload(tmp_path / "pictures"), tmp_path / "nothing", on_bad_image="skip")
+    assert len(encode(images, tmp_path / "latents", on_bad_image="skip")) == 8
+    for path in (tmp_path / "images").rglob("*.png"):
+        path.write_text("no image")
+    with pytest.raises(ValueError, match=says("must hold at least one image", "none of 11")):
+        encode(reload(tmp_path / "images"), tmp_path / "nothing", on_bad_image="skip")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -461,8 +461,8 @@ def test_a_bucket_of_bad_pictures_only(tmp_path, pictures):
 
 
 @pytest.fixture
-def latents(tmp_path, pictures) -> BucketedLatents:
-    return encode(pictures, tmp_path / "latents", tiny_vae(), random_flip=True)
+def latents(tmp_path, images) -> BucketedLatents:
+    return encode(images, tmp_path / "latents", tiny_vae(), random_flip=True)
 
 
 def loader_of(latents: BucketedLatents, batch_size: int, accumulation=1, process=(0, 1), steps=(0, 12), workers=0):
@@ -501,7 +501,7 @@ def test_a_resumed_run_and_workers_have_the_same_batches(latents):
             assert all(torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(expected[name])) for name in batch)
 
 
-def test_a_model_trains_on_buckets_and_gives_pictures_of_their_sizes(latents):
+def test_a_model_trains_on_buckets_and_gives_images_of_their_sizes(latents):
     model = DoDJointModel(tiny_transformer(num_classes=3), tiny_latent_embedder()).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = {}

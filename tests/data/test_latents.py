@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from helpers import contents, fresh_accelerator, says, tiny_vae, write_pictures
+from helpers import contents, fresh_accelerator, says, tiny_vae, write_images
 from launch import run_command, torchrun
 from PIL import Image
 from safetensors import safe_open
@@ -29,8 +29,15 @@ from diffusers_dod.data.encoding import (
     finish_latents,
     latent_settings,
 )
+from diffusers_dod.data.labelled_images import (
+    Columns,
+    ImageDataset,
+    ImageOptions,
+    LabelledImages,
+    load_labelled_images,
+    to_pixels,
+)
 from diffusers_dod.data.latents import SHARD_MANIFEST, LatentDataset, check_settings, find_damaged_shards
-from diffusers_dod.data.pictures import Columns, ImageDataset, ImageOptions, Pictures, load_pictures, to_pixels
 from diffusers_dod.data.sample_stream import SampleDraws, TrainingSamples, collate_priors_first
 from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
 from diffusers_dod.options import parse_options
@@ -60,23 +67,23 @@ class Watched(Dataset):
         return self.textures[index]
 
 
-def textures(count: int = 11, size: int = 16, **options) -> Pictures:
-    return Pictures(Watched(count, size, **options), TEXTURE_CLASSES, f"textures-{count}", size)
+def textures(count: int = 11, size: int = 16, **options) -> LabelledImages:
+    return LabelledImages(Watched(count, size, **options), TEXTURE_CLASSES, f"textures-{count}", size)
 
 
 def write(
-    folder: Path, pictures: Pictures, vae=None, on_bad_image="error", processes=(0,), **options
+    folder: Path, images: LabelledImages, vae=None, on_bad_image="error", processes=(0,), **options
 ) -> LatentDataset:
-    """All shards, of four pictures each in batches of three, and the manifest."""
+    """All shards, of four images each in batches of three, and the manifest."""
     options = EncodingOptions(**{"shard_size": 4, "encoding_batch_size": 3, "on_bad_image": on_bad_image, **options})
     for process in processes:
-        encode_latents(pictures, vae, folder, options, share=Share(process, len(processes)))
-    finish_latents(folder, latent_settings(pictures, vae, options), on_bad_image)
+        encode_latents(images, vae, folder, options, share=Share(process, len(processes)))
+    finish_latents(folder, latent_settings(images, vae, options), on_bad_image)
     return LatentDataset(folder)
 
 
-def settings_of(pictures: Pictures, vae=None, **options) -> dict:
-    return latent_settings(pictures, vae, EncodingOptions(**options))
+def settings_of(images: LabelledImages, vae=None, **options) -> dict:
+    return latent_settings(images, vae, EncodingOptions(**options))
 
 
 def all_moments(latents: LatentDataset, view: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -84,10 +91,8 @@ def all_moments(latents: LatentDataset, view: int = 0) -> tuple[torch.Tensor, to
     return torch.stack(means), None if stds[0] is None else torch.stack(stds)
 
 
-def pixels_of(pictures: Pictures) -> torch.Tensor:
-    return to_pixels(
-        torch.from_numpy(np.stack([row["image"] for row in map(pictures.dataset.__getitem__, range(11))]))
-    )
+def pixels_of(images: LabelledImages) -> torch.Tensor:
+    return to_pixels(torch.from_numpy(np.stack([row["image"] for row in map(images.dataset.__getitem__, range(11))])))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,8 +106,8 @@ def test_manifest(tmp_path):
     shards = manifest.pop("shards")
     assert manifest == {
         "format": 1,
-        "pictures": "textures-11",
-        "num_pictures": 11,
+        "images": "textures-11",
+        "num_images": 11,
         "class_names": list(TEXTURE_CLASSES),
         "transform": "ADM centre crop",
         "resolution": 16,
@@ -140,9 +145,9 @@ def test_manifest(tmp_path):
 )
 @torch.no_grad()
 def test_latents_are_the_normalised_posterior(tmp_path, config):
-    vae, pictures = tiny_vae(**config), textures()
-    mean, std = all_moments(write(tmp_path / "latents", pictures, vae))
-    own = vae.encode(pixels_of(pictures)).latent_dist
+    vae, images = tiny_vae(**config), textures()
+    mean, std = all_moments(write(tmp_path / "latents", images, vae))
+    own = vae.encode(pixels_of(images)).latent_dist
     if config:
         shift, scale = config.get("shift_factor", 0.0), 1 / config["scaling_factor"]
     else:
@@ -156,34 +161,34 @@ def test_latents_are_the_normalised_posterior(tmp_path, config):
 @torch.no_grad()
 def test_a_deterministic_autoencoder_has_no_standard_deviation(tmp_path, make):
     torch.manual_seed(0)
-    vae, pictures = make(), textures()
+    vae, images = make(), textures()
     vae = vae and vae.eval()
-    latents = write(tmp_path / "latents", pictures, vae, random_flip=True)
+    latents = write(tmp_path / "latents", images, vae, random_flip=True)
     with safe_open(tmp_path / "latents" / "shard-00000.safetensors", framework="pt") as file:
         assert set(file.keys()) == {"mean", "labels"}
-    pixels = pixels_of(pictures)
-    for view, images in enumerate((pixels, pixels.flip(-1))):
+    pixels = pixels_of(images)
+    for view, seen in enumerate((pixels, pixels.flip(-1))):
         mean, std = all_moments(latents, view)
         assert std is None
         if vae is None:
-            expected = images
+            expected = seen
         elif isinstance(vae, type(make_rae())):
-            expected = vae.encode(images / 2 + 0.5).latent
+            expected = vae.encode(seen / 2 + 0.5).latent
         else:
-            expected = vae.encode(images).latent * vae.config.scaling_factor
+            expected = vae.encode(seen).latent * vae.config.scaling_factor
         torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-5)
     sample = TrainingSamples(latents, SampleDraws(12, seed=0))[0]
     assert min((sample["latents"] - latents.read(i, v)[0]).abs().max() for i in range(11) for v in (0, 1)) == 0
 
 
 @torch.no_grad()
-def test_the_second_view_is_that_of_the_mirrored_picture(tmp_path):
-    vae, pictures = tiny_vae(), textures()
-    latents = write(tmp_path / "two", pictures, vae, random_flip=True)
-    plain = write(tmp_path / "one", pictures, vae)
+def test_the_second_view_is_that_of_the_mirrored_image(tmp_path):
+    vae, images = tiny_vae(), textures()
+    latents = write(tmp_path / "two", images, vae, random_flip=True)
+    plain = write(tmp_path / "one", images, vae)
     assert (latents.num_views, plain.num_views) == (2, 1)
     assert torch.equal(all_moments(latents)[0], all_moments(plain)[0])
-    own = vae.encode(pixels_of(pictures).flip(-1)).latent_dist
+    own = vae.encode(pixels_of(images).flip(-1)).latent_dist
     statistics = (torch.tensor(vae.config[name]).reshape(4, 1, 1) for name in ("latents_mean", "latents_std"))
     shift, scale = statistics
     mean, std = all_moments(latents, 1)
@@ -270,9 +275,9 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, stop_at, again):
     assert not (tmp_path / "ours" / SHARD_MANIFEST).exists()
     with pytest.raises(ValueError, match=says("manifest.json", "got none")):
         LatentDataset(tmp_path / "ours")
-    pictures = textures()
-    write(tmp_path / "ours", pictures, vae, processes=(0, 1))
-    assert sorted(pictures.dataset.seen) == list(again)
+    images = textures()
+    write(tmp_path / "ours", images, vae, processes=(0, 1))
+    assert sorted(images.dataset.seen) == list(again)
     write(tmp_path / "expected", textures(), vae)
     assert contents(tmp_path / "ours") == contents(tmp_path / "expected")
 
@@ -283,9 +288,9 @@ def test_a_shard_that_has_gone_is_written_again(tmp_path, kind):
     expected = contents(tmp_path / "latents")
     (tmp_path / "latents" / f"shard-00001.{kind}").unlink()
     (tmp_path / "latents" / SHARD_MANIFEST).unlink()
-    pictures = textures()
-    write(tmp_path / "latents", pictures)
-    assert pictures.dataset.seen == [4, 5, 6, 7]
+    images = textures()
+    write(tmp_path / "latents", images)
+    assert images.dataset.seen == [4, 5, 6, 7]
     assert contents(tmp_path / "latents") == expected
 
 
@@ -327,7 +332,7 @@ def test_no_manifest_of_no_shards(tmp_path):
 
 
 def test_no_manifest_of_shards_of_two_sizes(tmp_path):
-    """Both processes write their own shard 0 and 1 of 2, of other pictures."""
+    """Both processes write their own shard 0 and 1 of 2, of other images."""
     for process, shard_size in ((0, 6), (1, 8)):
         encode_latents(
             textures(), None, tmp_path, EncodingOptions(shard_size=shard_size), share=Share(process, num_processes=2)
@@ -349,16 +354,16 @@ def other_weights() -> AutoencoderKL:
 
 # Field -> what is changed about `textures()`, the autoencoder and the options.
 CHANGES = {
-    "pictures": lambda pictures: (replace(pictures, fingerprint="others"), tiny_vae(), {}),
-    "num_pictures": lambda pictures: (replace(textures(12), fingerprint="textures-11"), tiny_vae(), {}),
-    "class_names": lambda pictures: (replace(pictures, class_names=("a", *TEXTURE_CLASSES)), tiny_vae(), {}),
-    "resolution": lambda pictures: (replace(pictures, resolution=8), tiny_vae(), {}),
-    "random_flip": lambda pictures: (pictures, tiny_vae(), {"random_flip": True}),
-    "autoencoder": lambda pictures: (pictures, None, {}),
-    "autoencoder: weights": lambda pictures: (pictures, other_weights(), {}),
-    "autoencoder: config": lambda pictures: (pictures, tiny_vae(latents_mean=[0.5] * 4), {}),
-    "latents_dtype": lambda pictures: (pictures, tiny_vae(), {"latents_dtype": "float16"}),
-    "shard_size": lambda pictures: (pictures, tiny_vae(), {"shard_size": 5}),
+    "images": lambda images: (replace(images, fingerprint="others"), tiny_vae(), {}),
+    "num_images": lambda images: (replace(textures(12), fingerprint="textures-11"), tiny_vae(), {}),
+    "class_names": lambda images: (replace(images, class_names=("a", *TEXTURE_CLASSES)), tiny_vae(), {}),
+    "resolution": lambda images: (replace(images, resolution=8), tiny_vae(), {}),
+    "random_flip": lambda images: (images, tiny_vae(), {"random_flip": True}),
+    "autoencoder": lambda images: (images, None, {}),
+    "autoencoder: weights": lambda images: (images, other_weights(), {}),
+    "autoencoder: config": lambda images: (images, tiny_vae(latents_mean=[0.5] * 4), {}),
+    "latents_dtype": lambda images: (images, tiny_vae(), {"latents_dtype": "float16"}),
+    "shard_size": lambda images: (images, tiny_vae(), {"shard_size": 5}),
 }
 
 
@@ -366,12 +371,12 @@ CHANGES = {
 def test_latents_of_other_settings_are_refused(tmp_path, field, change):
     latents = write(tmp_path / "latents", textures(), tiny_vae())
     before = contents(latents.folder)
-    pictures, vae, options = change(textures())
+    images, vae, options = change(textures())
     message = says(str(latents.folder), f"`{field.split(':')[0]}`", "remove it, or use another folder")
     with pytest.raises(ValueError, match=message):
-        write(latents.folder, pictures, vae, **options)
+        write(latents.folder, images, vae, **options)
     if field != "shard_size":
-        settings = settings_of(pictures, vae, **options)
+        settings = settings_of(images, vae, **options)
         with pytest.raises(ValueError, match=message):
             check_settings(latents.folder, latents.manifest, settings)
         with pytest.raises(ValueError, match=r"`\w+`|must hold"):
@@ -462,7 +467,7 @@ def test_what_is_no_manifest(tmp_path, text, fragments):
 
 
 class Noise(Dataset):
-    """Pictures of 0.75 MiB of pixels in fp32."""
+    """Images of 0.75 MiB of pixels in fp32."""
 
     def __len__(self) -> int:
         return 96
@@ -478,7 +483,7 @@ def test_only_what_is_read_is_in_memory(tmp_path):
 
     write(
         tmp_path / "latents",
-        Pictures(Noise(), tuple(map(str, range(96))), "noise", 256),
+        LabelledImages(Noise(), tuple(map(str, range(96))), "noise", 256),
         shard_size=48,
         encoding_batch_size=8,
     )
@@ -520,7 +525,7 @@ def test_reading_processes_see_the_same_samples(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures that cannot be read
+# Images that cannot be read
 
 
 GOOD, BAD = (
@@ -531,25 +536,25 @@ GOOD, BAD = (
 
 @pytest.fixture
 def spoilt(tmp_path) -> Path:
-    """Eight pictures of three classes; red tells the class and green the number. Four of them cannot be read."""
-    folder = tmp_path / "pictures"
+    """Eight images of three classes; red tells the class and green the number. Four of them cannot be read."""
+    folder = tmp_path / "images"
     for name in ("ant", "bee", "newt"):
         (folder / name).mkdir(parents=True)
     for name in (*GOOD, *BAD):
         kind, number = name.split("/")
         color = (50 * ["ant", "bee", "newt"].index(kind), 50 * int(number[0]), 7)
         Image.new("RGB", (40, 36), color).save(folder / name, quality=90)
-    picture = folder / "ant" / "1.png"
-    picture.write_bytes(picture.read_bytes()[:60])
+    image = folder / "ant" / "1.png"
+    image.write_bytes(image.read_bytes()[:60])
     (folder / "ant" / "2.png").write_bytes(b"")
-    (folder / "newt" / "0.png").write_text("a note, not a picture")
-    picture = folder / "newt" / "1.jpg"
-    picture.write_bytes(picture.read_bytes()[:400])
+    (folder / "newt" / "0.png").write_text("a note, not an image")
+    image = folder / "newt" / "1.jpg"
+    image.write_bytes(image.read_bytes()[:400])
     return folder
 
 
-def load(folder: Path) -> Pictures:
-    return load_pictures(ImageOptions(train_data_dir=str(folder), resolution=16), 1, 0)
+def load(folder: Path) -> LabelledImages:
+    return load_labelled_images(ImageOptions(train_data_dir=str(folder), resolution=16), 1, 0)
 
 
 class Counted(Dataset):
@@ -567,12 +572,12 @@ class Counted(Dataset):
 
 
 @pytest.mark.parametrize("processes", [(0,), (1, 0)])
-def test_all_pictures_that_cannot_be_read_are_named_at_once(tmp_path, spoilt, processes):
+def test_all_images_that_cannot_be_read_are_named_at_once(tmp_path, spoilt, processes):
     with pytest.raises(BadImagesError) as error:
         write(tmp_path / "latents", load(spoilt), processes=processes)
     assert sorted(entry["path"] for entry in error.value.bad) == sorted(str(spoilt / name) for name in BAD)
     message = str(error.value)
-    assert "4 pictures cannot be read" in message and "`on_bad_image` = 'skip'" in message
+    assert "4 images cannot be read" in message and "`on_bad_image` = 'skip'" in message
     for entry in error.value.bad:
         assert entry["path"] in message and entry["reason"] in message
     reasons = {
@@ -584,19 +589,19 @@ def test_all_pictures_that_cannot_be_read_are_named_at_once(tmp_path, spoilt, pr
 
 
 @pytest.mark.parametrize("shard_size", [1, 2, 3, 8])
-def test_pictures_that_cannot_be_read_are_left_out(tmp_path, spoilt, shard_size):
-    pictures = load(spoilt)
-    pictures = replace(pictures, dataset=Counted(pictures.dataset))
+def test_images_that_cannot_be_read_are_left_out(tmp_path, spoilt, shard_size):
+    images = load(spoilt)
+    images = replace(images, dataset=Counted(images.dataset))
     folder, options = tmp_path / "latents", {"shard_size": shard_size}
     with pytest.raises(BadImagesError):
-        write(folder, pictures, **options)
-    assert pictures.dataset.count == 8
-    latents = write(folder, pictures, on_bad_image="skip", **options)
-    assert pictures.dataset.count == 8  # nothing is encoded again
-    assert latents.manifest["num_pictures"] == 8 and latents.manifest["num_samples"] == len(latents) == 4
+        write(folder, images, **options)
+    assert images.dataset.count == 8
+    latents = write(folder, images, on_bad_image="skip", **options)
+    assert images.dataset.count == 8  # nothing is encoded again
+    assert latents.manifest["num_images"] == 8 and latents.manifest["num_samples"] == len(latents) == 4
     assert sorted(entry["path"] for entry in latents.manifest["bad_images"]) == sorted(str(spoilt / n) for n in BAD)
     for entry in latents.manifest["bad_images"]:
-        assert pictures.path_of(entry["index"]) == entry["path"] and entry["reason"]
+        assert images.path_of(entry["index"]) == entry["path"] and entry["reason"]
     assert len(latents.labels) == 4
     seen = []
     for index, label in enumerate(latents.labels.tolist()):
@@ -607,9 +612,9 @@ def test_pictures_that_cannot_be_read_are_left_out(tmp_path, spoilt, shard_size)
     assert sorted(seen) == GOOD
 
 
-def test_a_shard_without_a_picture(tmp_path):
-    pictures = textures(bad=(4, 5, 6, 7, 9))
-    latents = write(tmp_path / "latents", pictures, tiny_vae(), on_bad_image="skip")
+def test_a_shard_without_an_image(tmp_path):
+    images = textures(bad=(4, 5, 6, 7, 9))
+    latents = write(tmp_path / "latents", images, tiny_vae(), on_bad_image="skip")
     assert [shard["num_samples"] for shard in latents.manifest["shards"]] == [4, 0, 2]
     assert latents.labels.tolist() == [0, 1, 2, 3, 8, 10]
     assert [entry["path"] for entry in latents.manifest["bad_images"]] == [f"row {i}" for i in (4, 5, 6, 7, 9)]
@@ -620,37 +625,37 @@ def test_a_shard_without_a_picture(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [(0, 1, 2, 3), (0, 1, 2, 3, 4, 5, 6, 7)])
-def test_first_shards_without_a_picture(tmp_path, bad):
+def test_first_shards_without_an_image(tmp_path, bad):
     latents = write(tmp_path / "latents", textures(bad=bad), on_bad_image="skip")
     assert latents.labels.tolist() == list(range(len(bad), 11)) and latents.latent_shape == (3, 16, 16)
     assert torch.equal(latents.read(0)[0], pixels_of(textures())[len(bad)])
 
 
-def test_no_picture_at_all(tmp_path):
-    pictures = textures(bad=tuple(range(11)))
-    with pytest.raises(BadImagesError, match=says("11 pictures cannot be read")):
-        write(tmp_path / "latents", pictures)
-    with pytest.raises(ValueError, match=says("at least one picture", "got none of 11")):
-        write(tmp_path / "latents", pictures, on_bad_image="skip")
+def test_no_image_at_all(tmp_path):
+    images = textures(bad=tuple(range(11)))
+    with pytest.raises(BadImagesError, match=says("11 images cannot be read")):
+        write(tmp_path / "latents", images)
+    with pytest.raises(ValueError, match=says("at least one image", "got none of 11")):
+        write(tmp_path / "latents", images, on_bad_image="skip")
     assert not (tmp_path / "latents" / SHARD_MANIFEST).exists()
 
 
 def test_a_long_list_is_cut(tmp_path):
-    pictures = textures(30, bad=tuple(range(25)))
-    with pytest.raises(BadImagesError, match=says("25 pictures", "number 19 is bad; and 5 more")) as error:
-        write(tmp_path / "latents", pictures)
+    images = textures(30, bad=tuple(range(25)))
+    with pytest.raises(BadImagesError, match=says("25 images", "number 19 is bad; and 5 more")) as error:
+        write(tmp_path / "latents", images)
     assert "number 20" not in str(error.value) and len(error.value.bad) == 25
 
 
-def test_rows_without_a_picture_or_a_label(tmp_path):
+def test_rows_without_an_image_or_a_label(tmp_path):
     import datasets
 
     image = Image.new("RGB", (16, 16))
     features = datasets.Features({"photo": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b"])})
     rows = {"photo": [image, None, image, image], "kind": [0, 1, None, 1]}
     source = datasets.Dataset.from_dict(rows, features=features)
-    pictures = Pictures(ImageDataset(source, Columns("photo", "kind"), (16, 16)), ("a", "b"), "rows", 16)
-    latents = write(tmp_path / "latents", pictures, on_bad_image="skip")
+    images = LabelledImages(ImageDataset(source, Columns("photo", "kind"), (16, 16)), ("a", "b"), "rows", 16)
+    latents = write(tmp_path / "latents", images, on_bad_image="skip")
     assert latents.labels.tolist() == [0, 1]
     reasons = {entry["path"]: entry["reason"] for entry in latents.manifest["bad_images"]}
     assert reasons == {
@@ -665,7 +670,7 @@ def test_what_to_do_about_them_is_one_of_two(tmp_path):
         finish_latents(tmp_path, settings_of(textures()), "ignore")
 
 
-def test_what_the_autoencoder_refuses_is_no_bad_picture(tmp_path):
+def test_what_the_autoencoder_refuses_is_no_bad_image(tmp_path):
     with pytest.raises(ValueError, match=says("must be 16", "got 32 x 32")):
         write(tmp_path / "latents", textures(size=32), make_rae(), on_bad_image="skip")
 
@@ -675,8 +680,8 @@ def test_what_the_autoencoder_refuses_is_no_bad_picture(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    folder = write_pictures(tmp_path_factory.mktemp("pictures"), [(18, 22)] * 5)
+def images(tmp_path_factory) -> Path:
+    folder = write_images(tmp_path_factory.mktemp("images"), [(18, 22)] * 5)
     (folder / "bee").mkdir()
     return folder
 
@@ -689,8 +694,8 @@ def vae_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def data(pictures, vae_folder) -> list:
-    options = ["--train_data_dir", pictures, "--resolution", 16, "--random_flip"]
+def data(images, vae_folder) -> list:
+    options = ["--train_data_dir", images, "--resolution", 16, "--random_flip"]
     return [*options, "--pretrained_vae_name_or_path", vae_folder]
 
 
@@ -707,28 +712,28 @@ def trained(output_dir: Path, *arguments) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_training_from_latents_alone_is_training_from_the_pictures(tmp_path, data, vae_folder):
-    from_pictures = trained(tmp_path / "pictures", *data)
+def test_training_from_latents_alone_is_training_from_the_images(tmp_path, data, vae_folder):
+    from_images = trained(tmp_path / "images", *data)
     encode(*data, "--latents_dir", tmp_path / "latents")
     before = contents(tmp_path / "latents")
-    assert before == contents(tmp_path / "pictures" / "latents")
+    assert before == contents(tmp_path / "images" / "latents")
     alone = ["--latents_dir", tmp_path / "latents", "--pretrained_vae_name_or_path", vae_folder]
     from_latents = trained(tmp_path / "alone", *alone, "--dataloader_num_workers", 2)
-    assert from_latents.keys() == from_pictures.keys()
-    for name in from_pictures:
-        assert torch.equal(from_latents[name], from_pictures[name]), name
+    assert from_latents.keys() == from_images.keys()
+    for name in from_images:
+        assert torch.equal(from_latents[name], from_images[name]), name
     assert contents(tmp_path / "latents") == before and not (tmp_path / "alone" / "latents").exists()
-    ids = [json.loads((tmp_path / run / "model_index.json").read_text())["id2label"] for run in ("alone", "pictures")]
+    ids = [json.loads((tmp_path / run / "model_index.json").read_text())["id2label"] for run in ("alone", "images")]
     assert ids == [{"0": "ant", "1": "bee", "2": "newt"}] * 2
     card = (tmp_path / "alone" / "README.md").read_text()
     assert str(tmp_path) not in card and "16 x 16" in card
 
-    # Both together: the latents are those of the pictures, and nothing is encoded.
+    # Both together: the latents are those of the images, and nothing is encoded.
     trained(tmp_path / "both", *data, "--latents_dir", tmp_path / "latents")
     assert contents(tmp_path / "latents") == before and not (tmp_path / "both" / "latents").exists()
 
 
-def test_the_command_is_idempotent_and_checks_what_it_finds(tmp_path, data, pictures):
+def test_the_command_is_idempotent_and_checks_what_it_finds(tmp_path, data, images):
     shared = [*data, "--latents_dir", tmp_path / "latents"]
     encode(*shared, "--latents_dtype", "bfloat16")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "latents").iterdir()}
@@ -737,10 +742,10 @@ def test_the_command_is_idempotent_and_checks_what_it_finds(tmp_path, data, pict
     with pytest.raises(ValueError, match=says("`latents_dtype` = 'float32'", "got 'bfloat16'")):
         encode(*shared)
     with pytest.raises(ValueError, match=says("`autoencoder` = None")):
-        encode("--train_data_dir", pictures, "--resolution", 16, "--random_flip", *shared[-2:])
+        encode("--train_data_dir", images, "--resolution", 16, "--random_flip", *shared[-2:])
 
 
-def test_the_command_and_pictures_that_cannot_be_read(tmp_path, spoilt, caplog):
+def test_the_command_and_images_that_cannot_be_read(tmp_path, spoilt, caplog):
     shared = ["--train_data_dir", spoilt, "--resolution", 16, "--latents_dir", tmp_path / "latents"]
     with pytest.raises(BadImagesError, match=says(*(str(spoilt / name) for name in BAD))):
         encode(*shared)

@@ -19,7 +19,7 @@ NUM_CLASSES = 9
 
 
 class NumberedLatents(Latents):
-    """Latents whose mean is everywhere 10 * picture + view, so that a sample shows where it comes from."""
+    """Latents whose mean is everywhere 10 * image + view, so that a sample shows where it comes from."""
 
     def __init__(self, count: int = 7, views: int = 1, std: float | None = None):
         manifest = {"num_views": views, "latent_shape": (2, 4, 4)}
@@ -32,7 +32,7 @@ class NumberedLatents(Latents):
         return mean, None if self.std is None else torch.full(self.latent_shape, self.std)
 
 
-def picture_and_view(sample: dict) -> tuple[int, int]:
+def image_and_view(sample: dict) -> tuple[int, int]:
     """For latents without posterior noise."""
     return divmod(int(sample["latents"].flatten()[0]), 10)
 
@@ -65,9 +65,9 @@ def test_workers_see_the_same_stream():
         assert_same_sample(one, other)
 
 
-def test_every_picture_once_per_pass_and_every_pass_in_its_own_order():
+def test_every_image_once_per_pass_and_every_pass_in_its_own_order():
     stream = TrainingSamples(NumberedLatents(count=20), SampleDraws(NUM_CLASSES, seed=0))
-    passes = [[picture_and_view(stream[20 * epoch + i])[0] for i in range(20)] for epoch in range(4)]
+    passes = [[image_and_view(stream[20 * epoch + i])[0] for i in range(20)] for epoch in range(4)]
     for order in passes:
         assert sorted(order) == list(range(20)) and order != list(range(20))
     assert len({tuple(order) for order in passes}) == 4
@@ -110,13 +110,13 @@ def test_draws_are_independent_of_each_other(drawn):
     values["time"] = torch.stack([sample["sigma"] for sample in drawn]).double()
     values["noise"] = torch.stack([sample["noise"].flatten()[0] for sample in drawn]).double()
     values["posterior"] = torch.stack([sample["latents"].std() for sample in drawn]).double()
-    values["picture"] = torch.tensor([origin(sample)[0] for sample in drawn]).double()
+    values["image"] = torch.tensor([origin(sample)[0] for sample in drawn]).double()
     names = list(values)
     for i, name in enumerate(names):
         for other in names[:i]:
             assert abs(correlation(values[name], values[other])) < 4 / COUNT**0.5, (name, other)
         # Nor does a position say anything about the next one.
-        if name != "picture":  # which must not come twice in a pass
+        if name != "image":  # which must not come twice in a pass
             assert abs(correlation(values[name][1:], values[name][:-1])) < 4 / COUNT**0.5, name
 
 
@@ -164,7 +164,7 @@ def test_noises_and_time_are_normal_and_their_own_at_every_position():
     assert len(torch.unique(sigma)) == 2000
 
 
-def test_the_same_picture_has_new_noise_in_every_pass():
+def test_the_same_image_has_new_noise_in_every_pass():
     stream = TrainingSamples(NumberedLatents(count=1, std=1.0), SampleDraws(NUM_CLASSES, seed=2))
     first, second = stream[0], stream[1]
     for name in ("latents", "noise", "sigma"):
@@ -177,7 +177,7 @@ def test_the_seed_decides():
     for position in range(25):
         assert_same_sample(one[position], same[position])
         assert not torch.equal(one[position]["noise"], other[position]["noise"])
-    orders = [[picture_and_view(stream[i])[0] for i in range(20)] for stream in (one, other)]
+    orders = [[image_and_view(stream[i])[0] for i in range(20)] for stream in (one, other)]
     assert orders[0] != orders[1]
 
 

@@ -1,4 +1,4 @@
-"""Where pictures come from: image folders, Parquet, WebDataset's tar files, data sets of the Hub."""
+"""Where loaded come from: image folders, Parquet, WebDataset's tar files, data sets of the Hub."""
 
 import io
 import tarfile
@@ -10,11 +10,11 @@ import pytest
 from helpers import says
 from PIL import Image
 
-from diffusers_dod.data.pictures import ImageOptions, Pictures, center_crop, load_pictures
+from diffusers_dod.data.labelled_images import ImageOptions, LabelledImages, center_crop, load_labelled_images
 
 
-def load(folder: Path, **columns: str) -> Pictures:
-    return load_pictures(ImageOptions(train_data_dir=str(folder), resolution=16, **columns), 1, 0)
+def load(folder: Path, **columns: str) -> LabelledImages:
+    return load_labelled_images(ImageOptions(train_data_dir=str(folder), resolution=16, **columns), 1, 0)
 
 
 @pytest.fixture
@@ -50,19 +50,19 @@ def write_tars(folder, images, labels) -> None:
                     tar.addfile(entry, io.BytesIO(content))
 
 
-def assert_holds(pictures, images, labels, class_names) -> None:
-    assert pictures.class_names == class_names and len(pictures.dataset) == len(images)
+def assert_holds(loaded, images, labels, class_names) -> None:
+    assert loaded.class_names == class_names and len(loaded.dataset) == len(images)
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-        sample = pictures.dataset[index]
+        sample = loaded.dataset[index]
         assert sample["label"] == label
         np.testing.assert_array_equal(sample["image"], center_crop(image, 16))
 
 
 def test_webdataset(tmp_path, images):
     write_tars(tmp_path / "tars", images, [2, 0, 0, 1])
-    pictures = load(tmp_path / "tars", image_column="png", label_column="cls")
-    assert_holds(pictures, images, [2, 0, 0, 1], ("0", "1", "2"))
-    assert pictures.path_of(3) == "3.png"
+    loaded = load(tmp_path / "tars", image_column="png", label_column="cls")
+    assert_holds(loaded, images, [2, 0, 0, 1], ("0", "1", "2"))
+    assert loaded.path_of(3) == "3.png"
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_webdataset(tmp_path, images):
 )
 def test_parquet(tmp_path, images, feature, labels, ids, class_names):
     write_parquet(tmp_path / "parquet", images, labels, feature, "kind")
-    pictures = load(tmp_path / "parquet", label_column="kind")
-    assert_holds(pictures, images, ids, class_names)
+    loaded = load(tmp_path / "parquet", label_column="kind")
+    assert_holds(loaded, images, ids, class_names)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_labels_that_are_no_classes(tmp_path, images, feature, labels):
         load(tmp_path / "parquet")
 
 
-def test_other_columns_are_other_pictures(tmp_path, images):
+def test_other_columns_are_other_images(tmp_path, images):
     folder = tmp_path / "parquet"
     folder.mkdir()
     features = {"image": datasets.Image(), "label": datasets.Value("int64"), "kind": datasets.Value("int64")}
@@ -107,7 +107,7 @@ def test_a_gated_data_set_says_what_to_do(monkeypatch):
     name = "ILSVRC/imagenet-1k"
     message = says("`dataset_name`", f"got '{name}'", f"https://huggingface.co/datasets/{name}", "hf auth login")
     with pytest.raises(ValueError, match=message):
-        load_pictures(ImageOptions(dataset_name=name, resolution=16), 1, 0)
+        load_labelled_images(ImageOptions(dataset_name=name, resolution=16), 1, 0)
 
 
 def test_a_data_set_that_does_not_exist(monkeypatch):
@@ -116,5 +116,5 @@ def test_a_data_set_that_does_not_exist(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(ValueError, match=says("`dataset_name`", "got 'no/such'", "doesn't exist")) as error:
-        load_pictures(ImageOptions(dataset_name="no/such", resolution=16), 1, 0)
+        load_labelled_images(ImageOptions(dataset_name="no/such", resolution=16), 1, 0)
     assert "licence" not in str(error.value)

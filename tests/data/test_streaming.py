@@ -1,4 +1,4 @@
-"""Streams of pictures: order, draws, bad pictures, and runs that go on exactly where another one stopped."""
+"""Streams of images: order, draws, bad images, and runs that go on exactly where another one stopped."""
 
 import io
 import itertools
@@ -17,20 +17,20 @@ from helpers import says
 from PIL import Image
 
 from diffusers_dod.data.encoding import EncodingOptions, Share
-from diffusers_dod.data.pictures import ImageOptions, center_crop, to_pixels
+from diffusers_dod.data.labelled_images import ImageOptions, center_crop, to_pixels
 from diffusers_dod.data.sample_stream import PositionSampler, SampleDraws
 from diffusers_dod.data.streaming import ImageStream, build_stream_loader, open_stream
 
 
 SHARD_SIZES = (3, 5, 1, 4, 0, 7)
-NUM_PICTURES = sum(SHARD_SIZES)
+NUM_IMAGES = sum(SHARD_SIZES)
 CLASS_NAMES = ("ant", "bee", "cat")
 LATENT_SHAPE = (2, 3, 4)
 FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASS_NAMES))})
 
 
 def png(number: int) -> bytes:
-    """A picture that shows its number in red, and which side is left in green."""
+    """An image that shows its number in red, and which side is left in green."""
     pixels = np.zeros((8, 8, 3), dtype=np.uint8)
     pixels[..., 0] = number
     pixels[:, 4:, 1] = 255
@@ -69,7 +69,7 @@ def write_tars(folder: Path, shards: list[list[dict]]) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """All pictures, in shards of different lengths."""
+    """All images, in shards of different lengths."""
     numbers = itertools.count()
     shards = [[row(next(numbers)) for _ in range(size)] for size in SHARD_SIZES]
     folder = tmp_path_factory.mktemp("data")
@@ -87,7 +87,7 @@ def open_folder(path: Path, class_names: list[str] | None = None, **columns: str
     return open_stream(ImageOptions(train_data_dir=str(path), **columns), class_names)
 
 
-def pictures_of(
+def images_of(
     stream,
     seed=0,
     batch_size=3,
@@ -113,8 +113,8 @@ def pictures_of(
     )
 
 
-def take(pictures: ImageStream, count: int) -> list[dict]:
-    return list(itertools.islice(build_stream_loader(pictures), count))
+def take(images: ImageStream, count: int) -> list[dict]:
+    return list(itertools.islice(build_stream_loader(images), count))
 
 
 def seen(batches: list[dict]) -> list[tuple[int, int]]:
@@ -132,7 +132,7 @@ def seen(batches: list[dict]) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("kind", ["parquet", "tars"])
 @pytest.mark.parametrize(("num_processes", "num_workers"), [(1, 0), (2, 0), (1, 2), (2, 2)])
-def test_every_picture_once_per_pass(folder, kind, num_processes, num_workers):
+def test_every_image_once_per_pass(folder, kind, num_processes, num_workers):
     columns = {} if kind == "parquet" else {"image_column": "png", "label_column": "cls"}
     names = None if kind == "parquet" else list(CLASS_NAMES)
     stream, class_names = open_folder(folder / kind, names, **columns)
@@ -140,25 +140,25 @@ def test_every_picture_once_per_pass(folder, kind, num_processes, num_workers):
     samples, labels = [], {}
     for index in range(num_processes):
         settings = {"process_index": index, "num_processes": num_processes, "columns": columns}
-        pictures = pictures_of(stream, num_workers=num_workers, **settings)
-        batches = take(pictures, 20)  # two passes for the reader with the longest shards
+        images = images_of(stream, num_workers=num_workers, **settings)
+        batches = take(images, 20)  # two passes for the reader with the longest shards
         samples += seen(batches)
         for batch in batches:
             labels |= dict(zip(map(number_of, batch["pixels"]), batch["class_labels"].tolist(), strict=True))
     for epoch in (0, 1):
-        assert sorted(number for when, number in samples if when == epoch) == list(range(NUM_PICTURES))
-    assert labels == {number: number % 3 for number in range(NUM_PICTURES)}
+        assert sorted(number for when, number in samples if when == epoch) == list(range(NUM_IMAGES))
+    assert labels == {number: number % 3 for number in range(NUM_IMAGES)}
 
 
 def test_passes_and_seeds_have_orders_of_their_own(stream):
     orders = []
     for seed in (0, 1):
-        pictures = pictures_of(stream, seed, batch_size=NUM_PICTURES, probabilities=(0.0, 0.0))  # none is moved
-        numbers = [number for _, number in seen(take(pictures, 2))]
-        orders += [tuple(numbers[:NUM_PICTURES]), tuple(numbers[NUM_PICTURES:])]
-    assert len(set(orders)) == 4 and all(sorted(order) == list(range(NUM_PICTURES)) for order in orders)
+        images = images_of(stream, seed, batch_size=NUM_IMAGES, probabilities=(0.0, 0.0))  # none is moved
+        numbers = [number for _, number in seen(take(images, 2))]
+        orders += [tuple(numbers[:NUM_IMAGES]), tuple(numbers[NUM_IMAGES:])]
+    assert len(set(orders)) == 4 and all(sorted(order) == list(range(NUM_IMAGES)) for order in orders)
     # The same shard has another order in another pass, and shards come in another order.
-    last = [[number for number in order if number >= NUM_PICTURES - SHARD_SIZES[-1]] for order in orders]
+    last = [[number for number in order if number >= NUM_IMAGES - SHARD_SIZES[-1]] for order in orders]
     assert len(set(map(tuple, last))) == 4 and all(numbers != sorted(numbers) for numbers in last)
     of_shard = np.repeat(np.arange(len(SHARD_SIZES)), SHARD_SIZES)
     assert len({tuple(dict.fromkeys(of_shard[list(order)])) for order in orders}) == 4
@@ -166,7 +166,7 @@ def test_passes_and_seeds_have_orders_of_their_own(stream):
 
 def test_a_reader_gets_other_shards_in_other_passes(stream):
     numbers = {epoch: set() for epoch in range(6)}
-    for epoch, number in seen(take(pictures_of(stream, num_processes=2), 18)):
+    for epoch, number in seen(take(images_of(stream, num_processes=2), 18)):
         numbers[epoch].add(number)
     assert len({frozenset(numbers[epoch]) for epoch in range(3)}) == 3
 
@@ -179,7 +179,7 @@ def test_a_reader_gets_other_shards_in_other_passes(stream):
 def test_draws_are_those_of_the_position(stream, num_processes, num_workers):
     draws = SampleDraws(len(CLASS_NAMES), 0, 0.5, 0.5)
     for index in range(num_processes):
-        pictures = pictures_of(
+        images = images_of(
             stream,
             probabilities=(0.5, 0.5),
             flip=True,
@@ -188,7 +188,7 @@ def test_draws_are_those_of_the_position(stream, num_processes, num_workers):
             num_processes=num_processes,
         )
         positions = iter(PositionSampler(0, 5, 3, process_index=index, num_processes=num_processes))
-        for batch in take(pictures, 5):
+        for batch in take(images, 5):
             expected = [draws(position) for position in itertools.islice(positions, 3)]
             expected.sort(key=lambda draw: draw.drops_prior)
             assert batch["num_priors"] == sum(not draw.drops_prior for draw in expected)
@@ -204,16 +204,16 @@ def test_draws_are_those_of_the_position(stream, num_processes, num_workers):
 
 
 def test_nothing_is_mirrored_by_default(stream):
-    assert all((batch["pixels"][:, 1, :, 0] == -1).all() for batch in take(pictures_of(stream), 10))
+    assert all((batch["pixels"][:, 1, :, 0] == -1).all() for batch in take(images_of(stream), 10))
 
 
 def test_pixels_are_those_of_the_crop(tmp_path):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (21, 30, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (21, 30, 3), dtype=np.uint8))
     file = io.BytesIO()
-    picture.save(file, "png")
+    image.save(file, "png")
     write_parquet(tmp_path / "one", [[row(0, image={"bytes": file.getvalue(), "path": None})]])
-    batch = take(pictures_of(open_folder(tmp_path / "one")[0], batch_size=1), 1)[0]
-    expected = to_pixels(torch.from_numpy(center_crop(picture, 8))[None])
+    batch = take(images_of(open_folder(tmp_path / "one")[0], batch_size=1), 1)[0]
+    expected = to_pixels(torch.from_numpy(center_crop(image, 8))[None])
     assert batch["pixels"].dtype == torch.float32 and torch.equal(batch["pixels"], expected)
 
 
@@ -229,13 +229,13 @@ def assert_same_batches(first: list[dict], second: list[dict]) -> None:
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[name])), name
 
 
-def run_with_states(pictures: ImageStream, count: int) -> tuple[list[dict], list[str]]:
+def run_with_states(images: ImageStream, count: int) -> tuple[list[dict], list[str]]:
     """The batches, and the state before each of them as JSON."""
     batches, states = [], []
-    for batch in itertools.islice(build_stream_loader(pictures), count):
-        states.append(json.dumps(pictures.state.state_dict()))
+    for batch in itertools.islice(build_stream_loader(images), count):
+        states.append(json.dumps(images.state.state_dict()))
         batches.append(dict(batch))
-        pictures.state.update(batch)
+        images.state.update(batch)
         assert "reader_state" not in batch
     return batches, states
 
@@ -243,36 +243,36 @@ def run_with_states(pictures: ImageStream, count: int) -> tuple[list[dict], list
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_resumed_stream_goes_on_exactly(stream, num_workers):
     settings = {"num_workers": num_workers, "process_index": 1, "num_processes": 2, "flip": True}
-    batches, states = run_with_states(pictures_of(stream, **settings), 18)
+    batches, states = run_with_states(images_of(stream, **settings), 18)
     readers = [json.loads(state)["readers"] for state in states]
     assert any(reader[0] > 0 for reader in readers[9])  # some stops are in later passes
     for stop in range(18) if num_workers == 0 else (1, 2, 5, 8, 13):
-        resumed = pictures_of(stream, **settings, state=json.loads(states[stop]))
+        resumed = images_of(stream, **settings, state=json.loads(states[stop]))
         assert resumed.state.num_batches == stop
         assert_same_batches(take(resumed, min(6, 18 - stop)), batches[stop : stop + 6])
 
 
 def test_stops_at_the_end_of_a_shard_within_one_and_in_a_later_pass(tmp_path):
-    """One shard of four pictures and batches of two: every other stop is at the end of the shard and of the pass."""
+    """One shard of four images and batches of two: every other stop is at the end of the shard and of the pass."""
     write_parquet(tmp_path / "one", [[row(number) for number in range(4)]])
     stream = open_folder(tmp_path / "one")[0]
-    batches, states = run_with_states(pictures_of(stream, batch_size=2), 7)
+    batches, states = run_with_states(images_of(stream, batch_size=2), 7)
     readers = [json.loads(state)["readers"][0][:3] for state in states]
     assert readers == [[0, 0, 0], [0, 0, 2], [0, 0, 4], [1, 0, 2], [1, 0, 4], [2, 0, 2], [2, 0, 4]]
     for stop, state in enumerate(states):
-        resumed = pictures_of(stream, batch_size=2, state=json.loads(state))
+        resumed = images_of(stream, batch_size=2, state=json.loads(state))
         assert_same_batches(take(resumed, 7 - stop), batches[stop:])
 
 
 def test_a_loader_that_is_made_anew_goes_on_behind_the_last_batch_that_was_used(stream):
-    pictures = pictures_of(stream, num_workers=2)
-    expected = take(pictures_of(stream, num_workers=2), 6)
-    loader = build_stream_loader(pictures)
+    images = images_of(stream, num_workers=2)
+    expected = take(images_of(stream, num_workers=2), 6)
+    loader = build_stream_loader(images)
     batches = []
     for _ in range(2):  # its workers have read ahead when it is left
         for batch in itertools.islice(loader, 3):
             batches.append(dict(batch))
-            pictures.state.update(batch)
+            images.state.update(batch)
     assert_same_batches(batches, expected)
 
 
@@ -289,94 +289,94 @@ def test_a_loader_that_is_made_anew_goes_on_behind_the_last_batch_that_was_used(
 )
 def test_another_run_cannot_go_on(stream, name, change):
     settings = {"num_processes": 2, "num_workers": 2, "process_index": 1}
-    state = pictures_of(stream, **settings).state
+    state = images_of(stream, **settings).state
     changed = settings | change
     message = says(
         f"`{name}` must be {getattr(state, name)} ", f"got {changed[name]}", "exact only at the same number"
     )
     with pytest.raises(ValueError, match=message):
-        pictures_of(stream, **changed, state=state.state_dict())
+        images_of(stream, **changed, state=state.state_dict())
 
 
 def test_other_data_cannot_go_on(stream, tmp_path):
-    state = pictures_of(stream).state.state_dict()
+    state = images_of(stream).state.state_dict()
     write_parquet(tmp_path / "one", [[row(0)]])
     with pytest.raises(ValueError, match=says("`num_shards` must be 6", "got 1")):
-        pictures_of(open_folder(tmp_path / "one")[0], state=state)
+        images_of(open_folder(tmp_path / "one")[0], state=state)
 
 
 def test_no_worker_counts_as_one(stream):
-    _, states = run_with_states(pictures_of(stream), 4)
-    resumed = pictures_of(stream, num_workers=1, state=json.loads(states[3]))
-    assert_same_batches(take(resumed, 2), take(pictures_of(stream), 5)[3:])
+    _, states = run_with_states(images_of(stream), 4)
+    resumed = images_of(stream, num_workers=1, state=json.loads(states[3]))
+    assert_same_batches(take(resumed, 2), take(images_of(stream), 5)[3:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bad pictures, and data without any
+# Bad images, and data without any
 
 
 BAD_ROWS = {
-    "no picture": ({"image": None}, "lacks its image", None),
+    "no image": ({"image": None}, "lacks its image", None),
     "neither bytes nor path": ({"image": {"bytes": None, "path": None}}, "lacks its image", None),
     "no label": ({"label": None}, "lacks its label", "9.png"),
     "label too large": ({"label": 3}, "its label is 3, not in [0, 2]", "9.png"),
     "label below 0": ({"label": -1}, "its label is -1, not in [0, 2]", "9.png"),
     "truncated": ({"image": {"bytes": png(9)[:50], "path": "9.png"}}, "truncated", "9.png"),
-    "no image": ({"image": {"bytes": b"text", "path": "9.png"}}, "cannot identify image file", "9.png"),
+    "other contents": ({"image": {"bytes": b"text", "path": "9.png"}}, "cannot identify image file", "9.png"),
     "no file": ({"image": {"bytes": None, "path": "/no/such.png"}}, "there is no such file", "/no/such.png"),
 }
 
 
 @pytest.mark.parametrize(("change", "reason", "path"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_a_bad_picture_is_an_error_that_says_where_and_why(tmp_path, change, reason, path):
+def test_a_bad_image_is_an_error_that_says_where_and_why(tmp_path, change, reason, path):
     write_parquet(tmp_path / "bad", [[row(0)], [row(1), row(2), row(9, **change), row(3)]])
-    pictures = pictures_of(open_folder(tmp_path / "bad")[0])
+    images = images_of(open_folder(tmp_path / "bad")[0])
     with pytest.raises(ValueError, match=says("row 2 of shard 1", reason, path or "row", "`on_bad_image` = 'skip'")):
-        take(pictures, 3)
+        take(images, 3)
 
 
 @pytest.mark.slow  # such a worker is waited for 5 seconds
-def test_a_bad_picture_is_an_error_in_a_worker_too(tmp_path):
+def test_a_bad_image_is_an_error_in_a_worker_too(tmp_path):
     write_parquet(tmp_path / "bad", [[row(9, label=3)]])
-    pictures = pictures_of(open_folder(tmp_path / "bad")[0], num_workers=1)
+    images = images_of(open_folder(tmp_path / "bad")[0], num_workers=1)
     with pytest.raises(ValueError, match=says("9.png, row 0 of shard 0", "its label is 3")):
-        take(pictures, 1)
+        take(images, 1)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_bad_pictures_are_left_out_and_counted(tmp_path, num_workers):
+def test_bad_images_are_left_out_and_counted(tmp_path, num_workers):
     bad = [row(9, **change) for change, _, _ in BAD_ROWS.values()]
     shards = [[row(0), *bad[:4], row(1)], bad[4:], [row(2), row(3), row(4), row(5)]]
     stream = open_folder(write_parquet(tmp_path / "bad", shards))[0]
     settings = {"batch_size": 2, "num_workers": num_workers, "on_bad_image": "skip"}
-    pictures = pictures_of(stream, **settings)
-    batches, states = run_with_states(pictures, 14)
+    images = images_of(stream, **settings)
+    batches, states = run_with_states(images, 14)
     samples = seen(batches)
     assert sorted(number for epoch, number in samples if epoch == 0) == list(range(6))
-    if num_workers == 0:  # a pass is three batches; a bad picture counts when the next good one comes
+    if num_workers == 0:  # a pass is three batches; a bad image counts when the next good one comes
         counts = [json.loads(state)["readers"][0][3] for state in states]
         assert len(bad) * 3 <= counts[12] <= len(bad) * 4 and counts == sorted(counts)
-    assert pictures.state.num_bad_images == sum(state[3] for state in pictures.state.readers) > 0
+    assert images.state.num_bad_images == sum(state[3] for state in images.state.readers) > 0
     for stop in (1, 4, 7):
-        resumed = pictures_of(stream, **settings, state=json.loads(states[stop]))
+        resumed = images_of(stream, **settings, state=json.loads(states[stop]))
         assert_same_batches(take(resumed, 4), batches[stop : stop + 4])
 
 
 @pytest.mark.parametrize("shards", [[[], []], [[row(0, label=7)], [row(1, image=None)]]], ids=["empty", "bad"])
-def test_data_without_any_picture_end(tmp_path, shards):
+def test_data_without_any_image_end(tmp_path, shards):
     stream = open_folder(write_parquet(tmp_path / "none", shards))[0]
     for index in range(2):
-        pictures = pictures_of(stream, on_bad_image="skip", process_index=index, num_processes=2)
+        images = images_of(stream, on_bad_image="skip", process_index=index, num_processes=2)
         with pytest.raises(ValueError, match=says("2 shards with none that can be read", "[0, 2]")):
-            take(pictures, 1)
+            take(images, 1)
 
 
-def test_a_reader_without_pictures_in_a_pass_waits_for_the_next(tmp_path):
+def test_a_reader_without_images_in_a_pass_waits_for_the_next(tmp_path):
     shards = [[row(0), row(1)], [], [row(2, label=7)]]
     stream = open_folder(write_parquet(tmp_path / "sparse", shards))[0]
     for index in range(3):
-        pictures = pictures_of(stream, on_bad_image="skip", process_index=index, num_processes=3)
-        assert Counter(number for _, number in seen(take(pictures, 4))) == {0: 6, 1: 6}
+        images = images_of(stream, on_bad_image="skip", process_index=index, num_processes=3)
+        assert Counter(number for _, number in seen(take(images, 4))) == {0: 6, 1: 6}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,7 +393,7 @@ def test_a_data_set_by_name(tmp_path):
     write_parquet(tmp_path / "named", [[row(0), row(1)], [row(2)]])
     stream, class_names = open_stream(ImageOptions(dataset_name=str(tmp_path / "named")))
     assert class_names == CLASS_NAMES and stream.num_shards == 2
-    assert sorted(number for _, number in seen(take(pictures_of(stream), 1))) == [0, 1, 2]
+    assert sorted(number for _, number in seen(take(images_of(stream), 1))) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -404,22 +404,22 @@ def test_a_data_set_by_name(tmp_path):
     ],
     ids=["bytes", "bytes and path"],
 )
-def test_pictures_that_are_not_marked_as_such_and_labels_that_are_names(tmp_path, feature, image):
+def test_images_that_are_not_marked_as_such_and_labels_that_are_names(tmp_path, feature, image):
     features = datasets.Features({"image": feature, "label": datasets.Value("string")})
     rows = [{"image": image, "label": "cat"}, {"image": image, "label": "dog"}]
     write_parquet(tmp_path / "plain", [rows], features)
     stream, class_names = open_folder(tmp_path / "plain", list(CLASS_NAMES))
     assert class_names == CLASS_NAMES
-    batch = take(pictures_of(stream, on_bad_image="skip"), 1)[0]
+    batch = take(images_of(stream, on_bad_image="skip"), 1)[0]
     assert batch["class_labels"].tolist() == [2, 2, 2] and number_of(batch["pixels"][0]) == 1
     with pytest.raises(ValueError, match=says("row 1 of shard 0", "its label is 'dog'")):
-        take(pictures_of(stream), 1)
+        take(images_of(stream), 1)
 
 
-def test_pictures_in_files_of_their_own(tmp_path):
+def test_images_in_files_of_their_own(tmp_path):
     (tmp_path / "1.png").write_bytes(png(1))
     write_parquet(tmp_path / "paths", [[row(1, image={"bytes": None, "path": str(tmp_path / "1.png")})]])
-    batch = take(pictures_of(open_folder(tmp_path / "paths")[0]), 1)[0]
+    batch = take(images_of(open_folder(tmp_path / "paths")[0]), 1)[0]
     assert number_of(batch["pixels"][0]) == 1
 
 
@@ -488,7 +488,7 @@ def test_a_data_set_that_is_not_there_for_all(monkeypatch, reason, hint):
 )
 def test_arguments_out_of_range(stream, options, fragments):
     with pytest.raises(ValueError, match=says(*fragments)):
-        pictures_of(stream, **options)
+        images_of(stream, **options)
 
 
 def test_as_many_classes_as_the_draws_have(stream):
@@ -498,4 +498,4 @@ def test_as_many_classes_as_the_draws_have(stream):
 
 def test_a_loader_with_another_number_of_workers(stream):
     with pytest.raises(ValueError, match=says("`num_workers` of the loader must be 2, got 1")):
-        next(iter(pictures_of(stream, num_workers=2)))
+        next(iter(images_of(stream, num_workers=2)))

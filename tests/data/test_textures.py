@@ -71,9 +71,9 @@ def test_scene_does_not_depend_on_size(label):
 
 
 @each_class
-def test_every_picture_has_contrast(label):
-    pictures = np.stack([render_texture(label, seed)[0] for seed in range(24)]) / 255.0
-    assert (pictures @ LUMA).std((1, 2)).min() > 0.05
+def test_every_image_has_contrast(label):
+    images = np.stack([render_texture(label, seed)[0] for seed in range(24)]) / 255.0
+    assert (images @ LUMA).std((1, 2)).min() > 0.05
 
 
 @each_class
@@ -83,7 +83,7 @@ def test_attributes_are_in_range(label):
     colors = attributes[:, :6].reshape(-1, 2, 3)
     assert colors.min() >= 0.0 and colors.max() <= 1.0
     assert np.abs(colors[:, 0] @ LUMA - colors[:, 1] @ LUMA).min() >= 0.25
-    # From a feature of about four pixels in a picture of 32 up to one that fills the picture.
+    # From a feature of about four pixels in an image of 32 up to one that fills the image.
     assert attributes[:, 6].min() >= -3.01 and attributes[:, 6].max() <= 0.01
     length = np.hypot(attributes[:, 7], attributes[:, 8])
     np.testing.assert_allclose(length, float(TEXTURE_CLASSES[label] in ORIENTED), atol=1e-6)
@@ -102,14 +102,14 @@ def test_mean_color_follows_the_palette(label):
 
     own = distance_to_palette(first, second)
     assert own < 0.13
-    # The palette of the next picture explains the colours of this one much worse. Wood is always some brown.
+    # The palette of the next image explains the colours of this one much worse. Wood is always some brown.
     if TEXTURE_CLASSES[label] != "wood":
         assert own < 0.6 * distance_to_palette(np.roll(first, 1, 0), np.roll(second, 1, 0))
 
 
 @each_class
 def test_pixels_spread_along_the_palette(label):
-    # Light, shadow and outlines are gentle enough for every picture to spread along its own pair of colours.
+    # Light, shadow and outlines are gentle enough for every image to spread along its own pair of colours.
     for seed in range(8):
         image, attributes = render_texture(label, seed)
         span = attributes[3:6] - attributes[:3]

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_dod.data.encoding import EncodingOptions, Share, encode_latents, finish_latents, latent_settings
-from diffusers_dod.data.latents import LatentDataset, pictures_of
-from diffusers_dod.data.pictures import Pictures, to_pixels
+from diffusers_dod.data.labelled_images import LabelledImages, to_pixels
+from diffusers_dod.data.latents import LatentDataset, images_of
 from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
 from diffusers_dod.data.vision_features import IMAGENET_MEAN, IMAGENET_STD, VisionFeatures
 from diffusers_dod.losses import DoDJointModel, RepresentationProjector
@@ -49,7 +49,7 @@ def save(folder: Path, model: transformers.PreTrainedModel, **preprocessor) -> P
     return folder
 
 
-def draw_pictures(count: int = 3, size: int = 28) -> torch.Tensor:
+def draw_images(count: int = 3, size: int = 28) -> torch.Tensor:
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
@@ -61,7 +61,7 @@ def draw_pictures(count: int = 3, size: int = 28) -> torch.Tensor:
 def test_features_are_the_patches_of_the_last_hidden_state(tmp_path, kind):
     model = make(kind)
     vision = VisionFeatures(save(tmp_path, model))
-    pixels = draw_pictures()
+    pixels = draw_images()
     found = vision(pixels)
     assert found.shape == (3, 4, 4, 32) and found.dtype == torch.float32 and not found.requires_grad
     assert (vision.grid, vision.feature_dim, vision.image_size) == ((4, 4), 32, 28)
@@ -76,10 +76,10 @@ def test_features_are_the_patches_of_the_last_hidden_state(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_and_columns_are_those_of_the_picture(tmp_path, kind):
+def test_rows_and_columns_are_those_of_the_image(tmp_path, kind):
     """The tokens of a model with small random weights are mostly those of their own patch."""
     vision = VisionFeatures(save(tmp_path, make(kind)))
-    pixels = draw_pictures(1)
+    pixels = draw_images(1)
     changed = pixels.clone()
     changed[:, :, 7:14, 21:28] *= -1
     difference = (vision(pixels) - vision(changed)).norm(dim=-1)[0]
@@ -89,7 +89,7 @@ def test_rows_and_columns_are_those_of_the_picture(tmp_path, kind):
 def test_the_model_is_frozen_and_its_features_can_be_trained_with(tmp_path):
     vision = VisionFeatures(save(tmp_path, make("Dinov2", hidden_dropout_prob=0.5)))
     assert not any(parameter.requires_grad for parameter in vision.model.parameters())
-    pixels = draw_pictures().requires_grad_(True)
+    pixels = draw_images().requires_grad_(True)
     features = vision(pixels)
     assert torch.equal(features, vision(pixels))  # no dropout
     weight = torch.ones(32, requires_grad=True)
@@ -103,9 +103,9 @@ def test_half_precision(tmp_path):
     folder = save(tmp_path, make("Dinov2"))
     exact, rounded = VisionFeatures(folder), VisionFeatures(folder, dtype=torch.bfloat16)
     assert rounded.model.dtype == torch.bfloat16
-    features = rounded(draw_pictures())
+    features = rounded(draw_images())
     assert features.dtype == torch.float32
-    torch.testing.assert_close(features, exact(draw_pictures()), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(features, exact(draw_images()), rtol=0.1, atol=0.1)
     assert rounded.describe() != exact.describe()
 
 
@@ -124,7 +124,7 @@ def seen_by(vision: VisionFeatures, pixels: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [56, 41, 20])
-def test_pictures_are_resized_as_by_pillow(tmp_path, size):
+def test_images_are_resized_as_by_pillow(tmp_path, size):
     """Up to the rounding of Pillow, in 8 bits."""
     image = Image.fromarray(np.random.default_rng(0).integers(80, 176, (size, size, 3), dtype=np.uint8))
     vision = VisionFeatures(save(tmp_path, make("ViT")))
@@ -145,8 +145,8 @@ def test_nothing_is_brighter_than_white(tmp_path):
     assert (float(seen.min()), float(seen.max())) == (0, 1)
 
 
-def test_pictures_of_the_models_own_size_are_not_resampled(tmp_path):
-    pixels = draw_pictures()
+def test_images_of_the_models_own_size_are_not_resampled(tmp_path):
+    pixels = draw_images()
     mean, std = (torch.tensor(PREPROCESSOR[name])[:, None, None] for name in ("image_mean", "image_std"))
     vision = VisionFeatures(save(tmp_path, make("ViT")))
     torch.testing.assert_close(seen_by(vision, pixels), ((pixels + 1) / 2 - mean) / std, rtol=1e-5, atol=1e-5)
@@ -166,16 +166,16 @@ def test_pictures_of_the_models_own_size_are_not_resampled(tmp_path):
     ],
 )
 @pytest.mark.parametrize("kind", ["ViT", "Dinov2", "CLIP"])
-def test_the_size_of_pictures_is_that_of_the_image_processor(tmp_path, kind, preprocessor, side):
+def test_the_size_of_images_is_that_of_the_image_processor(tmp_path, kind, preprocessor, side):
     vision = VisionFeatures(save(tmp_path, make(kind), **preprocessor))
     assert vision.image_size == side and vision.grid == (side // 7, side // 7)
-    assert seen_by(vision, draw_pictures()).shape == (3, 3, side, side)
-    assert vision(draw_pictures(size=50)).shape == (3, side // 7, side // 7, 32)
+    assert seen_by(vision, draw_images()).shape == (3, 3, side, side)
+    assert vision(draw_images(size=50)).shape == (3, side // 7, side // 7, 32)
 
 
-def test_the_size_of_pictures_can_be_chosen(tmp_path):
+def test_the_size_of_images_can_be_chosen(tmp_path):
     folder = save(tmp_path, make("ViT"), size={"height": 21, "width": 21})
-    assert VisionFeatures(folder, image_size=56)(draw_pictures()).shape == (3, 8, 8, 32)
+    assert VisionFeatures(folder, image_size=56)(draw_images()).shape == (3, 8, 8, 32)
     assert VisionFeatures(folder).describe() != VisionFeatures(folder, image_size=56).describe()
     for wrong, error in ((6, ValueError), (28.0, TypeError)):
         with pytest.raises(error, match=says("`image_size` must be", f"got {wrong}")):
@@ -188,7 +188,7 @@ def test_a_model_without_statistics_gets_those_of_imagenet(tmp_path, preprocesso
     if preprocessor is not None:
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     vision = VisionFeatures(tmp_path)
-    assert f"{tmp_path} does not say how pictures are normalised" in caplog.text
+    assert f"{tmp_path} does not say how images are normalised" in caplog.text
     grey = seen_by(vision, torch.zeros(1, 3, 28, 28))[0, :, 0, 0]
     expected = (0.5 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
     np.testing.assert_allclose(grey, expected, rtol=1e-5)
@@ -259,17 +259,19 @@ class Spoilt(TextureDataset):
         return super().__getitem__(index)
 
 
-def textures(count: int = 11, bad: tuple[int, ...] = ()) -> Pictures:
+def textures(count: int = 11, bad: tuple[int, ...] = ()) -> LabelledImages:
     dataset = Spoilt(count, size=16)
     dataset.bad = bad
-    return Pictures(dataset, TEXTURE_CLASSES, f"textures-{count}", 16)
+    return LabelledImages(dataset, TEXTURE_CLASSES, f"textures-{count}", 16)
 
 
-def write(folder: Path, pictures: Pictures, vision=None, random_flip=False, vae=None, processes=(0,)) -> LatentDataset:
+def write(
+    folder: Path, images: LabelledImages, vision=None, random_flip=False, vae=None, processes=(0,)
+) -> LatentDataset:
     options = EncodingOptions(random_flip=random_flip, encoding_batch_size=3, shard_size=4, on_bad_image="skip")
     for process in processes:
-        encode_latents(pictures, vae, folder, options, share=Share(process, len(processes)), vision=vision)
-    finish_latents(folder, latent_settings(pictures, vae, options, vision), on_bad_image="skip")
+        encode_latents(images, vae, folder, options, share=Share(process, len(processes)), vision=vision)
+    finish_latents(folder, latent_settings(images, vae, options, vision), on_bad_image="skip")
     return LatentDataset(folder)
 
 
@@ -280,23 +282,23 @@ def vision(tmp_path) -> VisionFeatures:
 
 @pytest.mark.parametrize("processes", [(0,), (1, 0)])
 def test_features_are_stored_with_the_latents(tmp_path, vision, processes):
-    pictures, vae = textures(bad=(1, 6)), tiny_vae()
-    latents = write(tmp_path / "latents", pictures, vision, random_flip=True, vae=vae, processes=processes)
+    images, vae = textures(bad=(1, 6)), tiny_vae()
+    latents = write(tmp_path / "latents", images, vision, random_flip=True, vae=vae, processes=processes)
     assert latents.manifest["vision_model"] == vision.describe()
     assert latents.manifest["vision_model"]["model_type"] == "dinov2"
     assert load_file(latents.folder / "shard-00000.safetensors")["features"].dtype == torch.float16
-    indices = pictures_of(latents, pictures)
+    indices = images_of(latents, images)
     assert indices.tolist() == [0, 2, 3, 4, 5, 7, 8, 9, 10]
     for ours, index in enumerate(indices):
-        pixels = to_pixels(torch.from_numpy(pictures.dataset[int(index)]["image"])[None])
-        for view, picture in enumerate((pixels, pixels.flip(-1))):
+        pixels = to_pixels(torch.from_numpy(images.dataset[int(index)]["image"])[None])
+        for view, image in enumerate((pixels, pixels.flip(-1))):
             found = latents.read_features(ours, view)
             assert found.shape == (4, 4, 32) and found.dtype == torch.float32
-            torch.testing.assert_close(found, vision(picture)[0], rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(found, vision(image)[0], rtol=2e-3, atol=2e-3)
         assert (latents.read_features(ours, 0) - latents.read_features(ours, 1)).abs().max() > 0.1
 
     # Nothing else is different from latents alone.
-    plain = write(tmp_path / "plain", pictures, random_flip=True, vae=vae)
+    plain = write(tmp_path / "plain", images, random_flip=True, vae=vae)
     assert plain.read_features(0) is None and "vision_model" not in plain.manifest
     for shard in range(3):
         name = f"shard-0000{shard}.safetensors"
@@ -310,14 +312,14 @@ def test_features_are_stored_with_the_latents(tmp_path, vision, processes):
 
 
 def test_features_of_another_model_are_refused(tmp_path, vision):
-    pictures = textures()
-    write(tmp_path / "latents", pictures, vision)
-    write(tmp_path / "plain", pictures)
+    images = textures()
+    write(tmp_path / "latents", images, vision)
+    write(tmp_path / "plain", images)
     other = VisionFeatures(save(tmp_path / "other", make("ViT")))
     with pytest.raises(ValueError, match=says(str(tmp_path / "latents"), "`vision_model`", "'vit'", "'dinov2'")):
-        encode_latents(pictures, None, tmp_path / "latents", EncodingOptions(shard_size=4), vision=other)
+        encode_latents(images, None, tmp_path / "latents", EncodingOptions(shard_size=4), vision=other)
     with pytest.raises(ValueError, match=says(str(tmp_path / "plain"), "`vision_model`", "got None")):
-        encode_latents(pictures, None, tmp_path / "plain", EncodingOptions(shard_size=4), vision=vision)
+        encode_latents(images, None, tmp_path / "plain", EncodingOptions(shard_size=4), vision=vision)
 
 
 def test_features_that_float16_cannot_hold_are_refused(tmp_path, vision):
@@ -327,14 +329,14 @@ def test_features_that_float16_cannot_hold_are_refused(tmp_path, vision):
         encode_latents(textures(), None, tmp_path / "latents", vision=vision)
 
 
-def test_pictures_of_latents(tmp_path):
+def test_images_of_latents(tmp_path):
     latents = write(tmp_path / "latents", textures(bad=(0, 4, 5, 6, 7)))
-    indices = pictures_of(latents, textures())
+    indices = images_of(latents, textures())
     assert indices.tolist() == latents.labels.tolist() == [1, 2, 3, 8, 9, 10]
-    with pytest.raises(ValueError, match=says("`pictures` = 'textures-12'", "got 'textures-11'")):
-        pictures_of(latents, textures(12))
+    with pytest.raises(ValueError, match=says("`images` = 'textures-12'", "got 'textures-11'")):
+        images_of(latents, textures(12))
     with pytest.raises(ValueError, match=says("`resolution` = 8", "got 16")):
-        pictures_of(latents, Pictures(TextureDataset(11, size=8), TEXTURE_CLASSES, "textures-11", 8))
+        images_of(latents, LabelledImages(TextureDataset(11, size=8), TEXTURE_CLASSES, "textures-11", 8))
 
 
 def test_the_command_stores_features(tmp_path, vision):
@@ -357,8 +359,8 @@ def test_the_command_stores_features(tmp_path, vision):
 # Training
 
 
-def test_a_model_learns_to_tell_pictures_as_the_vision_model_does(tmp_path, vision):
-    """Its tokens become similar to the features of their own picture, not only to those of all pictures."""
+def test_a_model_learns_to_tell_images_as_the_vision_model_does(tmp_path, vision):
+    """Its tokens become similar to the features of their own image, not only to those of all images."""
     latents = write(tmp_path / "latents", textures(8), vision, vae=tiny_vae())
     batch = torch.stack([latents.read(index)[0] for index in range(8)])
     features = torch.stack([latents.read_features(index) for index in range(8)])

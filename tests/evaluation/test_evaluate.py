@@ -1,4 +1,4 @@
-"""The command from pictures to a file of results, and what extractors must be."""
+"""The command from images to a file of results, and what extractors must be."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import constant_inception_weights, says
 
-from diffusers_dod.data.pictures import Pictures
+from diffusers_dod.data.labelled_images import LabelledImages
 from diffusers_dod.data.textures import TextureDataset
 from diffusers_dod.evaluation import evaluate
 from diffusers_dod.evaluation.images import DatasetImages, draw_indices, open_images
@@ -18,7 +18,7 @@ from diffusers_dod.evaluation.reproduce import reproduce
 from diffusers_dod.files import file_sha256
 from diffusers_dod.metrics import inception
 from diffusers_dod.metrics.extractors import (
-    PictureFeatures,
+    ImageFeatures,
     check_extractor,
     extract,
     extractor_file,
@@ -38,18 +38,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:FID of", "ignore:.*torch.jit")
 
 EXTRACTOR = """
 import torch
-from diffusers_dod.evaluation.extractors import PictureFeatures
+from diffusers_dod.metrics.extractors import ImageFeatures
 from neighbour import SCALE
 
-def colours(pictures):
-    return pictures.double().mean(dim=(2, 3)) / SCALE
+def colours(images):
+    return images.double().mean(dim=(2, 3)) / SCALE
 
-def everything(pictures):
-    features = torch.cat([colours(pictures), pictures.double().std(dim=(2, 3)) / SCALE], dim=1)
-    return PictureFeatures(features, pictures.float()[:, :, ::16, ::16].flatten(1), 10 * features)
+def everything(images):
+    features = torch.cat([colours(images), images.double().std(dim=(2, 3)) / SCALE], dim=1)
+    return ImageFeatures(features, images.float()[:, :, ::16, ::16].flatten(1), 10 * features)
 
-def broken(pictures):
-    return colours(pictures) / 0
+def broken(images):
+    return colours(images) / 0
 
 number = 3
 """
@@ -60,9 +60,9 @@ def draw(number: int, seed: int) -> np.ndarray:
     return np.stack([dataset[index]["image"] for index in range(number)])
 
 
-def expected_features(pictures: np.ndarray) -> np.ndarray:
-    pictures = pictures.astype(np.float64)
-    return np.concatenate([pictures.mean(axis=(1, 2)), pictures.std(axis=(1, 2), ddof=1)], axis=1) / 255
+def expected_features(images: np.ndarray) -> np.ndarray:
+    images = images.astype(np.float64)
+    return np.concatenate([images.mean(axis=(1, 2)), images.std(axis=(1, 2), ddof=1)], axis=1) / 255
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_all_metrics_against_what_they_are_made_of(world, capsys):
     metrics = results["metrics"]
     assert list(metrics) == ["fid", "sfid", "kid", "is", "precision", "recall"]
     samples, reference = draw(60, 1), draw(80, 2)
-    features = [expected_features(pictures).astype(np.float32) for pictures in (samples, reference)]
+    features = [expected_features(images).astype(np.float32) for images in (samples, reference)]
     expected = frechet_distance(*(array for rows in features for array in feature_statistics(rows)))
     assert metrics["fid"]["value"] == pytest.approx(expected, rel=1e-5)
     spatial = [p[:, ::16, ::16].transpose(0, 3, 1, 2).reshape(len(p), -1) for p in (samples, reference)]
@@ -157,14 +157,14 @@ def test_some_of_the_samples_are_drawn_at_random(world, tmp_path):
 
 
 def test_samples_that_are_drawn_from_sorted_ones_have_splits_of_all_classes(tmp_path, monkeypatch):
-    """The score of pictures that are sorted by class is that of the random order."""
+    """The score of images that are sorted by class is that of the random order."""
     labels = np.repeat(np.arange(4), 50)
-    pictures = np.full((200, 4, 4, 3), 60 * labels[:, None, None, None], dtype=np.uint8)
-    np.savez(tmp_path / "sorted.npz", arr_0=pictures, arr_1=labels)
+    images = np.full((200, 4, 4, 3), 60 * labels[:, None, None, None], dtype=np.uint8)
+    np.savez(tmp_path / "sorted.npz", arr_0=images, arr_1=labels)
 
-    def extractor(pictures: torch.Tensor) -> PictureFeatures:
-        label = pictures[:, 0, 0, 0].long() // 60
-        return PictureFeatures(label[:, None].float(), logits=50.0 * torch.nn.functional.one_hot(label, 4))
+    def extractor(images: torch.Tensor) -> ImageFeatures:
+        label = images[:, 0, 0, 0].long() // 60
+        return ImageFeatures(label[:, None].float(), logits=50.0 * torch.nn.functional.one_hot(label, 4))
 
     monkeypatch.setattr(evaluate, "RunningInceptionScore", lambda: RunningInceptionScore(30))
     summary = evaluate.compute_features(open_images(str(tmp_path / "sorted.npz")), extractor, 7, num_images=120)
@@ -174,14 +174,14 @@ def test_samples_that_are_drawn_from_sorted_ones_have_splits_of_all_classes(tmp_
     assert summary.inception_score.result().splits == pytest.approx(expected.result().splits)
     assert len(expected.result().splits) == 4 and min(expected.result().splits) > 3
     assert summary.num_correct == 120
-    # All pictures of a data set are taken in a random order as well.
-    rows = [{"image": picture, "label": label} for picture, label in zip(pictures, labels, strict=True)]
-    pictures = DatasetImages("sorted", Pictures(rows, tuple("abcd"), "sorted", 4))
-    splits = evaluate.compute_features(pictures, extractor, 7).inception_score.result().splits
+    # All images of a data set are taken in a random order as well.
+    rows = [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
+    images = DatasetImages("sorted", LabelledImages(rows, tuple("abcd"), "sorted", 4))
+    splits = evaluate.compute_features(images, extractor, 7).inception_score.result().splits
     assert len(splits) == 7 and min(splits) > 2.5
 
 
-def test_saved_statistics_take_the_place_of_their_pictures(world, tmp_path):
+def test_saved_statistics_take_the_place_of_their_images(world, tmp_path):
     path = tmp_path / "deep" / "statistics.npz"
     run(world, "--save_statistics", path, samples="reference.npz")
     with np.load(path) as file:
@@ -190,13 +190,13 @@ def test_saved_statistics_take_the_place_of_their_pictures(world, tmp_path):
         assert file["num_images"] == 80 and file["mu"].dtype == np.float64
         arrays = dict(file)
     metrics = ("--metrics", "fid", "sfid")
-    of_pictures = run(world, *reference_of(world), *metrics)["metrics"]
+    of_images = run(world, *reference_of(world), *metrics)["metrics"]
     results = run(world, "--reference", path, *metrics)
     for name, metric in results["metrics"].items():
-        assert metric["value"] == pytest.approx(of_pictures[name]["value"], rel=1e-9)
+        assert metric["value"] == pytest.approx(of_images[name]["value"], rel=1e-9)
     assert results["data"]["reference"] == {"name": str(path), "sha256": file_sha256(path), "has_statistics": True}
 
-    # ADM's form: the distance is to `mu` and `sigma`, precision and recall are those of the pictures.
+    # ADM's form: the distance is to `mu` and `sigma`, precision and recall are those of the images.
     del arrays["extractor"], arrays["extractor_sha256"], arrays["num_images"]
     arrays["mu"] = arrays["mu"] + 0.5
     np.savez(tmp_path / "adm.npz", arr_0=draw(80, 2)[:40], **arrays)
@@ -208,7 +208,7 @@ def test_saved_statistics_take_the_place_of_their_pictures(world, tmp_path):
     assert found["data"]["reference"]["has_statistics"] and found["data"]["reference"]["num_images"] == 40
 
 
-def test_the_same_pictures_have_no_distance(world):
+def test_the_same_images_have_no_distance(world):
     metrics = run(
         world, "--reference", world / "samples.npz", "--metrics", "fid", "precision_recall", "--num_groups", 0
     )["metrics"]
@@ -222,26 +222,26 @@ def test_the_same_pictures_have_no_distance(world):
 
 CLASSIFIER = """
 import torch
-from diffusers_dod.evaluation.extractors import PictureFeatures
+from diffusers_dod.metrics.extractors import ImageFeatures
 
-def classifier(pictures, num_classes=10):
-    label = pictures[:, 0, 0, 0].long()
+def classifier(images, num_classes=10):
+    label = images[:, 0, 0, 0].long()
     logits = torch.nn.functional.one_hot(label, num_classes).float()
-    return PictureFeatures(pictures[:, 0, 0, :2].float(), logits=logits)
+    return ImageFeatures(images[:, 0, 0, :2].float(), logits=logits)
 
-def thousand(pictures):
-    return classifier(pictures, 1008)
+def thousand(images):
+    return classifier(images, 1008)
 """
 
 
 @pytest.fixture
 def classified(tmp_path) -> Path:
-    """40 pictures of 10 classes, of which a classifier takes 12 for another one."""
+    """40 images of 10 classes, of which a classifier takes 12 for another one."""
     (tmp_path / "classifier.py").write_text(CLASSIFIER)
     labels = np.arange(40) % 10
     shown = np.where(np.arange(40) < 12, (labels + 1) % 10, labels)
-    pictures = np.zeros((40, 4, 4, 3), np.uint8) + shown[:, None, None, None].astype(np.uint8)
-    np.savez(tmp_path / "samples.npz", arr_0=pictures, arr_1=labels)
+    images = np.zeros((40, 4, 4, 3), np.uint8) + shown[:, None, None, None].astype(np.uint8)
+    np.savez(tmp_path / "samples.npz", arr_0=images, arr_1=labels)
     return tmp_path
 
 
@@ -324,7 +324,7 @@ def test_what_does_not_fit_is_refused(world, tmp_path):
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
     refusals = [
-        (("--num_samples", 61), ("`num_samples`", "60 pictures", "got 61")),
+        (("--num_samples", 61), ("`num_samples`", "60 images", "got 61")),
         (("--num_samples", 9), ("`num_samples`", "from 10", "got 9")),
         (("--num_samples", 3, "--num_groups", 2), ("`num_samples`", "from 4", "`num_groups` 2", "got 3")),
         (("--reference", tmp_path / "infinite.npz"), ("`reference`", "finite `sigma`", "2 numbers")),
@@ -352,8 +352,8 @@ def test_what_does_not_fit_is_refused(world, tmp_path):
 
 
 class Flat(torch.nn.Module):
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return pictures.float().mean(dim=(2, 3))
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean(dim=(2, 3))
 
 
 def test_torchscript_is_run_only_when_trusted(world, tmp_path):
@@ -361,18 +361,18 @@ def test_torchscript_is_run_only_when_trusted(world, tmp_path):
     torch.jit.script(Flat()).save(path)
     with pytest.raises(ValueError, match=says("`extractor`", "trusted", "program", "--trust_extractor", "flat.pt")):
         load_extractor(path, argument="extractor")
-    pictures = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    features = extract(load_extractor(path, trust=True, device="cpu"), pictures)
-    assert torch.equal(features.features, pictures.float().mean(dim=(2, 3))) and features.logits is None
+    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    features = extract(load_extractor(path, trust=True, device="cpu"), images)
+    assert torch.equal(features.features, images.float().mean(dim=(2, 3))) and features.logits is None
     (tmp_path / "text.ts").write_text("no module")
     with pytest.raises(ValueError, match=says("`extractor`", "TorchScript", "text.ts")):
         load_extractor(str(tmp_path / "text.ts"), trust=True, argument="extractor")
 
 
 def test_extractors_by_name(world):
-    pictures = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     folders = list(sys.path)
-    assert extract(load_extractor(f"{world / 'colours.py'}:colours"), pictures).features.shape == (2, 3)
+    assert extract(load_extractor(f"{world / 'colours.py'}:colours"), images).features.shape == (2, 3)
     assert sys.path == folders
     assert isinstance(load_extractor(f"{__name__}:FLAT"), Flat) and not FLAT.training
     refusals = {
@@ -399,8 +399,8 @@ def test_inception_is_known_by_the_file_of_its_weights(world, tmp_path, monkeypa
     results = json.loads(output.read_text())
     assert results["settings"]["extractor_sha256"] == sha256 and results["settings"]["extractor"] == name
 
-    pictures = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    features = extract(load_extractor(name), pictures)
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    features = extract(load_extractor(name), images)
     assert {name: len(values[0]) for name, values in vars(features).items()} == {
         "features": 2048,
         "spatial_features": 17 * 17 * 7,
@@ -421,8 +421,8 @@ class Weighted(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.arange(6, dtype=dtype).reshape(shape))
         self.register_buffer("scale", torch.tensor(2.0))
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return pictures.float().mean(dim=(2, 3)) @ self.weight.T.float()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean(dim=(2, 3)) @ self.weight.T.float()
 
 
 def test_an_extractor_is_known_by_its_code_and_its_weights(tmp_path):
@@ -449,23 +449,23 @@ def test_an_extractor_is_known_by_its_code_and_its_weights(tmp_path):
 
 
 def test_what_extractors_must_give():
-    pictures = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     refusals = {
-        "got list": lambda pictures: [1.0],
-        "`features` of shape (2, n)": lambda pictures: torch.zeros(3, 4),
-        "got (2, 3, 4, 4)": lambda pictures: pictures,
-        "`logits` of shape (2, n)": lambda pictures: PictureFeatures(torch.zeros(2, 4), logits=torch.zeros(2)),
+        "got list": lambda images: [1.0],
+        "`features` of shape (2, n)": lambda images: torch.zeros(3, 4),
+        "got (2, 3, 4, 4)": lambda images: images,
+        "`logits` of shape (2, n)": lambda images: ImageFeatures(torch.zeros(2, 4), logits=torch.zeros(2)),
     }
     for fragment, extractor in refusals.items():
         with pytest.raises(ValueError, match=says("`extractor`", fragment)):
-            extract(extractor, pictures)
-    for bad in (pictures.float(), pictures[0], pictures[:, :1]):
-        with pytest.raises(ValueError, match=says("`pictures`", "uint8", str(tuple(bad.shape)))):
+            extract(extractor, images)
+    for bad in (images.float(), images[0], images[:, :1]):
+        with pytest.raises(ValueError, match=says("`images`", "uint8", str(tuple(bad.shape)))):
             extract(FLAT, bad)
     weights = torch.ones(3, 2, requires_grad=True)
-    assert not extract(lambda pictures: FLAT(pictures) @ weights, pictures).features.requires_grad
+    assert not extract(lambda images: FLAT(images) @ weights, images).features.requires_grad
     check_extractor(FLAT, 3, 8, "cpu")
-    check_extractor(lambda pictures: PictureFeatures(FLAT(pictures)), 3, 8, "cpu")
+    check_extractor(lambda images: ImageFeatures(FLAT(images)), 3, 8, "cpu")
     with pytest.raises(ValueError, match=says("(2, 4)", "got (2, 3)")):
         check_extractor(FLAT, 4, 8, "cpu")
 
@@ -505,7 +505,7 @@ def test_intervals_of_balanced_samples_are_as_wide_as_other_samples_lie_apart():
     assert np.mean(halves[False]) > 2 * expected
 
 
-def test_features_are_those_of_the_pictures_in_order(world):
+def test_features_are_those_of_the_images_in_order(world):
     images = open_images(str(world / "samples.npz"))
     summary = evaluate.compute_features(images, FLAT, 7, num_images=50, num_groups=4, keep=["features"])
     expected = draw(60, 1)[sorted(draw_indices(60, 50))].astype(np.float64).mean(axis=(1, 2))
@@ -516,7 +516,7 @@ def test_features_are_those_of_the_pictures_in_order(world):
 
 
 def test_groups_do_not_follow_the_classes(world):
-    """Pictures of 12 classes in turn, in 12 groups: their means are those of all but for chance."""
+    """Images of 12 classes in turn, in 12 groups: their means are those of all but for chance."""
     images = open_images("textures:240:0")
     summary = evaluate.compute_features(images, FLAT, 60, num_groups=12, keep=["features"])
     by_class = [summary.rows["features"][label::12, 0].mean() for label in range(12)]

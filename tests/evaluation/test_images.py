@@ -1,4 +1,4 @@
-"""Pictures from archives, folders and data sets: the same ones, whole, and refused where they are not."""
+"""Images from archives, folders and data sets: the same ones, whole, and refused where they are not."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from helpers import says
 from PIL import Image
 from torch.utils.data import Subset
 
-from diffusers_dod.data.pictures import ImageOptions, center_crop, load_pictures
+from diffusers_dod.data.labelled_images import ImageOptions, center_crop, load_labelled_images
 from diffusers_dod.data.textures import TextureDataset
 from diffusers_dod.evaluation.images import DatasetImages, FolderImages, NpzImages, draw_indices, open_images
 
@@ -28,8 +28,8 @@ def pixels() -> np.ndarray:
 
 def write_folder(folder: Path, pixels: np.ndarray, **manifest) -> Path:
     folder.mkdir()
-    for index, picture in enumerate(pixels):
-        Image.fromarray(picture).save(folder / f"{index:06d}.png")
+    for index, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{index:06d}.png")
     if manifest:
         (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
@@ -54,7 +54,7 @@ def sha256_of(folder: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.png")))).hexdigest()
 
 
-def test_archives_and_folders_hold_the_same_pictures(pixels, tmp_path):
+def test_archives_and_folders_hold_the_same_images(pixels, tmp_path):
     labels = np.arange(7)
     np.savez_compressed(tmp_path / "compressed.npz", arr_1=labels, arr_0=pixels)
     sources = {
@@ -84,7 +84,7 @@ def test_folders_are_sorted_by_name(pixels, tmp_path):
     assert np.array_equal(read(open_images(str(folder))), pixels)
 
 
-def test_pictures_that_there_are_not_are_refused(pixels, tmp_path):
+def test_images_that_there_are_not_are_refused(pixels, tmp_path):
     source = open_images(str(write_npz(tmp_path / "a.npz", arr_0=pixels)))
     for indices in ([0, 7], [-1, 2], [3, 2], [1, 1]):
         with pytest.raises(ValueError, match=says("`indices`", "[0, 6]", "a.npz")):
@@ -95,7 +95,7 @@ def test_pictures_that_there_are_not_are_refused(pixels, tmp_path):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_memory_does_not_grow_with_the_number_of_pictures(save, tmp_path):
+def test_memory_does_not_grow_with_the_number_of_images(save, tmp_path):
     peaks = []
     for number in (200, 4000):
         path = tmp_path / f"{number}.npz"
@@ -131,7 +131,7 @@ def test_what_archives_refuse(pixels, tmp_path):
 def test_damaged_archives_are_noticed(pixels, tmp_path):
     path = write_npz(tmp_path / "a.npz", arr_0=pixels)
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1  # a bit of a picture
+    content[len(content) // 2] ^= 1  # a bit of an image
     path.write_bytes(content)
     with pytest.raises(ValueError, match=says("`arr_0`", "damaged")):
         read(open_images(str(path)))
@@ -139,7 +139,7 @@ def test_damaged_archives_are_noticed(pixels, tmp_path):
     with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
         np.lib.format.write_array_header_1_0(file, header)
         file.write(pixels[:5].tobytes())
-    with pytest.raises(ValueError, match=says("`arr_0`", "damaged", "7 pictures")):
+    with pytest.raises(ValueError, match=says("`arr_0`", "damaged", "7 images")):
         read(open_images(str(tmp_path / "short.npz")))
 
 
@@ -174,7 +174,7 @@ def test_what_folders_refuse(pixels, tmp_path):
     Image.fromarray(pixels[0, :5]).save(write_folder(tmp_path / "sizes", pixels) / "a.png")
     Image.fromarray(pixels[0, ..., 0]).save(write_folder(tmp_path / "modes", pixels) / "a.png")
     Image.fromarray(pixels[0]).save(write_folder(tmp_path / "jpeg", pixels) / "a.jpg")
-    (write_folder(tmp_path / "text", pixels) / "a.png").write_text("no picture")
+    (write_folder(tmp_path / "text", pixels) / "a.png").write_text("no image")
     (write_folder(tmp_path / "json", pixels) / "manifest.json").write_text("{")
     (write_folder(tmp_path / "list", pixels) / "manifest.json").write_text("[]")
     (write_folder(tmp_path / "labels", pixels, labels="labels.txt") / "labels.txt").write_text("1\n2\n")
@@ -186,7 +186,7 @@ def test_what_folders_refuse(pixels, tmp_path):
         "sizes": ("one size", "a.png", "8 x 5", "8 x 6"),
         "modes": ("RGB", "a.png", "in L"),
         "jpeg": ("PNG files only", "a.jpg"),
-        "text": ("pictures", "a.png"),
+        "text": ("images", "a.png"),
         "json": ("`manifest.json`", "JSON"),
         "list": ("`manifest.json`", "mapping", "list"),
         "labels": ("`labels.txt`", "7 class ids", "got 2"),
@@ -200,17 +200,17 @@ def test_what_folders_refuse(pixels, tmp_path):
         FolderImages(tmp_path / "empty")
 
 
-def test_names_of_no_pictures(tmp_path):
+def test_names_of_no_images(tmp_path):
     (tmp_path / "empty" / "class").mkdir(parents=True)
     (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "readme.md").write_text("no picture")
+    (tmp_path / "text" / "readme.md").write_text("no image")
     for name in ("empty", "text", "missing"):
         for resolution in (8,) if name != "empty" else (None, 8):
-            with pytest.raises(ValueError, match=says("`name`", "pictures", str(tmp_path / name))):
+            with pytest.raises(ValueError, match=says("`name`", "images", str(tmp_path / name))):
                 open_images(str(tmp_path / name), resolution)
 
 
-def test_truncated_pictures_are_named(pixels, tmp_path):
+def test_truncated_images_are_named(pixels, tmp_path):
     folder = write_folder(tmp_path / "folder", np.repeat(pixels, 20, axis=1))
     path = folder / "000003.png"
     path.write_bytes(path.read_bytes()[:-1500])
@@ -218,7 +218,7 @@ def test_truncated_pictures_are_named(pixels, tmp_path):
         read(open_images(str(folder)))
 
 
-def test_procedural_pictures():
+def test_procedural_images():
     source = open_images("textures:14:5", 16)
     expected = TextureDataset(14, size=16, seed=5)
     assert isinstance(source, DatasetImages) and len(source) == 14
@@ -231,22 +231,22 @@ def test_procedural_pictures():
 
 
 def test_folders_of_classes_are_cropped(pixels, tmp_path):
-    for index, picture in enumerate(pixels):
+    for index, image in enumerate(pixels):
         folder = tmp_path / "ab"[index % 2]
         folder.mkdir(exist_ok=True)
-        Image.fromarray(picture).save(folder / f"{index}.png")
+        Image.fromarray(image).save(folder / f"{index}.png")
     expected = [center_crop(Image.fromarray(pixels[index]), 4) for index in (0, 2, 4, 6, 1, 3, 5)]
     source = open_images(str(tmp_path), 4)
     assert np.array_equal(read(source), np.stack(expected)) and source.resolution == (4, 4)
     with pytest.raises(ValueError, match=says("`resolution` must be given", str(tmp_path))):
         open_images(str(tmp_path))
     assert read_labels(source) == [0, 0, 0, 0, 1, 1, 1] and source.num_classes == 2
-    (tmp_path / "b" / "1.png").write_text("no picture")
+    (tmp_path / "b" / "1.png").write_text("no image")
     with pytest.raises(ValueError, match=says(str(tmp_path), "1.png")):
         read(open_images(str(tmp_path), 4))
 
 
-def test_pictures_that_are_drawn():
+def test_images_that_are_drawn():
     assert draw_indices(7).tolist() == draw_indices(7, 7).tolist() == list(range(7))
     drawn = draw_indices(1000, 100)
     assert len(set(drawn.tolist())) == 100 and drawn.max() > 900 and drawn.tolist() != sorted(drawn)
@@ -259,9 +259,9 @@ def test_pictures_that_are_drawn():
 
 def test_a_folder_is_known_by_names_and_contents(pixels, tmp_path):
     """Wherever and whenever it was written."""
-    for index, picture in enumerate(pixels[:4]):
+    for index, image in enumerate(pixels[:4]):
         (tmp_path / "first" / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(tmp_path / "first" / "ab"[index % 2] / f"{index}.png")
+        Image.fromarray(image).save(tmp_path / "first" / "ab"[index % 2] / f"{index}.png")
     shutil.copytree(tmp_path / "first", tmp_path / "copy")
     for number, path in enumerate((tmp_path / "copy").rglob("*.png")):
         os.utime(path, (number, number))
@@ -286,7 +286,7 @@ def test_images_of_a_folder_may_be_of_any_data_set(pixels, tmp_path):
     for index, image in enumerate(pixels[:4]):
         (tmp_path / "ab"[index % 2]).mkdir(exist_ok=True)
         Image.fromarray(image).save(tmp_path / "ab"[index % 2] / f"{index}.png")
-    images = load_pictures(ImageOptions(train_data_dir=str(tmp_path), resolution=4), 0, 0)
+    images = load_labelled_images(ImageOptions(train_data_dir=str(tmp_path), resolution=4), 0, 0)
     whole = DatasetImages("whole", images, str(tmp_path)).data["fingerprint"]
     part = replace(images, dataset=Subset(images.dataset, [2, 0]), fingerprint=f"{images.fingerprint}-part")
     source = DatasetImages("part", part, str(tmp_path))

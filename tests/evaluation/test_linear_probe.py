@@ -14,7 +14,7 @@ from helpers import says, tiny_pipeline
 from PIL import Image
 from safetensors import safe_open
 
-from diffusers_dod.data.pictures import ImageOptions, Pictures, load_pictures
+from diffusers_dod.data.labelled_images import ImageOptions, LabelledImages, load_labelled_images
 from diffusers_dod.evaluation import linear_probe
 from diffusers_dod.evaluation.linear_probe import (
     LinearProbeOptions,
@@ -27,7 +27,7 @@ from diffusers_dod.evaluation.linear_probe import (
     top_k_accuracy,
     train_classifiers,
 )
-from diffusers_dod.evaluation.options import open_pictures
+from diffusers_dod.evaluation.options import open_labelled_images
 from diffusers_dod.evaluation.token_features import (
     FEATURES,
     compute_tokens,
@@ -68,8 +68,8 @@ def test_features_without_a_signal_stay_at_chance():
         assert metrics[name]["value"] == pytest.approx(chance, abs=4 * (chance * (1 - chance) / 1200) ** 0.5)
 
 
-def test_the_test_pictures_choose_nothing():
-    """The best on the validation pictures of each seed, which are not trained on, whatever the test pictures say."""
+def test_the_test_images_choose_nothing():
+    """The best on the validation images of each seed, which are not trained on, whatever the test images say."""
     train, (test, _) = draw(300, 0, signal=1.5), draw(300, 1, signal=1.5)
     features, test_features = standardise(train[0], test)
     for seed in range(PROBE.num_seeds):
@@ -105,7 +105,7 @@ def test_few_classes_have_no_top_5():
 
 @pytest.mark.filterwarnings("always:The best of")
 def test_a_best_learning_rate_at_the_end_of_the_sweep_is_said(recwarn):
-    # Mixed features in two epochs: 31 % of 400 pictures at 0.1, 21 to 22 % at the others, so that no rounding decides.
+    # Mixed features in two epochs: 31 % of 400 images at 0.1, 21 to 22 % at the others, so that no rounding decides.
     mixing = torch.randn(20, 20, generator=torch.Generator().manual_seed(5))
     (train, labels), (test, test_labels) = draw(4000, 0, signal=1.0), draw(300, 1, signal=1.0)
     data = (((train - 100) @ mixing, labels), ((test - 100) @ mixing, test_labels), CLASSES)
@@ -156,9 +156,9 @@ def test_nearest_neighbours_by_brute_force():
     (train, train_labels), (test, _) = draw(90, 0, signal=1.0), draw(25, 1, signal=1.0)
     scores = knn_scores(train, train_labels, test, CLASSES, k=7, temperature=0.1, batch_size=4)
     expected = np.zeros((25, CLASSES))
-    for row, picture in enumerate(test.double().numpy()):
+    for row, image in enumerate(test.double().numpy()):
         others = train.double().numpy()
-        cosines = others @ picture / (np.linalg.norm(others, axis=1) * np.linalg.norm(picture))
+        cosines = others @ image / (np.linalg.norm(others, axis=1) * np.linalg.norm(image))
         for neighbour in sorted(range(90), key=lambda i, cosines=cosines: -cosines[i])[:7]:
             expected[row, train_labels[neighbour]] += np.exp(cosines[neighbour] / 0.1)
     np.testing.assert_allclose(scores, expected, rtol=1e-4)
@@ -215,19 +215,19 @@ def test_a_random_latent_embedder(pipeline):
 
 @torch.no_grad()
 def test_tokens_are_those_of_the_pipeline(pipeline):
-    pictures = load_pictures(ImageOptions(dataset_name="textures", resolution=16), 40, seed=1)
+    images = load_labelled_images(ImageOptions(dataset_name="textures", resolution=16), 40, seed=1)
     indices = [3, 5, 8, 21, 34]
-    tokens = compute_tokens(pipeline, pictures, indices, batch_size=2)
-    images = [Image.fromarray(pictures.dataset[i]["image"]) for i in indices]
+    tokens = compute_tokens(pipeline, images, indices, batch_size=2)
+    originals = [Image.fromarray(images.dataset[i]["image"]) for i in indices]
     assert tokens["labels"].tolist() == [3, 5, 8, 9, 10]
-    torch.testing.assert_close(tokens["lem"], pipeline.get_prior_tokens(image=images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tokens["lem"], pipeline.get_prior_tokens(image=originals), rtol=1e-4, atol=1e-5)
     assert tokens["random_lem"].shape == tokens["lem"].shape == (5, 4, 8)
     assert (tokens["random_lem"] - tokens["lem"]).abs().mean() > 0.1
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in originals])).permute(0, 3, 1, 2) / 127.5 - 1
     latents = pipeline.encode_image(pixels)
     torch.testing.assert_close(tokens["latents"], pool_latents(latents, 32), rtol=1e-4, atol=1e-5)
 
-    few = Pictures(pictures.dataset, pictures.class_names[:4], "few", 16)
+    few = LabelledImages(images.dataset, images.class_names[:4], "few", 16)
     with pytest.raises(ValueError, match=says("[0, 3]", "5")):
         compute_tokens(pipeline, few, [0, 5], batch_size=2)
 
@@ -252,7 +252,7 @@ def test_a_file_of_other_tokens_is_refused(tmp_path):
 
 
 def arguments(checkpoint, output_file, *more: str) -> list[str]:
-    command = f"--pretrained_model_name_or_path {checkpoint} --resolution 16 --num_pictures 120 --num_test_pictures 40"
+    command = f"--pretrained_model_name_or_path {checkpoint} --resolution 16 --num_images 120 --num_test_images 40"
     command += " --batch_size 32 --device cpu --num_epochs 3 --num_seeds 2"
     return [*command.split(), "--output_file", str(output_file), *more]
 
@@ -279,33 +279,33 @@ def test_the_command_and_its_cache(checkpoint, tmp_path, capsys):
 
     # What stands in the files is what is probed, and a file under the name of another is refused.
     sizes: dict[int, Path] = {}
-    pictures: list[tuple[float, ...]] = []
+    images: list[tuple[float, ...]] = []
     for path in files:
         with safe_open(path, framework="pt") as file:
             settings = json.loads(file.metadata()["settings"])
         assert settings["checkpoint"] == checkpoint_sha256(checkpoint)
-        assert settings["data"]["pictures"] == "textures-16-160-1"
+        assert settings["data"]["images"] == "textures-16-160-1"
         tokens = read_tokens(path, settings)
         sizes[len(tokens["labels"])] = path
-        pictures += [tuple(row.tolist()) for row in tokens["latents"].flatten(1)]
+        images += [tuple(row.tolist()) for row in tokens["latents"].flatten(1)]
         tokens["lem"] = F.one_hot(tokens["labels"], 32).float().reshape(-1, 4, 8)
         write_tokens(path, tokens, settings)
-    assert sizes.keys() == {120, 40} and len(set(pictures)) == 160  # none is both trained and tested on
+    assert sizes.keys() == {120, 40} and len(set(images)) == 160  # none is both trained and tested on
     linear_probe.main(arguments(checkpoint, tmp_path / "edited.json", *more, "--learning_rates", "0.1"))
     assert read_results(tmp_path / "edited.json")["metrics"]["top1_lem"]["value"] == 1
     sizes[120].write_bytes(sizes[40].read_bytes())
     with pytest.raises(ValueError, match=says("`indices`")):
         linear_probe.main(arguments(checkpoint, tmp_path / "edited.json", *more))
-    # Other pictures have files of their own.
+    # Other images have files of their own.
     linear_probe.main(arguments(checkpoint, tmp_path / "other.json", *more, "--data_seed", "2"))
     assert len(list((tmp_path / "cache").iterdir())) == 4
 
 
-def test_pictures_to_train_and_to_test_on_are_disjoint_and_drawn_by_the_seed(tmp_path):
+def test_images_to_train_and_to_test_on_are_disjoint_and_drawn_by_the_seed(tmp_path):
     options = parse_options(LinearProbeOptions, arguments("x", "r.json", "--dataset_name", "textures")).comparison
-    _, chosen, _ = open_pictures(options, 160)
+    _, chosen, _ = open_labelled_images(options, 160)
     assert sorted(chosen) == list(range(160)) and chosen != sorted(chosen)
-    assert open_pictures(replace(options, data_seed=2), 160)[1] != chosen
+    assert open_labelled_images(replace(options, data_seed=2), 160)[1] != chosen
 
 
 def test_folders(checkpoint, tmp_path):
@@ -317,7 +317,7 @@ def test_folders(checkpoint, tmp_path):
             for i in range(num):
                 pixels = rng.integers(value - 40, value + 40, (16, 16, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
-    sizes = ["--num_pictures", "16", "--num_test_pictures", "8", "--num_neighbors", "3", "--learning_rates", "0.1"]
+    sizes = ["--num_images", "16", "--num_test_images", "8", "--num_neighbors", "3", "--learning_rates", "0.1"]
     argv = arguments(checkpoint, tmp_path / "r.json", *sizes, "--train_data_dir", str(tmp_path / "train"))
     linear_probe.main([*argv, "--test_data_dir", str(tmp_path / "val"), "--features", "latents"])
     results = read_results(tmp_path / "r.json")
@@ -329,13 +329,13 @@ def test_folders(checkpoint, tmp_path):
     with pytest.raises(ValueError, match=says("`test_data_dir`", "classes")):
         linear_probe.main([*argv, "--test_data_dir", str(tmp_path / "others")])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=says("`train_data_dir`", "pictures", str(tmp_path / "empty"))):
+    with pytest.raises(ValueError, match=says("`train_data_dir`", "images", str(tmp_path / "empty"))):
         linear_probe.main([*argv, "--test_data_dir", str(tmp_path / "empty")])
     shutil.copytree(tmp_path / "train", tmp_path / "copy")
-    with pytest.raises(ValueError, match=says("`test_data_dir`", "other pictures", "copy")):
+    with pytest.raises(ValueError, match=says("`test_data_dir`", "other images", "copy")):
         linear_probe.main([*argv, "--test_data_dir", str(tmp_path / "copy")])
     with pytest.raises(ValueError, match=says("at most the 8", "9")):
-        linear_probe.main([*argv, "--test_data_dir", str(tmp_path / "val"), "--num_test_pictures", "9"])
+        linear_probe.main([*argv, "--test_data_dir", str(tmp_path / "val"), "--num_test_images", "9"])
 
 
 def test_all_options_that_are_wrong_are_named_at_once(capsys):

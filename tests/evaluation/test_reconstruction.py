@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""Pictures drawn again from their own priors: the measures by hand, the noise by hand, and the command as a whole."""
+"""Images drawn again from their own priors: the measures by hand, the noise by hand, and the command as a whole."""
 
 import json
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
 from diffusers_dod.evaluation import reconstruction
-from diffusers_dod.evaluation.options import open_pictures, read_batches
+from diffusers_dod.evaluation.options import open_labelled_images, read_batches
 from diffusers_dod.evaluation.reconstruction import (
     ReconstructionOptions,
     as_metrics,
@@ -28,7 +28,7 @@ from diffusers_dod.results import read_results
 from diffusers_dod.seeding import stateless_noise
 
 
-EXTRACTOR = "def extractor(pictures):\n    return pictures.float().mean(dim=(2, 3))\n"
+EXTRACTOR = "def extractor(images):\n    return images.float().mean(dim=(2, 3))\n"
 INDICES = [3, 7, 30]
 
 
@@ -50,7 +50,7 @@ def checkpoint(tmp_path_factory, pipeline):
     return folder
 
 
-def random_pictures(num: int, side: int = 16, seed: int = 0) -> np.ndarray:
+def random_images(num: int, side: int = 16, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (num, side, side, 3), dtype=np.uint8)
 
 
@@ -75,7 +75,7 @@ def test_the_noise_is_that_of_seed_and_index():
     np.testing.assert_array_equal(outputs, expected.transpose(0, 2, 3, 1))
 
 
-def test_reconstruction_is_stage_two_on_the_picture_and_its_class(pipeline):
+def test_reconstruction_is_stage_two_on_the_image_and_its_class(pipeline):
     images, labels = textures()
     outputs = reconstruct(pipeline, images, labels, INDICES, 3.0, seed=1, num_inference_steps=3)
     direct = pipeline(
@@ -112,15 +112,15 @@ def test_the_bound_of_the_autoencoder(pipeline):
     np.testing.assert_array_equal(reconstruct(pixel_space, images, labels, INDICES, None, seed=0), images.numpy())
 
 
-def test_pictures_that_are_not_finite_are_refused():
+def test_images_that_are_not_finite_are_refused():
     pipe = texture_pipeline()
     pipe.transformer.proj_out.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match=says("finite", "[3, 7, 30]")):
         reconstruct(pipe, *textures(), INDICES, 2.0, seed=0)
 
 
-def mean_colour(pictures: torch.Tensor) -> torch.Tensor:
-    return pictures.float().mean(dim=(2, 3))
+def mean_colour(images: torch.Tensor) -> torch.Tensor:
+    return images.float().mean(dim=(2, 3))
 
 
 def test_a_perfect_and_a_constant_reconstruction():
@@ -143,7 +143,7 @@ def test_a_perfect_and_a_constant_reconstruction():
 
 
 def test_numbers_do_not_depend_on_the_batches():
-    originals, outputs = textures(50)[0].numpy(), random_pictures(50)
+    originals, outputs = textures(50)[0].numpy(), random_images(50)
     whole = compare([(outputs, originals)], mean_colour)
     parts = compare([(outputs[i : i + 7], originals[i : i + 7]) for i in range(0, 50, 7)], mean_colour)
     np.testing.assert_array_equal(whole.psnr, parts.psnr)
@@ -155,7 +155,7 @@ def test_numbers_do_not_depend_on_the_batches():
 
 
 def test_intervals_of_the_means():
-    originals, outputs = textures(30)[0].numpy(), random_pictures(30)
+    originals, outputs = textures(30)[0].numpy(), random_images(30)
     comparison = compare([(outputs, originals)])
     metric = as_metrics("x", comparison)["psnr_x"]
     margin = 2.0452 * np.std(comparison.psnr, ddof=1) / 30**0.5  # Student's t of 29 degrees of freedom
@@ -172,7 +172,7 @@ def groups_of(images: np.ndarray, originals: np.ndarray) -> list[tuple[RunningSt
 
 
 def test_the_interval_of_rfid_is_as_wide_as_rfid_varies():
-    """Features whose means differ by 1, where pictures follow their originals closely, and where they do not."""
+    """Features whose means differ by 1, where images follow their originals closely, and where they do not."""
     rng = np.random.default_rng(0)
     distances, margins, unpaired = [], [], []
     for _ in range(100):
@@ -188,7 +188,7 @@ def test_the_interval_of_rfid_is_as_wide_as_rfid_varies():
     assert rfid_interval(groups_of(images[:19], originals[:19])) is None
 
 
-def test_classes_of_pictures_must_be_those_of_the_model(pipeline):
+def test_classes_of_images_must_be_those_of_the_model(pipeline):
     check_classes(pipeline, TEXTURE_CLASSES)
     check_classes(pipeline, tuple(f"n{label:08d}" for label in range(12)))  # folders with other names
     with pytest.raises(ValueError, match=says("12 classes", "got 3")):
@@ -198,7 +198,7 @@ def test_classes_of_pictures_must_be_those_of_the_model(pipeline):
 
 
 def arguments(checkpoint, output_file, *more: str) -> list[str]:
-    command = f"--pretrained_model_name_or_path {checkpoint} --dataset_name textures --resolution 16 --num_pictures 26"
+    command = f"--pretrained_model_name_or_path {checkpoint} --dataset_name textures --resolution 16 --num_images 26"
     return [*command.split(), "--batch_size", "8", "--device", "cpu", "--output_file", str(output_file), *more]
 
 
@@ -221,21 +221,19 @@ def test_the_command(checkpoint, tmp_path, capsys, pipeline):
     first = read_results(tmp_path / "first.json")
     kinds = [f"{kind}_{name}" for name in ("autoencoder", "scale_1", "scale_2.5") for kind in ("rfid", "psnr", "ssim")]
     assert list(first["metrics"]) == kinds
-    assert first["data"]["num_pictures"] == 26 and first["data"]["resolution"] == 16
-    assert (
-        first["settings"]["num_inference_steps"] == 3 and first["settings"]["class_labels"] == "those of the pictures"
-    )
+    assert first["data"]["num_images"] == 26 and first["data"]["resolution"] == 16
+    assert first["settings"]["num_inference_steps"] == 3 and first["settings"]["class_labels"] == "those of the images"
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == (12 * 66 - 2, 4 * 66 - 2)
         corner = np.asarray(grid.crop((66, 0, 130, 64)).resize((16, 16), Image.Resampling.NEAREST))
         np.testing.assert_array_equal(corner, TextureDataset(26, size=16, seed=1)[1]["image"])
 
-    # The numbers are those of the pictures that the options name, and the same again.
-    pictures, indices, _ = open_pictures(parse_options(ReconstructionOptions, argv).comparison, 26)
-    batches = read_batches(pictures, sorted(indices), 8)
+    # The numbers are those of the images that the options name, and the same again.
+    images, indices, _ = open_labelled_images(parse_options(ReconstructionOptions, argv).comparison, 26)
+    batches = read_batches(images, sorted(indices), 8)
     pairs = [
-        (reconstruct(pipeline, images, labels, places, 2.5, 4, num_inference_steps=3), images.numpy())
-        for places, images, labels in batches
+        (reconstruct(pipeline, originals, labels, places, 2.5, 4, num_inference_steps=3), originals.numpy())
+        for places, originals, labels in batches
     ]
     assert [len(pair[0]) for pair in pairs] == [8, 8, 8, 2]
     assert first["metrics"]["psnr_scale_2.5"]["value"] == pytest.approx(compare(pairs).psnr.mean(), rel=1e-12)
@@ -253,11 +251,11 @@ def test_what_the_null_condition_lacks(checkpoint, tmp_path, pipeline):
         reconstruction.main(arguments(checkpoint, tmp_path / f"{condition}.json", *more))
         results = read_results(tmp_path / f"{condition}.json")
         assert results["settings"]["null_condition"] == condition
-        pictures, indices, _ = open_pictures(parse_options(ReconstructionOptions, results["argv"]).comparison, 26)
+        images, indices, _ = open_labelled_images(parse_options(ReconstructionOptions, results["argv"]).comparison, 26)
         call = {"num_inference_steps": 2, "guidance": Guidance(null_condition=condition)}
         pairs = [
-            (reconstruct(pipeline, images, labels, places, 3.0, 0, **call), images.numpy())
-            for places, images, labels in read_batches(pictures, sorted(indices), 8)
+            (reconstruct(pipeline, originals, labels, places, 3.0, 0, **call), originals.numpy())
+            for places, originals, labels in read_batches(images, sorted(indices), 8)
         ]
         found[condition] = results["metrics"]["psnr_scale_3"]["value"]
         assert found[condition] == pytest.approx(compare(pairs).psnr.mean(), rel=1e-12)
@@ -302,7 +300,7 @@ def test_a_run_that_is_stopped_goes_on_with_the_next_row(checkpoint, tmp_path, m
     reconstruction.main(arguments(checkpoint, output, *more, "4", "1", "--grid_file", str(tmp_path / "grid.png")))
     assert rows_of(output) == ["autoencoder", "scale_4", "scale_1"] and scales == [4.0] * 4 + [None, 4.0, 1.0]
     # Rows of other settings, of other code or damaged ones are of no use.
-    changes = [more[:1] + ["2"] + more[2:] + ["1"], [*more, "1", "--seed", "5"], [*more, "1", "--num_pictures", "25"]]
+    changes = [more[:1] + ["2"] + more[2:] + ["1"], [*more, "1", "--seed", "5"], [*more, "1", "--num_images", "25"]]
     content = json.loads(stopped)
     content["versions"]["git_commit"] = "another"
     others = [stopped] * 3 + [stopped[:-30], json.dumps(content).encode(), b""]

@@ -101,7 +101,7 @@ def test_another_extractor_is_warned_of(tmp_path, command, recwarn):
         assert [f"{own!r} is not the published one" in str(entry.message) for entry in recwarn] == [True] * is_another
 
 
-@pytest.mark.parametrize("key", ["sha256", "fingerprint", "pictures"])
+@pytest.mark.parametrize("key", ["sha256", "fingerprint", "images"])
 def test_other_data_are_warned_of(tmp_path, command, key):
     def data(samples: str, reference: str) -> dict:
         manifest = {"sha256": samples, "images": reference}
@@ -133,7 +133,7 @@ def pipeline(tmp_path, monkeypatch):
     """A folder with a `pipeline` and the extractor `ext.py:mean`, in which the commands of a test are run."""
     tiny_pipeline().save_pretrained(tmp_path / "pipeline")
     (tmp_path / "ext.py").write_text(
-        "import torch\n\ndef mean(pictures):\n    return pictures.float().mean(dim=(2, 3)) / 255\n"
+        "import torch\n\ndef mean(images):\n    return images.float().mean(dim=(2, 3)) / 255\n"
     )
     monkeypatch.chdir(tmp_path)
 

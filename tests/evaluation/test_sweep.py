@@ -23,11 +23,11 @@ from diffusers_dod.results import as_metric, checkpoint_sha256, read_results
 
 EXTRACTOR = """
 import torch
-from diffusers_dod.evaluation.extractors import PictureFeatures
+from diffusers_dod.metrics.extractors import ImageFeatures
 
-def extractor(pictures):
-    small = torch.nn.functional.adaptive_avg_pool2d(pictures.float(), 1).flatten(1) / 255
-    return PictureFeatures(small, logits=torch.cat([10 * small] * 3 + [small[:, :1]], dim=1))
+def extractor(images):
+    small = torch.nn.functional.adaptive_avg_pool2d(images.float(), 1).flatten(1) / 255
+    return ImageFeatures(small, logits=torch.cat([10 * small] * 3 + [small[:, :1]], dim=1))
 """
 
 

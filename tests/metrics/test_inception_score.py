@@ -20,7 +20,7 @@ def score(logits: np.ndarray, split_size: int = 5000, size: int = 64) -> Incepti
 
 def test_score_of_equal_predictions_is_one_and_of_k_certain_classes_is_k():
     assert score(np.zeros((100, 12))).mean == pytest.approx(1, abs=1e-12)
-    certain = np.full((120, 13), -1e4)  # exp of it is exactly 0; and no picture is of the last class
+    certain = np.full((120, 13), -1e4)  # exp of it is exactly 0; and no image is of the last class
     certain[np.arange(120), np.arange(120) % 12] = 0
     assert score(certain).mean == pytest.approx(12, rel=1e-12)
 

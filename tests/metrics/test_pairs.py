@@ -10,7 +10,7 @@ from diffusers_dod.data.textures import TextureDataset
 from diffusers_dod.metrics.pairs import psnr, ssim
 
 
-def random_pictures(num: int, side: int = 16, seed: int = 0) -> np.ndarray:
+def random_images(num: int, side: int = 16, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (num, side, side, 3), dtype=np.uint8)
 
 
@@ -21,7 +21,7 @@ def test_psnr_by_hand():
     images[1, 0, 0, 0] = 116  # an error of 256 in one of 768 numbers
     expected = [10 * np.log10(255**2 / 25), 10 * np.log10(255**2 * 768 / 256), np.inf]
     np.testing.assert_allclose(psnr(images, references), expected, rtol=1e-14)
-    images, references = random_pictures(2), random_pictures(2, seed=1)
+    images, references = random_images(2), random_images(2, seed=1)
     libraries = [peak_signal_noise_ratio(*pair, data_range=255) for pair in zip(references, images, strict=True)]
     np.testing.assert_allclose(psnr(images, references), libraries, rtol=1e-12)
 
@@ -46,7 +46,7 @@ def ssim_by_windows(image: np.ndarray, reference: np.ndarray) -> float:
 
 def test_ssim_is_its_definition():
     references = np.stack([TextureDataset(3, size=16, seed=5)[index]["image"] for index in range(3)])
-    images = (references * 0.8 + random_pictures(3) * 0.2).astype(np.uint8)
+    images = (references * 0.8 + random_images(3) * 0.2).astype(np.uint8)
     expected = [ssim_by_windows(*pair) for pair in zip(images, references, strict=True)]
     np.testing.assert_allclose(ssim(images, references), expected, rtol=1e-9)
     assert (0.2 < ssim(images, references)).all() and (ssim(images, references) < 0.99).all()
@@ -57,15 +57,15 @@ def test_ssim_in_closed_form():
     images[:], references[:] = 100, 140  # without any variance only the means matter
     c1 = (0.01 * 255) ** 2
     np.testing.assert_allclose(ssim(images, references), (2 * 100 * 140 + c1) / (100**2 + 140**2 + c1), rtol=1e-12)
-    np.testing.assert_array_equal(ssim(random_pictures(2), random_pictures(2)), [1.0, 1.0])
+    np.testing.assert_array_equal(ssim(random_images(2), random_images(2)), [1.0, 1.0])
 
 
-def test_measures_refuse_other_pictures():
-    pictures = random_pictures(2)
+def test_measures_refuse_other_images():
+    images = random_images(2)
     for measure in (psnr, ssim):
         with pytest.raises(ValueError, match=says("`images`", "uint8", "float64")):
-            measure(pictures / 255, pictures)
+            measure(images / 255, images)
         with pytest.raises(ValueError, match=says("`images`", "(2, 16, 16, 3)", "(1, 16, 16, 3)")):
-            measure(pictures, pictures[:1])
+            measure(images, images[:1])
     with pytest.raises(ValueError, match=says("at least 11", "(2, 8, 8, 3)")):
-        ssim(random_pictures(2, side=8), random_pictures(2, side=8))
+        ssim(random_images(2, side=8), random_images(2, side=8))

@@ -73,7 +73,7 @@ def test_what_statistics_refuse(rows):
 
 
 def test_fewer_rows_than_features_are_warned_of(rows):
-    with pytest.warns(UserWarning, match=says("6 features", "6 pictures", "no full rank")):
+    with pytest.warns(UserWarning, match=says("6 features", "6 images", "no full rank")):
         accumulate(rows[:6], 6).result()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffusers_dod.metrics.extractors import PictureFeatures
+from diffusers_dod.metrics.extractors import ImageFeatures
 from diffusers_dod.metrics.inception_score import RunningInceptionScore
 from diffusers_dod.metrics.statistics import RunningStatistics
 from diffusers_dod.metrics.summary import FeatureSummary
@@ -42,7 +42,7 @@ def test_numbers_have_names_of_the_table(name):
 
 
 def test_rows_fit_each_other():
-    outputs = {field.name for field in dataclasses.fields(PictureFeatures)}
+    outputs = {field.name for field in dataclasses.fields(ImageFeatures)}
     for name, metric in METRICS.items():
         assert re.fullmatch("[a-z0-9]+(_recall)?", name) and metric.title
         assert metric.needs in (None, "statistics", "features")

@@ -44,7 +44,7 @@ def tiny_cost(preset="Tiny", **kwargs) -> TrainingCost:
 
 
 def options(tmp_path, *argv):
-    source = () if "--latents_dir" in argv else ("--train_data_dir", str(tmp_path / "pictures"))
+    source = () if "--latents_dir" in argv else ("--train_data_dir", str(tmp_path / "images"))
     return parse_options(TrainingOptions, [*source, "--output_dir", str(tmp_path / "run"), *map(str, argv)])
 
 

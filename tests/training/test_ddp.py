@@ -98,7 +98,7 @@ def work(folder: Path) -> None:
     quicken_training(pytest.MonkeyPatch())
 
     def train(name: str, *arguments: str) -> None:
-        where = ["--train_data_dir", str(folder / "pictures"), "--output_dir", str(folder / name)]
+        where = ["--train_data_dir", str(folder / "images"), "--output_dir", str(folder / name)]
         main([*TRAIN, *where, "--train_batch_size", "2", "--max_train_steps", "2", *arguments])
 
     train("two")
@@ -138,10 +138,10 @@ class ShardedAccelerator(Accelerator):
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ddp")
     for i, name in enumerate(("ant", "newt")):
-        (folder / "pictures" / name).mkdir(parents=True)
+        (folder / "images" / name).mkdir(parents=True)
         for j in range(4):
             Image.radial_gradient("L").rotate(40 * i + 90 * j).resize((20 + j, 20)).save(
-                folder / "pictures" / name / f"{j}.png"
+                folder / "images" / name / f"{j}.png"
             )
     environment = {"HF_DATASETS_CACHE": str(folder / "cache")}
     run_command([*torchrun(folder / "logs"), __file__, folder], folder / "output", environment)
@@ -225,7 +225,7 @@ def one(folder) -> Path:
 
     with fresh_accelerator(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
-        arguments = ["--train_data_dir", str(folder / "pictures"), "--output_dir", str(folder / "one")]
+        arguments = ["--train_data_dir", str(folder / "images"), "--output_dir", str(folder / "one")]
         main([*TRAIN, *arguments, "--train_batch_size", "4", "--max_train_steps", "2"])
     return folder / "one"
 

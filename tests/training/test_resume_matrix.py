@@ -21,14 +21,14 @@ from diffusers_dod.training.train import main
 pytestmark = pytest.mark.slow
 
 NUM_STEPS = 5
-STOPS = (1, 2, 3, 4)  # 10 pictures in batches of 4: all but the last in the middle of a pass over the data
+STOPS = (1, 2, 3, 4)  # 10 images in batches of 4: all but the last in the middle of a pass over the data
 WORKERS = (0, 2)
 TRAIN = "--preset DoD-Desk --resolution 8 --random_flip --learning_rate 1e-2 --logging_steps 2 --checkpointing_steps 1"
 TRAIN += f" --max_train_steps {NUM_STEPS} --validation_steps 3 --ema_decay 0.9 0.99 --ema_sigma_rel 0.1"
 
 
 def train(folder: Path, name: str, batch_size: int, *arguments: object) -> None:
-    where = ["--train_data_dir", folder / "pictures", "--output_dir", folder / name, "--train_batch_size", batch_size]
+    where = ["--train_data_dir", folder / "images", "--output_dir", folder / name, "--train_batch_size", batch_size]
     main([*TRAIN.split(), *map(str, [*where, *arguments])])
 
 
@@ -60,10 +60,10 @@ def folder(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("matrix")
     rng = np.random.default_rng(0)
     for name in ("ant", "newt"):
-        (folder / "pictures" / name).mkdir(parents=True)
+        (folder / "images" / name).mkdir(parents=True)
         for i in range(5):
-            picture = Image.fromarray(rng.integers(0, 256, (12, 11, 3), dtype=np.uint8))
-            picture.save(folder / "pictures" / name / f"{i}.png")
+            image = Image.fromarray(rng.integers(0, 256, (12, 11, 3), dtype=np.uint8))
+            image.save(folder / "images" / name / f"{i}.png")
     launcher = [sys.executable] if request.param == 1 else torchrun(folder / "logs")
     environment = {"HF_DATASETS_CACHE": str(folder / "cache")}
     run_command([*launcher, __file__, folder, request.param], folder / "output", environment)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import run_trainer, says, write_pictures
+from helpers import run_trainer, says, write_images
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -33,13 +33,13 @@ train = partial(run_trainer, TINY)
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("pictures"), [(18, 22)] * 5)
+def images(tmp_path_factory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"), [(18, 22)] * 5)
 
 
 @pytest.fixture(scope="module")
-def data(pictures) -> list:
-    return ["--train_data_dir", pictures, "--resolution", 16]
+def data(images) -> list:
+    return ["--train_data_dir", images, "--resolution", 16]
 
 
 @pytest.fixture(scope="module")
@@ -182,11 +182,11 @@ def text_files(output_dir: Path) -> list[Path]:
     return [path for path in output_dir.rglob("*") if path.suffix in (".json", ".jsonl", ".md")]
 
 
-def test_no_paths_of_this_machine_are_written(finished, pictures):
+def test_no_paths_of_this_machine_are_written(finished, images):
     assert finished / "README.md" in text_files(finished)
     for path in text_files(finished):
         text = path.read_text()
-        assert str(finished.parent) not in text and str(pictures) not in text, path
+        assert str(finished.parent) not in text and str(images) not in text, path
 
 
 def test_model_card(finished):
@@ -225,9 +225,9 @@ def test_resuming_after_a_crash(tmp_path, data, finished):
 
 
 @pytest.mark.slow
-def test_resuming_with_a_schedule_of_the_learning_rate(tmp_path, pictures):
+def test_resuming_with_a_schedule_of_the_learning_rate(tmp_path, images):
     """A cosine with warm-up: the first step after the interruption has its own rate, not that of the first step."""
-    arguments = ["--train_data_dir", pictures, "--resolution", 8]
+    arguments = ["--train_data_dir", images, "--resolution", 8]
     arguments += ["--lr_scheduler", "cosine", "--lr_warmup_steps", 2, "--max_train_steps", 4]
     whole = train(tmp_path / "whole", *arguments, "--checkpointing_steps", 2)
     rates = [line["learning_rate"] for line in read_metrics(whole)]
@@ -258,9 +258,9 @@ def test_damaged_checkpoints_alone_are_not_started_over(tmp_path, data, finished
         train(run, *data, *EMA, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
 
 
-def test_metrics_of_a_resumed_run_between_two_lines(tmp_path, pictures):
+def test_metrics_of_a_resumed_run_between_two_lines(tmp_path, images):
     """Two steps to a checkpoint, three to a line of metrics: the interrupted interval is averaged as in one go."""
-    arguments = ["--train_data_dir", pictures, "--resolution", 8, "--logging_steps", 3, "--checkpointing_steps", 2]
+    arguments = ["--train_data_dir", images, "--resolution", 8, "--logging_steps", 3, "--checkpointing_steps", 2]
     whole = train(tmp_path / "whole", *arguments, "--max_train_steps", 4)
     run = copy_of(whole, tmp_path / "run", last_step=2)
     train(run, *arguments, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
@@ -313,8 +313,8 @@ def test_own_rate_for_the_latent_embedder(tmp_path, data, finished):
     assert moved.abs().max() > 1e-3
 
 
-def test_latents_of_an_autoencoder(tmp_path, pictures):
-    """Mirrored pictures, bf16, gradient checkpointing: the finished pipeline holds the autoencoder too."""
+def test_latents_of_an_autoencoder(tmp_path, images):
+    """Mirrored images, bf16, gradient checkpointing: the finished pipeline holds the autoencoder too."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -329,7 +329,7 @@ def test_latents_of_an_autoencoder(tmp_path, pictures):
         latents_std=[1.0, 2.0, 0.5, 1.5],
     )
     vae.save_pretrained(tmp_path / "vae")
-    arguments = ["--train_data_dir", pictures, "--resolution", 16, "--random_flip", "--mixed_precision", "bf16"]
+    arguments = ["--train_data_dir", images, "--resolution", 16, "--random_flip", "--mixed_precision", "bf16"]
     arguments += ["--gradient_checkpointing", "--pretrained_vae_name_or_path", tmp_path / "vae"]
     arguments += ["--max_train_steps", 2, "--checkpointing_steps", 1, "--checkpoints_total_limit", 1]
     run = train(tmp_path / "run", *arguments)
@@ -380,13 +380,13 @@ def test_a_folder_with_checkpoints_is_not_overwritten(data, finished):
         (["--random_flip"], "random_flip"),
         (["--resolution", 8], "resolution"),
         (["--latents_dtype", "bfloat16"], "latents_dtype"),
-        (["--dataset_name", "textures", "--num_train_samples", 4], "pictures"),
+        (["--dataset_name", "textures", "--num_train_samples", 4], "images"),
     ],
 )
-def test_latents_of_other_pictures_are_refused(tmp_path, pictures, finished, other, name):
+def test_latents_of_other_images_are_refused(tmp_path, images, finished, other, name):
     run = tmp_path / "run"
     shutil.copytree(finished / "latents", run / "latents")
-    source = [] if "--dataset_name" in other else ["--train_data_dir", pictures]
+    source = [] if "--dataset_name" in other else ["--train_data_dir", images]
     with pytest.raises(ValueError, match=says("latents", f"`{name}`", "use another folder")):
         train(run, "--resolution", 16, *source, *other, "--max_train_steps", 1)
     assert [path.name for path in run.iterdir()] == ["latents"]
@@ -474,8 +474,8 @@ def test_curves_of_evaluations_and_alignment(tmp_path, finished):
     (run / "evaluations.jsonl").write_text(json.dumps({"step": 4, "num_samples": 9, "fid_stage_1": 5.0}) + "\n")
     for folder, height in ((finished, 960), (run, 1440)):
         plot([str(folder), "--output", str(tmp_path / "curves.png")])
-        with Image.open(tmp_path / "curves.png") as picture:
-            assert picture.size == (1800, height)
+        with Image.open(tmp_path / "curves.png") as image:
+            assert image.size == (1800, height)
 
 
 def test_exact_shares_of_a_step(tmp_path, data, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_trainer, says, write_pictures
+from helpers import run_trainer, says, write_images
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from launch import PATIENCE_S, wait_until
@@ -35,8 +35,8 @@ run = partial(run_trainer, TINY)
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("pictures"), [(8, 8)] * 3)
+def images(tmp_path_factory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"), [(8, 8)] * 3)
 
 
 @pytest.fixture
@@ -74,9 +74,9 @@ def at_the_root(hub: Hub) -> set[str]:
     return {path.split("/")[0] for path in hub.repos[REPO].files}
 
 
-def test_a_run_is_pushed_and_goes_on_from_its_repository(hub, wait, pictures, tmp_path):
+def test_a_run_is_pushed_and_goes_on_from_its_repository(hub, wait, images, tmp_path):
     wait(PATIENCE_S)
-    data = ["--train_data_dir", pictures]
+    data = ["--train_data_dir", images]
     first = run(tmp_path / "first", *data, *PUSH, "--push_training_state", "--max_train_steps", 3)
     # One that a newer one overtakes is left out.
     messages = list(hub.repos[REPO].messages)
@@ -91,8 +91,8 @@ def test_a_run_is_pushed_and_goes_on_from_its_repository(hub, wait, pictures, tm
     assert "3 steps of 4 images (12 in all)" in card.text and "2 classes: ant, newt" in card.text
     for name in ("curves.png", "samples/step-0000003.png"):
         assert f"({name})" in card.text
-        with Image.open(repository / name) as picture:
-            assert picture.format == "PNG"
+        with Image.open(repository / name) as image:
+            assert image.format == "PNG"
     recipe = (repository / "recipe.yaml").read_text()
     assert recipe.strip() in card.text and str(tmp_path) not in card.text and REPO not in recipe
     lines = (repository / "metrics.jsonl").read_text().splitlines()
@@ -112,7 +112,7 @@ def test_a_run_is_pushed_and_goes_on_from_its_repository(hub, wait, pictures, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [503, "hold"])
-def test_a_hub_that_fails_later_does_not_stop_the_training(hub, wait, pictures, tmp_path, caplog, monkeypatch, kind):
+def test_a_hub_that_fails_later_does_not_stop_the_training(hub, wait, images, tmp_path, caplog, monkeypatch, kind):
     wait(0.5, max_attempts=2)
     hub.fail(COMMIT, "hold").release.set()  # the first one passes
     failure = hub.fail(COMMIT, kind, times=100)
@@ -123,7 +123,7 @@ def test_a_hub_that_fails_later_does_not_stop_the_training(hub, wait, pictures, 
         return finish(pusher, timeout_s)
 
     monkeypatch.setattr(HubPusher, "finish", finish_after_an_attempt)
-    folder = run(tmp_path / "run", "--train_data_dir", pictures, *PUSH, "--max_train_steps", 3)
+    folder = run(tmp_path / "run", "--train_data_dir", images, *PUSH, "--max_train_steps", 3)
     assert hub.repos[REPO].messages == ["Start of training"]
     assert "was not pushed to user/run. To do so by hand" in caplog.text
     assert [find_damage(folder / f"checkpoint-{step}") for step in (1, 2, 3)] == [None] * 3
@@ -134,7 +134,7 @@ def test_a_hub_that_fails_later_does_not_stop_the_training(hub, wait, pictures, 
     assert "3 steps" in (folder / "README.md").read_text()
 
 
-def test_a_refusal_comes_before_the_pictures(hub, tmp_path):
+def test_a_refusal_comes_before_the_images(hub, tmp_path):
     hub.tokens = {}
     with pytest.raises(RuntimeError, match=says("Cannot push to 'user/run'", "401", "`hub_token`")):
         run(tmp_path / "run", "--train_data_dir", tmp_path / "nowhere", *PUSH)
@@ -142,21 +142,21 @@ def test_a_refusal_comes_before_the_pictures(hub, tmp_path):
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"README.md", "recipe.yaml"}
 
 
-def test_a_finished_run_is_refused_untouched(hub, pictures, tmp_path):
-    folder = run(tmp_path / "run", "--train_data_dir", pictures, "--max_train_steps", 1)
+def test_a_finished_run_is_refused_untouched(hub, images, tmp_path):
+    folder = run(tmp_path / "run", "--train_data_dir", images, "--max_train_steps", 1)
     (folder / ".push-1-left").mkdir()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     with pytest.raises(ValueError, match=says("`output_dir`", "holds checkpoints")):
-        run(folder, "--train_data_dir", pictures, *PUSH, "--max_train_steps", 1)
+        run(folder, "--train_data_dir", images, *PUSH, "--max_train_steps", 1)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     assert hub.requests == []
 
 
 @pytest.mark.slow
-def test_a_run_without_metrics_is_pushed(hub, wait, pictures, tmp_path):
+def test_a_run_without_metrics_is_pushed(hub, wait, images, tmp_path):
     """It is resumed before its first line, and beside an evaluation of which a crash has left a half."""
     wait(PATIENCE_S)
-    data = ["--train_data_dir", pictures]
+    data = ["--train_data_dir", images]
     folder = run(tmp_path / "run", *data, "--max_train_steps", 1, "--logging_steps", 9)
     (folder / "metrics.jsonl").write_text('{"st')
     (folder / "evaluations.jsonl").write_text('{"st')

@@ -13,13 +13,13 @@ import pytest
 import torch
 import transformers
 import yaml
-from helpers import fresh_accelerator, run_trainer, says, tiny_vae, write_pictures
+from helpers import fresh_accelerator, run_trainer, says, tiny_vae, write_images
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from diffusers_dod import DoDPipeline
 from diffusers_dod.data.encoding import EncodingOptions
-from diffusers_dod.data.pictures import ImageOptions
+from diffusers_dod.data.labelled_images import ImageOptions
 from diffusers_dod.data.sample_stream import SampleDraws
 from diffusers_dod.data.streaming import ImageStream, open_stream
 from diffusers_dod.options import parse_options, to_recipe
@@ -90,10 +90,10 @@ def says_at_start(capsys, *arguments) -> str:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """Two classes of five pictures, of which some are wide and some are high."""
+def images(tmp_path_factory) -> Path:
+    """Two classes of five images, of which some are wide and some are high."""
     sizes = [(18, 22), (12, 20), (20, 12), (16, 16), (24, 13)]
-    return write_pictures(tmp_path_factory.mktemp("pictures"), sizes)
+    return write_images(tmp_path_factory.mktemp("images"), sizes)
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +123,10 @@ STREAM += ["--checkpointing_steps", 2]
 
 
 @pytest.fixture(scope="module")
-def shards(pictures, tmp_path_factory) -> Path:
-    """The pictures in Parquet files of four and less, with integers for classes."""
+def shards(images, tmp_path_factory) -> Path:
+    """The images in Parquet files of four and less, with integers for classes."""
     folder = tmp_path_factory.mktemp("shards")
-    paths = sorted(pictures.rglob("*.png"))
+    paths = sorted(images.rglob("*.png"))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     for i in range(0, len(paths), 4):
         rows = [{"image": str(path), "label": int(path.parent.name == "newt")} for path in paths[i : i + 4]]
@@ -148,7 +148,7 @@ def streamed(stream, tmp_path_factory) -> Path:
 
 
 def loss_of_zero(shards: Path, vae: Path | None) -> float:
-    """The loss of an untrained model, which answers zero, over the first four pictures of a stream."""
+    """The loss of an untrained model, which answers zero, over the first four images of a stream."""
     opened, class_names = open_stream(ImageOptions(train_data_dir=str(shards)), ["ant", "newt"])
     shape = (3, 8, 8) if vae is None else (4, 4, 4)
     samples = iter(
@@ -209,13 +209,13 @@ def test_a_resumed_stream_with_workers_is_bit_identical(stream, vae, tmp_path):
     assert_same(run(tmp_path / "run", *arguments), whole, 6)
 
 
-def test_what_a_stream_refuses_when_it_is_resumed(streamed, stream, pictures, shards, tmp_path):
+def test_what_a_stream_refuses_when_it_is_resumed(streamed, stream, images, shards, tmp_path):
     again = ["--resume_from_checkpoint", streamed / "checkpoint-4", "--max_train_steps", 5]
     cases = {
         "`num_workers` must be 1 as in the run that is resumed, got 2": [*stream, "--dataloader_num_workers", 2],
         "`seed` must be 0 as in the run that is resumed, got 1": [*stream, "--seed", 1],
         "`batch_size` must be 2 as in the run that is resumed, got 1": [*stream, "--train_batch_size", 1],
-        "`streaming` must be True as in": ["--train_data_dir", pictures],
+        "`streaming` must be True as in": ["--train_data_dir", images],
     }
     for message, arguments in cases.items():
         with pytest.raises(ValueError, match=says(message)):
@@ -223,7 +223,7 @@ def test_what_a_stream_refuses_when_it_is_resumed(streamed, stream, pictures, sh
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_what_a_stream_refuses(stream, shards, pictures, vae, capsys, tmp_path):
+def test_what_a_stream_refuses(stream, shards, images, vae, capsys, tmp_path):
     no_names = [*STREAM, "--train_data_dir", shards]
     with pytest.raises(ValueError, match=says("`class_names`", "ClassLabel", "got None")):
         run(tmp_path / "run", *no_names)
@@ -238,7 +238,7 @@ def test_what_a_stream_refuses(stream, shards, pictures, vae, capsys, tmp_path):
     said = says_at_start(capsys, *stream, "--latents_dtype", "float16", "--shard_size", 7)
     assert "`latents_dtype` must be given without `streaming` only, got float16." in said
     assert "`shard_size` must be given without `streaming` only, got 7." in said
-    message = says_at_start(capsys, "--train_data_dir", pictures, "--class_names_file", "classes.txt")
+    message = says_at_start(capsys, "--train_data_dir", images, "--class_names_file", "classes.txt")
     assert "`class_names_file` must be given with `streaming` only, got classes.txt" in message
 
 
@@ -255,16 +255,16 @@ def repa(vision) -> list:
 
 
 @pytest.fixture(scope="module")
-def aligned(pictures, repa, tmp_path_factory) -> Path:
-    """Two steps with features of the pictures, two without; read only."""
-    return run(tmp_path_factory.mktemp("aligned") / "run", "--train_data_dir", pictures, *repa)
+def aligned(images, repa, tmp_path_factory) -> Path:
+    """Two steps with features of the images, two without; read only."""
+    return run(tmp_path_factory.mktemp("aligned") / "run", "--train_data_dir", images, *repa)
 
 
 @pytest.fixture(scope="module")
-def features(pictures, vision, tmp_path_factory) -> Path:
+def features(images, vision, tmp_path_factory) -> Path:
     """Latents with features."""
     folder = tmp_path_factory.mktemp("features") / "latents"
-    arguments = ["--train_data_dir", pictures, "--resolution", 8, "--random_flip", "--latents_dir", folder]
+    arguments = ["--train_data_dir", images, "--resolution", 8, "--random_flip", "--latents_dir", folder]
     with fresh_accelerator():
         encode_latents.main([*map(str, arguments), "--repa_model_name_or_path", str(vision)])
     return folder
@@ -292,8 +292,8 @@ def test_projectors_are_in_no_pipeline_and_no_average(aligned):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_ends_its_alignment_in_the_same_step(aligned, pictures, repa, tmp_path):
-    ours = resume(aligned, tmp_path / "run", 1, "--train_data_dir", pictures, *repa)
+def test_a_resumed_run_ends_its_alignment_in_the_same_step(aligned, images, repa, tmp_path):
+    ours = resume(aligned, tmp_path / "run", 1, "--train_data_dir", images, *repa)
     assert_same(ours, aligned, 4)
 
 
@@ -305,9 +305,9 @@ def test_stored_features_give_the_same_losses(aligned, features, repa, tmp_path)
     assert metrics(ours)[0]["alignment"] != metrics(aligned)[0]["alignment"]
 
 
-def test_alignment_with_accumulated_gradients(aligned, pictures, repa, tmp_path):
+def test_alignment_with_accumulated_gradients(aligned, images, repa, tmp_path):
     halves = ["--train_batch_size", 2, "--gradient_accumulation_steps", 2]
-    ours = run(tmp_path / "run", "--train_data_dir", pictures, *repa, *halves)
+    ours = run(tmp_path / "run", "--train_data_dir", images, *repa, *halves)
     assert_close(ours, aligned, rel=1e-4)
 
 
@@ -318,7 +318,7 @@ def test_alignment_of_a_stream(stream, vision, tmp_path):
     assert -1 <= lines[0]["alignment"] <= 1 and "prior_alignment" not in lines[0]
 
 
-def test_what_alignment_refuses(aligned, features, pictures, vision, repa, capsys, tmp_path):
+def test_what_alignment_refuses(aligned, features, images, vision, repa, capsys, tmp_path):
     other = tmp_path / "other"
     model = transformers.ViTModel.from_pretrained(vision, add_pooling_layer=False)
     with torch.no_grad():
@@ -329,10 +329,10 @@ def test_what_alignment_refuses(aligned, features, pictures, vision, repa, capsy
     with pytest.raises(ValueError, match=says("`repa_model_name_or_path`", "images", "stored features")):
         run(tmp_path / "run", "--latents_dir", aligned / "latents", *repa)
     with pytest.raises(ValueError, match=says("`path` must hold a model of `transformers`", "nowhere")):
-        run(tmp_path / "run", "--train_data_dir", pictures, *REPA, "--repa_model_name_or_path", tmp_path / "nowhere")
-    data = ["--train_data_dir", pictures, "--repa_model_name_or_path", vision]
+        run(tmp_path / "run", "--train_data_dir", images, *REPA, "--repa_model_name_or_path", tmp_path / "nowhere")
+    data = ["--train_data_dir", images, "--repa_model_name_or_path", vision]
     assert "`repa_layer` must be at most the 6 blocks" in says_at_start(capsys, *data)  # 8 by default
-    said = says_at_start(capsys, "--train_data_dir", pictures, "--repa_stop_step", 7)
+    said = says_at_start(capsys, "--train_data_dir", images, "--repa_stop_step", 7)
     assert "`repa_stop_step` must be given with `repa_model_name_or_path` only, got 7." in said
     fit = ["--preset", "FiTv2-Desk", "--repa_prior_weight", 1]
     assert "`repa_prior_weight` must be 0 for `preset` 'FiTv2-Desk'" in says_at_start(capsys, *data, *fit)
@@ -343,9 +343,9 @@ def test_what_alignment_refuses(aligned, features, pictures, vision, repa, capsy
 
 
 @pytest.mark.slow
-def test_buckets(pictures, vae, tmp_path):
+def test_buckets(images, vae, tmp_path):
     """Encoded by the trainer or by the command for it: the same run, which goes on as if it had not been stopped."""
-    data = ["--train_data_dir", pictures, "--resolution", 16, "--max_aspect_ratio", 2]
+    data = ["--train_data_dir", images, "--resolution", 16, "--max_aspect_ratio", 2]
     data += ["--pretrained_vae_name_or_path", vae]
     steps = ["--checkpointing_steps", 2, "--max_train_steps", 4]
     whole = run(tmp_path / "whole", *data, *steps)
@@ -364,7 +364,7 @@ def test_buckets(pictures, vae, tmp_path):
 
 
 def colours(pixels: torch.Tensor) -> torch.Tensor:
-    """Mean colours: features (B, 3) of pictures (B, 3, H, W) in uint8."""
+    """Mean colours: features (B, 3) of images (B, 3, H, W) in uint8."""
     assert pixels.dtype == torch.uint8 and pixels.ndim == 4
     return pixels.float().mean(dim=(2, 3)) / 255
 
@@ -380,8 +380,8 @@ def reference(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def distances(pictures, reference) -> list:
-    arguments = ["--train_data_dir", pictures, "--fid_extractor", f"{__name__}:colours", "--fid_reference", reference]
+def distances(images, reference) -> list:
+    arguments = ["--train_data_dir", images, "--fid_extractor", f"{__name__}:colours", "--fid_reference", reference]
     arguments += ["--fid_num_samples", 5, "--validation_steps", 2, "--checkpointing_steps", 2]
     arguments += ["--learning_rate", 0.05, "--adam_epsilon", 1e-8]  # classes make a difference after two steps
     return [*arguments, "--validation_seed", 3, "--validation_guidance_scale", 2]
@@ -422,7 +422,7 @@ def test_the_card_has_the_last_distances(evaluated):
     results = card.data.eval_results
     assert [result.metric_value for result in results] == [round(line[f"fid_stage_{i}"], 4) for i in (1, 2)]
     for stage, result in enumerate(results, 1):
-        assert (result.metric_type, result.dataset_name) == ("fid", "own pictures")
+        assert (result.metric_type, result.dataset_name) == ("fid", "own images")
         assert f"stage {stage}, 5 samples" in result.metric_name and "colours" in result.metric_name
     assert card.data.model_name == "run"
     assert "Fréchet distance after 3 steps" in card.text
@@ -478,7 +478,7 @@ def test_what_distances_refuse(distances, reference, tmp_path, capsys):
         "no_module_at_all:f": ("No module named",),
         "colours": ("package.module:attribute", "'colours'"),
         ".colours:f": ("package.module:attribute", "'.colours:f'"),
-        "builtins:repr": ("(2, 3)", "repr"),  # takes pictures, and returns no features
+        "builtins:repr": ("(2, 3)", "repr"),  # takes images, and returns no features
     }
     statistics = {
         "no_mean.npz": ("`mu`", "['sigma']"),
@@ -504,8 +504,8 @@ def test_what_distances_refuse(distances, reference, tmp_path, capsys):
 # Recipes
 
 
-def test_the_recipe_of_a_run_repeats_it(pictures, vae, tmp_path, monkeypatch):
-    data = ["--train_data_dir", pictures, "--pretrained_vae_name_or_path", vae, "--latents_dir", tmp_path / "latents"]
+def test_the_recipe_of_a_run_repeats_it(images, vae, tmp_path, monkeypatch):
+    data = ["--train_data_dir", images, "--pretrained_vae_name_or_path", vae, "--latents_dir", tmp_path / "latents"]
     options = ["--random_flip", "--logit_mean", -0.5, "--time_shift", 1.5, "--exact_dropout", "--seed", 5]
     options += ["--ema_decay", 0.3, 0.6, "--lr_scheduler", "cosine", "--lr_warmup_steps", 1, "--max_train_steps", 2]
     monkeypatch.chdir(tmp_path)
@@ -531,7 +531,7 @@ def test_a_recipe_names_no_folder(tmp_path, monkeypatch):
 
 def test_a_dry_run_creates_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    arguments = ["--config", RECIPES / "dod-b-imagenet256.yaml", "--train_data_dir", "pictures", "--dry_run"]
+    arguments = ["--config", RECIPES / "dod-b-imagenet256.yaml", "--train_data_dir", "images", "--dry_run"]
     main([*map(str, arguments), "--output_dir", "run"])
     assert "DoD-B" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
@@ -559,8 +559,8 @@ class ScalingAccelerator(accelerate.Accelerator):
 
 
 @pytest.mark.slow
-def test_scaled_gradients(pictures, tmp_path, monkeypatch):
-    data = ["--train_data_dir", pictures, "--preset", "FiTv2-Desk", "--train_batch_size", 2]
+def test_scaled_gradients(images, tmp_path, monkeypatch):
+    data = ["--train_data_dir", images, "--preset", "FiTv2-Desk", "--train_batch_size", 2]
     data += ["--gradient_accumulation_steps", 2, "--checkpointing_steps", 1]
     plain = run(tmp_path / "plain", *data, "--max_train_steps", 1)
     monkeypatch.setattr(train, "Accelerator", ScalingAccelerator)
@@ -584,9 +584,9 @@ def test_scaled_gradients(pictures, tmp_path, monkeypatch):
     assert_same(resume(whole, tmp_path / "run", first - 1, *arguments), whole, 6)  # between two falls of the scale
 
 
-def test_half_precision_without_a_scaler_is_refused(pictures, tmp_path):
+def test_half_precision_without_a_scaler_is_refused(images, tmp_path):
     with pytest.raises(ValueError, match=says("`mixed_precision`", "cannot be scaled", "got 'fp16'")):
-        run(tmp_path / "run", "--train_data_dir", pictures, "--mixed_precision", "fp16")
+        run(tmp_path / "run", "--train_data_dir", images, "--mixed_precision", "fp16")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -595,8 +595,8 @@ def test_half_precision_without_a_scaler_is_refused(pictures, tmp_path):
     ("option", "expected"),
     [(["--logit_mean", -8], "0.00_0.25"), (["--logit_mean", 8], "0.75_1.00"), (["--time_shift", 1e4], "0.75_1.00")],
 )
-def test_the_distribution_of_times(pictures, tmp_path, option, expected):
-    data = ["--train_data_dir", pictures, "--preset", "FiTv2-Desk", "--max_train_steps", 1]
+def test_the_distribution_of_times(images, tmp_path, option, expected):
+    data = ["--train_data_dir", images, "--preset", "FiTv2-Desk", "--max_train_steps", 1]
     (line,) = metrics(run(tmp_path / "run", *data, *option))
     filled = [name for name, value in line.items() if name.startswith("loss_sigma") and value is not None]
     assert filled == [f"loss_sigma_{expected}"]
@@ -617,8 +617,8 @@ def test_what_a_resumed_run_must_have_as_before(streamed, stream, tmp_path, opti
 
 
 @pytest.mark.slow
-def test_moments_of_8_bits(pictures, tmp_path):
-    data = ["--train_data_dir", pictures, "--checkpointing_steps", 2, "--max_train_steps", 4]
+def test_moments_of_8_bits(images, tmp_path):
+    data = ["--train_data_dir", images, "--checkpointing_steps", 2, "--max_train_steps", 4]
     schedule = ["--lr_scheduler", "cosine", "--lr_warmup_steps", 1]
     eight = [*data, *schedule, "--optimizer", "adamw_8bit"]
     whole = run(tmp_path / "whole", *eight)
@@ -635,8 +635,8 @@ def test_moments_of_8_bits(pictures, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_compute_the_same(pictures, tmp_path):
-    data = ["--train_data_dir", pictures, "--max_train_steps", 3, "--label_dropout_prob", 0.5]
+def test_compiled_blocks_compute_the_same(images, tmp_path):
+    data = ["--train_data_dir", images, "--max_train_steps", 3, "--label_dropout_prob", 0.5]
     eager = run(tmp_path / "eager", *data)
     compiled = run(tmp_path / "compiled", *data, "--compile")
     assert_close(compiled, eager, rel=1e-3)

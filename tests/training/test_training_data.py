@@ -8,14 +8,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import says, tiny_vae, write_pictures
+from helpers import says, tiny_vae, write_images
 
 from diffusers_dod.autoencoders import encode_moments
 from diffusers_dod.data.buckets import bucket_sizes, encode_buckets
 from diffusers_dod.data.encoding import EncodingOptions
 from diffusers_dod.data.foreign_latents import Edm2Latents
+from diffusers_dod.data.labelled_images import ImageOptions, load_labelled_images
 from diffusers_dod.data.latents import Latents
-from diffusers_dod.data.pictures import ImageOptions, load_pictures
 from diffusers_dod.data.sample_stream import PositionSampler, SampleDraws
 from diffusers_dod.data.streaming import open_stream
 from diffusers_dod.training.training_data import StoredLatents, StreamedImages, TrainingData
@@ -59,7 +59,7 @@ def shards(tmp_path) -> Path:
     """Ten images of two classes in three Parquet files."""
     (tmp_path / "images").mkdir()
     (tmp_path / "shards").mkdir()
-    paths = sorted(write_pictures(tmp_path / "images", [(8, 8)] * 5).rglob("*.png"))
+    paths = sorted(write_images(tmp_path / "images", [(8, 8)] * 5).rglob("*.png"))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "newt"])})
     for number in range(3):
         rows = [{"image": str(path), "label": path.parent.name} for path in paths[number::3]]
@@ -165,8 +165,8 @@ def test_what_the_latents_decide(tmp_path):
 
 def test_steps_of_buckets_have_one_shape(tmp_path):
     (tmp_path / "images").mkdir()
-    folder = write_pictures(tmp_path / "images", [(12, 20), (16, 16), (20, 12)])
-    images = load_pictures(ImageOptions(train_data_dir=str(folder), resolution=16), 0, 0)
+    folder = write_images(tmp_path / "images", [(12, 20), (16, 16), (20, 12)])
+    images = load_labelled_images(ImageOptions(train_data_dir=str(folder), resolution=16), 0, 0)
     latents = encode_buckets(images, bucket_sizes(16, 4), None, tmp_path / "latents")
     data = StoredLatents(latents, 1, CPU)
     shapes = [tuple(inputs["latents"].shape[1:]) for inputs in inputs_of(data, 40)]

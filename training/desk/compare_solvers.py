@@ -63,14 +63,14 @@ def parse_args() -> argparse.Namespace:
 
 
 @torch.no_grad()
-def statistics(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of the features of `pictures` (n, 3, 32, 32) in uint8."""
-    chunks = torch.from_numpy(pictures).split(250)
+def statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of the features of `images` (n, 3, 32, 32) in uint8."""
+    chunks = torch.from_numpy(images).split(250)
     return feature_statistics(torch.cat([extractor(chunk).features for chunk in chunks]).numpy())
 
 
 def run(pipeline: DoDPipeline, steps: int | None, args: argparse.Namespace) -> tuple[np.ndarray, float, float]:
-    """Pictures (n, 3, 32, 32) in uint8, and the mean and the largest number of evaluations of a sample."""
+    """Images (n, 3, 32, 32) in uint8, and the mean and the largest number of evaluations of a sample."""
     images, evaluations = [], []
     labels = np.arange(args.num_samples) % len(TEXTURE_CLASSES)
     for indices in np.array_split(np.arange(args.num_samples), -(-args.num_samples // args.batch_size)):
@@ -140,13 +140,13 @@ def main() -> None:
     for name, scheduler, rtol, steps in tqdm(todo):
         if reference is None:
             dataset = TextureDataset(args.num_reference, seed=HELD_OUT_SEED)
-            pictures = np.stack([dataset[index]["image"] for index in range(args.num_reference)])
-            reference = statistics(pictures.transpose(0, 3, 1, 2))
+            images = np.stack([dataset[index]["image"] for index in range(args.num_reference)])
+            reference = statistics(images.transpose(0, 3, 1, 2))
         if rtol is not None:
             scheduler = DoDFlowMatchScheduler.from_config(scheduler.config, rtol=rtol, atol=rtol / 100)
         pipeline.scheduler = scheduler
-        pictures, mean_evaluations, max_evaluations = run(pipeline, steps, args)
-        fid = frechet_distance(*statistics(pictures), *reference)
+        images, mean_evaluations, max_evaluations = run(pipeline, steps, args)
+        fid = frechet_distance(*statistics(images), *reference)
         row = {"solver": name, "steps": steps, "rtol": rtol, "num_evaluations": mean_evaluations}
         results.append({**row, "max_num_evaluations": max_evaluations, "fid": fid})
         args.output_file.parent.mkdir(parents=True, exist_ok=True)

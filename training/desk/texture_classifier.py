@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_dod.data.pictures import to_pixels
+from diffusers_dod.data.labelled_images import to_pixels
 from diffusers_dod.data.textures import NUM_ATTRIBUTES, TEXTURE_CLASSES, TextureDataset
 
 

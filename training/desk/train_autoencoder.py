@@ -29,7 +29,7 @@ HELD_OUT_SEED = 1
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--resolution", type=int, default=32, help="Side of the pictures in pixels.")
+    parser.add_argument("--resolution", type=int, default=32, help="Side of the images in pixels.")
     parser.add_argument("--max_train_steps", type=int, default=2500)
     parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="Peak; falls to 0 along a cosine.")
@@ -64,7 +64,7 @@ def main() -> None:
         optimizer, args.learning_rate, total_steps=args.max_train_steps, pct_start=0.05
     )
 
-    # 1. Train: L1 + KL. Every picture is seen once; a worker renders while the model trains.
+    # 1. Train: L1 + KL. Every image is seen once; a worker renders while the model trains.
     dataset = TextureDataset(args.max_train_steps * args.train_batch_size, size=args.resolution, seed=args.seed)
     loader = DataLoader(dataset, batch_size=args.train_batch_size, num_workers=1)
     start = time.perf_counter()
@@ -85,7 +85,7 @@ def main() -> None:
         progress.set_postfix(l1=f"{l1.item():.4f}", kl=f"{kl.item():.3f}")
     seconds = time.perf_counter() - start
 
-    # 2. Measure on held-out pictures, and the statistics that normalise the latents.
+    # 2. Measure on held-out images, and the statistics that normalise the latents.
     vae.eval()
     held_out = TextureDataset(2048, size=args.resolution, seed=HELD_OUT_SEED)
     pixels = torch.cat([to_pixels(batch["image"]) for batch in DataLoader(held_out, batch_size=256)])

@@ -487,7 +487,7 @@ def draw_plots(results: Results, folder: Path) -> None:
     ):
         points = {float(scale): results.find(run, f"rfid_scale_{scale}") for scale in SCALES}
         draw(axes[1], label, points, color=colour)
-    axes[1].set(xlabel="guidance scale", ylabel="rFID", title="Real pictures from their priors")
+    axes[1].set(xlabel="guidance scale", ylabel="rFID", title="Real images from their priors")
     lines["stage 2 of p_s 0.25, seed 0"] = (lines.pop("stage 2 of p_s 0.25")[0], OFTEN[0])
     for label, (prefix, runs) in lines.items():
         steps = (2000, 4000, 8000)

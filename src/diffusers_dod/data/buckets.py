@@ -34,9 +34,9 @@ from .encoding import (
     finish_latents,
     latent_settings,
 )
+from .labelled_images import ImageDataset, LabelledImages
 from .latents import LatentDataset, Latents, check_settings, is_complete
 from .orders import BucketOrder
-from .pictures import ImageDataset, Pictures
 from .vision_features import VisionFeatures
 
 
@@ -103,7 +103,7 @@ class _AspectRatios(Dataset):
         return -ratio if orientation in (5, 6, 7, 8) and image.format != "TIFF" else ratio
 
 
-def assign_buckets(pictures: Pictures, sizes: Sequence[tuple[int, int]], num_workers: int = 0) -> list[int]:
+def assign_buckets(images: LabelledImages, sizes: Sequence[tuple[int, int]], num_workers: int = 0) -> list[int]:
     """
     Assigns each image to the size with the nearest aspect ratio, in the logarithm.
 
@@ -111,7 +111,7 @@ def assign_buckets(pictures: Pictures, sizes: Sequence[tuple[int, int]], num_wor
     opened count as squares, and encoding reports them later.
 
     Args:
-        pictures ([`Pictures`]): Images whose `dataset` is a [`ImageDataset`].
+        images ([`LabelledImages`]): Images whose `dataset` is a [`ImageDataset`].
         sizes (`Sequence[tuple[int, int]]`): Heights and widths, see [`bucket_sizes`].
         num_workers (`int`, defaults to 0): Processes that read headers; 0 reads them in this one.
 
@@ -121,49 +121,49 @@ def assign_buckets(pictures: Pictures, sizes: Sequence[tuple[int, int]], num_wor
     Raises:
         `ValueError`, `TypeError`: there are no images or no sizes, or the images are no [`ImageDataset`].
     """
-    check_type("pictures.dataset", pictures.dataset, ImageDataset)  # procedural images are squares
-    for name, values in {"pictures": pictures.dataset, "sizes": sizes}.items():
+    check_type("images.dataset", images.dataset, ImageDataset)  # procedural images are squares
+    for name, values in {"images": images.dataset, "sizes": sizes}.items():
         if len(values) == 0:
             raise ValueError(f"`{name}` must hold at least one, got 0.")
-    loader = DataLoader(_AspectRatios(pictures.dataset), batch_size=256, num_workers=num_workers, collate_fn=np.array)
+    loader = DataLoader(_AspectRatios(images.dataset), batch_size=256, num_workers=num_workers, collate_fn=np.array)
     ratios = np.concatenate(list(loader))
     targets = np.log([height / width for height, width in sizes])
     return np.abs(ratios[:, None] - targets).argmin(axis=1).tolist()
 
 
-def split_pictures(
-    pictures: Pictures, sizes: Sequence[tuple[int, int]], num_workers: int = 0
-) -> dict[tuple[int, int], Pictures]:
+def split_images(
+    images: LabelledImages, sizes: Sequence[tuple[int, int]], num_workers: int = 0
+) -> dict[tuple[int, int], LabelledImages]:
     """
     Splits images into buckets; empty buckets are left out.
 
     Args:
-        pictures ([`Pictures`]): Images whose `dataset` is a [`ImageDataset`].
+        images ([`LabelledImages`]): Images whose `dataset` is a [`ImageDataset`].
         sizes (`Sequence[tuple[int, int]]`): Heights and widths, see [`bucket_sizes`].
         num_workers (`int`, defaults to 0): Processes that read headers; 0 reads them in this one.
 
     Returns:
-        `dict[tuple[int, int], Pictures]`: The images by height and width, each bucket with its own fingerprint.
+        `dict[tuple[int, int], LabelledImages]`: The images by height and width, each bucket with its own fingerprint.
 
     Raises:
         `ValueError`, `TypeError`: see [`assign_buckets`].
     """
-    assigned = np.array(assign_buckets(pictures, sizes, num_workers))
+    assigned = np.array(assign_buckets(images, sizes, num_workers))
     buckets = {}
     for number in np.unique(assigned).tolist():
         height, width = sizes[number]
         indices = np.flatnonzero(assigned == number)
         digest = hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()
         buckets[height, width] = replace(
-            pictures,
-            dataset=pictures.dataset.select(indices.tolist(), (height, width)),
-            fingerprint=f"{pictures.fingerprint}-{height}x{width}-{digest}",
+            images,
+            dataset=images.dataset.select(indices.tolist(), (height, width)),
+            fingerprint=f"{images.fingerprint}-{height}x{width}-{digest}",
         )
     return buckets
 
 
 def encode_buckets(
-    pictures: Pictures,
+    images: LabelledImages,
     sizes: Sequence[tuple[int, int]],
     vae: Autoencoder | None,
     folder: Path,
@@ -178,7 +178,7 @@ def encode_buckets(
     A run that was stopped continues where it was.
 
     Args:
-        pictures ([`Pictures`]): Images whose `dataset` is a [`ImageDataset`].
+        images ([`LabelledImages`]): Images whose `dataset` is a [`ImageDataset`].
         sizes (`Sequence[tuple[int, int]]`): Heights and widths, see [`bucket_sizes`].
         vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
         folder (`Path`): Folder of the latents.
@@ -197,13 +197,13 @@ def encode_buckets(
     """
     options, share = options or EncodingOptions(), share or Share()
     check_options(options)
-    shared = latent_settings(pictures, vae, options, vision)
+    shared = latent_settings(images, vae, options, vision)
     settings = shared | {"transform": "ADM centre crop to buckets", "bucket_sizes": [list(size) for size in sizes]}
     with all_or_none():  # all have looked before anyone writes
         is_done = _is_done(folder, settings)
     if not is_done:
         with all_or_none():
-            buckets = split_pictures(pictures, sizes, options.dataloader_num_workers)
+            buckets = split_images(images, sizes, options.dataloader_num_workers)
             num_shards = 0
             for size, bucket in buckets.items():
                 start = (share.process_index - num_shards) % share.num_processes  # goes on where the last bucket ended
@@ -234,7 +234,7 @@ def _is_done(folder: Path, settings: dict[str, Any]) -> bool:
 
 def _finish_buckets(
     folder: Path,
-    buckets: dict[tuple[int, int], Pictures],
+    buckets: dict[tuple[int, int], LabelledImages],
     settings: dict[str, Any],
     shared: dict[str, Any],
     on_bad_image: str,
@@ -248,7 +248,7 @@ def _finish_buckets(
         bad += [{**entry, "index": bucket.dataset.indices[entry["index"]]} for entry in unreadable]
         if len(unreadable) == len(bucket.dataset):
             continue  # nothing to train on
-        own = {"pictures": bucket.fingerprint, "num_pictures": len(bucket.dataset)}
+        own = {"images": bucket.fingerprint, "num_images": len(bucket.dataset)}
         manifest = finish_latents(bucket_folder, shared | own, on_bad_image="skip")
         factor = height // manifest["latent_shape"][1]
         count = manifest["num_samples"]
@@ -256,7 +256,7 @@ def _finish_buckets(
     bad.sort(key=lambda entry: entry["index"])
     check_bad_images(bad, on_bad_image)
     if not entries:
-        raise ValueError(f"{folder} must hold at least one picture, got none of {settings['num_pictures']}.")
+        raise ValueError(f"{folder} must hold at least one image, got none of {settings['num_images']}.")
     side = settings["resolution"] // factor
     content = {
         "format": BUCKETS_FORMAT,
@@ -299,7 +299,7 @@ class BucketedLatents(Latents):
         super().__init__(folder, manifest, torch.cat([bucket.labels for bucket in self.buckets]))
 
     def _locate(self, index: int) -> tuple[LatentDataset, int]:
-        """The bucket of a picture, and its index there."""
+        """The bucket of an image, and its index there."""
         bucket = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self.buckets[bucket], index - int(self._starts[bucket])
 

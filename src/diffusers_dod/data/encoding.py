@@ -17,8 +17,8 @@ from ..autoencoders import Autoencoder, encode_moments
 from ..checks import check_at_least, check_choice
 from ..files import file_sha256, replacing, sha256_of_weights, write_json
 from ..options import check_options, option
+from .labelled_images import TRANSFORM, LabelledImages, to_pixels
 from .latents import DTYPES, SHARD_FORMAT, SHARD_MANIFEST, check_settings
-from .pictures import TRANSFORM, Pictures, to_pixels
 from .vision_features import VisionFeatures
 
 
@@ -86,7 +86,7 @@ class BadImagesError(ValueError):
         shown = "; ".join(f"{entry['path']}: {entry['reason']}" for entry in bad[:20])
         more = f"; and {len(bad) - 20} more" if len(bad) > 20 else ""
         super().__init__(
-            f"{len(bad)} pictures cannot be read: {shown}{more}. Repair or remove them, or leave them out with "
+            f"{len(bad)} images cannot be read: {shown}{more}. Repair or remove them, or leave them out with "
             "`on_bad_image` = 'skip'."
         )
         self.bad = bad
@@ -105,7 +105,7 @@ def describe_autoencoder(vae: Autoencoder | None) -> dict[str, str] | None:
 
 
 def latent_settings(
-    pictures: Pictures,
+    images: LabelledImages,
     vae: Autoencoder | None,
     options: EncodingOptions,
     vision: VisionFeatures | None = None,
@@ -114,7 +114,7 @@ def latent_settings(
     Settings that latents depend on, as their manifest states them.
 
     Args:
-        pictures ([`Pictures`]): The images.
+        images ([`LabelledImages`]): The images.
         vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
         options ([`EncodingOptions`]): Settings of the encoding.
         vision ([`VisionFeatures`], *optional*): The vision model whose features are stored too.
@@ -123,11 +123,11 @@ def latent_settings(
         `dict`: The settings, ready for JSON.
     """
     settings = {
-        "pictures": pictures.fingerprint,
-        "num_pictures": len(pictures.dataset),
-        "class_names": list(pictures.class_names),
+        "images": images.fingerprint,
+        "num_images": len(images.dataset),
+        "class_names": list(images.class_names),
         "transform": TRANSFORM,
-        "resolution": pictures.resolution,
+        "resolution": images.resolution,
         "random_flip": options.random_flip,
         "autoencoder": describe_autoencoder(vae),
         "latents_dtype": options.latents_dtype,
@@ -138,20 +138,20 @@ def latent_settings(
 class _Readable(Dataset):
     """An image data set that yields `{index, reason}` in place of an image that cannot be read."""
 
-    def __init__(self, pictures: Pictures):
-        self.pictures = pictures
+    def __init__(self, images: LabelledImages):
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.pictures.dataset)
+        return len(self.images.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            sample = self.pictures.dataset[index]
+            sample = self.images.dataset[index]
         except MemoryError:
             raise
         except Exception as error:  # each library that reads files has its own
             return {"index": index, "reason": f"{type(error).__name__}: {error}"}
-        num_classes = len(self.pictures.class_names)
+        num_classes = len(self.images.class_names)
         if not 0 <= int(sample["label"]) < num_classes:
             return {"index": index, "reason": f"its label is {sample['label']}, not in [0, {num_classes - 1}]"}
         return {"index": index, **sample}
@@ -183,7 +183,7 @@ def _is_done(folder: Path, shard: int, settings: dict[str, Any], on_bad_image: s
 
 @torch.no_grad()
 def encode_latents(
-    pictures: Pictures,
+    images: LabelledImages,
     vae: Autoencoder | None,
     folder: Path,
     options: EncodingOptions | None = None,
@@ -194,7 +194,7 @@ def encode_latents(
     Writes one process's share of the shards, except for shards that exist already.
 
     Args:
-        pictures ([`Pictures`]): The images.
+        images ([`LabelledImages`]): The images.
         vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
         folder (`Path`): Folder of the shards.
         options ([`EncodingOptions`], *optional*): Settings of the encoding; the defaults if not given. Images that
@@ -210,30 +210,30 @@ def encode_latents(
     check_options(options)
     shard_size, batch_size = options.shard_size, options.encoding_batch_size
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {**latent_settings(pictures, vae, options, vision), "shard_size": shard_size}
+    settings = {**latent_settings(images, vae, options, vision), "shard_size": shard_size}
     device = next(vae.parameters()).device if vae is not None else torch.device("cpu")
     dtype = DTYPES[options.latents_dtype]
-    num_pictures = len(pictures.dataset)
-    shards = range(share.process_index, -(-num_pictures // shard_size), share.num_processes)
+    num_images = len(images.dataset)
+    shards = range(share.process_index, -(-num_images // shard_size), share.num_processes)
     todo = [shard for shard in shards if not _is_done(folder, shard, settings, options.on_bad_image)]
     batches = [
-        list(range(start, min(start + batch_size, (shard + 1) * shard_size, num_pictures)))
+        list(range(start, min(start + batch_size, (shard + 1) * shard_size, num_images)))
         for shard in todo
-        for start in range(shard * shard_size, min((shard + 1) * shard_size, num_pictures), batch_size)
+        for start in range(shard * shard_size, min((shard + 1) * shard_size, num_images), batch_size)
     ]
     loader = iter(
         DataLoader(
-            _Readable(pictures),
+            _Readable(images),
             batch_sampler=batches,
             num_workers=options.dataloader_num_workers,
             collate_fn=list,
         )
     )
-    progress = tqdm(total=sum(map(len, batches)), desc="Encoding pictures", disable=share.process_index > 0)
+    progress = tqdm(total=sum(map(len, batches)), desc="Encoding images", disable=share.process_index > 0)
     for shard in todo:
         parts: dict[str, list[torch.Tensor]] = {"mean": [], "std": [], "labels": [], "features": []}
         bad = []
-        for _ in range(-(-min(shard_size, num_pictures - shard * shard_size) // batch_size)):
+        for _ in range(-(-min(shard_size, num_images - shard * shard_size) // batch_size)):
             rows = next(loader)
             progress.update(len(rows))
             bad += [{"index": row["index"], "reason": row["reason"]} for row in rows if "reason" in row]
@@ -262,7 +262,7 @@ def encode_latents(
         with replacing(path) as unfinished:
             save_file(tensors, unfinished)
         for entry in bad:
-            entry["path"] = pictures.path_of(entry["index"])
+            entry["path"] = images.path_of(entry["index"])
         note = {
             "settings": settings,
             "num_samples": len(tensors["labels"]) if tensors else 0,
@@ -294,7 +294,7 @@ def finish_latents(folder: Path, settings: dict[str, Any], on_bad_image: str = "
     check_choice("on_bad_image", on_bad_image, ON_BAD_IMAGE)
     first = _read_note(folder, 0)
     shard_size = SHARD_SIZE if first is None else first["settings"]["shard_size"]
-    num_shards = -(-settings["num_pictures"] // shard_size)
+    num_shards = -(-settings["num_images"] // shard_size)
     notes = [_read_note(folder, shard) for shard in range(num_shards)]
     if None in notes:
         missing = [_shard_path(folder, shard).name for shard, note in enumerate(notes) if note is None]
@@ -308,7 +308,7 @@ def finish_latents(folder: Path, settings: dict[str, Any], on_bad_image: str = "
     check_bad_images(bad, on_bad_image)
     num_samples = sum(note["num_samples"] for note in notes)
     if num_samples == 0:
-        raise ValueError(f"{folder} must hold at least one picture, got none of {settings['num_pictures']}.")
+        raise ValueError(f"{folder} must hold at least one image, got none of {settings['num_images']}.")
     manifest = {
         "format": SHARD_FORMAT,
         **settings,
@@ -326,6 +326,6 @@ def finish_latents(folder: Path, settings: dict[str, Any], on_bad_image: str = "
 
 
 def check_bad_images(bad: list[dict[str, Any]], on_bad_image: str) -> None:
-    """Raises a `BadImagesError` if there are `bad` pictures and `on_bad_image` is `"error"`."""
+    """Raises a `BadImagesError` if there are `bad` images and `on_bad_image` is `"error"`."""
     if bad and on_bad_image == "error":
         raise BadImagesError(bad)

@@ -23,8 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..files import file_sha256
+from .labelled_images import TRANSFORM, LabelledImages
 from .orders import EpochOrder
-from .pictures import TRANSFORM, Pictures
 
 
 SHARD_MANIFEST = "manifest.json"
@@ -252,26 +252,26 @@ class LatentDataset(Latents):
         return slices["features"][row, view].float()
 
 
-def pictures_of(latents: LatentDataset, pictures: Pictures) -> np.ndarray:
+def images_of(latents: LatentDataset, images: LabelledImages) -> np.ndarray:
     """
     Indices of the images that latents were made of; latents lack images that could not be read.
 
     Args:
         latents ([`LatentDataset`]): The latents.
-        pictures ([`Pictures`]): The images that they were made of.
+        images ([`LabelledImages`]): The images that they were made of.
 
     Returns:
-        `np.ndarray` of shape `(n,)`: Indices into `pictures.dataset`, in ascending order.
+        `np.ndarray` of shape `(n,)`: Indices into `images.dataset`, in ascending order.
 
     Raises:
         `ValueError`: the latents were made of other images.
     """
     expected = {
-        "pictures": pictures.fingerprint,
-        "num_pictures": len(pictures.dataset),
+        "images": images.fingerprint,
+        "num_images": len(images.dataset),
         "transform": TRANSFORM,
-        "resolution": pictures.resolution,
+        "resolution": images.resolution,
     }
     check_settings(latents.folder, latents.manifest, expected)
     bad = [entry["index"] for entry in latents.manifest["bad_images"]]
-    return np.delete(np.arange(len(pictures.dataset)), bad)
+    return np.delete(np.arange(len(images.dataset)), bad)

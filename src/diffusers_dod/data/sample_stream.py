@@ -9,8 +9,8 @@ from torch.utils.data import Dataset, Sampler, default_collate
 
 from ..rectified_flow import logit_normal_sigma, shift_sigma
 from ..seeding import stateless_generator
+from .labelled_images import to_pixels
 from .latents import Latents
-from .pictures import to_pixels
 
 
 @dataclass

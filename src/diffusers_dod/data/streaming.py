@@ -24,7 +24,16 @@ from ..checks import check_at_least
 from ..options import check_options
 from ..seeding import stateless_generator
 from .encoding import EncodingOptions, Share
-from .pictures import TEXTURES, Columns, ImageOptions, center_crop, find_shards, open_dataset, read_row, to_pixels
+from .labelled_images import (
+    TEXTURES,
+    Columns,
+    ImageOptions,
+    center_crop,
+    find_shards,
+    open_dataset,
+    read_row,
+    to_pixels,
+)
 from .sample_stream import SampleDraws, collate_priors_first
 
 

@@ -96,7 +96,7 @@ class VisionFeatures:
         self.image_size: int = image_size
         self._mean, self._std = preprocessor.get("image_mean"), preprocessor.get("image_std")
         if self._mean is None or self._std is None:
-            logger.warning(f"{path} does not say how pictures are normalised: it is taken for ImageNet's way.")
+            logger.warning(f"{path} does not say how images are normalised: it is taken for ImageNet's way.")
             self._mean, self._std = IMAGENET_MEAN, IMAGENET_STD
         # Models with learned positions take images of another size than in their training only if asked to.
         self._options = {}

@@ -89,7 +89,7 @@ def compute_features(
 
     Args:
         images ([`ImageSource`]): The images.
-        extractor (`Callable`): Images (B, 3, H, W) in uint8 -> features (B, d) or [`PictureFeatures`].
+        extractor (`Callable`): Images (B, 3, H, W) in uint8 -> features (B, d) or [`ImageFeatures`].
         batch_size (`int`, defaults to 64): Images at a time.
         device (`torch.device` or `str`, defaults to `"cpu"`): Device on which the extractor takes images.
         num_images (`int`, *optional*): Number of images, drawn by [`draw_indices`]. By default all.
@@ -104,7 +104,7 @@ def compute_features(
     """
     check_at_least("num_groups", num_groups, 1)
     indices = draw_indices(len(images), num_images, shuffle=isinstance(images, DatasetImages))
-    places = np.argsort(indices)  # in the random order, of the pictures in the order in which they are read
+    places = np.argsort(indices)  # in the random order, of the images in the order in which they are read
     known = None if images.labels is None else images.labels[indices[places]]
     groups = assign_groups(len(places), num_groups, known)
     summary = FeatureSummary({}, RunningInceptionScore(), num_images=len(places))
@@ -119,7 +119,7 @@ def compute_features(
                 if values is not None and not bool(values.isfinite().all()):
                     number = int((~values.isfinite()).any(dim=1).sum())
                     raise ValueError(
-                        f"`extractor` must give finite `{name}`, got {number} of {len(values)} pictures of "
+                        f"`extractor` must give finite `{name}`, got {number} of {len(values)} images of "
                         f"{images.name!r} with others."
                     )
             now = slice(start, start + len(batch))
@@ -217,7 +217,7 @@ class Reference:
         Computes the features that metrics need, unless that has been done.
 
         Args:
-            extractor (`Callable`): Images (B, 3, H, W) in uint8 -> features (B, d) or [`PictureFeatures`].
+            extractor (`Callable`): Images (B, 3, H, W) in uint8 -> features (B, d) or [`ImageFeatures`].
             batch_size (`int`): Images at a time.
             device (`str`): Device on which the extractor takes images.
         """
@@ -382,7 +382,7 @@ class Evaluator:
         if not minimum <= num_samples <= len(samples):
             raise ValueError(
                 f"`num_samples` must be an integer from {minimum}, for `num_groups` {options.num_groups}, to the "
-                f"{len(samples)} pictures of {samples.name!r}, got {num_samples}."
+                f"{len(samples)} images of {samples.name!r}, got {num_samples}."
             )
         self.check(samples.resolution, samples.num_classes, samples.labels)
         if num_samples < PUBLISHED_NUM_SAMPLES and outputs_for(options.wanted_metrics, "statistics"):
@@ -429,7 +429,7 @@ class Evaluator:
         if reference is not None and reference.images is not None:
             if tuple(reference.images.resolution) != tuple(resolution):
                 raise ValueError(
-                    f"`reference` must have pictures of {tuple(resolution)} pixels as the samples have, "
+                    f"`reference` must have images of {tuple(resolution)} pixels as the samples have, "
                     f"got {tuple(reference.images.resolution)}."
                 )
         black = torch.zeros(2, 3, *resolution, dtype=torch.uint8, device=options.device)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ..checks import check_at_least
-from ..data.pictures import TEXTURES, ImageOptions, Pictures, load_pictures
+from ..data.labelled_images import TEXTURES, ImageOptions, LabelledImages, load_labelled_images
 from ..files import file_sha256, folder_sha256
 from ..seeding import stateless_generator
 
@@ -48,7 +48,7 @@ def draw_indices(num_available: int, num_images: int | None = None, shuffle: boo
     num_images = num_available if num_images is None else num_images
     check_at_least("num_images", num_images, 1)
     if num_images > num_available:
-        raise ValueError(f"`num_images` must be at most the {num_available} pictures there are, got {num_images}.")
+        raise ValueError(f"`num_images` must be at most the {num_available} images there are, got {num_images}.")
     if num_images == num_available and not shuffle:
         return np.arange(num_available)
     return torch.randperm(num_available, generator=stateless_generator(num_available))[:num_images].numpy()
@@ -102,7 +102,7 @@ class ImageSource(ABC):
             class ids (B,), if they have any.
 
         Raises:
-            `ValueError`: an index is out of range or not in order, or a picture cannot be read.
+            `ValueError`: an index is out of range or not in order, or an image cannot be read.
         """
         check_at_least("batch_size", batch_size, 1)
         indices = np.arange(len(self)) if indices is None else np.asarray(indices)
@@ -110,8 +110,8 @@ class ImageSource(ABC):
             raise ValueError(f"`indices` must increase within [0, {len(self) - 1}], got others for {self.name!r}.")
         rows = self._read(indices)
         while batch := list(islice(rows, batch_size)):
-            pictures, labels = zip(*batch, strict=True)
-            tensor = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+            images, labels = zip(*batch, strict=True)
+            tensor = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
             yield tensor, None if labels[0] is None else torch.tensor(labels)
 
 
@@ -178,14 +178,14 @@ class NpzImages(ImageSource):
             self._read_header(file)
             for index in range(len(self)):  # to the end, where the checksum is
                 try:
-                    picture = file.read(size)
+                    image = file.read(size)
                 except (zipfile.BadZipFile, zlib.error, EOFError) as error:
                     raise ValueError(f"`arr_0` of {self.path} is damaged: {error}") from error
-                if len(picture) < size:
-                    raise ValueError(f"`arr_0` of {self.path} is damaged: it ends before its {len(self)} pictures.")
+                if len(image) < size:
+                    raise ValueError(f"`arr_0` of {self.path} is damaged: it ends before its {len(self)} images.")
                 if index in wanted:
                     label = None if self.labels is None else int(self.labels[index])
-                    yield np.frombuffer(picture, dtype=np.uint8).reshape(shape), label
+                    yield np.frombuffer(image, dtype=np.uint8).reshape(shape), label
 
 
 class FolderImages(ImageSource):
@@ -218,18 +218,18 @@ class FolderImages(ImageSource):
                 with Image.open(file) as image:
                     form = (image.mode, image.size)
             except OSError as error:
-                raise ValueError(f"`path` must hold pictures, got {file}: {error}") from error
+                raise ValueError(f"`path` must hold images, got {file}: {error}") from error
             first = first or form
             if form != first or image.mode != "RGB":
                 raise ValueError(
-                    f"`path` must hold RGB pictures of one size, got {file} in {image.mode} of {image.width} x "
+                    f"`path` must hold RGB images of one size, got {file} in {image.mode} of {image.width} x "
                     f"{image.height} and {self.paths[0].name} in {first[0]} of {first[1][0]} x {first[1][1]} pixels."
                 )
         data: dict[str, Any] = {"sha256": file_sha256(*self.paths)}
         num_classes = None
         if manifest is not None:
             if manifest.get("sha256") not in (None, data["sha256"]):
-                raise ValueError(f"`path` must hold the pictures of its manifest, got others in {path}.")
+                raise ValueError(f"`path` must hold the images of its manifest, got others in {path}.")
             data["manifest"] = manifest
             num_classes = manifest.get("num_classes")
         super().__init__(str(path), first[1][::-1], self._read_labels(manifest), num_classes, data)
@@ -244,7 +244,7 @@ class FolderImages(ImageSource):
         try:
             labels = np.array([int(line) for line in file.read_text().split()])
         except (OSError, ValueError) as error:
-            raise ValueError(f"`{LABELS_FILE}` must hold class ids of pictures, got {file}: {error}") from error
+            raise ValueError(f"`{LABELS_FILE}` must hold class ids of images, got {file}: {error}") from error
         if len(labels) != len(self):
             raise ValueError(f"`{LABELS_FILE}` must hold {len(self)} class ids, got {len(labels)} in {file}.")
         return labels
@@ -254,48 +254,48 @@ class FolderImages(ImageSource):
             path = self.paths[index]
             try:
                 with Image.open(path) as image:
-                    picture = np.asarray(image)
+                    pixels = np.asarray(image)
             except OSError as error:
-                raise ValueError(f"`path` must hold pictures that can be read, got {path}: {error}") from error
-            yield picture, None if self.labels is None else int(self.labels[index])
+                raise ValueError(f"`path` must hold images that can be read, got {path}: {error}") from error
+            yield pixels, None if self.labels is None else int(self.labels[index])
 
 
-def picture_identity(pictures: Pictures, folder: str | None) -> str:
+def image_identity(images: LabelledImages, folder: str | None) -> str:
     """
-    Fingerprint of `pictures`, wherever their `folder` lies and whenever it was written, if they have one.
+    Fingerprint of `images`, wherever their `folder` lies and whenever it was written, if they have one.
 
     The fingerprint of a folder begins with a hash of the times of its files. A hash of their contents takes its place.
     """
     if folder is None:
-        return pictures.fingerprint
-    return "-".join([folder_sha256(Path(folder)), *pictures.fingerprint.split("-")[1:]])
+        return images.fingerprint
+    return "-".join([folder_sha256(Path(folder)), *images.fingerprint.split("-")[1:]])
 
 
 class DatasetImages(ImageSource):
     """
-    Images of [`load_pictures`], cropped as ADM does.
+    Images of [`load_labelled_images`], cropped as ADM does.
 
     Args:
         name (`str`): Name of the images in messages and results.
-        pictures ([`Pictures`]): The images.
+        images ([`LabelledImages`]): The images.
         folder (`str`, *optional*): Folder of the images.
     """
 
-    def __init__(self, name: str, pictures: Pictures, folder: str | None = None):
-        self.pictures = pictures
-        data = {"fingerprint": picture_identity(pictures, folder)}
-        super().__init__(name, (pictures.resolution,) * 2, num_classes=len(pictures.class_names), data=data)
+    def __init__(self, name: str, images: LabelledImages, folder: str | None = None):
+        self.images = images
+        data = {"fingerprint": image_identity(images, folder)}
+        super().__init__(name, (images.resolution,) * 2, num_classes=len(images.class_names), data=data)
 
     def __len__(self) -> int:
-        return len(self.pictures.dataset)
+        return len(self.images.dataset)
 
     def _read(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, int | None]]:
         for index in map(int, indices):
             try:
-                row = self.pictures.dataset[index]
+                row = self.images.dataset[index]
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                place = self.pictures.path_of(index)
-                raise ValueError(f"{self.name!r} must hold pictures, got {place}: {error}") from error
+                place = self.images.path_of(index)
+                raise ValueError(f"{self.name!r} must hold images, got {place}: {error}") from error
             yield row["image"], int(row["label"])
 
 
@@ -356,22 +356,22 @@ def open_images(
     if name.split(":")[0] == TEXTURES:
         numbers = name.split(":")[1:]
         if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
-            raise ValueError(f"Procedural pictures must be named as `textures:<number>:<seed>`, got {name!r}.")
-        pictures = load_pictures(
+            raise ValueError(f"Procedural images must be named as `textures:<number>:<seed>`, got {name!r}.")
+        images = load_labelled_images(
             ImageOptions(dataset_name=TEXTURES, resolution=resolution or TEXTURE_RESOLUTION), *map(int, numbers)
         )
-        return DatasetImages(name, pictures)
+        return DatasetImages(name, images)
     if path.is_dir() and (stages := sorted(file.parent for file in path.glob("*/manifest.json"))):
         raise ValueError(f"Samples of several stages must be named one by one, such as {stages[-1]}, got {name!r}.")
     if path.is_dir() and not any(file.is_file() for file in path.rglob("*")):
-        raise ValueError(f"`name` must be that of pictures, got {name!r}, a folder without files.")
+        raise ValueError(f"`name` must be that of images, got {name!r}, a folder without files.")
     if resolution is None:
-        raise ValueError(f"`resolution` must be given for pictures that are cropped to it, got none for {name!r}.")
+        raise ValueError(f"`resolution` must be given for images that are cropped to it, got none for {name!r}.")
     folder = name if path.is_dir() else None
     source = {"train_data_dir": name} if path.is_dir() else {"dataset_name": name}
     columns = {"image_column": image_column, "label_column": label_column}
     try:
-        pictures = load_pictures(ImageOptions(**source, **columns, resolution=resolution), 0, 0)
+        images = load_labelled_images(ImageOptions(**source, **columns, resolution=resolution), 0, 0)
     except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"`name` must be that of pictures, got {name!r}: {error}") from error
-    return DatasetImages(name, pictures, folder)
+        raise ValueError(f"`name` must be that of images, got {name!r}: {error}") from error
+    return DatasetImages(name, images, folder)

@@ -3,8 +3,8 @@
 Linear probe: how much of the class is in the latent tokens (paper, Table 2, Top-1)?
 
     python -m diffusers_dod.evaluation.linear_probe --pretrained_model_name_or_path outputs/dod-b \\
-        --train_data_dir path/to/imagenet/train --num_pictures 100000 \\
-        --test_data_dir path/to/imagenet/val --num_test_pictures 50000 \\
+        --train_data_dir path/to/imagenet/train --num_images 100000 \\
+        --test_data_dir path/to/imagenet/val --num_test_images 50000 \\
         --cache_dir outputs/probe --output_file results/linear_probe.json
 
 It trains a linear classifier, and looks up nearest neighbours, on three kinds of features:
@@ -42,7 +42,7 @@ from ..options import option, parse_options, replace_values
 from ..results import as_metric, checkpoint_sha256, write_results
 from ..seeding import stateless_generator
 from ..tables import format_table
-from .options import ComparisonOptions, load_pipeline, open_pictures
+from .options import ComparisonOptions, load_pipeline, open_labelled_images
 from .token_features import FEATURES, RANDOM_LEM_SEED, cache_path, compute_tokens, read_tokens, write_tokens
 
 
@@ -284,7 +284,9 @@ class LinearProbeOptions:
         needs="train_data_dir",
         help="Folder of the test images, in the form of `--train_data_dir`; others of the same data if not given.",
     )
-    num_test_pictures: int = option(10_000, at_least=1, help="Number of images to test on.")
+    num_test_images: int = option(
+        10_000, at_least=1, aliases=("num_test_pictures",), help="Number of images to test on."
+    )
     features: tuple[str, ...] = option(FEATURES, choices=FEATURES, help="What to probe.")
     pooling: str = option("flatten", choices=POOLING, help="How tokens become features.")
     cache_dir: Path | None = option(
@@ -296,10 +298,10 @@ class LinearProbeOptions:
 
     def find_conflicts(self) -> list[str]:
         """Messages about options that do not fit each other."""
-        num_pictures, num_neighbors = self.comparison.num_pictures, self.probe.num_neighbors
-        if num_neighbors <= num_pictures:
+        num_images, num_neighbors = self.comparison.num_images, self.probe.num_neighbors
+        if num_neighbors <= num_images:
             return []
-        return [f"`num_neighbors` must be at most `num_pictures` = {num_pictures}, got {num_neighbors}."]
+        return [f"`num_neighbors` must be at most `num_images` = {num_images}, got {num_neighbors}."]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -308,24 +310,24 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_options(LinearProbeOptions, argv, __doc__)
     comparison, probe_options = options.comparison, options.probe
     if options.test_data_dir is None:
-        pictures, chosen, data = open_pictures(comparison, comparison.num_pictures + options.num_test_pictures)
-        test_pictures, test_data = pictures, data
+        images, chosen, data = open_labelled_images(comparison, comparison.num_images + options.num_test_images)
+        test_images, test_data = images, data
         train_indices, test_indices = (
-            sorted(chosen[: comparison.num_pictures]),
-            sorted(chosen[comparison.num_pictures :]),
+            sorted(chosen[: comparison.num_images]),
+            sorted(chosen[comparison.num_images :]),
         )
     else:
-        pictures, train_indices, data = open_pictures(comparison, comparison.num_pictures)
+        images, train_indices, data = open_labelled_images(comparison, comparison.num_images)
         others = replace_values(comparison, train_data_dir=options.test_data_dir)
-        test_pictures, test_indices, test_data = open_pictures(others, options.num_test_pictures)
-        if test_pictures.class_names != pictures.class_names:
+        test_images, test_indices, test_data = open_labelled_images(others, options.num_test_images)
+        if test_images.class_names != images.class_names:
             raise ValueError(
                 "`test_data_dir` must have the classes of `train_data_dir`, "
-                f"got {len(test_pictures.class_names)} and {len(pictures.class_names)} that are not the same."
+                f"got {len(test_images.class_names)} and {len(images.class_names)} that are not the same."
             )
-        if test_data["pictures"] == data["pictures"]:
+        if test_data["images"] == data["images"]:
             raise ValueError(
-                "`test_data_dir` must hold other pictures than `train_data_dir`, "
+                "`test_data_dir` must hold other images than `train_data_dir`, "
                 f"got the same in {options.test_data_dir} and {comparison.images.train_data_dir}."
             )
         train_indices.sort()
@@ -334,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
     sha256 = checkpoint_sha256(comparison.pretrained_model_name_or_path)
     pipeline = None
     tokens = []
-    for source, indices, description in ((pictures, train_indices, data), (test_pictures, test_indices, test_data)):
+    for source, indices, description in ((images, train_indices, data), (test_images, test_indices, test_data)):
         settings = {
             "checkpoint": sha256,
             "data": {name: value for name, value in description.items() if name != "name"},  # wherever it lies
@@ -364,7 +366,7 @@ def main(argv: list[str] | None = None) -> None:
         rows[kind] = probe(
             (features[0], train["labels"]),
             (features[1], test["labels"]),
-            len(pictures.class_names),
+            len(images.class_names),
             probe_options,
             comparison.seed,
         )
@@ -378,8 +380,8 @@ def main(argv: list[str] | None = None) -> None:
             "name": data["name"],
             "train": data,
             "test": test_data,
-            "num_pictures": comparison.num_pictures,
-            "num_test": options.num_test_pictures,
+            "num_images": comparison.num_images,
+            "num_test": options.num_test_images,
         },
         settings={
             "features": num_values,

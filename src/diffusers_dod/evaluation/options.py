@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Subset
 
+from ..data.labelled_images import TRANSFORM, ImageOptions, LabelledImages, load_labelled_images
 from ..data.latents import DTYPES
-from ..data.pictures import TRANSFORM, ImageOptions, Pictures, load_pictures
 from ..options import option
 from ..pipeline_dod import DoDPipeline
 from ..seeding import stateless_generator
-from .images import picture_identity
+from .images import image_identity
 
 
 def check_device(name: str, device: str) -> None:
@@ -35,7 +35,9 @@ class ComparisonOptions:
     """Pipeline and images of a command that compares both."""
 
     pretrained_model_name_or_path: str = option(help="The pipeline (folder or Hub id).")
-    num_pictures: int = option(50_000, at_least=2, help="Number of images; drawn at random if there are more.")
+    num_images: int = option(
+        50_000, at_least=2, aliases=("num_pictures",), help="Number of images; drawn at random if there are more."
+    )
     data_seed: int = option(
         1,
         at_least=0,
@@ -54,51 +56,53 @@ class ComparisonOptions:
         return self.images.find_source_errors()
 
 
-def open_pictures(options: ComparisonOptions, num_pictures: int) -> tuple[Pictures, list[int], dict[str, Any]]:
+def open_labelled_images(
+    options: ComparisonOptions, num_images: int
+) -> tuple[LabelledImages, list[int], dict[str, Any]]:
     """
     Opens the images that the options name, and draws some of them.
 
     Args:
         options ([`ComparisonOptions`]): The options.
-        num_pictures (`int`): Number of images to take.
+        num_images (`int`): Number of images to take.
 
     Returns:
-        `tuple[Pictures, list[int], dict]`: The data set, that many different indices in random order, and the identity
-        of both.
+        `tuple[LabelledImages, list[int], dict]`: The data set, that many different indices in random order, and the
+        identity of both.
 
     Raises:
-        `ValueError`: there are fewer images, or the data cannot be opened, see [`load_pictures`].
+        `ValueError`: there are fewer images, or the data cannot be opened, see [`load_labelled_images`].
     """
-    images = options.images
+    source = options.images
     try:
-        pictures = load_pictures(images, num_pictures, options.data_seed)
+        images = load_labelled_images(source, num_images, options.data_seed)
     except FileNotFoundError as error:
-        source = "dataset_name" if images.train_data_dir is None else "train_data_dir"
-        raise ValueError(f"`{source}` must hold pictures, got {getattr(images, source)!r}: {error}") from error
-    available = len(pictures.dataset)
-    if num_pictures > available:
-        raise ValueError(f"The number of pictures must be at most the {available} that there are, got {num_pictures}.")
+        name = "dataset_name" if source.train_data_dir is None else "train_data_dir"
+        raise ValueError(f"`{name}` must hold images, got {getattr(source, name)!r}: {error}") from error
+    available = len(images.dataset)
+    if num_images > available:
+        raise ValueError(f"The number of images must be at most the {available} that there are, got {num_images}.")
     order = torch.randperm(available, generator=stateless_generator(options.data_seed, 0))
     description = {
-        "name": images.dataset_name or images.train_data_dir,
-        "pictures": picture_identity(pictures, images.train_data_dir),
+        "name": source.dataset_name or source.train_data_dir,
+        "images": image_identity(images, source.train_data_dir),
         "num_available": available,
-        "num_pictures": num_pictures,
+        "num_images": num_images,
         "data_seed": options.data_seed,
         "transform": TRANSFORM,
-        "resolution": images.resolution,
+        "resolution": source.resolution,
     }
-    return pictures, order[:num_pictures].tolist(), description
+    return images, order[:num_images].tolist(), description
 
 
 def read_batches(
-    pictures: Pictures, indices: list[int], batch_size: int, num_workers: int = 0
+    images: LabelledImages, indices: list[int], batch_size: int, num_workers: int = 0
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """
     Reads some images of a data set, a batch at a time.
 
     Args:
-        pictures ([`Pictures`]): The data set.
+        images ([`LabelledImages`]): The data set.
         indices (`list[int]`): Indices of the images, in the wanted order.
         batch_size (`int`): Images in a batch. The last batch may be smaller.
         num_workers (`int`, defaults to 0): Processes that read images; 0 reads in this process.
@@ -106,7 +110,7 @@ def read_batches(
     Returns:
         `Iterator` of the indices of a batch, its images (B, H, W, 3) in uint8 and its labels (B,).
     """
-    loader = DataLoader(Subset(pictures.dataset, indices), batch_size, num_workers=num_workers)
+    loader = DataLoader(Subset(images.dataset, indices), batch_size, num_workers=num_workers)
     for start, batch in zip(range(0, len(indices), batch_size), loader, strict=True):
         yield indices[start : start + batch_size], batch["image"], torch.as_tensor(batch["label"])
 

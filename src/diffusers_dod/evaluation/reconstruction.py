@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..data.image_grid import make_grid
-from ..data.pictures import to_pixels
+from ..data.labelled_images import to_pixels
 from ..guidance import NULL_CONDITIONS, Guidance
 from ..metrics.extractors import Extractor, extract, extractor_sha256, load_extractor
 from ..metrics.frechet import frechet_distance
@@ -41,7 +41,7 @@ from ..pipeline_dod import DoDPipeline
 from ..results import as_metric, checkpoint_sha256, describe_versions, half_width, read_results, write_results
 from ..tableaus import SOLVERS
 from ..tables import format_table
-from .options import ComparisonOptions, load_pipeline, open_pictures, read_batches
+from .options import ComparisonOptions, load_pipeline, open_labelled_images, read_batches
 
 
 AUTOENCODER = "autoencoder"
@@ -62,12 +62,12 @@ def check_classes(pipeline: DoDPipeline, class_names: tuple[str, ...]) -> None:
     """
     num_classes = pipeline.transformer.config.num_classes
     if len(class_names) != num_classes:
-        raise ValueError(f"The pictures must be of the model's {num_classes} classes, got {len(class_names)}.")
+        raise ValueError(f"The images must be of the model's {num_classes} classes, got {len(class_names)}.")
     names = [pipeline.id2label.get(label) for label in range(num_classes)]
     if set(names) == set(class_names) and names != list(class_names):
         label = next(i for i in range(num_classes) if names[i] != class_names[i])
         raise ValueError(
-            "The pictures' classes must have the ids of the model, "
+            "The images' classes must have the ids of the model, "
             f"got {class_names[label]!r} for {label}, which is {names[label]!r}."
         )
 
@@ -115,7 +115,7 @@ def reconstruct(
             **call,
         ).images
     if not bool(torch.isfinite(outputs).all()):
-        raise ValueError(f"`pipeline` must give finite pictures, got others among the indices {indices}.")
+        raise ValueError(f"`pipeline` must give finite images, got others among the indices {indices}.")
     return (255 * outputs.float()).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -194,8 +194,8 @@ def compare(
         numbers = rng.permutation((num_pairs + np.arange(len(pair[0]))) % NUM_GROUPS)
         num_pairs += len(pair[0])
         for side, images in enumerate(pair):
-            pictures = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
-            features = extract(extractor, pictures).features.float().cpu().numpy()
+            tensor = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
+            features = extract(extractor, tensor).features.float().cpu().numpy()
             for number in np.unique(numbers):
                 groups[number][side].update(features[numbers == number])
     rfid, interval = (None, None) if extractor is None else (_rfid(groups), rfid_interval(groups))
@@ -306,8 +306,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.extractor is not None:
         extractor = load_extractor(options.extractor, options.trust_extractor, comparison.device, "extractor")
     pipeline = load_pipeline(comparison)
-    pictures, indices, data = open_pictures(comparison, comparison.num_pictures)
-    check_classes(pipeline, pictures.class_names)
+    images, indices, data = open_labelled_images(comparison, comparison.num_images)
+    check_classes(pipeline, images.class_names)
     indices.sort()
 
     guidance_scales = options.guidance_scales or (pipeline.config.default_guidance_scale,)
@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
         },
         "data": data,
         "settings": {
-            "class_labels": "those of the pictures",
+            "class_labels": "those of the images",
             "null_condition": options.null_condition,
             "num_inference_steps": options.num_inference_steps or pipeline.config.default_num_inference_steps,
             "scheduler": {name: value for name, value in pipeline.scheduler.config.items() if name[0] != "_"},
@@ -343,10 +343,10 @@ def main(argv: list[str] | None = None) -> None:
     }
 
     def pairs(name: str, scale: float | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        batches = read_batches(pictures, indices, comparison.batch_size, comparison.dataloader_num_workers)
+        batches = read_batches(images, indices, comparison.batch_size, comparison.dataloader_num_workers)
         progress = tqdm(batches, desc=name, total=-(-len(indices) // comparison.batch_size))
-        for places, images, labels in progress:
-            yield reconstruct(pipeline, images, labels, places, scale, **call), images.numpy()
+        for places, originals, labels in progress:
+            yield reconstruct(pipeline, originals, labels, places, scale, **call), originals.numpy()
 
     def write(path: Path, rows: dict[str, dict[str, dict[str, Any]]], **settings: Any) -> None:
         metrics = {key: metric for metrics in rows.values() for key, metric in metrics.items()}
@@ -369,14 +369,14 @@ def main(argv: list[str] | None = None) -> None:
         rows[name] = done.get(name) or as_metrics(name, compare(pairs(name, scale), extractor, comparison.device))
         write(rows_file, done | rows)
     if options.grid_file is not None:
-        places, images, labels = next(read_batches(pictures, indices[:GRID_COLUMNS], GRID_COLUMNS))
-        grid = [images.numpy()]
-        grid += [reconstruct(pipeline, images, labels, places, scale, **call) for scale in scales.values()]
+        places, originals, labels = next(read_batches(images, indices[:GRID_COLUMNS], GRID_COLUMNS))
+        grid = [originals.numpy()]
+        grid += [reconstruct(pipeline, originals, labels, places, scale, **call) for scale in scales.values()]
         options.grid_file.parent.mkdir(parents=True, exist_ok=True)
-        picture = make_grid(
+        image = make_grid(
             [list(map(Image.fromarray, row)) for row in grid], scale=max(1, 64 // comparison.images.resolution)
         )
-        picture.save(options.grid_file)
+        image.save(options.grid_file)
     print(to_table(rows))
     write(comparison.output_file, rows, guidance_scales=guidance_scales)
     rows_file.unlink(missing_ok=True)

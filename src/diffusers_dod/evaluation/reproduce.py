@@ -49,7 +49,7 @@ OUTPUTS = {
     if field.option.writes is not None
 }
 # Entries that identify images and statistics, wherever they are.
-IDENTITIES = ("sha256", "fingerprint", "pictures")
+IDENTITIES = ("sha256", "fingerprint", "images")
 
 
 def compare(published: dict[str, Any], measured: dict[str, Any], rtol: float) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.pictures import Pictures, to_pixels
+from ..data.labelled_images import LabelledImages, to_pixels
 from ..files import replacing
 from ..pipeline_dod import DoDPipeline
 from .options import read_batches
@@ -59,14 +59,14 @@ def pool_latents(latents: torch.Tensor, num_values: int) -> torch.Tensor:
 
 @torch.no_grad()
 def compute_tokens(
-    pipeline: DoDPipeline, pictures: Pictures, indices: list[int], batch_size: int, num_workers: int = 0
+    pipeline: DoDPipeline, images: LabelledImages, indices: list[int], batch_size: int, num_workers: int = 0
 ) -> dict[str, torch.Tensor]:
     """
     Computes the tokens of images, for each kind of features.
 
     Args:
         pipeline ([`DoDPipeline`]): The model.
-        pictures ([`Pictures`]): The data set.
+        images ([`LabelledImages`]): The data set.
         indices (`list[int]`): Indices of the images.
         batch_size (`int`): Images at a time.
         num_workers (`int`, defaults to 0): Processes that read images; 0 reads in this process.
@@ -81,9 +81,9 @@ def compute_tokens(
     untrained = random_latent_embedder(embedder, RANDOM_LEM_SEED)
     num_values = math.prod(embedder.token_shape)
     chunks: dict[str, list[torch.Tensor]] = {name: [] for name in (*FEATURES, "labels")}
-    batches = read_batches(pictures, indices, batch_size, num_workers)
-    for _, images, labels in tqdm(batches, desc="Features", total=-(-len(indices) // batch_size)):
-        latents = pipeline.encode_image(to_pixels(images).to(pipeline.device))
+    batches = read_batches(images, indices, batch_size, num_workers)
+    for _, batch, labels in tqdm(batches, desc="Features", total=-(-len(indices) // batch_size)):
+        latents = pipeline.encode_image(to_pixels(batch).to(pipeline.device))
         found = (embedder.encode(latents), untrained.encode(latents), pool_latents(latents, num_values), labels)
         for name, values in zip(chunks, found, strict=True):
             chunks[name].append(values.cpu() if name == "labels" else values.float().cpu())
@@ -91,7 +91,7 @@ def compute_tokens(
     for name in FEATURES:
         if not bool(torch.isfinite(tokens[name]).all()):
             raise ValueError(f"`pipeline` must give finite features, got others for {name!r}.")
-    num_classes, labels = len(pictures.class_names), tokens["labels"]
+    num_classes, labels = len(images.class_names), tokens["labels"]
     if not bool(((labels >= 0) & (labels < num_classes)).all()):
         raise ValueError(f"Labels must be in [0, {num_classes - 1}], got {int(labels.min())} to {int(labels.max())}.")
     return tokens

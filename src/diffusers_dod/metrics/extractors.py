@@ -23,7 +23,7 @@ TORCHSCRIPT = (".pt", ".ts")
 
 
 @dataclass
-class PictureFeatures:
+class ImageFeatures:
     """
     The features of B images.
 
@@ -38,40 +38,40 @@ class PictureFeatures:
     logits: torch.Tensor | None = None
 
 
-Extractor = Callable[[torch.Tensor], torch.Tensor | PictureFeatures]
+Extractor = Callable[[torch.Tensor], torch.Tensor | ImageFeatures]
 
 
-def extract(extractor: Extractor, pictures: torch.Tensor) -> PictureFeatures:
+def extract(extractor: Extractor, images: torch.Tensor) -> ImageFeatures:
     """
     Computes the features of images, in one form and without gradients.
 
     Args:
-        extractor (`Callable`): Images (B, 3, H, W) in uint8 -> features (B, d) or [`PictureFeatures`].
-        pictures (`torch.Tensor` of shape `(B, 3, H, W)`): The images, in uint8.
+        extractor (`Callable`): Images (B, 3, H, W) in uint8 -> features (B, d) or [`ImageFeatures`].
+        images (`torch.Tensor` of shape `(B, 3, H, W)`): The images, in uint8.
 
     Returns:
-        [`PictureFeatures`].
+        [`ImageFeatures`].
 
     Raises:
         `ValueError`: the images or the features have another form.
     """
-    if pictures.ndim != 4 or pictures.shape[1] != 3 or pictures.dtype != torch.uint8:
+    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
         raise ValueError(
-            f"`pictures` must have shape (B, 3, H, W) and be uint8, got {tuple(pictures.shape)} in {pictures.dtype}."
+            f"`images` must have shape (B, 3, H, W) and be uint8, got {tuple(images.shape)} in {images.dtype}."
         )
     # Convolutions in TF32, PyTorch's default on GPUs, have 10 bits.
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        output = extractor(pictures)
-    features = PictureFeatures(output) if isinstance(output, torch.Tensor) else output
-    if not isinstance(features, PictureFeatures):
+        output = extractor(images)
+    features = ImageFeatures(output) if isinstance(output, torch.Tensor) else output
+    if not isinstance(features, ImageFeatures):
         raise ValueError(
-            "`extractor` must give a tensor of features or PictureFeatures, "
+            "`extractor` must give a tensor of features or ImageFeatures, "
             f"got {type(output).__name__} from {extractor!r}."
         )
     for name, values in vars(features).items():
-        if values is not None and (values.ndim != 2 or len(values) != len(pictures)):
+        if values is not None and (values.ndim != 2 or len(values) != len(images)):
             raise ValueError(
-                f"`extractor` must give `{name}` of shape ({len(pictures)}, n) for {len(pictures)} pictures, "
+                f"`extractor` must give `{name}` of shape ({len(images)}, n) for {len(images)} images, "
                 f"got {tuple(values.shape)} from {extractor!r}."
             )
     return features
@@ -104,9 +104,9 @@ class InceptionFeatures(torch.nn.Module):
         path = None if name == INCEPTION else Path(name.partition(":")[2])
         self.model, self.weights_sha256 = load_inception(path, argument)
 
-    def forward(self, pictures: torch.Tensor) -> PictureFeatures:
-        """The [`PictureFeatures`] of `pictures`."""
-        return PictureFeatures(*self.model(pictures))
+    def forward(self, images: torch.Tensor) -> ImageFeatures:
+        """The [`ImageFeatures`] of `images`."""
+        return ImageFeatures(*self.model(images))
 
 
 def load_extractor(
@@ -120,7 +120,7 @@ def load_extractor(
 
     `inception` and `inception:path/weights.pth` are [`InceptionFeatures`]. `package.module:attribute` and
     `path/file.py:attribute` name any callable that takes images (B, 3, H, W) in uint8 and returns features (B, d) or
-    [`PictureFeatures`]. A file `*.pt` or `*.ts` is a TorchScript module that returns features.
+    [`ImageFeatures`]. A file `*.pt` or `*.ts` is a TorchScript module that returns features.
 
     Args:
         name (`str`): Name of the extractor.
@@ -269,7 +269,7 @@ def check_extractor(extractor: Extractor, num_features: int, resolution: int, de
     Raises unless an extractor's features fit a reference.
 
     Args:
-        extractor (`Callable`): Images (B, 3, H, W) in uint8 -> features (B, d) or [`PictureFeatures`].
+        extractor (`Callable`): Images (B, 3, H, W) in uint8 -> features (B, d) or [`ImageFeatures`].
         num_features (`int`): Width d of the reference's features.
         resolution (`int`): Height and width of images in pixels.
         device (`torch.device` or `str`): Device of the images.
@@ -278,10 +278,10 @@ def check_extractor(extractor: Extractor, num_features: int, resolution: int, de
         `ValueError`: the extractor gives something else for two black images.
     """
     wanted = f"`fid_extractor` must give features of shape (2, {num_features}), as `fid_reference` has them"
-    pictures = torch.zeros(2, 3, resolution, resolution, dtype=torch.uint8, device=device)
+    images = torch.zeros(2, 3, resolution, resolution, dtype=torch.uint8, device=device)
     try:
-        found = tuple(extract(extractor, pictures).features.shape)
+        found = tuple(extract(extractor, images).features.shape)
     except ValueError as error:
-        raise ValueError(f"{wanted}, for two pictures: {error}") from error
+        raise ValueError(f"{wanted}, for two images: {error}") from error
     if found != (2, num_features):
-        raise ValueError(f"{wanted}, for two pictures, got {found} from {extractor!r}.")
+        raise ValueError(f"{wanted}, for two images, got {found} from {extractor!r}.")

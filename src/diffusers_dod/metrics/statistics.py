@@ -129,7 +129,7 @@ class RunningStatistics:
             self._accumulate(whole_chunks=False)
         if self.num_rows <= self.num_features:
             warnings.warn(
-                f"The covariance of {self.num_features} features out of {self.num_rows} pictures has no full rank: a "
+                f"The covariance of {self.num_features} features out of {self.num_rows} images has no full rank: a "
                 "Fréchet distance with it is far too large.",
                 stacklevel=2,
             )

@@ -26,7 +26,7 @@ class Metric:
     Args:
         title (`str`): Name in tables and on cards.
         hub_type (`str`, *optional*): Name on the Hub, if it differs.
-        of (`str`, *optional*): Output of the extractor that the metric takes, a field of [`PictureFeatures`].
+        of (`str`, *optional*): Output of the extractor that the metric takes, a field of [`ImageFeatures`].
         needs (`str`, *optional*):
             Data of the reference that the metric needs: `"statistics"` (mean and covariance) or `"features"` of all
             images.

@@ -296,7 +296,7 @@ def format_tables(
     for recipe in recipes:
         argv = ["--config", str(recipe), "--output_dir", os.devnull]
         if "--latents_dir" not in read_recipe(recipe):
-            argv += ["--latents_dir", os.devnull]  # pictures need not be named
+            argv += ["--latents_dir", os.devnull]  # images need not be named
         options = parse_options(TrainingOptions, argv)
         cost, latent_shape, assumptions = _run_cost(options, options.model.gradient_checkpointing)
         checkpointed, _, _ = _run_cost(options, gradient_checkpointing=True)

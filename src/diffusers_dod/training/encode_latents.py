@@ -26,8 +26,8 @@ from diffusers import AutoModel
 from ..autoencoders import AUTOENCODERS, Autoencoder, spatial_factor
 from ..data.buckets import bucket_sizes, encode_buckets
 from ..data.encoding import Share, check_bad_images, encode_latents, finish_latents, latent_settings
+from ..data.labelled_images import LabelledImages, load_labelled_images
 from ..data.latents import LatentDataset, Latents, check_settings, find_damaged_shards, is_complete
-from ..data.pictures import Pictures, load_pictures
 from ..data.vision_features import VisionFeatures
 from ..options import option, parse_options
 from ..processes import all_or_none
@@ -64,7 +64,7 @@ def load_autoencoder(path: str | None, device: torch.device) -> Autoencoder | No
     return vae.requires_grad_(False).eval().to(device)
 
 
-def open_pictures(options: DataOptions, accelerator: Accelerator) -> Pictures:
+def open_labelled_images(options: DataOptions, accelerator: Accelerator) -> LabelledImages:
     """
     Opens the images that the options name.
 
@@ -73,13 +73,13 @@ def open_pictures(options: DataOptions, accelerator: Accelerator) -> Pictures:
         accelerator (`Accelerator`): The processes.
 
     Returns:
-        [`Pictures`].
+        [`LabelledImages`].
 
     Raises:
-        `ValueError`: see [`load_pictures`].
+        `ValueError`: see [`load_labelled_images`].
     """
     with accelerator.local_main_process_first():  # which prepares what `datasets` caches
-        return load_pictures(options.images, options.num_train_samples, options.seed)
+        return load_labelled_images(options.images, options.num_train_samples, options.seed)
 
 
 def encode_data(
@@ -106,12 +106,12 @@ def encode_data(
         `ValueError`: the folder has the latents of other images, of another autoencoder or without the features, or
             an image cannot be read.
     """
-    pictures, encoding = open_pictures(options, accelerator), options.encoding
+    images, encoding = open_labelled_images(options, accelerator), options.encoding
     share = Share(accelerator.process_index, accelerator.num_processes)
     if encoding.max_aspect_ratio is not None:
         multiple = PATCH_SIZE * (1 if vae is None else spatial_factor(vae))
         latents = encode_buckets(
-            pictures,
+            images,
             bucket_sizes(options.images.resolution, multiple, encoding.max_aspect_ratio),
             vae,
             folder,
@@ -122,12 +122,12 @@ def encode_data(
         )
         _warn_of_bad_images(latents)
         return latents
-    settings = latent_settings(pictures, vae, encoding, vision)
+    settings = latent_settings(images, vae, encoding, vision)
     is_done = is_complete(folder)
     accelerator.wait_for_everyone()  # all have looked before anyone writes
     if not is_done:
         with all_or_none():
-            encode_latents(pictures, vae, folder, encoding, share=share, vision=vision)
+            encode_latents(images, vae, folder, encoding, share=share, vision=vision)
         with all_or_none():
             if accelerator.is_main_process:
                 finish_latents(folder, settings, encoding.on_bad_image)
@@ -176,8 +176,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{folder} must hold undamaged shards: remove {damaged} and encode again.")
     size = sum(path.stat().st_size for path in folder.rglob("shard-*.safetensors"))
     logger.info(
-        f"{folder}: {len(latents):,} pictures of {len(latents.manifest['class_names'])} classes, "
-        f"{latents.num_views} view(s) of {latents.latent_shape}, {size / len(latents) / 1024:.1f} KiB a picture."
+        f"{folder}: {len(latents):,} images of {len(latents.manifest['class_names'])} classes, "
+        f"{latents.num_views} view(s) of {latents.latent_shape}, {size / len(latents) / 1024:.1f} KiB an image."
     )
     accelerator.end_training()
 

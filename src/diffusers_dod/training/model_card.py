@@ -67,7 +67,7 @@ def _read_evaluation(options: TrainingOptions) -> dict[str, dict[str, Any]]:
         EVALUATIONS: {
             "task": "train",
             "data": {
-                "name": options.data.images.dataset_name if is_public else "own pictures",
+                "name": options.data.images.dataset_name if is_public else "own images",
                 "num_samples": line["num_samples"],
             },
             "settings": {"extractor": options.validation.fid_extractor, "step": line["step"]},

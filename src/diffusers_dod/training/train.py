@@ -91,7 +91,7 @@ def build_accelerator(options: TrainingOptions) -> Accelerator:
         gradient_accumulation_steps=options.optimizer.gradient_accumulation_steps,
         log_with=options.output.report_to,
         project_dir=options.output.output_dir,
-        # The other processes wait while one encodes pictures or saves.
+        # The other processes wait while one encodes images or saves.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
     )
     check_processes(accelerator, options.processes.num_processes, options.processes.distributed_type)

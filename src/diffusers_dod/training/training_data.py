@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ..autoencoders import Autoencoder, encode_moments, latent_channels, spatial_factor
 from ..data.encoding import EncodingOptions, Share, describe_autoencoder
 from ..data.foreign_latents import open_latents
-from ..data.latents import Latents, check_settings, pictures_of
-from ..data.pictures import TRANSFORM, ImageOptions
+from ..data.labelled_images import TRANSFORM, ImageOptions
+from ..data.latents import Latents, check_settings, images_of
 from ..data.sample_stream import PositionSampler, SampleDraws, TrainingSamples, collate_priors_first
 from ..data.streaming import ImageStream, build_stream_loader, open_stream
 from ..data.vision_features import VisionFeatures
 from ..training_options import TrainingOptions
-from .encode_latents import encode_data, open_pictures
+from .encode_latents import encode_data, open_labelled_images
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -360,7 +360,7 @@ def open_training_data(
     has_source = options.data.images.dataset_name is not None or options.data.images.train_data_dir is not None
     needs_images = vision is not None and "vision_model" not in latents.manifest
     if has_source and needs_images and latents.manifest["transform"] == TRANSFORM:
-        source = open_pictures(options.data, accelerator)
-        images = Subset(source.dataset, pictures_of(latents, source).tolist())
+        source = open_labelled_images(options.data, accelerator)
+        images = Subset(source.dataset, images_of(latents, source).tolist())
     factor = 1 if vae is None else spatial_factor(vae)
     return StoredLatents(latents, factor, accelerator.device, vision, images)

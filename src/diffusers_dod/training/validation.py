@@ -84,7 +84,7 @@ def stage_distances(
 
     Args:
         pipeline ([`DoDPipeline`]): The model.
-        extractor (`Callable`): Images (B, 3, H, W) in uint8 -> features (B, d) or [`PictureFeatures`].
+        extractor (`Callable`): Images (B, 3, H, W) in uint8 -> features (B, d) or [`ImageFeatures`].
         reference (`tuple[np.ndarray, np.ndarray]`): Mean and covariance of the reference features.
         num_samples (`int`): Number of samples, of all classes in turn.
         seed (`int`): Seed of the noise.
@@ -103,8 +103,8 @@ def stage_distances(
         chunk = own[start : start + batch_size]
         of_stages = []
         for stage in range(len(chunk[0][1])):
-            pictures = torch.from_numpy(np.stack([pictures[stage] for _, pictures in chunk])).permute(0, 3, 1, 2)
-            of_stages.append(extract(extractor, pictures.to(accelerator.device)).features.float().cpu().numpy())
+            images = torch.from_numpy(np.stack([images[stage] for _, images in chunk])).permute(0, 3, 1, 2)
+            of_stages.append(extract(extractor, images.to(accelerator.device)).features.float().cpu().numpy())
         features += [(place, [rows[i] for rows in of_stages]) for i, (place, _) in enumerate(chunk)]
     all_features = dict(gather_object(features))
     return {

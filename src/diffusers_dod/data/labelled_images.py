@@ -38,7 +38,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         `ValueError`: the image holds floats.
     """
     if image.mode == "F":
-        raise ValueError("a picture of floats has no range that is known")
+        raise ValueError("an image of floats has no range that is known")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode == "I":
         values = np.asarray(image).astype(np.float64)  # Pillow would clip them at 255
@@ -168,7 +168,7 @@ class ImageDataset(Dataset):
 
 
 @dataclass(frozen=True)
-class Pictures:
+class LabelledImages:
     """
     A data set of images, its class names and its fingerprint.
 
@@ -222,7 +222,7 @@ class ImageOptions:
         ]
 
 
-def load_pictures(images: ImageOptions, num_train_samples: int, seed: int) -> Pictures:
+def load_labelled_images(images: ImageOptions, num_train_samples: int, seed: int) -> LabelledImages:
     """
     Opens the procedural `textures`, a data set of the Hub, or a folder.
 
@@ -234,7 +234,7 @@ def load_pictures(images: ImageOptions, num_train_samples: int, seed: int) -> Pi
         seed (`int`): Seed of the procedural images.
 
     Returns:
-        [`Pictures`].
+        [`LabelledImages`].
 
     Raises:
         `ValueError`: both or neither source is given, it cannot be opened, or it has no such columns or no classes.
@@ -245,7 +245,9 @@ def load_pictures(images: ImageOptions, num_train_samples: int, seed: int) -> Pi
     image_column, label_column = images.image_column, images.label_column
     if dataset_name == TEXTURES:
         dataset = TextureDataset(num_train_samples, size=resolution, seed=seed)
-        return Pictures(dataset, TEXTURE_CLASSES, f"{TEXTURES}-{resolution}-{num_train_samples}-{seed}", resolution)
+        return LabelledImages(
+            dataset, TEXTURE_CLASSES, f"{TEXTURES}-{resolution}-{num_train_samples}-{seed}", resolution
+        )
 
     source = _open_folder(train_data_dir) if dataset_name is None else open_dataset(dataset_name)
     for name, column in {"image_column": image_column, "label_column": label_column}.items():
@@ -264,7 +266,7 @@ def load_pictures(images: ImageOptions, num_train_samples: int, seed: int) -> Pi
     dataset = ImageDataset(source, Columns(image_column, label_column, class_ids), (resolution, resolution))
     identity = source._fingerprint if train_data_dir is None else _folder_fingerprint(train_data_dir)
     fingerprint = f"{identity}-{image_column}-{label_column}"
-    return Pictures(dataset, tuple(class_names), fingerprint, resolution)
+    return LabelledImages(dataset, tuple(class_names), fingerprint, resolution)
 
 
 def _open_folder(folder: str) -> datasets.Dataset:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from diffusers_dod.data.pictures import ImageOptions, Pictures, center_crop, load_pictures, to_rgb
+from diffusers_dod.data.labelled_images import ImageOptions, LabelledImages, center_crop, load_labelled_images, to_rgb
 from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
 
 
@@ -27,7 +27,7 @@ def adm_center_crop(image: Image.Image, size: int) -> np.ndarray:
     return array[y : y + size, x : x + size]
 
 
-def noise_picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -35,9 +35,9 @@ def noise_picture(width: int, height: int, seed: int = 0) -> Image.Image:
     "size", [(16, 16), (32, 32), (40, 24), (24, 40), (33, 100), (131, 17), (200, 200), (7, 5), (1, 9), (16, 31)]
 )
 def test_crop_is_that_of_adm(size):
-    cropped = center_crop(noise_picture(*size), 16)
+    cropped = center_crop(noise_image(*size), 16)
     assert cropped.shape == (16, 16, 3) and cropped.dtype == np.uint8
-    np.testing.assert_array_equal(cropped, adm_center_crop(noise_picture(*size), 16))
+    np.testing.assert_array_equal(cropped, adm_center_crop(noise_image(*size), 16))
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -46,20 +46,20 @@ def test_crop_position(axis):
     ramp = np.broadcast_to(10 * np.arange(21, dtype=np.uint8), (16, 21))
     if axis == 0:
         ramp = ramp.T
-    picture = np.stack([ramp, 255 - ramp, ramp], axis=-1)
-    cropped = center_crop(Image.fromarray(np.ascontiguousarray(picture)), 16)
-    kept = picture[2:18] if axis == 0 else picture[:, 2:18]
+    image = np.stack([ramp, 255 - ramp, ramp], axis=-1)
+    cropped = center_crop(Image.fromarray(np.ascontiguousarray(image)), 16)
+    kept = image[2:18] if axis == 0 else image[:, 2:18]
     np.testing.assert_array_equal(cropped, kept)
 
 
-def test_a_picture_twice_as_large_is_averaged_in_boxes():
-    picture = noise_picture(32, 32)
-    means = np.asarray(picture).astype(float).reshape(16, 2, 16, 2, 3).mean((1, 3))
-    assert np.abs(center_crop(picture, 16) - means).max() <= 1  # Pillow rounds after each of two passes
+def test_an_image_twice_as_large_is_averaged_in_boxes():
+    image = noise_image(32, 32)
+    means = np.asarray(image).astype(float).reshape(16, 2, 16, 2, 3).mean((1, 3))
+    assert np.abs(center_crop(image, 16) - means).max() <= 1  # Pillow rounds after each of two passes
 
 
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
-COLOR = np.asarray(noise_picture(16, 16))
+COLOR = np.asarray(noise_image(16, 16))
 ALPHA = GREY[::-1, :, None] / 255
 
 
@@ -87,7 +87,7 @@ def with_key(image: Image.Image, transparent) -> Image.Image:
 
 
 WIDE = GREY.astype(np.uint16) * 256 + GREY  # 257 times
-# Name -> the picture, how it is written, and the pixels it has.
+# Name -> the image, how it is written, and the pixels it has.
 MODES = {
     "RGB": (Image.fromarray(COLOR), "png", COLOR),
     "grey": (Image.fromarray(GREY), "png", grey_rgb(GREY)),
@@ -151,26 +151,28 @@ ORIENTATIONS = {
 
 @pytest.mark.parametrize(("orientation", "turn"), ORIENTATIONS.items(), ids=map(str, ORIENTATIONS))
 @pytest.mark.parametrize("kind", ["png", "tiff"])
-def test_a_picture_is_turned_as_its_orientation_says(kind, orientation, turn):
+def test_an_image_is_turned_as_its_orientation_says(kind, orientation, turn):
     file, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = orientation
-    noise_picture(20, 12).save(file, kind, exif=exif)
+    noise_image(20, 12).save(file, kind, exif=exif)
     rgb = to_rgb(Image.open(io.BytesIO(file.getvalue())))
-    np.testing.assert_array_equal(np.asarray(rgb), turn(np.asarray(noise_picture(20, 12))))
+    np.testing.assert_array_equal(np.asarray(rgb), turn(np.asarray(noise_image(20, 12))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where pictures come from
+# Where images come from
 
 
-def load(dataset_name=None, train_data_dir=None, resolution=16, num_train_samples=8, seed=0, **columns) -> Pictures:
+def load(
+    dataset_name=None, train_data_dir=None, resolution=16, num_train_samples=8, seed=0, **columns
+) -> LabelledImages:
     folder = None if train_data_dir is None else str(train_data_dir)
     images = ImageOptions(dataset_name=dataset_name, train_data_dir=folder, resolution=resolution, **columns)
-    return load_pictures(images, num_train_samples, seed)
+    return load_labelled_images(images, num_train_samples, seed)
 
 
-def write_pictures(folder: Path, names: tuple[str, ...], count: int = 2) -> Path:
-    """Pictures of one colour each: red is the class' position in `names`, green the picture's number."""
+def write_images(folder: Path, names: tuple[str, ...], count: int = 2) -> Path:
+    """Images of one colour each: red is the class' position in `names`, green the image's number."""
     for position, name in enumerate(names):
         (folder / name).mkdir(parents=True)
         for number in range(count):
@@ -192,30 +194,30 @@ def test_unknown_folder(tmp_path):
 
 
 def test_textures():
-    pictures = load("textures", num_train_samples=8, seed=3)
-    assert pictures.class_names == TEXTURE_CLASSES and len(pictures.dataset) == 8
-    np.testing.assert_array_equal(pictures.dataset[5]["image"], TextureDataset(8, size=16, seed=3)[5]["image"])
+    images = load("textures", num_train_samples=8, seed=3)
+    assert images.class_names == TEXTURE_CLASSES and len(images.dataset) == 8
+    np.testing.assert_array_equal(images.dataset[5]["image"], TextureDataset(8, size=16, seed=3)[5]["image"])
     same = load("textures", num_train_samples=8, seed=3)
     others = [
         load("textures", num_train_samples=8, seed=4),
         load("textures", num_train_samples=9, seed=3),
         load("textures", resolution=8, num_train_samples=8, seed=3),
     ]
-    assert same.fingerprint == pictures.fingerprint
-    assert len({pictures.fingerprint, *(other.fingerprint for other in others)}) == 4
+    assert same.fingerprint == images.fingerprint
+    assert len({images.fingerprint, *(other.fingerprint for other in others)}) == 4
 
 
 def test_image_folder(tmp_path):
-    folder = write_pictures(tmp_path / "pictures", ("zebra", "ant", "newt"))
-    pictures = load(train_data_dir=folder)
-    assert pictures.class_names == ("ant", "newt", "zebra")  # in alphabetical order, whatever the file system's
-    assert len(pictures.dataset) == 6
+    folder = write_images(tmp_path / "images", ("zebra", "ant", "newt"))
+    images = load(train_data_dir=folder)
+    assert images.class_names == ("ant", "newt", "zebra")  # in alphabetical order, whatever the file system's
+    assert len(images.dataset) == 6
     red_of = {"zebra": 0, "ant": 50, "newt": 100}
     seen = set()
-    for row in (pictures.dataset[i] for i in range(6)):
+    for row in (images.dataset[i] for i in range(6)):
         assert row["image"].shape == (16, 16, 3) and row["image"].dtype == np.uint8
         red, green, blue = row["image"][8, 8]
-        assert red == red_of[pictures.class_names[row["label"]]] and blue == 7
+        assert red == red_of[images.class_names[row["label"]]] and blue == 7
         seen.add((int(red), int(green)))
     assert len(seen) == 6
 
@@ -223,18 +225,18 @@ def test_image_folder(tmp_path):
 def test_fingerprint_of_an_image_folder(tmp_path, monkeypatch):
     import datasets
 
-    folder = write_pictures(tmp_path / "pictures", ("ant", "newt"))
+    folder = write_images(tmp_path / "images", ("ant", "newt"))
     first = load(train_data_dir=folder)
     assert load(train_data_dir=folder).fingerprint == first.fingerprint
-    # A resumed run on a machine that has lost its cache has the same pictures.
+    # A resumed run on a machine that has lost its cache has the same images.
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "another_cache"))
     assert load(train_data_dir=folder).fingerprint == first.fingerprint
     Image.new("RGB", (20, 18), "white").save(folder / "ant" / "2.png")
     assert load(train_data_dir=folder).fingerprint != first.fingerprint
 
 
-def test_pictures_that_change_have_another_fingerprint(tmp_path):
-    folder = write_pictures(tmp_path / "pictures", ("ant", "newt"))
+def test_images_that_change_have_another_fingerprint(tmp_path):
+    folder = write_images(tmp_path / "images", ("ant", "newt"))
     first = load(train_data_dir=folder).fingerprint
     path = folder / "ant" / "0.png"
     then = path.stat().st_mtime_ns
@@ -244,19 +246,19 @@ def test_pictures_that_change_have_another_fingerprint(tmp_path):
 
 
 @pytest.mark.parametrize("empty", ["aardvark", "badger", "zebra"])
-def test_a_folder_without_pictures_keeps_its_id(tmp_path, empty):
+def test_a_folder_without_images_keeps_its_id(tmp_path, empty):
     names = sorted(["ant", "newt", empty])
-    folder = write_pictures(tmp_path / "pictures", ("ant", "newt"))
+    folder = write_images(tmp_path / "images", ("ant", "newt"))
     (folder / empty).mkdir()
-    pictures = load(train_data_dir=folder)
-    assert pictures.class_names == tuple(names)
+    images = load(train_data_dir=folder)
+    assert images.class_names == tuple(names)
     red_of = {names.index("ant"): 0, names.index("newt"): 50}
-    for row in (pictures.dataset[i] for i in range(4)):
+    for row in (images.dataset[i] for i in range(4)):
         assert row["image"][8, 8, 0] == red_of[row["label"]]
 
 
-def test_a_folder_that_loses_its_pictures_keeps_its_id(tmp_path):
-    folder = write_pictures(tmp_path / "pictures", ("ant", "bee", "newt"))
+def test_a_folder_that_loses_its_images_keeps_its_id(tmp_path):
+    folder = write_images(tmp_path / "images", ("ant", "bee", "newt"))
     before = load(train_data_dir=folder)
     for path in (folder / "ant").iterdir():
         path.unlink()
@@ -268,24 +270,24 @@ def test_a_folder_that_loses_its_pictures_keeps_its_id(tmp_path):
 
 @pytest.mark.parametrize("hidden", [".cache", "__MACOSX"])
 def test_folders_that_datasets_does_not_read_are_no_classes(tmp_path, hidden):
-    folder = write_pictures(tmp_path / "pictures", ("ant", "newt"))
+    folder = write_images(tmp_path / "images", ("ant", "newt"))
     (folder / hidden).mkdir()
     assert load(train_data_dir=folder).class_names == ("ant", "newt")
 
 
 def test_what_cannot_be_read_has_a_path(tmp_path):
-    folder = write_pictures(tmp_path / "pictures", ("ant", "newt"))
-    (folder / "newt" / "0.png").write_text("no picture")
-    pictures = load(train_data_dir=folder)
-    paths = [pictures.path_of(i) for i in range(4)]
+    folder = write_images(tmp_path / "images", ("ant", "newt"))
+    (folder / "newt" / "0.png").write_text("no image")
+    images = load(train_data_dir=folder)
+    paths = [images.path_of(i) for i in range(4)]
     assert sorted(paths) == sorted(str(path) for path in folder.glob("*/*.png"))
     with pytest.raises(UnidentifiedImageError):
-        pictures.dataset[paths.index(str(folder / "newt" / "0.png"))]
+        images.dataset[paths.index(str(folder / "newt" / "0.png"))]
     assert load("textures").path_of(3) == "row 3"
 
 
 def test_missing_columns(tmp_path):
-    folder = write_pictures(tmp_path / "pictures", ("ant", "newt"))
+    folder = write_images(tmp_path / "images", ("ant", "newt"))
     with pytest.raises(ValueError, match="`image_column` must be one of the columns") as error:
         load(train_data_dir=folder, image_column="photo")
     assert "'image', 'label'" in str(error.value) and "'photo'" in str(error.value)
@@ -294,7 +296,7 @@ def test_missing_columns(tmp_path):
 
     flat = tmp_path / "flat"
     flat.mkdir()
-    noise_picture(16, 16).save(flat / "picture.png")
+    noise_image(16, 16).save(flat / "image.png")
     with pytest.raises(ValueError, match="`label_column` must be .*one sub-folder per class"):
         load(train_data_dir=flat)
 
@@ -304,7 +306,7 @@ def test_labels_that_are_no_classes(tmp_path):
     folder.mkdir()
     rows = [f"{i}.png,{i / 2}" for i in range(4)]
     for i in range(4):
-        noise_picture(16, 16).save(folder / f"{i}.png")
+        noise_image(16, 16).save(folder / f"{i}.png")
     (folder / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
     with pytest.raises(ValueError, match="`label_column` must be a column of class labels.*got 'label'.*float64"):
         load(train_data_dir=folder)
