@@ -1,6 +1,7 @@
 """Guidance on the command line, in manifests and on cards: all of them have every field of `Guidance`."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from helpers import says, tiny_pipeline
@@ -38,6 +39,12 @@ def test_the_fields_are_all_but_the_weaker_model():
     assert {name: field.name for name, field in GUIDANCE_FIELDS.items()} == {
         name: field for field, (name, *_) in OPTIONS.items()
     }
+
+
+def test_every_field_is_documented():
+    page = (Path(__file__).parents[1] / "docs" / "sampling.md").read_text()
+    documented = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert [field.name for field in dataclasses.fields(Guidance) if field.name not in documented] == []
 
 
 @pytest.mark.parametrize("field", OPTIONS)
