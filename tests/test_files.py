@@ -9,11 +9,21 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers import says
+from helpers import contents, says
 from launch import PATIENCE_S
 
 from diffusers_dod import files
-from diffusers_dod.files import check_output, file_sha256, in_use, replacing, write_json
+from diffusers_dod.files import (
+    check_output,
+    file_sha256,
+    in_use,
+    read_lines,
+    read_object,
+    remove_folder,
+    replacing,
+    replacing_contents,
+    write_json,
+)
 
 
 def test_what_can_be_written(tmp_path):
@@ -51,6 +61,61 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["deep"]
 
 
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    for name in ("first", "second"):
+        with replacing(tmp_path / "folder") as unfinished:
+            (unfinished / "deep").mkdir(parents=True)
+            (unfinished / "deep" / name).write_text(name)
+        assert contents(tmp_path) == {f"folder/deep/{name}": name.encode()}
+    remove_folder(tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_contents_of_a_folder_are_never_mixed(tmp_path, monkeypatch):
+    """Killed at any renaming: the index is there with the old contents or with the new ones, or not at all."""
+    replace, states = os.replace, set()
+    for num_steps in range(20):
+        folder = tmp_path / f"{num_steps}"
+        (folder / "other").mkdir(parents=True)
+        for name in ("a/weights", "b/weights", "index.json"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("old")
+        calls = []
+
+        def replace_or_die(source, target, calls=calls, num_steps=num_steps):
+            if len(calls) == num_steps:
+                raise Killed
+            calls.append(target)
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace_or_die)
+            try:
+                with replacing_contents(folder, "index.json") as unfinished:
+                    for name in ("a/weights", "b/weights", "index.json"):
+                        (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+                        (unfinished / name).write_text("new")
+                is_killed = False
+            except Killed:
+                is_killed = True
+        visible = {name: text for name, text in contents(folder).items() if not name.startswith(".")}
+        assert (folder / "other").is_dir()
+        if "index.json" in visible:
+            assert set(visible) == {"a/weights", "b/weights", "index.json"} and len(set(visible.values())) == 1
+        states.add(visible.get("index.json"))
+        if not is_killed:
+            break
+    assert not is_killed and states == {None, b"new"} and num_steps > 5
+    with pytest.raises(KeyError), replacing_contents(folder, "index.json") as unfinished:
+        unfinished.mkdir()
+        raise KeyError
+    assert contents(folder) == visible and set(visible.values()) == {b"new"}
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
 def test_a_file_has_the_permissions_of_any_other(tmp_path, umask):
@@ -58,10 +123,14 @@ def test_a_file_has_the_permissions_of_any_other(tmp_path, umask):
     try:
         with replacing(tmp_path / "private") as unfinished:
             os.close(os.open(unfinished, os.O_CREAT, 0o600))
+        with replacing(tmp_path / "folder") as unfinished:
+            unfinished.mkdir()
+            os.close(os.open(unfinished / "private", os.O_CREAT, 0o600))
         (tmp_path / "usual").write_text("")
     finally:
         assert os.umask(before) == umask
     assert (tmp_path / "private").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    assert (tmp_path / "folder" / "private").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 def test_json_is_strict_and_written_whole(tmp_path):
@@ -72,6 +141,29 @@ def test_json_is_strict_and_written_whole(tmp_path):
         with pytest.raises(kind):
             write_json(path, content)
     assert json.loads(path.read_text()) == {"a": [1, "ä"]} and list(path.parent.iterdir()) == [path]
+
+
+NO_OBJECTS = [b"", b"\0" * 9, b'{"step": 1', b"7", b"[]", b"null", b"\xff\xfe", b"[" * 100_000]
+
+
+@pytest.mark.parametrize("content", NO_OBJECTS, ids=range(len(NO_OBJECTS)))
+def test_what_is_no_object_is_missing(tmp_path, content):
+    assert read_object(tmp_path / "file.json") is None
+    (tmp_path / "file.json").write_bytes(content)
+    assert read_object(tmp_path / "file.json") is None
+    write_json(tmp_path / "file.json", {"step": 1})
+    assert read_object(tmp_path / "file.json") == {"step": 1}
+
+
+NO_LINES = [*NO_OBJECTS, b'{"loss": 1}', b'{"step": "2"}', b'{"step": null}', b'{"step": true}']
+
+
+@pytest.mark.parametrize("content", NO_LINES, ids=range(len(NO_LINES)))
+def test_lines_that_are_none_are_left_out(tmp_path, caplog, content):
+    assert read_lines(tmp_path / "metrics.jsonl") == []
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + content + b'\n{"step": 2}\n' + content)
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+    assert ("2 lines" in caplog.text) == bool(content)  # an empty line says nothing
 
 
 def test_a_folder_in_use_is_refused_until_the_other_command_ends(tmp_path):

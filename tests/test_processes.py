@@ -81,7 +81,7 @@ def test_exit_code(tmp_path, monkeypatch):
 
     def step_with_a_signal(self):
         step(self)
-        if self.step == 3 and not self.args.resume_from_checkpoint:
+        if self.step == 3 and not self.options.output.resume_from_checkpoint:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(training.Trainer, "train_step", step_with_a_signal)

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .checks import check_choice
 from .compute import sampling_compute, training_cost
 from .data.labelled_images import TEXTURES
-from .files import METRICS_FILE
+from .files import METRICS_FILE, read_lines
 from .guidance_options import GUIDANCE_FIELDS
 from .latent_embedding import LatentEmbeddingModule, VisualPriorMixin
 from .metrics.extractors import INCEPTION
@@ -251,7 +251,7 @@ def _count(options: TrainingOptions, model: Preset, num_images: int) -> dict[str
 def _training_time(metrics: Path, images_per_step: int) -> str | None:
     """Time that the steps of a run took, by its metrics."""
     seconds, last = 0.0, 0
-    for line in map(json.loads, metrics.read_text().splitlines() if metrics.exists() else ()):
+    for line in read_lines(metrics):
         if not line["images_per_second"]:
             return None  # rounded to nothing
         seconds += (line["step"] - last) * images_per_step / line["images_per_second"]

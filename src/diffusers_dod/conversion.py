@@ -25,6 +25,7 @@ from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 
 from .checks import abbreviate, check_at_least, check_choice
+from .files import replacing, replacing_contents, write_json
 from .options import build_parser, find_given, option, parse_options
 from .pipeline_dod import DoDPipeline
 from .presets import PRESETS
@@ -631,7 +632,8 @@ def convert_to_dod(checkpoint_path: Path, output_dir: Path, options: ToDoDOption
         id2label=None if options.id2label is None else _load_json("id2label", options.id2label),
         **PRESETS["FiTv2-B"].pipeline_config,
     )
-    pipeline.save_pretrained(output_dir)
+    with replacing_contents(output_dir, DoDPipeline.config_name) as unfinished:
+        pipeline.save_pretrained(unfinished)
     print(f"DoDPipeline of one stage, {transformer.num_parameters():,} parameters: {output_dir}")
 
 
@@ -652,9 +654,9 @@ def convert_to_fitv2(checkpoint_path: Path, output_dir: Path, drop_priors: bool 
         checkpoint_path, subfolder="transformer" if is_pipeline else None, local_files_only=True
     )
     state_dict = dod_to_fitv2(transformer.state_dict(), drop_priors)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    save_file(state_dict, output_dir / "model.safetensors", metadata={"format": "pt"})
-    (output_dir / "config.json").write_text(json.dumps(_fit_config(transformer.config), indent=2) + "\n")
+    with replacing(output_dir / "model.safetensors") as unfinished:
+        save_file(state_dict, unfinished, metadata={"format": "pt"})
+    write_json(output_dir / "config.json", _fit_config(transformer.config))
     print(f"FiTv2, {sum(weight.numel() for weight in state_dict.values()):,} parameters: {output_dir}")
 
 

@@ -1,8 +1,10 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""Atomic writing of files, hashes of their content, and folders that one command has to itself."""
+"""Durable and atomic writing of files, hashes of their content, and folders that one command has to itself."""
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -19,7 +21,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-UNFINISHED = ".unfinished"
+logger = logging.getLogger(__name__)
+
+UNFINISHED = ".unfinished-"  # how names of files and folders begin that are being written or removed
 METRICS_FILE = "metrics.jsonl"  # metrics of a training run, in its folder
 
 
@@ -85,35 +89,130 @@ def check_output(name: str, path: Path | None, is_folder: bool = False, suffix: 
         raise ValueError(f"`{name}` must be a {'folder' if is_folder else 'file'} that can be written, got {path}.")
 
 
+def flush(path: Path) -> None:
+    """Waits until the content of a file, or the names in a folder, are on the disk; `path` is either."""
+    is_windows = os.name == "nt"
+    if is_windows and path.is_dir():  # which it cannot do
+        return
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot do it either
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes `folder` with its parents, so that a loss of power does not remove it again."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        flush(folder.parent)
+
+
+def _aside(path: Path, folder: Path | None = None) -> Path:
+    return (folder or path.parent) / f"{UNFINISHED}{os.getpid()}-{path.name}"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _settle(path: Path) -> None:
+    """Flushes a file, or a folder with all in it, and gives files the permissions that new files have."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for inner in [*path.rglob("*"), path]:
+        if inner.is_file():  # some libraries create files that only their owner can read
+            inner.chmod(0o666 & ~umask)
+        flush(inner)
+
+
 @contextmanager
 def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
     """
-    Context that writes a file or a folder atomically: it is written to a path of its own, and then moved into place.
+    Context that writes a file or a folder atomically and durably.
+
+    It is written to a path of its own and flushed to the disk. Then it is moved into place.
 
     Args:
         path (`Path`): The final path.
         folder (`Path`, *optional*): The folder to write in. By default the folder of the final path.
 
     Returns:
-        `Path`: A path of this process alone.
+        `Path`: A path of this process alone, with the same suffix.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = (folder or path.parent) / f".{path.name}.{os.getpid()}{UNFINISHED}"
+    make_folder(path.parent)
+    unfinished = _aside(path, folder)
+    _remove(unfinished)  # of a process with the same number
     try:
         yield unfinished
-        if unfinished.is_file():  # some libraries create files that only their owner can read
-            umask = os.umask(0)
-            os.umask(umask)
-            unfinished.chmod(0o666 & ~umask)
+        _settle(unfinished)
+        old = unfinished.with_name(f"{unfinished.name}-old")
+        if unfinished.is_dir() and path.is_dir():  # which cannot be replaced in one step
+            os.replace(path, old)
         os.replace(unfinished, path)
-    except Exception:
-        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
+        flush(path.parent)
+        _remove(old)
+    except BaseException:
+        _remove(unfinished)
         raise
+
+
+@contextmanager
+def replacing_contents(folder: Path, index: str) -> Iterator[Path]:
+    """
+    Context that replaces files and folders in a folder together; all else in it stays.
+
+    They are written to a folder of their own and flushed to the disk. Then `index` is removed, all others are moved
+    into place, and `index` comes last. So a crash leaves the old ones, the new ones, or a folder without `index`.
+
+    Args:
+        folder (`Path`): The folder.
+        index (`str`): Name of the file without which the others cannot be read.
+
+    Returns:
+        `Path`: A folder of this process alone.
+    """
+    make_folder(folder)
+    unfinished = _aside(folder / "contents")
+    try:
+        yield unfinished
+        _settle(unfinished)
+        (folder / index).unlink(missing_ok=True)
+        flush(folder)
+        for path in sorted(unfinished.iterdir(), key=lambda path: path.name == index):
+            with replacing(folder / path.name) as aside:
+                os.replace(path, aside)
+    finally:
+        _remove(unfinished)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes `folder`, of which a crash leaves all or nothing under its name."""
+    removed = _aside(folder)
+    os.replace(folder, removed)
+    flush(folder.parent)
+    _remove(removed)
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Reads the object in the JSON file `path`; `None` if it is missing, or empty, torn or something else."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def write_json(path: Path, content: Any, folder: Path | None = None) -> None:
     """
-    Writes a JSON file atomically, see [`replacing`].
+    Writes a JSON file atomically and durably, see [`replacing`].
 
     Args:
         path (`Path`): The file.
@@ -126,6 +225,30 @@ def write_json(path: Path, content: Any, folder: Path | None = None) -> None:
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with replacing(path, folder) as unfinished:
         unfinished.write_text(text)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """
+    Reads a file of JSON lines.
+
+    Args:
+        path (`Path`): The file. It may be missing.
+
+    Returns:
+        `list[dict]`: The lines with an integer as `step`. Others, as a crash may leave, are left out with a warning.
+    """
+
+    def parse(line: bytes) -> dict[str, Any] | None:
+        try:
+            content = json.loads(line)
+            return content if type(content["step"]) is int else None
+        except (ValueError, TypeError, LookupError, RecursionError):
+            return None
+
+    lines = [parse(line) for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
+    if num_dropped := lines.count(None):
+        logger.warning(f"{num_dropped} lines of {path} are no metrics, and left out.")
+    return [line for line in lines if line is not None]
 
 
 @contextmanager

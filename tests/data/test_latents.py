@@ -20,6 +20,7 @@ from test_autoencoders import make_dc, make_rae
 from torch.utils.data import DataLoader, Dataset
 
 from diffusers_dod import files
+from diffusers_dod.data import encoding
 from diffusers_dod.data.encoding import (
     BadImagesError,
     EncodingOptions,
@@ -37,7 +38,7 @@ from diffusers_dod.data.labelled_images import (
     load_labelled_images,
     to_pixels,
 )
-from diffusers_dod.data.latents import SHARD_MANIFEST, LatentDataset, check_settings, find_damaged_shards
+from diffusers_dod.data.latents import SHARD_MANIFEST, LatentDataset, check_settings, find_damaged_shards, is_complete
 from diffusers_dod.data.sample_stream import SampleDraws, TrainingSamples, collate_priors_first
 from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
 from diffusers_dod.options import parse_options
@@ -812,3 +813,30 @@ def test_two_processes_of_the_command_write_the_files_of_one(tmp_path):
     assert "/4096 " in output and "/4200 " not in output
     assert len(LatentDataset(tmp_path / "two").manifest["shards"]) == 2
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "a bit", "no object", "of another shard"])
+def test_a_damaged_note_of_an_unfinished_encoding_is_made_good(tmp_path, monkeypatch, damage):
+    """The shard is encoded again, and no other; a torn manifest is written again."""
+    folder, images, options = tmp_path / "latents", textures(), EncodingOptions(shard_size=4)
+    expected = contents(write(folder, images).folder)
+    note, content = folder / "shard-00001.json", bytearray(expected["shard-00001.json"])
+    if damage == "a bit":
+        content[content.index(b'"num_samples": 4') + 15] ^= 1  # 5 samples
+    note.write_bytes(
+        {
+            "empty": b"",
+            "cut": bytes(content[:-3]),
+            "a bit": bytes(content),
+            "no object": b"[]",
+            "of another shard": b'{"settings": {}}',
+        }[damage]
+    )
+    (folder / SHARD_MANIFEST).write_bytes(expected[SHARD_MANIFEST][:-5])
+    assert not is_complete(folder)
+    saved = []
+    save_file = encoding.save_file
+    monkeypatch.setattr(encoding, "save_file", lambda *args: (saved.append(1), save_file(*args)))
+    encode_latents(images, None, folder, options)
+    finish_latents(folder, latent_settings(images, None, options))
+    assert contents(folder) == expected and len(saved) == 1

@@ -150,7 +150,7 @@ def test_nothing_else_is_left(finished):
         assert names == {"samples.npz", "manifest.json"}
     else:
         assert names == {*(f"{i:06d}.png" for i in range(7)), "labels.txt", "manifest.json", "chunks"}
-        assert not list((finished / "chunks").glob("*.unfinished"))
+        assert not list((finished / "chunks").glob(".unfinished-*"))
 
 
 class Killed(BaseException):
@@ -296,7 +296,7 @@ def test_two_commands_in_one_folder(checkpoint, finished):
 
 def test_what_a_killed_process_was_writing_is_removed(checkpoint, finished, tmp_path):
     (tmp_path / "samples" / "chunks").mkdir(parents=True)
-    (tmp_path / "samples" / "chunks" / ".000000.npy.123.unfinished").write_bytes(b"half")
+    (tmp_path / "samples" / "chunks" / ".unfinished-123-000000.npy").write_bytes(b"half")
     run(checkpoint, tmp_path / "samples", "--format", finished.name)
     assert contents(tmp_path / "samples") == contents(finished)
 

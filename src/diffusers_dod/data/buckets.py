@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..autoencoders import Autoencoder
 from ..checks import check_at_least, check_number, check_type
-from ..files import write_json
+from ..files import read_object, write_json
 from ..options import check_options
 from .encoding import (
     EncodingOptions,
@@ -33,6 +33,7 @@ from .encoding import (
     encode_latents,
     finish_latents,
     latent_settings,
+    read_note,
 )
 from .labelled_images import ImageDataset, LabelledImages
 from .latents import LatentDataset, Latents, check_settings, is_complete
@@ -225,9 +226,9 @@ def _name(size: tuple[int, int]) -> str:
 
 def _is_done(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether all buckets are there; raises a `ValueError` if they were made with other settings."""
-    if not (folder / BUCKETS).exists():
+    manifest = read_object(folder / BUCKETS)
+    if manifest is None:
         return False
-    manifest = json.loads((folder / BUCKETS).read_text())
     check_settings(folder, manifest, settings)
     return all(is_complete(folder / bucket["folder"]) for bucket in manifest["buckets"])
 
@@ -243,8 +244,8 @@ def _finish_buckets(
     bad, entries = [], []
     for (height, width), bucket in buckets.items():
         bucket_folder = folder / _name((height, width))
-        notes = [json.loads(path.read_text()) for path in bucket_folder.glob("shard-*.json")]
-        unreadable = [entry for note in notes for entry in note["bad_images"]]
+        notes = [read_note(bucket_folder, shard) for shard in range(len(list(bucket_folder.glob("shard-*.json"))))]
+        unreadable = [entry for note in notes if note is not None for entry in note["bad_images"]]
         bad += [{**entry, "index": bucket.dataset.indices[entry["index"]]} for entry in unreadable]
         if len(unreadable) == len(bucket.dataset):
             continue  # nothing to train on

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..autoencoders import Autoencoder, encode_moments
 from ..checks import check_at_least, check_choice
-from ..files import file_sha256, replacing, sha256_of_weights, write_json
+from ..files import file_sha256, make_folder, read_object, replacing, sha256_of_weights, write_json
 from ..options import check_options, option
 from .labelled_images import TRANSFORM, LabelledImages, to_pixels
 from .latents import DTYPES, SHARD_FORMAT, SHARD_MANIFEST, check_settings
@@ -161,11 +161,15 @@ def _shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.safetensors"
 
 
-def _read_note(folder: Path, shard: int) -> dict[str, Any] | None:
-    """Reads the note of a shard; `None` if the shard or the note is missing."""
+def read_note(folder: Path, shard: int) -> dict[str, Any] | None:
+    """Reads the note of a shard; `None` if the shard is missing, or its note is missing or damaged."""
     path = _shard_path(folder, shard)
-    note = path.with_suffix(".json")
-    return json.loads(note.read_text()) if note.exists() and path.exists() else None
+    note = read_object(path.with_suffix(".json")) if path.exists() else None
+    return note if note is not None and note.pop("note_sha256", None) == _hash_note(note) else None
+
+
+def _hash_note(note: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()
 
 
 def _is_done(folder: Path, shard: int, settings: dict[str, Any], on_bad_image: str) -> bool:
@@ -174,7 +178,7 @@ def _is_done(folder: Path, shard: int, settings: dict[str, Any], on_bad_image: s
 
     If bad images are an error, a shard with bad images counts as not done, so that they are tried again.
     """
-    note = _read_note(folder, shard)
+    note = read_note(folder, shard)
     if note is None:
         return False
     check_settings(folder, note["settings"], settings)
@@ -209,7 +213,7 @@ def encode_latents(
     options, share = options or EncodingOptions(), share or Share()
     check_options(options)
     shard_size, batch_size = options.shard_size, options.encoding_batch_size
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     settings = {**latent_settings(images, vae, options, vision), "shard_size": shard_size}
     device = next(vae.parameters()).device if vae is not None else torch.device("cpu")
     dtype = DTYPES[options.latents_dtype]
@@ -270,7 +274,7 @@ def encode_latents(
             "sha256": file_sha256(path),
             "bad_images": bad,
         }
-        write_json(path.with_suffix(".json"), note)
+        write_json(path.with_suffix(".json"), {**note, "note_sha256": _hash_note(note)})
     progress.close()
 
 
@@ -292,10 +296,10 @@ def finish_latents(folder: Path, settings: dict[str, Any], on_bad_image: str = "
             if some images could not be read.
     """
     check_choice("on_bad_image", on_bad_image, ON_BAD_IMAGE)
-    first = _read_note(folder, 0)
+    first = read_note(folder, 0)
     shard_size = SHARD_SIZE if first is None else first["settings"]["shard_size"]
     num_shards = -(-settings["num_images"] // shard_size)
-    notes = [_read_note(folder, shard) for shard in range(num_shards)]
+    notes = [read_note(folder, shard) for shard in range(num_shards)]
     if None in notes:
         missing = [_shard_path(folder, shard).name for shard, note in enumerate(notes) if note is None]
         raise ValueError(

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..files import file_sha256
+from ..files import file_sha256, read_object
 from .labelled_images import TRANSFORM, LabelledImages
 from .orders import EpochOrder
 
@@ -62,11 +62,9 @@ def check_settings(folder: Path, found: dict[str, Any], expected: dict[str, Any]
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether `folder` has a manifest and all of its shards."""
-    if not (folder / SHARD_MANIFEST).exists():
-        return False
-    shards = json.loads((folder / SHARD_MANIFEST).read_text())["shards"]
-    return all((folder / shard["file"]).is_file() for shard in shards)
+    """Whether `folder` has a manifest, which is not torn, and all of its shards."""
+    manifest = read_object(folder / SHARD_MANIFEST)
+    return manifest is not None and all((folder / shard["file"]).is_file() for shard in manifest["shards"])
 
 
 def find_damaged_shards(folder: Path) -> list[str]:

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from ..data.image_grid import make_grid
 from ..data.labelled_images import to_pixels
+from ..files import replacing
 from ..guidance import NULL_CONDITIONS, Guidance
 from ..metrics.extractors import Extractor, extract, extractor_sha256, load_extractor
 from ..metrics.frechet import frechet_distance
@@ -372,11 +373,11 @@ def main(argv: list[str] | None = None) -> None:
         places, originals, labels = next(read_batches(images, indices[:GRID_COLUMNS], GRID_COLUMNS))
         grid = [originals.numpy()]
         grid += [reconstruct(pipeline, originals, labels, places, scale, **call) for scale in scales.values()]
-        options.grid_file.parent.mkdir(parents=True, exist_ok=True)
         image = make_grid(
             [list(map(Image.fromarray, row)) for row in grid], scale=max(1, 64 // comparison.images.resolution)
         )
-        image.save(options.grid_file)
+        with replacing(options.grid_file) as unfinished:
+            image.save(unfinished)
     print(to_table(rows))
     write(comparison.output_file, rows, guidance_scales=guidance_scales)
     rows_file.unlink(missing_ok=True)

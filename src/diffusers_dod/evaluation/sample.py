@@ -37,7 +37,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..files import UNFINISHED, file_sha256, in_use, replacing, write_json
+from ..files import UNFINISHED, file_sha256, in_use, make_folder, read_object, replacing, write_json
 from ..guidance_options import GuidanceOptions
 from ..options import find_given, option, parse_options, to_argv, to_json, to_values
 from ..pipeline_dod import DoDPipeline
@@ -257,27 +257,28 @@ class SampleFolder:
         Raises:
             `ValueError`: the folder holds samples with other settings, which the message names, or something else.
         """
-        for path in self._chunks.glob(f"*{UNFINISHED}"):
+        for path in self._chunks.glob(f"{UNFINISHED}*"):
             path.unlink()
         files = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()}
         is_complete = False
-        if SAMPLES_MANIFEST in files:
-            manifest = json.loads((self.folder / SAMPLES_MANIFEST).read_text())
+        manifest = read_object(self.folder / SAMPLES_MANIFEST)
+        if manifest is not None:
             found = self._with_settings(manifest.get("settings", {}))
-            is_intact = found._find_sha256() == manifest["sha256"]
+            is_intact = found._find_sha256() == manifest.get("sha256")
             is_complete = is_intact and found.settings == self.settings
             if not is_intact:
                 logger.warning(f"{self.folder} does not hold the images of its manifest: what is missing comes again.")
             elif not is_complete:
                 found._unpack(manifest["versions"])
         elif files - {f"{CHUNKS}/{SETTINGS}"}:  # else nothing has been sampled yet
-            if not (self._chunks / SETTINGS).is_file():
+            settings = read_object(self._chunks / SETTINGS)
+            if settings is None:
                 raise ValueError(f"`output_dir` must be empty or hold samples, got {self.folder} with other files.")
-            self._with_settings(json.loads((self._chunks / SETTINGS).read_text()))
+            self._with_settings(settings)
         if is_complete:
             self._clean()
         else:
-            self._chunks.mkdir(parents=True, exist_ok=True)
+            make_folder(self._chunks)
             write_json(self._chunks / SETTINGS, self.settings, self._chunks)
             for name in (SAMPLES_MANIFEST, ARCHIVE):
                 (self.folder / name).unlink(missing_ok=True)

@@ -403,7 +403,8 @@ def draw_plots(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
         paths.append(folder / f"{file}.png")
-        figure.savefig(paths[-1], dpi=120)
+        with replacing(paths[-1]) as unfinished:
+            figure.savefig(unfinished, dpi=120)
         plt.close(figure)
     return paths
 
@@ -462,7 +463,8 @@ def main(argv: list[str] | None = None) -> None:
         sweep = Sweep(options)
         metrics, rows = sweep.run()
         table = to_table(rows)
-        (options.output_dir / "sweep.md").write_text(table + "\n")
+        with replacing(options.output_dir / "sweep.md") as unfinished:
+            unfinished.write_text(table + "\n")
         print(table)
         try:
             draw_plots(rows, options.output_dir)

@@ -9,9 +9,7 @@ match is never resumed. `checkpoint-<step>/` is a `DoDPipeline` folder with the 
 
 import json
 import logging
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..files import file_sha256
+from ..files import file_sha256, remove_folder, replacing
 from ..processes import full_tensor, sharded_like
 from .ema import averaged_parameters
 from .models import set_learning_rates
@@ -31,14 +29,6 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_MANIFEST = "manifest.json"
 STATE_FOLDER = "training_state"
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -119,7 +109,7 @@ def save_checkpoint(
     output_dir: Path, step: int, write: Callable[[Path], None], total_limit: int | None = None
 ) -> Path:
     """
-    Saves `checkpoint-<step>` atomically, then removes the oldest ones beyond `total_limit`.
+    Saves `checkpoint-<step>` atomically and durably, then removes the oldest ones beyond `total_limit`.
 
     Args:
         output_dir (`Path`): Folder of the run.
@@ -131,23 +121,19 @@ def save_checkpoint(
         `Path`: The folder of the checkpoint.
     """
     checkpoint = output_dir / f"checkpoint-{step}"
-    unfinished = output_dir / f".unfinished-checkpoint-{step}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    write(unfinished)
-    hashes = {str(path.relative_to(unfinished)): file_sha256(path) for path in _files(unfinished)}
-    (unfinished / CHECKPOINT_MANIFEST).write_text(json.dumps({"step": step, "sha256": hashes}, indent=2) + "\n")
-    for path in unfinished.rglob("*"):
-        _flush(path)
-    if checkpoint.exists():  # a damaged one of the same step, which was skipped when the run was resumed
-        shutil.rmtree(checkpoint)
-    os.rename(unfinished, checkpoint)
-    _flush(output_dir)
+    with replacing(checkpoint) as unfinished:
+        unfinished.mkdir()
+        write(unfinished)
+        hashes = {str(path.relative_to(unfinished)): file_sha256(path) for path in _files(unfinished)}
+        (unfinished / CHECKPOINT_MANIFEST).write_text(json.dumps({"step": step, "sha256": hashes}, indent=2) + "\n")
     if total_limit is not None:
         # The checkpoint just written is known to be valid, so it stays whatever else there is.
         others = [path for path in list_checkpoints(output_dir) if path != checkpoint]
         for old in others[: max(0, len(others) + 1 - total_limit)]:
-            shutil.rmtree(old)
+            try:
+                remove_folder(old)
+            except OSError as error:
+                logger.warning(f"{old} is in the way of `checkpoints_total_limit` and cannot be removed: {error}.")
     return checkpoint
 
 

@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard
 
 from ..cards import CARD, CURVES, fill_card, read_model
 from ..checks import check_at_least
-from ..files import METRICS_FILE
+from ..files import METRICS_FILE, read_lines, replacing
 from ..options import build_parser, find_places, from_values, option, parse_options, read_recipe, to_recipe
 from ..presets import PRESETS, Preset
 from ..results import checkpoint_sha256, read_results
@@ -57,11 +57,10 @@ SOURCES = {
 
 def _read_evaluation(options: TrainingOptions) -> dict[str, dict[str, Any]]:
     """Reads the latest line of evaluations, if there is one, in the form of results."""
-    path = options.output.output_dir / EVALUATIONS
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = read_lines(options.output.output_dir / EVALUATIONS)
     if not lines:
         return {}
-    line = json.loads(lines[-1])
+    line = lines[-1]
     is_public = options.data.images.dataset_name is not None and not Path(options.data.images.dataset_name).exists()
     return {
         EVALUATIONS: {
@@ -81,13 +80,17 @@ def _read_evaluation(options: TrainingOptions) -> dict[str, dict[str, Any]]:
 
 
 def _draw_curves(folder: Path) -> None:
-    metrics = folder / METRICS_FILE
-    if not metrics.exists() or metrics.stat().st_size == 0:
+    if not read_lines(folder / METRICS_FILE):
         return
     try:
         plot_metrics([folder], folder / CURVES, smoothing=10)
     except ImportError:
         logger.warning("The model card has no curves: drawing them needs matplotlib.")
+
+
+def _save_card(card: ModelCard, path: Path) -> None:
+    with replacing(path) as unfinished:
+        card.save(unfinished)
 
 
 def write_model_card(
@@ -112,7 +115,8 @@ def write_model_card(
     recipe = yaml.safe_dump(to_recipe(options), sort_keys=False)
     if left_out := find_places(options):
         recipe += f"# To be given as well, since the run had folders of its machine for it: {', '.join(left_out)}\n"
-    (folder / RECIPE).write_text(recipe)
+    with replacing(folder / RECIPE) as unfinished:
+        unfinished.write_text(recipe)
     if step > 0:
         _draw_curves(folder)
     pipelines = [folder, *reversed(list_checkpoints(folder))]
@@ -129,7 +133,7 @@ def write_model_card(
         model=None if saved is None or step == 0 else read_model(saved)[0],
         results=_read_evaluation(options) if step > 0 else None,
     )
-    card.save(folder / CARD)
+    _save_card(card, folder / CARD)
     return str(card)
 
 
@@ -181,14 +185,13 @@ def _read_step(folder: Path) -> int:
     """Number of training steps after which the pipeline in `folder` was saved."""
     if (folder / CHECKPOINT_MANIFEST).exists():  # a checkpoint
         return json.loads((folder / CHECKPOINT_MANIFEST).read_text())["step"]
-    metrics = folder / METRICS_FILE  # a run
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    lines = read_lines(folder / METRICS_FILE)  # of a run
     if not lines:
         raise ValueError(
             f"`pipeline` must be a folder whose {CHECKPOINT_MANIFEST} or {METRICS_FILE} says how long it was trained, "
             f"got {str(folder)!r}."
         )
-    return json.loads(lines[-1])["step"]
+    return lines[-1]["step"]
 
 
 def build_card(sources: Mapping[str, Any], name: str) -> ModelCard:
@@ -260,9 +263,9 @@ def main(argv: list[str] | None = None) -> None:
     for path in parse_options(CardOptions, argv, __doc__).cards:
         sources = read_sources(path)
         card = build_card(sources, path.stem)
-        card.save(path.with_suffix(".md"))
+        _save_card(card, path.with_suffix(".md"))
         if "pipeline" in sources:
-            card.save(Path(sources["pipeline"]) / CARD)
+            _save_card(card, Path(sources["pipeline"]) / CARD)
 
 
 if __name__ == "__main__":

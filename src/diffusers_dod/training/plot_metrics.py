@@ -5,14 +5,13 @@ Draws the curves of one or several runs from their metrics; needs matplotlib:
     python -m diffusers_dod.training.plot_metrics outputs/dod-b outputs/fitv2-b --output outputs/curves.png
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..files import METRICS_FILE
+from ..files import METRICS_FILE, read_lines, replacing
 from ..options import option, parse_options
 from .run_metrics import EVALUATIONS
 
@@ -48,12 +47,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, float | None]]:
     Raises:
         `ValueError`: the run has no metrics.
     """
-    paths = [run_dir / name for name in (METRICS_FILE, EVALUATIONS)]
-    metrics, evaluations = (
-        [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else [] for path in paths
-    )
+    metrics, evaluations = (read_lines(run_dir / name) for name in (METRICS_FILE, EVALUATIONS))
     if not metrics:
-        raise ValueError(f"`run_dirs` must hold runs with metrics, got {run_dir} without a line in {paths[0].name}.")
+        raise ValueError(f"`run_dirs` must hold runs with metrics, got {run_dir} without a line in {METRICS_FILE}.")
     return metrics + evaluations
 
 
@@ -101,8 +97,8 @@ def plot_metrics(run_dirs: Sequence[Path], output: Path, smoothing: int = 1) -> 
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[1]:
             panel.legend(fontsize=8)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=120)
+    with replacing(output) as unfinished:
+        figure.savefig(unfinished, dpi=120)
     plt.close(figure)
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..checks import check_at_least, check_number
+from ..files import replacing_contents
 from ..losses import DoDJointModel
 from ..options import option, parse_options
 from ..pipeline_dod import DoDPipeline
@@ -82,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command; `argv` defaults to the process's arguments. Raises a `ValueError` if they do not fit."""
     options = parse_options(PosthocOptions, argv, __doc__)
     pipeline, rest = reconstruct(options.run_dir, options.sigma_rel, options.step)
-    pipeline.save_pretrained(options.output_dir)
+    with replacing_contents(options.output_dir, DoDPipeline.config_name) as unfinished:
+        pipeline.save_pretrained(unfinished)
     print(f"Wrote {options.output_dir}. Error of the profile: {rest:.2%} of its norm.")
 
 

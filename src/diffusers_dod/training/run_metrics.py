@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..files import replacing
+from ..files import read_lines, replacing
 
 
 EVALUATIONS = "evaluations.jsonl"  # beside `METRICS_FILE`: what is computed of samples
@@ -168,19 +168,8 @@ def append_line(path: Path, line: dict[str, Any], accelerator: Accelerator) -> N
 
 
 def drop_metrics_after(path: Path, step: int) -> None:
-    """
-    Removes the lines after `step` from the metrics in `path`, if it exists; a resumed run will write them again.
-
-    It also removes half a line that a crash may have left.
-    """
-
-    def is_kept(line: str) -> bool:
-        try:
-            return json.loads(line)["step"] <= step
-        except ValueError:
-            return False
-
+    """Removes from the file `path` the lines after `step`, which a resumed run writes again, and damaged ones."""
     if path.exists():
-        kept = "".join(line + "\n" for line in path.read_text().splitlines() if is_kept(line))
+        kept = "".join(json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step)
         with replacing(path) as unfinished:
             unfinished.write_text(kept)

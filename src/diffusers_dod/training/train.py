@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from ..data.sample_stream import PositionSampler, SampleDraws
 from ..data.vision_features import VisionFeatures
-from ..files import METRICS_FILE
+from ..files import METRICS_FILE, flush, replacing, replacing_contents, write_json
 from ..losses import DoDJointModel
 from ..metrics.extractors import check_extractor, load_extractor, load_statistics
 from ..options import describe, parse_options, replace_values, to_values
@@ -366,6 +366,9 @@ class Trainer:
             save_training_state(folder, tensors, state)
 
         if is_main:
+            for name in (METRICS_FILE, EVALUATIONS):  # the lines up to this step, which no resumed run writes again
+                if (path := self.options.output.output_dir / name).exists():
+                    flush(path)
             self.checkpoint = save_checkpoint(
                 self.options.output.output_dir, self.step, write, self.options.output.checkpoints_total_limit
             )
@@ -455,7 +458,7 @@ class Trainer:
         }
         path = self.options.output.output_dir / f"nonfinite-step-{self.step}.json"
         if self.accelerator.is_main_process:
-            path.write_text(json.dumps(report, indent=2) + "\n")
+            write_json(path, report)
         raise FloatingPointError(
             f"The gradients of {self.nonfinite_in_a_row} steps in a row are not finite, up to step {self.step}: more "
             f"than `max_nonfinite_steps` = {self.options.optimizer.max_nonfinite_steps}. See {path}."
@@ -482,8 +485,8 @@ class Trainer:
             append_line(options.output.output_dir / EVALUATIONS, line, accelerator)
         grid = stage_grid(pipeline, options.validation.validation_seed, accelerator, **call)
         if accelerator.is_main_process:  # at last, so that what has a grid has all of it
-            self._grid_path.parent.mkdir(exist_ok=True)
-            grid.save(self._grid_path)
+            with replacing(self._grid_path) as unfinished:
+                grid.save(unfinished)
 
     @property
     def _grid_path(self) -> Path:
@@ -576,7 +579,8 @@ class Trainer:
         pipeline = self.averaged_pipeline()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            pipeline.save_pretrained(options.output.output_dir)
+            with replacing_contents(options.output.output_dir, DoDPipeline.config_name) as unfinished:
+                pipeline.save_pretrained(unfinished)
             self._write_card()
             if self.pusher is not None:
                 self._push("End of training")
