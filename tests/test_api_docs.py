@@ -29,9 +29,9 @@ DEFAULT = re.compile(r", defaults to (`?)(?P<value>.+)\1$")
 LINK_OR_CODE = r"\[?`[^`]+`\]?"
 
 # A text of a docstring is also shown without the one before it: it must not open with a word that refers to that.
-RIDDLE = re.compile(r"(Of|Those|That of|Likewise|See there|What\b.*\bdid cost)\b")
+RIDDLE = re.compile(r"(Of|Both|Its?|Those|That of|Likewise|See there|What\b.*\bdid cost)\b")
 # Names that only their docstrings explained. `run` is one for the position of a stage among those that are run.
-RIDDLES = {"whole", "together", "barren", "replicas"}
+UNCLEAR = re.compile(r"whole|together|barren|\w*replica\w*")
 
 
 def find_public_modules():
@@ -266,7 +266,8 @@ def test_names_say_what_they_are():
     assert_none(
         f"{place}: {name}"
         for place, names in find_in_files(find_names, "src")
-        for name in sorted(names & RIDDLES | (names & {"run"} if "stage" in names else set()))
+        for name in sorted(names)
+        if UNCLEAR.fullmatch(name) or (name == "run" and "stage" in names)
     )
 
 

@@ -232,7 +232,7 @@ def _count(options: TrainingOptions, model: Preset, num_images: int) -> dict[str
     """Counts the cost of training and sampling, for the template."""
     config = _build_without_weights(model)[0].config
     training = training_cost(
-        model, (config.in_channels, config.sample_size, config.sample_size), config.num_classes, options.step
+        model, (config.in_channels, config.sample_size, config.sample_size), config.num_classes, options.training_step
     ).training_flops
     sampling = sampling_compute(model)
     stages = [

@@ -200,7 +200,7 @@ OPTIMIZERS = ("adamw", "adamw_8bit")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingStep:
-    """Work of a training step."""
+    """Options of a training step that its cost depends on."""
 
     batch_size: int = option(32, at_least=1, help="Images per process and micro-batch.")
     prior_dropout_prob: float = option(0.5, at_least=0, at_most=1, help="Share p_s of images without a prior.")

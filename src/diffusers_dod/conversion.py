@@ -661,7 +661,7 @@ def convert_to_fitv2(checkpoint_path: Path, output_dir: Path, drop_priors: bool 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command; `argv` defaults to the arguments of the process."""
+    """Runs the command; `argv` defaults to the process's arguments."""
     options = parse_options(ConversionOptions, argv, __doc__)
     try:
         if options.to == "dod":

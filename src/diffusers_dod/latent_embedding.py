@@ -111,7 +111,7 @@ class VisualPriorMixin(DoDModelMixin, PeftAdapterMixin):
     Interface of an encoder of visual priors, for the pipeline, training and evaluation.
 
     An encoder of one's own is a class with this base. Its constructor, under `register_to_config`, takes at least
-    `sample_size`, `patch_size` and `in_channels` of the latents, and sets two attributes:
+    `patch_size` and `in_channels` of the latents, and sets two attributes:
 
     - `inner_dim` (`int`): Width of a visual prior, the same as the backbone's `prior_embed_dim`.
     - `token_shape` (`tuple[int, int]`): Number and width of the latent tokens.

@@ -80,7 +80,7 @@ class DoDLoraLoaderMixin(LoraBaseMixin):
 
         Args:
             pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`): As in `lora_state_dict`.
-            adapter_name (`str`, *optional*): Its name; `"default_0"`, `"default_1"`, ... if not given.
+            adapter_name (`str`, *optional*): Name of the adapter; `"default_0"`, `"default_1"`, ... if not given.
             hotswap (`bool`, defaults to `False`): Whether to replace the weights of the adapter of that name in place.
             kwargs: As in `lora_state_dict`, and `low_cpu_mem_usage`.
 

@@ -190,7 +190,7 @@ class DoDJointModel(nn.Module):
 
     def _touch_unused(self, num_priors: int, batch_size: int, is_aligned: bool) -> torch.Tensor | float:
         """
-        Zero, with every unused parameter in the graph, as data parallelism waits for the gradients of all.
+        Returns zero with every unused parameter in its graph, as data parallelism waits for the gradients of all.
 
         A batch without priors does not use the LEM. A batch with all its priors does not use S. A batch without
         features does not use the projectors.

@@ -96,7 +96,7 @@ def option(default: Any = MISSING, **description: Any) -> Any:
     Declares an option.
 
     Args:
-        default (`Any`, defaults to `MISSING`): Its default; without one the option must be given.
+        default (`Any`, defaults to `MISSING`): Default of the option; without one the option must be given.
         description (`Any`): Arguments of [`Option`].
 
     Returns:

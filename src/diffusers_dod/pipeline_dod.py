@@ -28,8 +28,8 @@ from .pipeline_inputs import (
     check_noises,
     check_prior,
     invert_id2label,
+    preprocess_image,
     to_label_ids,
-    to_pixels,
 )
 from .pipeline_loading import DoDPipelineLoadingMixin
 from .pipeline_output import DoDPipelineOutput, DoDStageStatistics
@@ -215,11 +215,11 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         return self.vae_scale_factor * self.transformer.config.patch_size
 
     def _check_image(self, image: PipelineImageInput, num_labels: int | None) -> torch.Tensor:
-        """Converts the images of a visual prior to pixels, see [`to_pixels`]."""
+        """Converts the images of a visual prior to pixels, see [`preprocess_image`]."""
         channels = (
             self.vae.config.get("in_channels", 3) if self.vae is not None else self.transformer.config.in_channels
         )
-        return to_pixels(image, num_labels, channels, self._size_multiple)
+        return preprocess_image(image, num_labels, channels, self._size_multiple)
 
     def _find_given_prior(
         self,
@@ -540,8 +540,8 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         check_guidance(guidance, self.transformer, num_stages, stages)
         self._warn_of_idle_arguments(stages, num_inference_steps, guidance_scale)
         shape = self._latent_shape(height, width, prior)
-        num_replicas = {stage.number: 1 if stage.number == 1 else num_images_per_prior for stage in stages}
-        noises = check_noises(latents, [(batch_size * number, *shape) for number in num_replicas.values()])
+        images_per_prior = {stage.number: 1 if stage.number == 1 else num_images_per_prior for stage in stages}
+        noises = check_noises(latents, [(batch_size * number, *shape) for number in images_per_prior.values()])
         device = self._execution_device
         numbers_of_steps = [stage.lay_out(device) for stage in stages]
 
@@ -581,7 +581,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
             source = NoiseSource(
                 stage=stage.number,
                 batch_size=batch_size,
-                num_replicas=num_replicas[stage.number],
+                images_per_prior=images_per_prior[stage.number],
                 generator=generator,
                 seed=seed,
                 sample_indices=sample_indices,

@@ -196,7 +196,7 @@ def _to_tensor(image: PIL.Image.Image | np.ndarray | torch.Tensor) -> torch.Tens
     return tensor.float()
 
 
-def to_pixels(image: PipelineImageInput, batch_size: int | None, channels: int, multiple: int) -> torch.Tensor:
+def preprocess_image(image: PipelineImageInput, batch_size: int | None, channels: int, multiple: int) -> torch.Tensor:
     """
     Converts images of a visual prior to pixels. They are never resized.
 

@@ -275,7 +275,7 @@ class ExportOptions:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command; `argv` defaults to the arguments of the process."""
+    """Runs the command; `argv` defaults to the process's arguments."""
     options = parse_options(ExportOptions, argv, __doc__)
     try:
         output_dir = export_remote_code(options.pretrained_model_name_or_path, options.output_dir)

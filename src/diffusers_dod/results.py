@@ -91,7 +91,7 @@ def as_metric(value: float, interval: tuple[float, float] | None = None, **detai
 
     Args:
         value (`float`): The number.
-        interval (`tuple[float, float]`, *optional*): Its 95 % confidence interval.
+        interval (`tuple[float, float]`, *optional*): The 95 % confidence interval.
         details (`Any`): Further entries, which JSON must be able to hold.
 
     Returns:

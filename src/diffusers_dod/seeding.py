@@ -57,29 +57,29 @@ def stateless_noise(shape: tuple[int, ...], *ids: int) -> torch.Tensor:
 @dataclass
 class NoiseSource:
     """
-    Source of the noise of one stage, for each image of stage 1 and for its replicas from stage 2 on.
+    Source of the noise of one stage, for each image of stage 1 and for each image of its prior from stage 2 on.
 
     Args:
         stage (`int`): Number of the stage.
         batch_size (`int`): Number of images of the first stage that is run.
-        num_replicas (`int`): Number of images that the stage makes of each of them.
+        images_per_prior (`int`): Number of images that the stage makes of each of them.
         generator (`torch.Generator`, `list[torch.Generator]` or `None`): One for all images, or one for each.
-        seed (`int` or `None`): Noise is a function of seed, index, replica, stage and step in place of a generator.
+        seed (`int` or `None`): Noise is a function of seed, index, copy, stage and step in place of a generator.
         sample_indices (`Sequence[int]`): Index of each image.
     """
 
     stage: int
     batch_size: int
-    num_replicas: int
+    images_per_prior: int
     generator: torch.Generator | list[torch.Generator] | None
     seed: int | None
     sample_indices: Sequence[int]
 
     def _ids(self, step: int) -> list[tuple[int, ...]]:
         return [
-            (self.seed, int(index), replica, self.stage, step)
+            (self.seed, int(index), copy, self.stage, step)
             for index in self.sample_indices
-            for replica in range(self.num_replicas)
+            for copy in range(self.images_per_prior)
         ]
 
     def generators(self, step: int) -> torch.Generator | list[torch.Generator] | None:
@@ -87,7 +87,7 @@ class NoiseSource:
         if self.seed is not None:
             return [stateless_generator(*ids) for ids in self._ids(step)]
         if isinstance(self.generator, list):
-            return [generator for generator in self.generator for _ in range(self.num_replicas)]
+            return [generator for generator in self.generator for _ in range(self.images_per_prior)]
         return self.generator
 
     def draw(self, step: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
@@ -100,9 +100,9 @@ class NoiseSource:
             device (`torch.device`): Device of the noise.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size * num_replicas, *shape)`, in fp32.
+            `torch.Tensor` of shape `(batch_size * images_per_prior, *shape)`, in fp32.
         """
         if self.seed is not None:
             return torch.stack([stateless_noise(tuple(shape), *ids) for ids in self._ids(step)]).to(device)
-        shape = (self.batch_size * self.num_replicas, *shape)
+        shape = (self.batch_size * self.images_per_prior, *shape)
         return randn_tensor(shape, self.generators(step), device=device, dtype=torch.float32)

@@ -340,7 +340,7 @@ class TrainingOptions:
         return found
 
     @property
-    def step(self) -> TrainingStep:
+    def training_step(self) -> TrainingStep:
         """The work of a training step, for [`training_cost`]."""
         return TrainingStep(
             batch_size=self.optimizer.train_batch_size,

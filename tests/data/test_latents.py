@@ -333,7 +333,7 @@ def test_no_manifest_of_no_shards(tmp_path):
 
 
 def test_no_manifest_of_shards_of_two_sizes(tmp_path):
-    """Both processes write their own shard 0 and 1 of 2, of other images."""
+    """Two processes write their own shard 0 and 1 of 2, of other images."""
     for process, shard_size in ((0, 6), (1, 8)):
         encode_latents(
             textures(), None, tmp_path, EncodingOptions(shard_size=shard_size), share=Share(process, num_processes=2)

@@ -1,4 +1,4 @@
-"""Where loaded come from: image folders, Parquet, WebDataset's tar files, data sets of the Hub."""
+"""Where images come from: image folders, Parquet, WebDataset's tar files, data sets of the Hub."""
 
 import io
 import tarfile

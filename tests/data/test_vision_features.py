@@ -360,7 +360,7 @@ def test_the_command_stores_features(tmp_path, vision):
 
 
 def test_a_model_learns_to_tell_images_as_the_vision_model_does(tmp_path, vision):
-    """Its tokens become similar to the features of their own image, not only to those of all images."""
+    """Tokens become similar to the features of their own image, not only to those of all images."""
     latents = write(tmp_path / "latents", textures(8), vision, vae=tiny_vae())
     batch = torch.stack([latents.read(index)[0] for index in range(8)])
     features = torch.stack([latents.read_features(index) for index in range(8)])

@@ -29,7 +29,7 @@ from diffusers_dod.metrics.frechet import feature_statistics, fid_interval, frec
 from diffusers_dod.metrics.inception_score import RunningInceptionScore
 from diffusers_dod.metrics.intervals import wilson_interval
 from diffusers_dod.metrics.kernel_distance import kernel_distance
-from diffusers_dod.metrics.precision_recall import precision_recall
+from diffusers_dod.metrics.precision_recall import ReferenceManifold
 from diffusers_dod.metrics.statistics import RunningStatistics
 from diffusers_dod.results import read_results
 
@@ -105,7 +105,7 @@ def test_all_metrics_against_what_they_are_made_of(world, capsys):
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     divergence = (probabilities * np.log(probabilities / probabilities.mean(axis=0))).sum(axis=1).mean()
     assert metrics["is"]["value"] == pytest.approx(np.exp(divergence), rel=1e-5)
-    counts = precision_recall(*features)
+    counts = ReferenceManifold(features[1]).compare(features[0])
     assert (metrics["precision"]["value"], metrics["recall"]["value"]) == (counts.precision, counts.recall)
     assert metrics["recall"]["interval"] is None  # all of the reference is compared with the same samples
     for name in ("fid", "sfid", "kid", "precision"):
@@ -203,7 +203,8 @@ def test_saved_statistics_take_the_place_of_their_images(world, tmp_path):
     found = run(world, "--reference", tmp_path / "adm.npz", "--metrics", "fid", "precision_recall")
     far = frechet_distance(*feature_statistics(expected_features(draw(60, 1))), arrays["mu"], arrays["sigma"])
     assert found["metrics"]["fid"]["value"] == pytest.approx(far, rel=1e-5)
-    recall = precision_recall(expected_features(draw(60, 1)), expected_features(draw(80, 2)[:40])).recall
+    manifold = ReferenceManifold(expected_features(draw(80, 2)[:40]))
+    recall = manifold.compare(expected_features(draw(60, 1))).recall
     assert found["metrics"]["recall"]["value"] == recall
     assert found["data"]["reference"]["has_statistics"] and found["data"]["reference"]["num_images"] == 40
 

@@ -27,7 +27,7 @@ from diffusers_dod.evaluation.linear_probe import (
     top_k_accuracy,
     train_classifiers,
 )
-from diffusers_dod.evaluation.options import open_labelled_images
+from diffusers_dod.evaluation.options import draw_labelled_images
 from diffusers_dod.evaluation.token_features import (
     FEATURES,
     compute_tokens,
@@ -303,9 +303,9 @@ def test_the_command_and_its_cache(checkpoint, tmp_path, capsys):
 
 def test_images_to_train_and_to_test_on_are_disjoint_and_drawn_by_the_seed(tmp_path):
     options = parse_options(LinearProbeOptions, arguments("x", "r.json", "--dataset_name", "textures")).comparison
-    _, chosen, _ = open_labelled_images(options, 160)
+    _, chosen, _ = draw_labelled_images(options, 160)
     assert sorted(chosen) == list(range(160)) and chosen != sorted(chosen)
-    assert open_labelled_images(replace(options, data_seed=2), 160)[1] != chosen
+    assert draw_labelled_images(replace(options, data_seed=2), 160)[1] != chosen
 
 
 def test_folders(checkpoint, tmp_path):

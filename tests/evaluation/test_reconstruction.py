@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
 from diffusers_dod.evaluation import reconstruction
-from diffusers_dod.evaluation.options import open_labelled_images, read_batches
+from diffusers_dod.evaluation.options import draw_labelled_images, read_batches
 from diffusers_dod.evaluation.reconstruction import (
     ReconstructionOptions,
     as_metrics,
@@ -229,7 +229,7 @@ def test_the_command(checkpoint, tmp_path, capsys, pipeline):
         np.testing.assert_array_equal(corner, TextureDataset(26, size=16, seed=1)[1]["image"])
 
     # The numbers are those of the images that the options name, and the same again.
-    images, indices, _ = open_labelled_images(parse_options(ReconstructionOptions, argv).comparison, 26)
+    images, indices, _ = draw_labelled_images(parse_options(ReconstructionOptions, argv).comparison, 26)
     batches = read_batches(images, sorted(indices), 8)
     pairs = [
         (reconstruct(pipeline, originals, labels, places, 2.5, 4, num_inference_steps=3), originals.numpy())
@@ -251,7 +251,7 @@ def test_what_the_null_condition_lacks(checkpoint, tmp_path, pipeline):
         reconstruction.main(arguments(checkpoint, tmp_path / f"{condition}.json", *more))
         results = read_results(tmp_path / f"{condition}.json")
         assert results["settings"]["null_condition"] == condition
-        images, indices, _ = open_labelled_images(parse_options(ReconstructionOptions, results["argv"]).comparison, 26)
+        images, indices, _ = draw_labelled_images(parse_options(ReconstructionOptions, results["argv"]).comparison, 26)
         call = {"num_inference_steps": 2, "guidance": Guidance(null_condition=condition)}
         pairs = [
             (reconstruct(pipeline, originals, labels, places, 3.0, 0, **call), originals.numpy())

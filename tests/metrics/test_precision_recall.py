@@ -5,7 +5,11 @@ import numpy as np
 import pytest
 from helpers import says
 
-from diffusers_dod.metrics.precision_recall import PrecisionRecall, ReferenceManifold, precision_recall
+from diffusers_dod.metrics.precision_recall import PrecisionRecall, ReferenceManifold
+
+
+def precision_recall(samples: np.ndarray, reference: np.ndarray, **options) -> PrecisionRecall:
+    return ReferenceManifold(reference, **options).compare(samples)
 
 
 def naive(samples: np.ndarray, reference: np.ndarray, k: int = 3) -> tuple[float, float]:
@@ -27,9 +31,9 @@ def sets() -> tuple[np.ndarray, np.ndarray]:
 def test_precision_and_recall_against_plain_loops(sets, k):
     expected = naive(*sets, k=k)
     assert 0.1 < expected[0] < 0.95 and 0.1 < expected[1] < 0.95 and expected[0] != expected[1]
-    ours = precision_recall(*sets, num_neighbours=k)
+    ours = precision_recall(*sets, num_neighbors=k)
     assert (ours.precision, ours.recall) == expected
-    swapped = precision_recall(*sets[::-1], num_neighbours=k)
+    swapped = precision_recall(*sets[::-1], num_neighbors=k)
     assert (swapped.recall, swapped.precision) == expected
 
 
@@ -77,7 +81,7 @@ def test_what_precision_and_recall_refuse(sets):
     with pytest.raises(ValueError, match=says("`samples`", "n >= 4", "got (3, 5)")):
         precision_recall(sets[0][:3], sets[1])
     with pytest.raises(ValueError, match=says("`reference`", "n >= 3", "got (2, 5)")):
-        precision_recall(sets[0], sets[1][:2], num_neighbours=2)
+        precision_recall(sets[0], sets[1][:2], num_neighbors=2)
     assert precision_recall(sets[0][:4], sets[1]).num_samples == 4
     with pytest.raises(ValueError, match=says("as many features", "got 5 and 4")):
         precision_recall(sets[0], sets[1][:, :4])
@@ -85,5 +89,5 @@ def test_what_precision_and_recall_refuse(sets):
     broken[2, 0] = np.nan
     with pytest.raises(ValueError, match=says("`reference`", "finite", "1 of 45")):
         precision_recall(sets[0], broken)
-    with pytest.raises(ValueError, match=says("`num_neighbours`", ">= 1", "got 0")):
-        precision_recall(*sets, num_neighbours=0)
+    with pytest.raises(ValueError, match=says("`num_neighbors`", ">= 1", "got 0")):
+        precision_recall(*sets, num_neighbors=0)

@@ -97,7 +97,7 @@ def test_flops_are_those_of_the_formulas(name, has_prior):
 
 
 def test_flops_of_the_paper():
-    """Its GFLOPs are multiply-adds of the Linears: 26.431 of the backbone and 24.619 of the LEM, of DoD-B."""
+    """The paper's GFLOPs are multiply-adds of the Linears: 26.431 of the backbone and 24.619 of the LEM, of DoD-B."""
     with torch.device("meta"):
         backbone = DoDTransformer2DModel(**PRESETS["DoD-B"].transformer_config)
         model = DoDJointModel(backbone, LatentEmbeddingModule(**PRESETS["DoD-B"].latent_embedder_config))

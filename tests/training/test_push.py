@@ -222,7 +222,7 @@ def test_an_upload_of_weights_that_fails(hub, run):
 
 
 def test_a_storage_whose_address_has_expired(hub, run, caplog):
-    """It refuses with a status that would be final if it were the Hub's."""
+    """The storage refuses with a status that would be final if it were the Hub's."""
     hub.repos[REPO] = Repo()
     hub.storage_url = hub.url.replace("127.0.0.1", "localhost")
     hub.fail("PUT /lfs/", 403)

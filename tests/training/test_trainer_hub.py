@@ -154,7 +154,7 @@ def test_a_finished_run_is_refused_untouched(hub, images, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_without_metrics_is_pushed(hub, wait, images, tmp_path):
-    """It is resumed before its first line, and beside an evaluation of which a crash has left a half."""
+    """The run is resumed before its first line, and beside an evaluation of which a crash has left a half."""
     wait(PATIENCE_S)
     data = ["--train_data_dir", images]
     folder = run(tmp_path / "run", *data, "--max_train_steps", 1, "--logging_steps", 9)

@@ -454,7 +454,7 @@ def test_samples_that_a_crash_prevented_are_drawn_by_the_resumed_run(evaluated, 
 
 
 def test_a_plain_fit_has_one_stage(distances, tmp_path):
-    """Its features are those of a file, whose folder is nobody's business."""
+    """Features are those of a file, whose folder is nobody's business."""
     (tmp_path / "features.py").write_text("def colours(pixels):\n    return pixels.float().mean(dim=(2, 3))\n")
     extractor = ["--fid_extractor", f"{tmp_path}/features.py:colours"]
     ours = run(tmp_path / "run", *distances, *extractor, "--preset", "FiTv2-Desk", "--max_train_steps", 1)

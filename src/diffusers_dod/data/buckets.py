@@ -112,7 +112,7 @@ def assign_buckets(images: LabelledImages, sizes: Sequence[tuple[int, int]], num
     opened count as squares, and encoding reports them later.
 
     Args:
-        images ([`LabelledImages`]): Images whose `dataset` is a [`ImageDataset`].
+        images ([`LabelledImages`]): Images whose `dataset` is an [`ImageDataset`].
         sizes (`Sequence[tuple[int, int]]`): Heights and widths, see [`bucket_sizes`].
         num_workers (`int`, defaults to 0): Processes that read headers; 0 reads them in this one.
 
@@ -139,7 +139,7 @@ def split_images(
     Splits images into buckets; empty buckets are left out.
 
     Args:
-        images ([`LabelledImages`]): Images whose `dataset` is a [`ImageDataset`].
+        images ([`LabelledImages`]): Images whose `dataset` is an [`ImageDataset`].
         sizes (`Sequence[tuple[int, int]]`): Heights and widths, see [`bucket_sizes`].
         num_workers (`int`, defaults to 0): Processes that read headers; 0 reads them in this one.
 
@@ -179,7 +179,7 @@ def encode_buckets(
     A run that was stopped continues where it was.
 
     Args:
-        images ([`LabelledImages`]): Images whose `dataset` is a [`ImageDataset`].
+        images ([`LabelledImages`]): Images whose `dataset` is an [`ImageDataset`].
         sizes (`Sequence[tuple[int, int]]`): Heights and widths, see [`bucket_sizes`].
         vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
         folder (`Path`): Folder of the latents.

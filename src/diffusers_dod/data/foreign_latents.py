@@ -27,7 +27,7 @@ EDM2_INDEX = "dataset.json"
 
 
 class _ForeignLatents(Latents):
-    """Base class of both forms."""
+    """Latents that another project encoded, normalised with the statistics of the autoencoder."""
 
     def __init__(self, folder: Path, labels: torch.Tensor, num_views: int, shape: tuple[int, ...], vae: Autoencoder):
         if len(labels) == 0 or bool((labels < 0).any()):

@@ -132,7 +132,7 @@ class ImageDataset(Dataset):
 
     Args:
         dataset (`datasets.Dataset`): The data set.
-        columns ([`Columns`]): Its columns of images and classes.
+        columns ([`Columns`]): The columns of images and classes.
         size (`tuple[int, int]`): Height and width of the crop in pixels.
         indices (`Sequence[int]`, *optional*): Rows of the data set, in the order wanted. By default all.
     """
@@ -202,6 +202,11 @@ class ImageOptions:
     image_column: str = option("image", help="Column of the images.")
     label_column: str = option("label", help="Column of the class ids.")
     resolution: int = option(256, at_least=1, help="Side of the centre crop in pixels.")
+
+    @property
+    def has_source(self) -> bool:
+        """Whether images are given at all."""
+        return self.dataset_name is not None or self.train_data_dir is not None
 
     def find_source_errors(self, is_needed: bool = True) -> list[str]:
         """

@@ -183,7 +183,7 @@ class MappedShards:
             shard (`int`): Index of the shard, in the order of the paths.
 
         Returns:
-            `dict`: Its `labels` (n,), and slices of its other tensors, by name.
+            `dict`: The `labels` (n,), and slices of its other tensors, by name.
 
         Raises:
             `ValueError`: the file is damaged, or lacks a tensor.

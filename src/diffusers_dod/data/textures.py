@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 class _Pattern(NamedTuple):
     """
-    Result of a class function.
+    Pattern of a texture, by pixel, and its main feature.
 
     `mix` blends from the first colour (0) to the second (1). `light` shades the blend: -1 is black, 0 leaves it as it
     is and +1 is white. `scale` is the length of the main feature in canvas units, and `angle` its orientation in

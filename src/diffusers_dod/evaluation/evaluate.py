@@ -503,7 +503,7 @@ def to_table(metrics: dict[str, dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
+    """Runs the command; `argv` defaults to the process's arguments. Raises a `ValueError` if they do not fit."""
     argv = sys.argv[1:] if argv is None else argv
     options = parse_options(EvaluationOptions, argv, __doc__)
     samples = open_images(options.samples, **options.judge.image_options)

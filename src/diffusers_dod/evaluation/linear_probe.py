@@ -42,7 +42,7 @@ from ..options import option, parse_options, replace_values
 from ..results import as_metric, checkpoint_sha256, write_results
 from ..seeding import stateless_generator
 from ..tables import format_table
-from .options import ComparisonOptions, load_pipeline, open_labelled_images
+from .options import ComparisonOptions, draw_labelled_images, load_pipeline
 from .token_features import FEATURES, RANDOM_LEM_SEED, cache_path, compute_tokens, read_tokens, write_tokens
 
 
@@ -91,8 +91,8 @@ def standardise(train: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, 
         test (`torch.Tensor` of shape `(m, d)`): Features of the test images.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Both, standardised by the first. A feature that is the same for all
-        training images is only shifted.
+        `tuple[torch.Tensor, torch.Tensor]`: Features of both sets, standardised by the training images. A feature
+        that is the same for all of these is only shifted.
     """
     std, mean = torch.std_mean(train, dim=0, correction=0)
     std = torch.where(std > 0, std, 1)
@@ -305,21 +305,21 @@ class LinearProbeOptions:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
+    """Runs the command; `argv` defaults to the process's arguments. Raises a `ValueError` if they do not fit."""
     argv = sys.argv[1:] if argv is None else argv
     options = parse_options(LinearProbeOptions, argv, __doc__)
     comparison, probe_options = options.comparison, options.probe
     if options.test_data_dir is None:
-        images, chosen, data = open_labelled_images(comparison, comparison.num_images + options.num_test_images)
+        images, chosen, data = draw_labelled_images(comparison, comparison.num_images + options.num_test_images)
         test_images, test_data = images, data
         train_indices, test_indices = (
             sorted(chosen[: comparison.num_images]),
             sorted(chosen[comparison.num_images :]),
         )
     else:
-        images, train_indices, data = open_labelled_images(comparison, comparison.num_images)
+        images, train_indices, data = draw_labelled_images(comparison, comparison.num_images)
         others = replace_values(comparison, train_data_dir=options.test_data_dir)
-        test_images, test_indices, test_data = open_labelled_images(others, options.num_test_images)
+        test_images, test_indices, test_data = draw_labelled_images(others, options.num_test_images)
         if test_images.class_names != images.class_names:
             raise ValueError(
                 "`test_data_dir` must have the classes of `train_data_dir`, "

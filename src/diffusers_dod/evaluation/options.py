@@ -56,11 +56,11 @@ class ComparisonOptions:
         return self.images.find_source_errors()
 
 
-def open_labelled_images(
+def draw_labelled_images(
     options: ComparisonOptions, num_images: int
 ) -> tuple[LabelledImages, list[int], dict[str, Any]]:
     """
-    Opens the images that the options name, and draws some of them.
+    Draws some of the images that the options name.
 
     Args:
         options ([`ComparisonOptions`]): The options.

@@ -42,7 +42,7 @@ from ..pipeline_dod import DoDPipeline
 from ..results import as_metric, checkpoint_sha256, describe_versions, half_width, read_results, write_results
 from ..tableaus import SOLVERS
 from ..tables import format_table
-from .options import ComparisonOptions, load_pipeline, open_labelled_images, read_batches
+from .options import ComparisonOptions, draw_labelled_images, load_pipeline, read_batches
 
 
 AUTOENCODER = "autoencoder"
@@ -155,7 +155,8 @@ def rfid_interval(groups: list[tuple[RunningStatistics, RunningStatistics]]) -> 
             Features of the images and of their originals in random groups of about the same size.
 
     Returns:
-        `tuple[float, float]`: Both ends, the lower one at least 0; `None` if a group has less than two images.
+        `tuple[float, float]`: Lower and upper end, the lower one at least 0; `None` if a group has less than two
+        images.
     """
     if min(images.num_rows for images, _ in groups) < 2:
         return None
@@ -298,7 +299,7 @@ def read_rows(path: Path, identity: dict[str, Any]) -> dict[str, dict[str, dict[
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
+    """Runs the command; `argv` defaults to the process's arguments. Raises a `ValueError` if they do not fit."""
     argv = sys.argv[1:] if argv is None else argv
     options = parse_options(ReconstructionOptions, argv, __doc__)
     comparison = options.comparison
@@ -307,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.extractor is not None:
         extractor = load_extractor(options.extractor, options.trust_extractor, comparison.device, "extractor")
     pipeline = load_pipeline(comparison)
-    images, indices, data = open_labelled_images(comparison, comparison.num_images)
+    images, indices, data = draw_labelled_images(comparison, comparison.num_images)
     check_classes(pipeline, images.class_names)
     indices.sort()
 

@@ -52,7 +52,7 @@ from .options import DTYPES
 logger = logging.getLogger(__name__)
 
 SAMPLES_FORMAT = 1
-SETTINGS = "settings.json"
+SETTINGS_FILE = "settings.json"
 ARCHIVE = "samples.npz"
 ROUNDING = "round(255 x)"
 LABELS = ("random", "balanced", "null")
@@ -60,11 +60,7 @@ LABELS = ("random", "balanced", "null")
 
 @dataclass(frozen=True, kw_only=True)
 class CallOptions:
-    """
-    Sampling.
-
-    What the call of the pipeline takes, see docs/sampling.md.
-    """
+    """Arguments of the pipeline's call, see docs/sampling.md."""
 
     num_stages: int | None = option(None, at_least=1, help="Number of stages; the checkpoint's by default.")
     num_inference_steps: int | None = option(None, at_least=1, help="Steps of a stage; the checkpoint's by default.")
@@ -270,8 +266,8 @@ class SampleFolder:
                 logger.warning(f"{self.folder} does not hold the images of its manifest: what is missing comes again.")
             elif not is_complete:
                 found._unpack(manifest["versions"])
-        elif files - {f"{CHUNKS}/{SETTINGS}"}:  # else nothing has been sampled yet
-            settings = read_object(self._chunks / SETTINGS)
+        elif files - {f"{CHUNKS}/{SETTINGS_FILE}"}:  # else nothing has been sampled yet
+            settings = read_object(self._chunks / SETTINGS_FILE)
             if settings is None:
                 raise ValueError(f"`output_dir` must be empty or hold samples, got {self.folder} with other files.")
             self._with_settings(settings)
@@ -279,7 +275,7 @@ class SampleFolder:
             self._clean()
         else:
             make_folder(self._chunks)
-            write_json(self._chunks / SETTINGS, self.settings, self._chunks)
+            write_json(self._chunks / SETTINGS_FILE, self.settings, self._chunks)
             for name in (SAMPLES_MANIFEST, ARCHIVE):
                 (self.folder / name).unlink(missing_ok=True)
         return is_complete
@@ -537,7 +533,7 @@ def _sample_chunks(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
+    """Runs the command; `argv` defaults to the process's arguments. Raises a `ValueError` if they do not fit."""
     options = parse_options(SamplingOptions, argv, __doc__)
     end_with_launcher()
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))])

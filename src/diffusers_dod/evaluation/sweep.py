@@ -456,7 +456,7 @@ def fill_in_defaults(options: SweepOptions) -> SweepOptions:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; `argv` are its arguments, the process's by default. Raises a `ValueError` where they do not fit."""
+    """Runs the command; `argv` defaults to the process's arguments. Raises a `ValueError` if they do not fit."""
     argv = sys.argv[1:] if argv is None else argv
     options = parse_options(SweepOptions, argv, __doc__, fill_in_defaults)
     with in_use(options.output_dir):

@@ -234,7 +234,7 @@ def load_statistics(path: Path, suffix: str = "", argument: str = "fid_reference
         argument (`str`, defaults to `"fid_reference"`): Name of the argument, for messages.
 
     Returns:
-        `tuple[np.ndarray, np.ndarray]`: Both, in float64.
+        `tuple[np.ndarray, np.ndarray]`: Mean and covariance, in float64.
 
     Raises:
         `OSError`: the file cannot be read.

@@ -78,7 +78,7 @@ def fid_interval(
         confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
 
     Returns:
-        `tuple[float, float]`: Both ends; the lower one is at least 0.
+        `tuple[float, float]`: Lower and upper end; the lower one is at least 0.
 
     Raises:
         `ValueError`: there are fewer than two groups, or an argument is out of range.

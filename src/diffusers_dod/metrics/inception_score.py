@@ -43,7 +43,7 @@ class InceptionScore:
             confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
 
         Returns:
-            `tuple[float, float]`: Both ends; `None` with less than two splits.
+            `tuple[float, float]`: Lower and upper end; `None` with less than two splits.
 
         Raises:
             `ValueError`: the probability is out of range.

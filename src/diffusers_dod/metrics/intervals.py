@@ -25,7 +25,7 @@ def jackknife_interval(
         confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
 
     Returns:
-        `tuple[float, float]`: Both ends; the lower one is at least 0.
+        `tuple[float, float]`: Lower and upper end; the lower one is at least 0.
 
     Raises:
         `ValueError`: there are fewer than two groups, or an argument is out of range.
@@ -48,7 +48,7 @@ def mean_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95
         confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
 
     Returns:
-        `tuple[float, float]`: Both ends.
+        `tuple[float, float]`: Lower and upper end.
 
     Raises:
         `ValueError`: there are fewer than two numbers, or the probability is out of range.
@@ -70,7 +70,7 @@ def wilson_interval(share: float, num_samples: int, confidence: float = 0.95) ->
         confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
 
     Returns:
-        `tuple[float, float]`: Both ends, in [0, 1].
+        `tuple[float, float]`: Lower and upper end, in [0, 1].
 
     Raises:
         `ValueError`: an argument is out of range.

@@ -54,7 +54,7 @@ class KernelDistance:
             confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
 
         Returns:
-            `tuple[float, float]`: Both ends; `None` with less than two subsets.
+            `tuple[float, float]`: Lower and upper end; `None` with less than two subsets.
 
         Raises:
             `ValueError`: the probability is out of range.

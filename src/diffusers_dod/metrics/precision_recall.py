@@ -52,7 +52,7 @@ class PrecisionRecall:
             confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
 
         Returns:
-            `tuple[float, float]`: Both ends, in [0, 1].
+            `tuple[float, float]`: Lower and upper end, in [0, 1].
 
         Raises:
             `ValueError`: an argument is out of range.
@@ -61,7 +61,7 @@ class PrecisionRecall:
 
     def as_metrics(self, has_interval: bool) -> dict[str, dict[str, Any]]:
         """
-        Both as results hold them.
+        Turns precision and recall into the metrics of results.
 
         Args:
             has_interval (`bool`): Whether precision gets an interval.
@@ -89,7 +89,7 @@ class ReferenceManifold:
 
     Args:
         reference (`np.ndarray` of shape `(m, d)`): Features of the reference, m > k.
-        num_neighbours (`int`, defaults to 3): The number k of neighbours.
+        num_neighbors (`int`, defaults to 3): The number k of neighbours.
         block_size (`int`, defaults to 2048): At most this number squared of distances are in memory at once.
         device (`torch.device` or `str`, defaults to `"cpu"`): Device that computes distances. It must have float64.
 
@@ -100,16 +100,16 @@ class ReferenceManifold:
     def __init__(
         self,
         reference: np.ndarray,
-        num_neighbours: int = 3,
+        num_neighbors: int = 3,
         block_size: int = 2048,
         device: torch.device | str = "cpu",
     ):
-        check_at_least("num_neighbours", num_neighbours, 1)
+        check_at_least("num_neighbors", num_neighbors, 1)
         check_at_least("block_size", block_size, 1)
-        self.num_neighbours = num_neighbours
+        self.num_neighbors = num_neighbors
         self.block_size = block_size
         self.device = device
-        self._rows = check_rows("reference", reference, num_neighbours + 1)
+        self._rows = check_rows("reference", reference, num_neighbors + 1)
         self._center = self._rows.mean(axis=0, dtype=np.float64)  # distances are the same, and their rounding is less
         self._radii = self._find_radii(self._rows)
 
@@ -124,13 +124,19 @@ class ReferenceManifold:
             nearest = torch.empty(len(block), 0, dtype=torch.float64, device=self.device)
             for _, others in self._blocks(rows):
                 nearest = torch.cat([nearest, _squared_distances(block, others)], dim=1)
-                nearest = nearest.topk(min(self.num_neighbours + 1, nearest.shape[1]), largest=False).values
+                nearest = nearest.topk(min(self.num_neighbors + 1, nearest.shape[1]), largest=False).values
             radii[place] = nearest[:, -1]  # beside k others there is itself, at distance 0
         return radii
 
     def compare(self, samples: np.ndarray) -> PrecisionRecall:
         """
-        Improved precision and recall, see [`precision_recall`].
+        Computes improved precision and recall (Kynkäänniemi et al., 2019); ADM takes features `pool_3` and k = 3.
+
+        Each is the share of one set within the manifold of the other. Squared distances are in float64 here. ADM's are
+        in float16 if these are finite, else in float32, so its values differ in the last digits.
+
+        Both depend on the numbers of images: compare them at the same numbers only. Equal sets have both at 1. If more
+        than k members of a set are the same, their balls have radius 0.
 
         Args:
             samples (`np.ndarray` of shape `(n, d)`): Features of the samples, n > k.
@@ -141,7 +147,7 @@ class ReferenceManifold:
         Raises:
             `ValueError`: there are k images or fewer, the shapes do not fit, or a feature is not finite.
         """
-        samples = check_rows("samples", samples, self.num_neighbours + 1)
+        samples = check_rows("samples", samples, self.num_neighbors + 1)
         if samples.shape[1] != self._rows.shape[1]:
             raise ValueError(
                 "`samples` and `reference` must have as many features, "
@@ -156,36 +162,3 @@ class ReferenceManifold:
                 is_precise[place] |= (distances <= self._radii[other_place]).any(dim=1)
                 is_recalled[other_place] |= (distances <= radii[place, None]).any(dim=0)
         return PrecisionRecall(int(is_precise.sum()), len(samples), int(is_recalled.sum()), len(self._rows))
-
-
-def precision_recall(
-    samples: np.ndarray,
-    reference: np.ndarray,
-    num_neighbours: int = 3,
-    block_size: int = 2048,
-    device: torch.device | str = "cpu",
-) -> PrecisionRecall:
-    """
-    Improved precision and recall (Kynkäänniemi et al., 2019), as ADM computes them on `pool_3` with k = 3.
-
-    Each is the share of one set within the manifold of the other, see [`ReferenceManifold`]. Squared distances are in
-    float64 here. ADM's are in float16 if these are finite, else in float32, so its values differ in the last digits.
-
-    Both depend on the numbers of images: compare them at the same numbers only. Equal sets have both at 1. If more
-    than k members of a set are the same, their balls have radius 0.
-
-    Args:
-        samples (`np.ndarray` of shape `(n, d)`): Features of the samples, n > k.
-        reference (`np.ndarray` of shape `(m, d)`): Features of the reference, m > k.
-        num_neighbours (`int`, defaults to 3): The number k of neighbours.
-        block_size (`int`, defaults to 2048): At most this number squared of distances are in memory at once.
-        device (`torch.device` or `str`, defaults to `"cpu"`): Device that computes distances. It must have float64.
-
-    Returns:
-        [`PrecisionRecall`].
-
-    Raises:
-        `ValueError`: there are k images or fewer in a set, the shapes do not fit, a feature is not finite, or a number
-            is out of range.
-    """
-    return ReferenceManifold(reference, num_neighbours, block_size, device).compare(samples)

@@ -168,7 +168,7 @@ def _run_cost(
     preset, model_assumptions = find_preset(options)
     latent_shape, num_classes, data_assumptions = _find_latents(options)
     step = replace(
-        options.step, mixed_precision=_mixed_precision(options), gradient_checkpointing=gradient_checkpointing
+        options.training_step, mixed_precision=_mixed_precision(options), gradient_checkpointing=gradient_checkpointing
     )
     cost = training_cost(preset, latent_shape, num_classes, step)
     return cost, latent_shape, model_assumptions + data_assumptions

@@ -307,7 +307,7 @@ class StreamedImages(TrainingData):
 def _open_latents(options: TrainingOptions, accelerator: Accelerator, vae: Autoencoder | None) -> Latents:
     """Opens the latents of `--latents_dir`, or of images; all processes encode these unless that has been done."""
     data, folder = options.data, options.data.latents_dir
-    if data.images.dataset_name is not None or data.images.train_data_dir is not None:
+    if data.images.has_source:
         return encode_data(data, accelerator, vae, folder or options.output.output_dir / "latents")
     latents = open_latents(folder, vae)
     if "autoencoder" not in latents.manifest:
@@ -357,9 +357,8 @@ def open_training_data(
         )
     latents = _open_latents(options, accelerator, vae)
     images = None
-    has_source = options.data.images.dataset_name is not None or options.data.images.train_data_dir is not None
     needs_images = vision is not None and "vision_model" not in latents.manifest
-    if has_source and needs_images and latents.manifest["transform"] == TRANSFORM:
+    if options.data.images.has_source and needs_images and latents.manifest["transform"] == TRANSFORM:
         source = open_labelled_images(options.data, accelerator)
         images = Subset(source.dataset, images_of(latents, source).tolist())
     factor = 1 if vae is None else spatial_factor(vae)
