@@ -119,3 +119,19 @@ def sharded_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if isinstance(like, DTensor):
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return tensor
+
+
+def find_nonfinite(tensors: dict[str, torch.Tensor], accelerator: Accelerator) -> list[str]:
+    """
+    Finds tensors that are not finite, with one transfer from the device; all processes must call it.
+
+    Args:
+        tensors (`dict[str, torch.Tensor]`): Tensors by name, of any shapes, or this process's shards of them.
+        accelerator (`Accelerator`): The processes.
+
+    Returns:
+        `list[str]`: The names of those with a value that is not finite in any process.
+    """
+    own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values()]
+    is_bad = torch.stack([~tensor.detach().isfinite().all() for tensor in own]).to(accelerator.device, torch.float32)
+    return [name for name, bad in zip(tensors, accelerator.reduce(is_bad).tolist(), strict=True) if bad]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_trainer, says
+from helpers import contents, run_trainer, says
 from safetensors.torch import load_file
 
 from diffusers_dod import DoDPipeline, DoDTransformer2DModel, LatentEmbeddingModule
@@ -14,6 +14,7 @@ from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.options import parse_options
 from diffusers_dod.training import posthoc_ema
 from diffusers_dod.training.checkpoints import STATE_FOLDER
+from diffusers_dod.training.train import Trainer
 from diffusers_dod.training_options import TrainingOptions
 
 
@@ -168,6 +169,51 @@ def test_good_steps_in_between_start_the_count_anew(tmp_path, spoil):
     run = train(tmp_path / "run", "--max_train_steps", 6, "--max_nonfinite_steps", 1)
     folder = run / "checkpoint-6" / STATE_FOLDER
     assert json.loads((folder / "state.json").read_text())["num_nonfinite_steps"] == 3
+
+
+@pytest.mark.parametrize("what", ["weight", "average"])
+@pytest.mark.parametrize("every", [1, 4])
+def test_weights_that_are_not_finite_reach_no_checkpoint(tmp_path, monkeypatch, finished, what, every):
+    """The run ends with an error, the good checkpoint stays though it is one too many, and nothing is finished."""
+    step = Trainer.train_step
+
+    def spoiled(self):
+        step(self)
+        if self.step == 3:
+            weights = self.joint_model.parameters() if what == "weight" else self.emas["sigma-rel-0.1"].shadow_params
+            next(iter(weights)).data.view(-1)[0] = float("nan")
+
+    run = train(tmp_path / "run", *AVERAGES, "--max_train_steps", 2, "--checkpoints_total_limit", 1)
+    arguments = [*AVERAGES, "--max_train_steps", 4, "--resume_from_checkpoint", "latest"]
+    arguments += ["--checkpoints_total_limit", 1, "--checkpointing_steps", every]
+    before = contents(run / "checkpoint-2")
+    (run / "model_index.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", spoiled)
+        found = says("not finite", "sigma-rel-0.1" if what == "average" else "transformer.", "checkpoint-2")
+        with pytest.raises(FloatingPointError, match=found):
+            train(run, *arguments)
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert contents(run / "checkpoint-2") == before and not (run / "model_index.json").exists()
+    train(run, *arguments)
+    assert_equal(state(run, 4, "model"), state(finished, 4, "model"))
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_resumed(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_check_weights", lambda self: None)
+        patch.setattr(Trainer, "averaged_pipeline", spoil_average(Trainer.averaged_pipeline))
+        run = train(tmp_path / "run", "--max_train_steps", 1)
+    with pytest.raises(FloatingPointError, match=says("not finite", "transformer.", "decay-", "checkpoint-1")):
+        train(run, "--max_train_steps", 1, "--resume_from_checkpoint", "latest")
+
+
+def spoil_average(averaged_pipeline):
+    def spoiled(self):
+        self.ema.shadow_params[0].view(-1)[0] = float("inf")
+        return averaged_pipeline(self)
+
+    return spoiled
 
 
 # -------------------------------------------------------------------------------------------------------------- speed

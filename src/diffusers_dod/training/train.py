@@ -43,6 +43,7 @@ from ..processes import (
     all_or_none,
     check_processes,
     end_with_launcher,
+    find_nonfinite,
     full_tensor,
     sharded_like,
 )
@@ -312,6 +313,7 @@ class Trainer:
             for base_rate, factor in zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True)
         ]
         set_learning_rates(self.optimizer, rates)
+        self._check_weights()
         logger.info(f"Resuming from {checkpoint} at step {self.step}.")
         return state
 
@@ -340,8 +342,29 @@ class Trainer:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
+    def _check_weights(self) -> None:
+        """Raises a `FloatingPointError` unless weights and averages are finite; all processes must call it."""
+        names = list(averaged_parameters(self.joint_model))
+        tensors = dict(self.joint_model.named_parameters())
+        for average, ema in self.emas.items():
+            tensors |= {
+                f"{name} in the average {average}": w for name, w in zip(names, ema.shadow_params, strict=True)
+            }
+        if nonfinite := find_nonfinite(tensors, self.accelerator):
+            raise FloatingPointError(
+                f"{len(nonfinite)} weights and averages of step {self.step} are not finite: {', '.join(nonfinite[:3])}"
+                f"{', ...' if len(nonfinite) > 3 else ''}. The last checkpoint is {self.checkpoint}: resume from a "
+                "good one with a smaller `learning_rate`."
+            )
+
     def save(self) -> None:
-        """Writes a checkpoint of the current step; all processes must call it."""
+        """
+        Writes a checkpoint of the current step; all processes must call it.
+
+        Raises:
+            `FloatingPointError`: weights or averages are not finite. Earlier checkpoints stay.
+        """
+        self._check_weights()
         is_main = self.accelerator.is_main_process
         pipeline = self.averaged_pipeline()
         is_deepspeed = self.accelerator.distributed_type.value == "DEEPSPEED"
@@ -451,9 +474,7 @@ class Trainer:
                 f"{name}_sum_and_count": [str(value) for value in self.metrics.step_sum(name)]
                 for name in ("loss_with_prior", "loss_without_prior")
             },
-            "nonfinite_weights": [
-                name for name, value in self.joint_model.named_parameters() if not full_tensor(value).isfinite().all()
-            ],
+            "nonfinite_weights": find_nonfinite(dict(self.joint_model.named_parameters()), self.accelerator),
             "nonfinite_gradients": suspects,
         }
         path = self.options.output.output_dir / f"nonfinite-step-{self.step}.json"
@@ -595,7 +616,7 @@ def main(argv: list[str] | None = None) -> None:
 
     Raises:
         `ValueError`: the arguments do not fit the processes, the data, the models or the content of the folders.
-        `FloatingPointError`: the gradients of too many steps in a row are not finite.
+        `FloatingPointError`: the gradients of too many steps in a row are not finite, or weights are not.
     """
     options = parse_options(TrainingOptions, argv, __doc__)
     if options.dry_run:
