@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from launch import PATIENCE_S
 
 from diffusers_dod import files
 from diffusers_dod.files import (
+    LOCK_FILE,
     check_output,
     file_sha256,
     in_use,
@@ -178,16 +181,50 @@ def test_a_folder_in_use_is_refused_until_the_other_command_ends(tmp_path):
     process = context.Process(target=use, daemon=True)
     process.start()
     assert is_in_use.wait(PATIENCE_S)
-    with pytest.raises(ValueError, match=says("`output_dir`", "another command", str(tmp_path / "new"))):
-        with in_use(tmp_path / "new"):
-            pass
+    owner = f"process {process.pid} on {socket.gethostname()} since 20"
+    for name in ("output_dir", "latents_dir"):
+        with pytest.raises(ValueError, match=says(f"`{name}`", "another command", str(tmp_path / "new"), owner)):
+            with in_use(tmp_path / "new", name):
+                pass
     with in_use(tmp_path / "other"):
         pass
     process.kill()
     process.join()
     for _ in range(2):
         with in_use(tmp_path / "new"):
-            assert list((tmp_path / "new").iterdir()) == []
+            assert [path.name for path in (tmp_path / "new").iterdir()] == [LOCK_FILE]
+        assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_folder_can_be_waited_for(tmp_path, caplog):
+    """The second enters when the first has left, though the first has removed the file of its lock."""
+    order, has_entered = [], threading.Event()
+
+    def wait():
+        with in_use(tmp_path, waits=True):
+            order.append("second")
+            has_entered.set()
+
+    with in_use(tmp_path):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert not has_entered.wait(0.3)
+        order.append("first")
+    assert has_entered.wait(PATIENCE_S)
+    thread.join()
+    assert order == ["first", "second"] and "Waiting for process" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_stopped_command_left_unfinished_is_removed(tmp_path):
+    (tmp_path / ".unfinished-1-checkpoint-7").mkdir()
+    (tmp_path / ".unfinished-1-checkpoint-7" / "file").write_text("half")
+    (tmp_path / ".unfinished-1-README.md").write_text("half")
+    (tmp_path / "other").write_text("whole")
+    with pytest.raises(KeyError), in_use(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {"other", LOCK_FILE}
+        raise KeyError
+    assert contents(tmp_path) == {"other": b"whole"}
 
 
 def test_systems_without_locks(tmp_path, monkeypatch):
@@ -196,7 +233,7 @@ def test_systems_without_locks(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files.fcntl, "flock", flock)
     with in_use(tmp_path), in_use(tmp_path):
-        pass
+        assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(files, "fcntl", None)
     with in_use(tmp_path / "new"):
         assert (tmp_path / "new").is_dir()

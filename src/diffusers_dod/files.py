@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,7 @@ except ImportError:  # Windows
 logger = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished-"  # how names of files and folders begin that are being written or removed
+LOCK_FILE = ".in-use"  # says which process works in a folder, as long as it does
 METRICS_FILE = "metrics.jsonl"  # metrics of a training run, in its folder
 
 
@@ -252,29 +255,66 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def in_use(folder: Path) -> Iterator[None]:
+def in_use(folder: Path, name: str = "output_dir", waits: bool = False) -> Iterator[None]:
     """
-    Locks a folder against other commands, if the system can lock folders.
+    Locks a folder against other commands, and removes what stopped ones left unfinished in it.
+
+    The lock is on a file in the folder that says who has it. It ends with the process. On systems and file systems
+    without locks the folder is used without one.
 
     Args:
         folder (`Path`): The folder.
+        name (`str`, defaults to `"output_dir"`): Name of the option, for the message.
+        waits (`bool`, defaults to `False`): Whether to wait for another command, instead of an error.
 
     Raises:
         `ValueError`: another command works in the folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
+    make_folder(folder)
+    path = folder / LOCK_FILE
+    descriptor = _lock(path, name, waits)
+    if descriptor is None:
         yield
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise ValueError(f"`output_dir` must not be in use by another command, got {folder}.") from error
-    except OSError:  # no file system of this machine
-        pass
-    try:
+        owner = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, owner.encode())
+        for unfinished in folder.glob(f"{UNFINISHED}*"):
+            _remove(unfinished)
         yield
     finally:
+        path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _lock(path: Path, name: str, waits: bool) -> int | None:
+    """Locks the file `path` and returns its descriptor; `None` if it cannot be locked here. See [`in_use`]."""
+    if fcntl is None:
+        return None
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:  # a folder that can only be read
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(descriptor, 1000, 0).decode(errors="replace") or "another process"
+            if not waits:
+                os.close(descriptor)
+                raise ValueError(
+                    f"`{name}` must not be in use by another command, got {path.parent}, in use by {owner}."
+                ) from error
+            logger.warning(f"Waiting for {owner}, which works in {path.parent}.")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+            return None
+        try:
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # its last owner has removed it meanwhile

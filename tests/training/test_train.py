@@ -1,6 +1,7 @@
 """The trainer as it is called: what it computes, writes and refuses, and that a resumed run is the same run."""
 
 import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import run_trainer, says, write_images
+from helpers import contents, run_trainer, says, write_images
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -18,7 +19,7 @@ from diffusers_dod.data.sample_stream import SampleDraws, TrainingSamples
 from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.presets import PRESETS
 from diffusers_dod.training.checkpoints import CHECKPOINT_MANIFEST, STATE_FOLDER
-from diffusers_dod.training.train import main
+from diffusers_dod.training.train import Trainer, main
 
 
 # A large epsilon makes Adam's update a smooth function of the gradient, so that rounding stays rounding.
@@ -390,6 +391,24 @@ def test_latents_of_other_images_are_refused(tmp_path, images, finished, other, 
     with pytest.raises(ValueError, match=says("latents", f"`{name}`", "use another folder")):
         train(run, "--resolution", 16, *source, *other, "--max_train_steps", 1)
     assert [path.name for path in run.iterdir()] == ["latents"]
+
+
+def test_a_folder_in_which_a_run_trains(tmp_path, data, monkeypatch):
+    """A second run is refused before it writes anything, and the first goes on."""
+    step, refused = Trainer.train_step, []
+
+    def step_while_another_starts(self):
+        step(self)
+        before = contents(tmp_path)
+        monkeypatch.setattr(Trainer, "train_step", step)
+        for arguments in ([], ["--resume_from_checkpoint", "latest"]):
+            with pytest.raises(ValueError, match=says("`output_dir`", "another command", f"process {os.getpid()} on")):
+                train(tmp_path / "run", *data, "--max_train_steps", 2, *arguments)
+            refused.append(contents(tmp_path) == before)
+
+    monkeypatch.setattr(Trainer, "train_step", step_while_another_starts)
+    train(tmp_path / "run", *data, "--max_train_steps", 2)
+    assert refused == [True, True] and (tmp_path / "run" / "model_index.json").exists()
 
 
 ACCEPTED = ["--preset", "DoD-Desk", "--dataset_name", "textures", "--output_dir", "run"]

@@ -37,7 +37,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..files import UNFINISHED, file_sha256, in_use, make_folder, read_object, replacing, write_json
+from ..files import LOCK_FILE, UNFINISHED, file_sha256, in_use, make_folder, read_object, replacing, write_json
 from ..guidance_options import GuidanceOptions
 from ..options import find_given, option, parse_options, to_argv, to_json, to_values
 from ..pipeline_dod import DoDPipeline
@@ -256,6 +256,7 @@ class SampleFolder:
         for path in self._chunks.glob(f"{UNFINISHED}*"):
             path.unlink()
         files = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()}
+        files.discard(LOCK_FILE)
         is_complete = False
         manifest = read_object(self.folder / SAMPLES_MANIFEST)
         if manifest is not None:

@@ -13,6 +13,7 @@ All processes share the work. A run that was stopped continues where it was, on 
 """
 
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +30,7 @@ from ..data.encoding import Share, check_bad_images, encode_latents, finish_late
 from ..data.labelled_images import LabelledImages, load_labelled_images
 from ..data.latents import LatentDataset, Latents, check_settings, find_damaged_shards, is_complete
 from ..data.vision_features import VisionFeatures
+from ..files import in_use
 from ..options import option, parse_options
 from ..processes import all_or_none
 from ..training_options import DataOptions
@@ -108,34 +110,38 @@ def encode_data(
     """
     images, encoding = open_labelled_images(options, accelerator), options.encoding
     share = Share(accelerator.process_index, accelerator.num_processes)
-    if encoding.max_aspect_ratio is not None:
-        multiple = PATCH_SIZE * (1 if vae is None else spatial_factor(vae))
-        latents = encode_buckets(
-            images,
-            bucket_sizes(options.images.resolution, multiple, encoding.max_aspect_ratio),
-            vae,
-            folder,
-            encoding,
-            share=share,
-            vision=vision,
-            all_or_none=all_or_none,
-        )
+    with ExitStack() as stack:
+        with all_or_none():
+            if accelerator.is_main_process:  # what another command is encoding is worth waiting for
+                stack.enter_context(in_use(folder, "latents_dir", waits=True))
+        if encoding.max_aspect_ratio is not None:
+            multiple = PATCH_SIZE * (1 if vae is None else spatial_factor(vae))
+            latents = encode_buckets(
+                images,
+                bucket_sizes(options.images.resolution, multiple, encoding.max_aspect_ratio),
+                vae,
+                folder,
+                encoding,
+                share=share,
+                vision=vision,
+                all_or_none=all_or_none,
+            )
+            _warn_of_bad_images(latents)
+            return latents
+        settings = latent_settings(images, vae, encoding, vision)
+        is_done = is_complete(folder)
+        accelerator.wait_for_everyone()  # all have looked before anyone writes
+        if not is_done:
+            with all_or_none():
+                encode_latents(images, vae, folder, encoding, share=share, vision=vision)
+            with all_or_none():
+                if accelerator.is_main_process:
+                    finish_latents(folder, settings, encoding.on_bad_image)
+        latents = LatentDataset(folder)
+        check_settings(folder, latents.manifest, settings)
+        check_bad_images(latents.manifest["bad_images"], encoding.on_bad_image)
         _warn_of_bad_images(latents)
         return latents
-    settings = latent_settings(images, vae, encoding, vision)
-    is_done = is_complete(folder)
-    accelerator.wait_for_everyone()  # all have looked before anyone writes
-    if not is_done:
-        with all_or_none():
-            encode_latents(images, vae, folder, encoding, share=share, vision=vision)
-        with all_or_none():
-            if accelerator.is_main_process:
-                finish_latents(folder, settings, encoding.on_bad_image)
-    latents = LatentDataset(folder)
-    check_settings(folder, latents.manifest, settings)
-    check_bad_images(latents.manifest["bad_images"], encoding.on_bad_image)
-    _warn_of_bad_images(latents)
-    return latents
 
 
 def _warn_of_bad_images(latents: Latents) -> None:

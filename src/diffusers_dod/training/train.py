@@ -17,6 +17,7 @@ import math
 import os
 import sys
 import time
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from tqdm.auto import tqdm
 
 from ..data.sample_stream import PositionSampler, SampleDraws
 from ..data.vision_features import VisionFeatures
-from ..files import METRICS_FILE, flush, replacing, replacing_contents, write_json
+from ..files import METRICS_FILE, flush, in_use, replacing, replacing_contents, write_json
 from ..losses import DoDJointModel
 from ..metrics.extractors import check_extractor, load_extractor, load_statistics
 from ..options import describe, parse_options, replace_values, to_values
@@ -143,8 +144,6 @@ class Trainer:
         self.options = options
         self.accelerator = accelerator
         self.pusher = None
-        if accelerator.is_main_process:
-            options.output.output_dir.mkdir(parents=True, exist_ok=True)
         self.checkpoint = find_checkpoint(
             options.output.output_dir, options.output.resume_from_checkpoint
         )  # the latest
@@ -629,15 +628,19 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("diffusers_dod").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if options.precision.allow_tf32:
         torch.set_float32_matmul_precision("high")
-    trainer = Trainer(options, accelerator)
     is_finished = False
-    try:
-        if trainer.train():
-            trainer.finish()
-            is_finished = True
-    finally:
-        if trainer.pusher is not None:  # a run that fails or is stopped gives up a running upload
-            trainer.pusher.finish(PUSH_TIMEOUT_S if is_finished else 0.0)
+    with ExitStack() as stack:
+        with all_or_none():
+            if accelerator.is_main_process:
+                stack.enter_context(in_use(options.output.output_dir))
+        trainer = Trainer(options, accelerator)
+        try:
+            if trainer.train():
+                trainer.finish()
+                is_finished = True
+        finally:
+            if trainer.pusher is not None:  # a run that fails or is stopped gives up a running upload
+                trainer.pusher.finish(PUSH_TIMEOUT_S if is_finished else 0.0)
     accelerator.end_training()
     if not is_finished:
         sys.exit(STOPPED_EXIT_CODE)
