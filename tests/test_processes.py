@@ -1,4 +1,4 @@
-"""The end of a run by SIGTERM under both launchers, and processes other than those asked for."""
+"""The end of a run by a signal under both launchers, and processes other than those asked for."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from helpers import fresh_accelerator, says
 from launch import PATIENCE_S, started, tail, torchrun, wait_until
 
-from diffusers_dod.processes import check_processes
+from diffusers_dod.processes import StopSignal, check_processes
 from diffusers_dod.training.checkpoints import find_latest_checkpoint
 from diffusers_dod.training.train import main
 
@@ -106,6 +106,46 @@ def test_exit_code(tmp_path, monkeypatch):
     for ours, expected in zip(*lines, strict=True):
         for name in ours.keys() - {"images_per_second", "data_wait"}:
             assert ours[name] == expected[name], name
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_signals_are_noted(name):
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    before = [signal.getsignal(number) for number in numbers]
+    with fresh_accelerator(), StopSignal(Accelerator()) as stop:
+        assert not stop.is_received() and stop.name is None
+        os.kill(os.getpid(), getattr(signal, name))
+        assert stop.is_received() and stop.name == name
+        os.kill(os.getpid(), signal.SIGTERM)  # as a launcher's, which got the first one too
+        assert stop.name == name
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_second_sigint_ends_the_process_at_once():
+    with fresh_accelerator(), pytest.raises(KeyboardInterrupt), StopSignal(Accelerator()) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_received()
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.sigtimedwait([], 5)  # not reached
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1"])
+def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path, monkeypatch, name, caplog):
+    from diffusers_dod.training import train as training
+
+    step = training.Trainer.train_step
+
+    def step_with_a_signal(self):
+        step(self)
+        os.kill(os.getpid(), getattr(signal, name))
+
+    monkeypatch.setattr(training.Trainer, "train_step", step_with_a_signal)
+    with fresh_accelerator(), pytest.raises(SystemExit) as ended:
+        main([*RUN, "--max_train_steps", "5", "--output_dir", str(tmp_path / "run")])
+    assert ended.value.code == 143 and find_latest_checkpoint(tmp_path / "run").name == "checkpoint-1"
+    assert f"Stopped by {name} after step 1, with a checkpoint." in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------- what was asked for

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +16,7 @@ from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # of schedulers, of Ctrl-C, and Slurm's warning
 # 128 + 15: the status that shells report for a process that SIGTERM has ended.
 STOPPED_EXIT_CODE = 143
 DISTRIBUTED_TYPES = ("no", "multi_cpu", "multi_gpu", "fsdp", "deepspeed")
@@ -64,7 +66,7 @@ def end_with_launcher() -> None:
 
 class StopSignal:
     """
-    Context in which a SIGTERM is noted and does not end the process.
+    Context in which the first SIGTERM, SIGINT or SIGUSR1 is noted and does not end the process; a second SIGINT does.
 
     Args:
         accelerator (`Accelerator`): The processes. They stop together.
@@ -72,25 +74,32 @@ class StopSignal:
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
+        #: Name of the first signal that this process has received.
+        self.name: str | None = None
         self._flag = torch.zeros((), device=accelerator.device)
-        self._is_received = False
-        self._previous = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        self._previous = signal.signal(signal.SIGTERM, self._receive)
+        for name in STOP_SIGNALS:
+            if hasattr(signal, name):  # Windows has not all of them
+                number = getattr(signal, name)
+                self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._is_received = True
+        self.name = self.name or signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[number])
 
     def is_received(self) -> bool:
-        """Whether any process has received a SIGTERM; all must ask, and all get the same answer."""
+        """Whether any process has received a signal; all must ask, and all get the same answer."""
         if self.accelerator.num_processes == 1:
-            return self._is_received
-        return bool(self.accelerator.reduce(self._flag.fill_(self._is_received)) > 0)
+            return self.name is not None
+        return bool(self.accelerator.reduce(self._flag.fill_(self.name is not None)) > 0)
 
 
 @contextmanager

@@ -524,7 +524,7 @@ class Trainer:
         Trains to the last step, with checkpoints and samples on the way.
 
         Returns:
-            `bool`: Whether the run reached its end. If not, SIGTERM has stopped it, with a checkpoint.
+            `bool`: Whether the run reached its end. If not, a signal has stopped it, with a checkpoint.
         """
         options, accelerator = self.options, self.accelerator
         if accelerator.is_main_process:
@@ -564,7 +564,7 @@ class Trainer:
                     self.validate()
                 self.metrics.pause(time.perf_counter() - pause)
                 if is_stopped and not is_last:
-                    logger.warning(f"Stopped by SIGTERM after step {self.step}, with a checkpoint.")
+                    logger.warning(f"Stopped by {stop.name or 'a signal'} after step {self.step}, with a checkpoint.")
                     return False
         return True
 
@@ -608,7 +608,7 @@ class Trainer:
 
 def main(argv: list[str] | None = None) -> None:
     """
-    Runs the command. Its exit code is 143 if SIGTERM has stopped it; then it has written a checkpoint.
+    Runs the command. Its exit code is 143 if a signal has stopped it; then it has written a checkpoint.
 
     Args:
         argv (`list[str]`, *optional*): Arguments of the command. By default those of the process.
