@@ -20,8 +20,10 @@ from .latent_embedding import LatentEmbeddingModule, VisualPriorMixin
 from .metrics.extractors import INCEPTION
 from .metrics.inception import WEIGHTS_SHA256
 from .metrics.table import METRICS
+from .options import list_options
 from .pipeline_dod import DoDPipeline
 from .presets import PRESETS, Preset
+from .sampling_options import CallOptions
 from .tables import format_table
 from .training_options import TrainingOptions
 from .transformer_dod import DoDTransformer2DModel
@@ -39,11 +41,10 @@ TASKS = {
     "train": ("Fréchet distance after {step:,} steps", "images"),
 }
 HUB_TASKS = ("evaluate", "train")  # of one setting each: their numbers are the `model-index`
-# Settings that numbers depend on, as far as they differ from these values; `None` is no value at all.
-SETTINGS = dict.fromkeys(("num_stages", "num_inference_steps", "stage_inference_steps", "stage_solvers"))
-SETTINGS |= dict.fromkeys(("guidance_scale", "first_stage_guidance_scale", "stage_guidance_scales"))
-SETTINGS |= {name: field.default for name, field in GUIDANCE_FIELDS.items()}
-SETTINGS |= dict.fromkeys(("labels", "height", "width", "seed", "dtype")) | {"allow_tf32": False}
+# Settings that numbers depend on, as far as they differ from these values; `None` is no value at all. Options
+# of the call are always shown, as their defaults are the checkpoint's.
+SETTINGS = dict.fromkeys(list_options(CallOptions)) | {name: field.default for name, field in GUIDANCE_FIELDS.items()}
+SETTINGS |= dict.fromkeys(("labels", "seed", "dtype")) | {"allow_tf32": False}
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 

@@ -39,12 +39,12 @@ from tqdm.auto import tqdm
 
 from ..files import LOCK_FILE, UNFINISHED, file_sha256, in_use, make_folder, read_object, replacing, write_json
 from ..guidance_options import GuidanceOptions
-from ..options import find_given, option, parse_options, to_argv, to_json, to_values
+from ..options import option, parse_options, to_argv, to_json, to_values
 from ..pipeline_dod import DoDPipeline
 from ..processes import all_or_none, check_processes, end_with_launcher
 from ..results import checkpoint_sha256, describe_versions
+from ..sampling_options import CallOptions
 from ..seeding import stateless_generator
-from ..tableaus import SOLVERS
 from .images import CHUNKS, LABELS_FILE, SAMPLES_MANIFEST, NpzImages
 from .options import DTYPES
 
@@ -56,62 +56,6 @@ SETTINGS_FILE = "settings.json"
 ARCHIVE = "samples.npz"
 ROUNDING = "round(255 x)"
 LABELS = ("random", "balanced", "null")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CallOptions:
-    """Arguments of the pipeline's call, see docs/sampling.md."""
-
-    num_stages: int | None = option(None, at_least=1, help="Number of stages; the checkpoint's by default.")
-    num_inference_steps: int | None = option(None, at_least=1, help="Steps of a stage; the checkpoint's by default.")
-    guidance_scale: float | None = option(
-        None, at_least=0, help="From stage 2 on, or of the only stage without a LEM; the checkpoint's by default."
-    )
-    first_stage_guidance_scale: float = option(1.0, at_least=0, help="Guidance scale of stage 1.")
-    stage_inference_steps: tuple[int, ...] | None = option(None, at_least=1, help="Steps of each stage.")
-    stage_solvers: tuple[str, ...] | None = option(None, choices=SOLVERS, help="Solver of each stage.")
-    stage_guidance_scales: tuple[float, ...] | None = option(None, at_least=0, help="Guidance scale of each stage.")
-    height: int | None = option(None, at_least=1, help="Height in pixels; the trained size by default.")
-    width: int | None = option(None, at_least=1, help="Width in pixels; the trained size by default.")
-
-    def find_conflicts(self) -> list[str]:
-        """Messages about options that do not fit each other."""
-        of_stages = {name: getattr(self, name) for name in ("stage_inference_steps", "stage_solvers")}
-        of_stages["stage_guidance_scales"] = self.stage_guidance_scales
-        return [
-            f"`{name}` must hold {self.num_stages} values, got {len(values)}."
-            for name, values in of_stages.items()
-            if None not in (values, self.num_stages) and len(values) != self.num_stages
-        ] + [
-            f"`stage_guidance_scales` must be given without `{name}` only, got {list(self.stage_guidance_scales)}."
-            for name in ("guidance_scale", "first_stage_guidance_scale")
-            if self.stage_guidance_scales is not None and name in find_given(self)
-        ]
-
-    def to_call(self, num_stages: int, has_priors: bool) -> dict[str, Any]:
-        """
-        Turns the options into arguments of a call of the pipeline.
-
-        Args:
-            num_stages (`int`): Number of stages.
-            has_priors (`bool`): Whether the pipeline has a latent embedder; without one there is one scale only.
-
-        Returns:
-            `dict`: The arguments.
-        """
-        guidance_scale, first_scale = self.guidance_scale, self.first_stage_guidance_scale
-        if self.stage_guidance_scales is not None:
-            guidance_scale = self.stage_guidance_scales
-        elif has_priors and first_scale != 1:
-            guidance_scale = [first_scale, *[guidance_scale] * (num_stages - 1)]
-        return {
-            "num_stages": num_stages,
-            "num_inference_steps": self.stage_inference_steps or self.num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "schedulers": self.stage_solvers,
-            "height": self.height,
-            "width": self.width,
-        }
 
 
 @dataclass(frozen=True, kw_only=True)

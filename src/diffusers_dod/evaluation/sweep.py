@@ -44,6 +44,7 @@ from ..metrics.table import METRICS
 from ..options import check_options, option, parse_options, to_argv, to_json, to_values
 from ..pipeline_dod import DoDPipeline
 from ..results import as_metric, checkpoint_sha256, half_width, read_results, write_results
+from ..sampling_options import CallOptions
 from ..scheduling_dod import DoDFlowMatchScheduler
 from ..tableaus import SOLVERS
 from ..tables import format_table
@@ -52,7 +53,7 @@ from . import evaluate, sample
 from .evaluate import EvaluationOptions, JudgeOptions
 from .images import open_images
 from .options import DTYPES
-from .sample import LABELS, CallOptions, SamplingOptions
+from .sample import LABELS, SamplingOptions
 
 
 PIPELINE = "pipeline"  # the average that a checkpoint's pipeline has
