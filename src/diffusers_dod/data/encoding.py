@@ -162,7 +162,7 @@ def _shard_path(folder: Path, shard: int) -> Path:
 
 
 def read_note(folder: Path, shard: int) -> dict[str, Any] | None:
-    """Reads the note of a shard; `None` if the shard is missing, or its note is missing or damaged."""
+    """Reads the note of `shard` in `folder`; `None` if the shard is missing, or its note is missing or damaged."""
     path = _shard_path(folder, shard)
     note = read_object(path.with_suffix(".json")) if path.exists() else None
     return note if note is not None and note.pop("note_sha256", None) == _hash_note(note) else None
