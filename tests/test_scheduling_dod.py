@@ -1,6 +1,7 @@
 import inspect
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from golden_data import GAUSSIAN, gaussian_velocity
 from helpers import FIXED_STEP_SOLVERS, ODE_SOLVERS, SDE_SOLVERS, says, table
 
 from diffusers_dod import DoDFlowMatchScheduler
+from diffusers_dod.tableaus import SOLVERS
 
 
 NAN, INF = math.nan, math.inf
@@ -23,6 +25,12 @@ LAST_STEPS = ("mean", "euler", "tweedie", "none")
 all_solvers = pytest.mark.parametrize("solver", [*FIXED_STEP_SOLVERS, "dopri5"])
 fixed_step_solvers = pytest.mark.parametrize("solver", FIXED_STEP_SOLVERS)
 sde_solvers = pytest.mark.parametrize("solver", SDE_SOLVERS)
+
+
+def test_every_solver_is_tested_and_documented():
+    assert [*FIXED_STEP_SOLVERS, "dopri5"] == list(SOLVERS), "a new solver must be added to tests/helpers.py"
+    page = (Path(__file__).parents[1] / "docs" / "sampling.md").read_text()
+    assert [name for name in SOLVERS if f"\n| `{name}` |" not in page] == [], "docs/sampling.md needs a row"
 
 
 def laid_out(num_inference_steps=4, **kwargs):

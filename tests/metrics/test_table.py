@@ -63,4 +63,6 @@ def test_published_numbers_are_of_the_table():
 
 def test_documentation_names_what_can_be_computed():
     text = (ROOT / "docs" / "evaluation.md").read_text()
+    (row,) = re.findall(r"^\| `training/evaluate_dod.py` \| (.+) \|$", text, re.MULTILINE)
+    assert [name for name in COMPUTED if METRICS[name].title not in row] == []
     assert [name for name in COMPUTED if not re.search(rf"--metrics [a-z_ ]*\b{name}\b", text)] == []
