@@ -1,9 +1,11 @@
 """Each way of guiding: against formulas by hand, FiTv2's own guided samples, and what it may cost."""
 
 import dataclasses
+import inspect
 import math
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from helpers import assert_near, normal, record_calls, says, tiny_latent_embedde
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDTransformer2DModel
 from diffusers_dod.guidance import (
+    FAILING_GUIDERS,
     Guidance,
     GuidedVelocity,
     classifier_free_guidance,
@@ -926,6 +929,13 @@ GUIDERS = {
     "adaptive projected": lambda **kwargs: guiders.AdaptiveProjectedGuidance(
         adaptive_projected_guidance_momentum=-0.5, adaptive_projected_guidance_rescale=2.0, eta=0.5, **kwargs
     ),
+    "adaptive projected mix": lambda **kwargs: guiders.AdaptiveProjectedMixGuidance(
+        adaptive_projected_guidance_scale=3.0,
+        adaptive_projected_guidance_rescale=2.0,
+        adaptive_projected_guidance_start_step=1,
+        eta=0.5,
+        **kwargs,
+    ),
     "zero star": guiders.ClassifierFreeZeroStarGuidance,
     "tangential": guiders.TangentialClassifierFreeGuidance,
 }
@@ -954,18 +964,21 @@ def test_plain_guider_is_guidance_to_the_bit(pipe):
             assert torch.equal(statistics.num_guided_evaluations, others.num_guided_evaluations)
 
 
-def test_adaptive_projected_guidance(pipe):
+@pytest.mark.parametrize(("name", "last_plain_step"), [("adaptive projected", -1), ("adaptive projected mix", 1)])
+def test_adaptive_projected_guidance(pipe, name, last_plain_step):
     """Momentum, updates of limited norm, half of their part along the conditional one (Sadat et al. 2024)."""
     average = [0.0]
 
     def by_hand(step, conditional, null):
         average[0] = (conditional - null) - 0.5 * average[0]
+        if step <= last_plain_step:
+            return null + 4.0 * (conditional - null)
         update = average[0] * (2.0 / average[0].flatten(1).norm(dim=1)).clamp(max=1).reshape(-1, 1, 1, 1)
         direction = F.normalize(conditional.flatten(1).double(), dim=1).view_as(conditional)
         parallel = ((update * direction).sum((1, 2, 3), keepdim=True) * direction).float()
-        return null + 4.0 * (update - parallel + 0.5 * parallel)
+        return null + (4.0 if last_plain_step < 0 else 3.0) * (update - parallel + 0.5 * parallel)
 
-    guider = GUIDERS["adaptive projected"](guidance_scale=4.0)
+    guider = GUIDERS[name](guidance_scale=4.0)
     for _ in range(2):  # the momentum is that of a stage
         average[0] = 0.0
         assert_near(*sample_by_guider(pipe, by_hand, guider, 4))
@@ -1007,6 +1020,23 @@ def test_a_guider_leaves_stage_1_alone_unless_asked(pipe, name):
     )
 
 
+def test_every_guider_of_diffusers_is_documented_or_refused(idle_pipe):
+    """The page lists those that work, and names the one that fits but fails in Diffusers."""
+    page = (Path(__file__).parents[1] / "docs" / "sampling.md").read_text()
+    _, _, table = page.partition("| guider | |")
+    documented = {line.split("`")[1] for line in table.partition("\n\n")[0].splitlines() if line.startswith("| `")}
+    assert documented == {type(build(guidance_scale=4.0)).__name__ for build in GUIDERS.values()}
+    fitting = {
+        name
+        for name, kind in vars(guiders).items()
+        if isinstance(kind, type)
+        and kind._input_predictions == ["pred_cond", "pred_uncond"]
+        and "guidance_scale" in inspect.signature(kind).parameters
+        and kind.prepare_models.__qualname__ == "BaseGuidance.prepare_models"
+    }
+    assert fitting - documented == set(FAILING_GUIDERS) and all(name in page for name in FAILING_GUIDERS)
+
+
 def test_a_guider_starts_and_stops_by_steps(pipe):
     guider = guiders.ClassifierFreeGuidance(guidance_scale=3.0, start=0.25, stop=0.75)
     output = sample(pipe, guidance=guider, num_inference_steps=4)
@@ -1038,6 +1068,11 @@ def test_a_guider_without_a_latent_embedder_guides_the_only_stage():
             {"guidance": guiders.SkipLayerGuidance(skip_layer_guidance_layers=[0])},
             ValueError,
             ["`guidance`", "conditional and an unconditional", "SkipLayerGuidance"],
+        ),
+        (
+            {"guidance": guiders.MagnitudeAwareGuidance(guidance_scale=3.0)},
+            ValueError,
+            ["`guidance`", "another guider", "fails", "got MagnitudeAwareGuidance"],
         ),
     ],
     ids=str,

@@ -18,6 +18,7 @@ from diffusers import (
     FlowMatchLCMScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.utils.torch_utils import randn_tensor
 from helpers import (
     ID2LABEL,
@@ -254,6 +255,30 @@ def test_guidance_scale_is_announced_as_without_effect_on_one_stage(pipe, caplog
     sample(pipe, num_stages=2, guidance_scale=3.0)
     sample(pipe, num_stages=1)
     assert not caplog.text
+
+
+@pytest.mark.parametrize("guidance", [Guidance(rescale=0.5), ClassifierFreeGuidance(guidance_scale=4.0)], ids=str)
+def test_guidance_is_announced_as_without_effect_where_no_stage_is_guided(pipe, caplog, guidance):
+    for kwargs in (dict(num_stages=1), dict(num_stages=1, guidance_scale=[None])):
+        caplog.clear()
+        output = sample(pipe, guidance=guidance, **kwargs)
+        assert not any(stage.num_guided_evaluations.any() for stage in output.statistics)
+        assert "as `guidance` has no effect" in caplog.text and "`guidance_scale=[...]`" in caplog.text
+    caplog.clear()
+    sample(pipe, guidance=guidance)
+    sample(pipe, guidance=guidance, num_stages=1, guidance_scale=[4.0])
+    for scale in (1.0, [1.0, 1.0]):  # asked for
+        sample(pipe, guidance=guidance, guidance_scale=scale)
+    sample(pipe, guidance=Guidance(), num_stages=1)  # nothing but defaults
+    sample(pipe, guidance=Guidance(prior_scale=2.0), guidance_scale=1.0)  # guides by the prior
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("form", [np.array, torch.tensor, tuple], ids=["array", "tensor", "tuple"])
+def test_values_of_the_stages_in_any_form(pipe, form):
+    expected = sample(pipe, num_inference_steps=[1, 3], guidance_scale=[2.0, 3.0], return_stages=True)
+    output = sample(pipe, num_inference_steps=form([1, 3]), guidance_scale=form([2.0, 3.0]), return_stages=True)
+    assert all(torch.equal(*pair) for pair in zip(output.stages, expected.stages, strict=True))
 
 
 def test_without_latent_embedder_one_stage_is_guided_by_guidance_scale():
@@ -926,19 +951,30 @@ BAD_CALLS = [
         "got (2, 4, 8, 8)",
     ),
     *[
-        (name, {name: values, **kwargs}, ValueError, f"{number} (one per stage that is run)", f"got {length}.")
+        (
+            name,
+            {name: values, **kwargs},
+            ValueError,
+            f"{number} (one per stage that is run)",
+            f"got a list of {length}.",
+        )
         for name, value in [("num_inference_steps", 2), ("schedulers", "heun"), ("guidance_scale", 2.0)]
         for kwargs, number in [(dict(), 2), (dict(num_stages=3), 3), (dict(image=IMAGE), 1)]
         for length in (0, number + 1)
         for values in [[value] * length]
     ],
-    ("num_inference_steps", dict(num_inference_steps=[2, 0]), ValueError, ">= 1", "got 0"),
+    ("num_inference_steps", dict(num_inference_steps=[2, 0]), ValueError, "of stage 2", ">= 1", "got 0"),
+    ("num_inference_steps", dict(num_inference_steps=np.ones(3, int)), ValueError, "list of 2", "got a list of 3"),
+    ("guidance_scale", dict(guidance_scale=torch.ones(3)), ValueError, "list of 2", "got a list of 3"),
+    ("guidance_scale", dict(guidance_scale=torch.ones(2, 1)), TypeError, "of stage 1", "int or float", "got [1.0]"),
+    ("guidance_scale", dict(guidance_scale=[-2], image=IMAGE), ValueError, "of stage 2", "[0, inf)", "got -2"),
+    ("guidance_scale", dict(guidance_scale=-2), ValueError, "`guidance_scale` must", "got -2"),
     ("num_inference_steps", dict(num_inference_steps=[2.0, 2]), TypeError, "int", "got 2.0"),
     ("num_inference_steps", dict(num_inference_steps="2"), TypeError, "int", "got '2'"),
     ("schedulers", dict(schedulers=5), TypeError, "SchedulerMixin", "got 5"),
     ("schedulers", dict(schedulers="ralston"), ValueError, "'midpoint'", "got 'ralston'"),
     ("schedulers", dict(schedulers=["euler", "ralston"]), ValueError, "'midpoint'", "got 'ralston'"),
-    ("schedulers", dict(schedulers=[None, 5]), TypeError, "SchedulerMixin", "got 5"),
+    ("schedulers", dict(schedulers=[None, 5]), TypeError, "of stage 2", "SchedulerMixin", "got 5"),
     ("schedulers", dict(schedulers=[DDIMScheduler(), None]), ValueError, "FlowMatch", "got DDIMScheduler"),
     (
         "schedulers",
@@ -959,13 +995,14 @@ BAD_CALLS = [
             FlowMatchLCMScheduler(scale_factors=[1, 2]),
         ]
     ],
-    ("guidance_scale", dict(guidance_scale=[1.0, -1]), ValueError, "[0, inf)", "got -1"),
-    ("guidance_scale", dict(guidance_scale=[NAN, 1.0]), ValueError, "[0, inf)", "got nan"),
+    ("guidance_scale", dict(guidance_scale=[1.0, -1]), ValueError, "of stage 2", "[0, inf)", "got -1"),
+    ("guidance_scale", dict(guidance_scale=[NAN, 1.0]), ValueError, "of stage 1", "[0, inf)", "got nan"),
     ("guidance_scale", dict(guidance_scale=[1.0, "3"]), TypeError, "float", "got '3'"),
     *[
         ("sigmas", dict(sigmas=values), ValueError, "strictly decreasing numbers in (0, 1]", "got")
         for values in [[0.5, 1], [1, 1], [2, 1], [1, 0], [1, NAN], [], 0.5, "all", [[1], [0.5]]]
     ],
+    ("sigmas", dict(sigmas=[[1, 0.5], [1, 0.4]]), ValueError, "one list", "the same for all stages", "[1, 0.4]"),
     *[
         (
             "sigmas",

@@ -25,7 +25,7 @@ from .options import check_options, option
 from .presets import Preset
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
 from .scheduling_dod import DoDFlowMatchScheduler
-from .stages import Stage, plan_stages
+from .stages import Stage, is_per_stage, plan_stages
 from .transformer_dod import DoDTransformer2DModel
 
 
@@ -420,9 +420,7 @@ def sampling_compute(
     defaults = model.pipeline_config if is_preset else model.config
     scheduler = DoDFlowMatchScheduler() if is_preset else copy.deepcopy(model.scheduler)
     has_embedder = cost.flops.latent_embedder is not None
-    lists = [
-        values for values in (num_inference_steps, guidance_scale, schedulers) if isinstance(values, (list, tuple))
-    ]
+    lists = [values for values in (num_inference_steps, guidance_scale, schedulers) if is_per_stage(values)]
     num_stages = len(lists[0]) if lists else defaults["default_num_stages"] if has_embedder else 1
     if num_stages < 1 or (num_stages > 1 and not has_embedder):
         accepted = ">= 1" if has_embedder else "1 without a latent embedder"

@@ -21,6 +21,8 @@ from .stages import Stage, is_a
 from .transformer_dod import DoDTransformer2DModel
 
 
+#: Guiders of Diffusers that fail on images: the norm over three dimensions is none of PyTorch's `torch.norm`.
+FAILING_GUIDERS = ("MagnitudeAwareGuidance",)
 TIME_ROUNDING = 1e-6  # times are fp32, and the ends of an interval are not
 
 
@@ -249,6 +251,11 @@ def _check_guider(guider: BaseGuidance, stages: Sequence[Stage]) -> None:
             "`guidance` must be a guider with one `guidance_scale` that combines a conditional and an unconditional "
             f"prediction and leaves the model as it is, got {type(guider).__name__}."
         )
+    if any(is_a(guider, name) for name in FAILING_GUIDERS):
+        raise ValueError(
+            f"`guidance` must be another guider than {', '.join(FAILING_GUIDERS)}, whose norm fails on images in "
+            f"Diffusers, got {type(guider).__name__}."
+        )
     for stage in stages:
         if stage.guidance_scale not in (1, guider.guidance_scale):
             raise ValueError(
@@ -303,7 +310,8 @@ class GuidedVelocity:
     Args:
         transformer ([`DoDTransformer2DModel`]): The model.
         batch_size (`int`): Number B of samples.
-        guidance ([`Guidance`] or one of Diffusers' guiders, *optional*): Settings of guidance. By default the paper's.
+        guidance ([`Guidance`] or one of Diffusers' guiders, *optional*): Settings of guidance. By default
+            `Guidance()`, whose null condition lacks class and prior.
         attention_kwargs (`dict`, *optional*): Passed on to the model.
         cache_name (`str`, defaults to `"velocity"`):
             Name of the model's cache contexts; `_guided`, `_unguided` or `_partly_guided` is added to it. Caches are

@@ -36,7 +36,7 @@ from .pipeline_output import DoDPipelineOutput, DoDStageStatistics
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
 from .scheduling_dod import DoDFlowMatchScheduler
 from .seeding import NoiseSource
-from .stages import Stage, is_a, per_stage, plan_stages
+from .stages import Stage, is_a, is_per_stage, per_stage, plan_stages
 from .transformer_dod import DoDTransformer2DModel
 
 
@@ -273,19 +273,28 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         stages: Sequence[Stage],
         num_inference_steps: int | Sequence[int | None] | None,
         guidance_scale: float | Sequence[float | None] | None,
+        guidance: Guidance | BaseGuidance,
     ) -> None:
-        """Warns of numbers of steps and of a scale that no stage uses."""
+        """Warns of numbers of steps, of a scale and of guidance that no stage uses."""
         given_steps = per_stage("num_inference_steps", num_inference_steps, len(stages))
         idle = [stage.is_adaptive and steps is not None for stage, steps in zip(stages, given_steps, strict=True)]
-        if any(idle) if isinstance(num_inference_steps, (list, tuple)) else all(idle):
+        if any(idle) if is_per_stage(num_inference_steps) else all(idle):
             logger.warning(
                 f"`num_inference_steps` = {num_inference_steps} has no effect where the solver chooses its own steps."
             )
-        is_single = guidance_scale is not None and not isinstance(guidance_scale, (list, tuple))
+        is_single = guidance_scale is not None and not is_per_stage(guidance_scale)
         if is_single and self.latent_embedder is not None and stages[-1].number == 1:
             logger.warning(
                 f"`guidance_scale` = {guidance_scale} has no effect with one stage: a single scale applies from stage "
                 f"2 on. `guidance_scale=[{guidance_scale}]` guides stage 1."
+            )
+        has_prior_scale = stages[-1].number > 1 and getattr(guidance, "prior_scale", None) not in (None, 1)
+        is_unguided = all(stage.guidance_scale == 1 for stage in stages) and not has_prior_scale
+        is_asked_for = set(per_stage("guidance_scale", guidance_scale, len(stages))) == {1}
+        if is_unguided and not is_asked_for and guidance != Guidance():
+            logger.warning(
+                f"The {type(guidance).__name__} given as `guidance` has no effect, as the scale of every stage is 1: "
+                "`guidance_scale=[...]` with a scale for each stage that is run guides them."
             )
 
     # ------------------------------------------------------------------------------------------------ sampling
@@ -446,14 +455,14 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
                 unguided (paper); a list has one value for each stage that is run. `None` is the default: 1 for stage
                 1, the checkpoint's scale for others. Without a latent embedder a single value guides the only stage.
             guidance ([`Guidance`] or one of Diffusers' guiders, *optional*):
-                Settings of guidance. By default the paper's. A guider has its own `guidance_scale`, which then is the
-                default; a scale of 1 turns it off in a stage.
+                Settings of guidance. By default `Guidance()`: the null condition lacks class and prior. A guider has
+                its own `guidance_scale`, which then is the default; a scale of 1 turns it off in a stage.
             schedulers (`str`, `SchedulerMixin` or `Sequence[str | SchedulerMixin | None]`, *optional*):
                 The `solver` of a [`DoDFlowMatchScheduler`] or another flow-match scheduler: one value for all stages,
                 or one for each stage that is run. `None` is the pipeline's scheduler.
             sigmas (`Sequence[float]`, *optional*):
-                Strictly decreasing starts of the intervals of each stage in (0, 1], before the scheduler's shift, in
-                place of `num_inference_steps`.
+                Strictly decreasing starts of the intervals in (0, 1], before the scheduler's shift, in place of
+                `num_inference_steps`: one list, the same for all stages.
             num_images_per_label (`int`, defaults to 1): Number of images of each label, >= 1.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
                 One image, or one per label, in place of stage 1's sample: arrays (H, W, 3) and tensors (3, H, W),
@@ -538,7 +547,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
             sigmas=sigmas,
         )
         check_guidance(guidance, self.transformer, num_stages, stages)
-        self._warn_of_idle_arguments(stages, num_inference_steps, guidance_scale)
+        self._warn_of_idle_arguments(stages, num_inference_steps, guidance_scale, guidance)
         shape = self._latent_shape(height, width, prior)
         images_per_prior = {stage.number: 1 if stage.number == 1 else num_images_per_prior for stage in stages}
         noises = check_noises(latents, [(batch_size * number, *shape) for number in images_per_prior.values()])

@@ -143,13 +143,20 @@ class Stage:
         return len(scheduler.timesteps)
 
 
+def is_per_stage(value: Any) -> bool:
+    """Whether an argument has a value for each stage: a sequence, a NumPy array or a 1-d tensor."""
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
 def per_stage(name: str, value: Any, num_stages: int) -> list:
     """
     Turns an argument into a list with one value for each stage of the call.
 
     Args:
         name (`str`): Name of the argument, for the message.
-        value (`Any`): A value for all stages, or a list or tuple with a value for each.
+        value (`Any`): A value for all stages, or a sequence, array or tensor with a value for each.
         num_stages (`int`): Number of stages of the call.
 
     Returns:
@@ -158,13 +165,14 @@ def per_stage(name: str, value: Any, num_stages: int) -> list:
     Raises:
         `ValueError`: the number of values differs from the number of stages.
     """
-    if not isinstance(value, (list, tuple)):
+    if not is_per_stage(value):
         return [value] * num_stages
     if len(value) != num_stages:
         raise ValueError(
-            f"`{name}` must be one value or a list of {num_stages} (one per stage that is run), got {len(value)}."
+            f"`{name}` must be one value or a list of {num_stages} (one per stage that is run), "
+            f"got a list of {len(value)}."
         )
-    return list(value)
+    return value.tolist() if isinstance(value, (np.ndarray, torch.Tensor)) else list(value)
 
 
 def _find_scheduler(scheduler: SchedulerMixin, given: str | SchedulerMixin | None) -> SchedulerMixin:
@@ -213,7 +221,7 @@ def plan_stages(
         guidance_scale (`float` or `Sequence[float | None]`, *optional*): Scale, or a scale for each stage, >= 0.
         schedulers (`str`, `SchedulerMixin` or a sequence of them, *optional*):
             Solver or scheduler, or one for each stage.
-        sigmas (`Sequence[float]`, *optional*): Starts of the intervals of all stages.
+        sigmas (`Sequence[float]`, *optional*): Starts of the intervals, one list for all stages.
 
     Returns:
         `list[Stage]`.
@@ -223,7 +231,13 @@ def plan_stages(
     """
     if sigmas is not None and num_inference_steps is not None:
         raise ValueError(f"Only one of `sigmas` and `num_inference_steps` must be given, got {num_inference_steps}.")
-    is_list = isinstance(guidance_scale, (list, tuple))
+    if is_per_stage(sigmas) and any(map(is_per_stage, sigmas)):
+        raise ValueError(
+            "`sigmas` must be one list of strictly decreasing numbers in (0, 1], the same for all stages, "
+            f"got a list of lists: {sigmas!r}."
+        )
+    has_scales = is_per_stage(guidance_scale)
+    has_lists = has_scales or is_per_stage(num_inference_steps) or is_per_stage(schedulers)
     planned = []
     for number, steps, scale, given in zip(
         numbers,
@@ -234,9 +248,14 @@ def plan_stages(
     ):
         is_unguided = number == 1 and has_priors
         steps = default_num_inference_steps if steps is None else steps
-        check_at_least("num_inference_steps", steps, 1)
         scale = default_guidance_scale if scale is None and not is_unguided else scale
-        check_number("guidance_scale", 1.0 if scale is None else scale, 0)
-        scale = 1.0 if scale is None or (is_unguided and not is_list) else float(scale)
-        planned.append(Stage(number, _find_scheduler(scheduler, given), steps, scale, sigmas))
+        try:
+            check_at_least("num_inference_steps", steps, 1)
+            check_number("guidance_scale", 1.0 if scale is None else scale, 0)
+            found = _find_scheduler(scheduler, given)
+        except (TypeError, ValueError) as error:
+            where = f" of stage {number}" if has_lists else ""
+            raise type(error)(str(error).replace("` must", f"`{where} must", 1)) from error
+        scale = 1.0 if scale is None or (is_unguided and not has_scales) else float(scale)
+        planned.append(Stage(number, found, steps, scale, sigmas))
     return planned
