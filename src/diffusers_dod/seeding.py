@@ -77,9 +77,9 @@ class NoiseSource:
 
     def _ids(self, step: int) -> list[tuple[int, ...]]:
         return [
-            (self.seed, int(index), copy, self.stage, step)
+            (self.seed, int(index), number, self.stage, step)
             for index in self.sample_indices
-            for copy in range(self.images_per_prior)
+            for number in range(self.images_per_prior)
         ]
 
     def generators(self, step: int) -> torch.Generator | list[torch.Generator] | None:

@@ -144,7 +144,7 @@ class Stage:
 
 
 def is_per_stage(value: Any) -> bool:
-    """Whether an argument has a value for each stage: a sequence, a NumPy array or a 1-d tensor."""
+    """Whether `value` has a value for each stage: a sequence, a NumPy array or a 1-d tensor."""
     if isinstance(value, (np.ndarray, torch.Tensor)):
         return value.ndim > 0
     return isinstance(value, Sequence) and not isinstance(value, str)
