@@ -299,6 +299,48 @@ def _optimizer(options: TrainingOptions) -> str:
     return ", ".join(part for part, is_shown in parts.items() if is_shown)
 
 
+def _is_own(dataset_name: str | None) -> bool:
+    """Whether images are no data set of the Hub."""
+    return dataset_name is None or dataset_name == TEXTURES or _is_local(dataset_name)
+
+
+def _images(dataset_name: str | None) -> str:
+    if dataset_name == TEXTURES:
+        return "procedural textures (`diffusers_dod.data.textures`)"
+    return "own images" if _is_own(dataset_name) else f"`{dataset_name}`"
+
+
+def _metadata(
+    options: TrainingOptions, name: str, results: Mapping[str, Mapping[str, Any]], texts: Mapping[str, Any]
+) -> ModelCardData:
+    """Metadata of a card, which the Hub shows."""
+    dataset_name, base_model = options.data.images.dataset_name, options.model.pretrained_model_name_or_path
+    datasets = texts.get("datasets") or ([] if _is_own(dataset_name) else [dataset_name])
+    eval_results = [
+        entry for content in results.values() for entry in to_eval_results(content, datasets[0] if datasets else None)
+    ]
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        license=texts.get("license", "apache-2.0"),
+        tags=["diffusion-on-diffusion", "diffusers_dod", "rectified-flow", "class-conditional"],
+        datasets=datasets or None,
+        base_model=None if _is_local(base_model) else base_model,
+        model_name=name if eval_results else None,
+        eval_results=eval_results or None,
+    )
+
+
+def _section(file: str, results: Mapping[str, Any]) -> dict[str, str]:
+    """Section of a card with the results of a file."""
+    return {
+        "title": TASKS[results["task"]][0].format(**results["settings"]),
+        "caption": _caption(file, results),
+        "table": _table(results),
+        "commands": _commands(results),
+    }
+
+
 def fill_card(
     options: TrainingOptions,
     recipe: Path,
@@ -343,29 +385,10 @@ def fill_card(
     for content in results.values():
         check_choice("task", content["task"], tuple(TASKS))
     dataset_name, num_processes = options.data.images.dataset_name, options.processes.num_processes or 1
-    is_own = dataset_name is None or dataset_name == TEXTURES or _is_local(dataset_name)
-    datasets = texts.get("datasets") or ([] if is_own else [dataset_name])
-    base_model = options.model.pretrained_model_name_or_path
-    eval_results = [
-        entry for content in results.values() for entry in to_eval_results(content, datasets[0] if datasets else None)
-    ]
-    card_data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        license=texts.get("license", "apache-2.0"),
-        tags=["diffusion-on-diffusion", "diffusers_dod", "rectified-flow", "class-conditional"],
-        datasets=datasets or None,
-        base_model=None if _is_local(base_model) else base_model,
-        model_name=name if eval_results else None,
-        eval_results=eval_results or None,
-    )
-    images = "own images" if is_own else f"`{dataset_name}`"
-    if dataset_name == TEXTURES:
-        images = "procedural textures (`diffusers_dod.data.textures`)"
     run = folder if step > 0 else None
     drawn = [] if run is None else sorted((run / "samples").glob("step-*.png"))
     card = ModelCard.from_template(
-        card_data,
+        _metadata(options, name, results, texts),
         template_path=TEMPLATE,
         preset=options.model.preset,
         resolution=options.data.images.resolution,
@@ -375,7 +398,7 @@ def fill_card(
         path=texts.get("repo_id", path),
         label=json.dumps(class_names[0], ensure_ascii=False) if class_names else 0,
         architecture=None if model is None else _architecture(model),
-        data=texts.get("data") or f"{images}.",
+        data=texts.get("data") or f"{_images(dataset_name)}.",
         classes=_classes(class_names),
         autoencoder=_autoencoder(options, folder),
         steps=_steps(step, options.optimizer.max_train_steps, images_per_step),
@@ -389,15 +412,7 @@ def fill_card(
         recipe_path=recipe.name if recipe.parent == folder else recipe.as_posix(),
         recipe=re.sub(r"\A(#.*\n)+", "", recipe.read_text(encoding="utf-8")).strip(),
         curves=CURVES if run is not None and (run / CURVES).exists() else None,
-        results=[
-            {
-                "title": TASKS[content["task"]][0].format(**content["settings"]),
-                "caption": _caption(file, content),
-                "table": _table(content),
-                "commands": _commands(content),
-            }
-            for file, content in results.items()
-        ],
+        results=[_section(file, content) for file, content in results.items()],
         has_commands=any("argv" in content for content in results.values()),
         paper=[
             {"title": table["title"], "table": format_table(table["header"], [map(str, row) for row in table["rows"]])}
