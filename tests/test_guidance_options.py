@@ -11,7 +11,7 @@ from diffusers_dod.cards import to_eval_results
 from diffusers_dod.evaluation.sample import SamplingOptions, sample_settings
 from diffusers_dod.evaluation.sweep import SweepOptions
 from diffusers_dod.guidance_options import GUIDANCE_FIELDS, GuidanceOptions, build_guidance
-from diffusers_dod.options import list_options, parse_options, to_values
+from diffusers_dod.options import build_parser, list_options, parse_options, to_values
 from diffusers_dod.results import as_metric, read_results, write_results
 
 
@@ -91,3 +91,10 @@ def test_options_have_the_defaults_of_the_fields():
 def test_errors_name_the_options(values, error, fragments):
     with pytest.raises(error, match=says(*fragments)):
         build_guidance(values)
+
+
+def test_help_says_meaning_and_range_of_every_option():
+    text = " ".join(build_parser(SweepOptions).format_help().split())
+    for name, field in GUIDANCE_FIELDS.items():
+        assert field.metadata["help"] in text and f"--{name} " in text
+    assert "--guidance_interval LOW HIGH" in text

@@ -131,7 +131,7 @@ def test_an_older_name_is_accepted():
         (["--total", "3"], ["`total` must be even, got 3."]),
         (["--total", "0"], ["`total` must be an integer >= 1, got 0."]),
         (["--classes", "c"], ["`classes` must be given with `stream` only, got c."]),
-        (["--stream", "--shard_size", "4"], ["`shard_size` must be given without `stream` only, got 4."]),
+        (["--stream", "--shard_size", "4"], ["`shard_size` and `stream` must not both be given, got 4 and True."]),
         (["--kind", "small", "--shard_size", "200"], ["`shard_size` must be at most 100", "got 200"]),
         (["--name", "a"], ["`folders` must not be `name`."]),
         (["--output_file", "r.txt"], ["`output_file` must end with .json, got r.txt."]),

@@ -8,7 +8,7 @@ scale.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -121,6 +121,11 @@ def rescale_guidance(guided: torch.Tensor, conditional: torch.Tensor, guidance_r
     return guided * (guidance_rescale * ratio + (1 - guidance_rescale))
 
 
+def _field(default: Any, help: str, **description: Any) -> Any:
+    """Declares a field with what its option says in `--help`."""
+    return field(default=default, metadata={"help": help, **description})
+
+
 @dataclass(frozen=True)
 class Guidance:
     """
@@ -150,13 +155,17 @@ class Guidance:
         `ValueError`, `TypeError`: a value is out of range, or two exclude each other.
     """
 
-    null_condition: str = "class_and_prior"
-    prior_scale: float | None = None
-    channels: int | None = None
-    interval: tuple[float, float] = (0.0, 1.0)
-    power: float | None = None
-    rescale: float = 0.0
-    cosine_threshold: float | None = None
+    null_condition: str = _field("class_and_prior", "Part of the condition that the null condition lacks.")
+    prior_scale: float | None = _field(None, "Separate scale for the prior, >= 0, with three evaluations.")
+    channels: int | None = _field(None, "Leading channels to guide, >= 1; all by default.")
+    interval: tuple[float, float] = _field(
+        (0.0, 1.0), "Sigmas in [0, 1] between which stages are guided.", metavar=("LOW", "HIGH")
+    )
+    power: float | None = _field(None, "Power of the power-cosine schedule, > 0; a constant scale by default.")
+    rescale: float = _field(0.0, "Strength in [0, 1] of the rescaling against oversaturation.")
+    cosine_threshold: float | None = _field(
+        None, "Cosine in (-1, 1] of both velocities, from which a sample is not guided any more."
+    )
     transformer: DoDTransformer2DModel | None = None
 
     def __post_init__(self):

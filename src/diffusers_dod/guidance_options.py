@@ -59,15 +59,19 @@ class _ToGuidance:
 def _declare(name: str, field: dataclasses.Field) -> tuple[str, Any, Any]:
     """Name, type and field of an option."""
     choices = tuple(NULL_CONDITIONS) if field.name == "null_condition" else None
-    declared = option(field.default, choices=choices, help=f"`{field.name}` of `Guidance`, see docs/sampling.md.")
+    declared = option(field.default, choices=choices, **field.metadata)
     return name, get_type_hints(Guidance)[field.name], declared
 
 
+# Its fields come from those of `Guidance`, so type checkers do not see them: read them by `to_guidance`.
 GuidanceOptions = dataclasses.make_dataclass(
     "GuidanceOptions",
     [_declare(name, field) for name, field in GUIDANCE_FIELDS.items()],
     bases=(_ToGuidance,),
-    namespace={"__doc__": "Guidance.", "__module__": __name__},
+    namespace={
+        "__doc__": "Guidance.\n\nSettings of `Guidance`, see docs/sampling.md.",
+        "__module__": __name__,
+    },
     frozen=True,
     kw_only=True,
 )

@@ -285,7 +285,9 @@ def find_errors(options: Any) -> list[str]:
         if name in given and needed in known and needed not in given:
             errors.append(f"`{name}` must be given with `{needed}` only, got {values[name]}.")
         if name in given and excluded in given:
-            errors.append(f"`{name}` must be given without `{excluded}` only, got {values[name]}.")
+            errors.append(
+                f"`{name}` and `{excluded}` must not both be given, got {values[name]} and {values[excluded]}."
+            )
     return errors + _find_conflicts(options)
 
 

@@ -33,7 +33,8 @@ class CallOptions:
             for name, values in of_stages.items()
             if None not in (values, self.num_stages) and len(values) != self.num_stages
         ] + [
-            f"`stage_guidance_scales` must be given without `{name}` only, got {list(self.stage_guidance_scales)}."
+            f"`stage_guidance_scales` and `{name}` must not both be given, got {list(self.stage_guidance_scales)} and "
+            f"{getattr(self, name)}."
             for name in ("guidance_scale", "first_stage_guidance_scale")
             if self.stage_guidance_scales is not None and name in find_given(self)
         ]

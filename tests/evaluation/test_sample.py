@@ -516,6 +516,14 @@ def test_the_scale_of_stage_1_is_not_that_of_a_model_without_priors():
     assert call.to_call(1, has_priors=False)["guidance_scale"] is None
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("stage_solvers", "heun"), ("stage_inference_steps", "3"), ("stage_guidance_scales", "2")]
+)
+def test_values_of_the_stages_are_as_many_as_the_checkpoint_has(checkpoint, tmp_path, name, value):
+    with pytest.raises(ValueError, match=says(f"`{name}` must hold 2 values", "got 1")):
+        run(checkpoint, tmp_path / "samples", f"--{name}", value)
+
+
 def test_all_errors_of_options_are_reported_at_once(checkpoint, tmp_path, capsys):
     options = "--num_images 0 --batch_size 0 --seed -1 --num_stages 0 --num_inference_steps 0 --guidance_scale -1"
     options += " --guidance_interval 1 0 --stage_guidance_scales 1 nan 2 --height 0"

@@ -236,8 +236,8 @@ def test_what_a_stream_refuses(stream, shards, images, vae, capsys, tmp_path):
     assert "`latents_dir`" in says_at_start(capsys, *stream, "--latents_dir", "latents")
     assert "`max_aspect_ratio`" in says_at_start(capsys, *stream, "--max_aspect_ratio", 2)
     said = says_at_start(capsys, *stream, "--latents_dtype", "float16", "--shard_size", 7)
-    assert "`latents_dtype` must be given without `streaming` only, got float16." in said
-    assert "`shard_size` must be given without `streaming` only, got 7." in said
+    assert "`latents_dtype` and `streaming` must not both be given, got float16 and True." in said
+    assert "`shard_size` and `streaming` must not both be given, got 7 and True." in said
     message = says_at_start(capsys, "--train_data_dir", images, "--class_names_file", "classes.txt")
     assert "`class_names_file` must be given with `streaming` only, got classes.txt" in message
 

@@ -136,6 +136,11 @@ def sample_settings(options: SamplingOptions, pipeline: DoDPipeline) -> dict[str
     has_embedder = pipeline.latent_embedder is not None
     if call["num_stages"] is None:
         call["num_stages"] = pipeline.config.default_num_stages if has_embedder else 1
+    for name in ("stage_inference_steps", "stage_solvers", "stage_guidance_scales"):
+        if call[name] is not None and len(call[name]) != call["num_stages"]:
+            raise ValueError(
+                f"`{name}` must hold {call['num_stages']} values, one for each stage, got {len(call[name])}."
+            )
     if call["num_inference_steps"] is None and call["stage_inference_steps"] is None:
         call["num_inference_steps"] = pipeline.config.default_num_inference_steps
     if call["stage_guidance_scales"] is not None:
