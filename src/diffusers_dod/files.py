@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 
 try:
@@ -39,21 +38,17 @@ def file_sha256(*paths: Path) -> str:
     return digest.hexdigest()
 
 
-def folder_sha256(folder: Path, files: Iterable[Path] | None = None) -> str:
+def folder_sha256(folder: Path, files: Iterable[Path]) -> str:
     """
-    Hash of names and contents of the files in a folder, independent of its place and of their times.
+    Hash of names and contents of files in a folder, independent of its place and of their times.
 
     Args:
         folder (`Path`): The folder.
-        files (`Iterable[Path]`, *optional*): Some of its files, in order. By default all but hidden ones.
+        files (`Iterable[Path]`): The files, in order.
 
     Returns:
         `str`: A SHA-256.
     """
-    if files is None:
-        found = sorted(path for path in folder.rglob("*") if path.is_file())
-        found = [path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts)]
-        files = tqdm(found, desc=f"Hashing {folder}", unit="files", disable=None)
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.relative_to(folder).as_posix()} {file_sha256(file)}\n".encode())

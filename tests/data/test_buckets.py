@@ -25,7 +25,8 @@ from diffusers_dod.data.buckets import (
     encode_buckets,
     split_images,
 )
-from diffusers_dod.data.encoding import BadImagesError, EncodingOptions, Share
+from diffusers_dod.data.encoding import EncodingOptions, Share
+from diffusers_dod.data.image_folder import BadImagesError
 from diffusers_dod.data.labelled_images import (
     ImageOptions,
     LabelledImages,
@@ -396,7 +397,7 @@ def test_other_settings_are_refused(tmp_path, images, changed, name, state):
         (folder / "bucket-12x20" / "shard-00000.safetensors").unlink()
     if state == "unfinished":
         (folder / BUCKETS).unlink()
-        name = "images" if name == "bucket_sizes" else name  # there are others in a bucket
+        name = "num_images" if name == "bucket_sizes" else name  # there are others in a bucket
     before = contents(folder)
     if "fingerprint" in changed:
         images, changed = replace(images, **changed), {}

@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, Dataset
 from diffusers_dod import files
 from diffusers_dod.data import encoding
 from diffusers_dod.data.encoding import (
-    BadImagesError,
     EncodingOptions,
     Share,
     describe_autoencoder,
@@ -30,6 +29,7 @@ from diffusers_dod.data.encoding import (
     finish_latents,
     latent_settings,
 )
+from diffusers_dod.data.image_folder import BadImagesError
 from diffusers_dod.data.labelled_images import (
     Columns,
     ImageDataset,

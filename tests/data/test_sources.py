@@ -1,6 +1,8 @@
 """Where images come from: image folders, Parquet, WebDataset's tar files, data sets of the Hub."""
 
 import io
+import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -10,7 +12,14 @@ import pytest
 from helpers import says
 from PIL import Image
 
-from diffusers_dod.data.labelled_images import ImageOptions, LabelledImages, center_crop, load_labelled_images
+from diffusers_dod.data.labelled_images import (
+    ImageOptions,
+    LabelledImages,
+    center_crop,
+    find_shards,
+    load_labelled_images,
+)
+from diffusers_dod.data.streaming import open_stream
 
 
 def load(folder: Path, **columns: str) -> LabelledImages:
@@ -118,3 +127,55 @@ def test_a_data_set_that_does_not_exist(monkeypatch):
     with pytest.raises(ValueError, match=says("`dataset_name`", "got 'no/such'", "doesn't exist")) as error:
         load_labelled_images(ImageOptions(dataset_name="no/such", resolution=16), 1, 0)
     assert "licence" not in str(error.value)
+
+
+# Names of Parquet files -> those that are read; the others are left out.
+SPLITS = {
+    "no split": (["part-0", "part-1"], ["part-0", "part-1"]),
+    "the Hub's layout": (
+        ["data/test-00000-of-00001", "data/train-00000-of-00002", "data/train-00001-of-00002", "data/validation-0"],
+        ["data/train-00000-of-00002", "data/train-00001-of-00002"],
+    ),
+    "one split of another name": (["test-0", "test-1"], ["test-0", "test-1"]),
+    "words only": (["train-0", "contrast-0", "devices", "imagenet1k_val_0"], ["contrast-0", "devices", "train-0"]),
+    "hidden": (["part-0", "._part-0"], ["part-0"]),
+}
+
+
+@pytest.mark.parametrize(("files", "expected"), SPLITS.values(), ids=SPLITS)
+def test_files_of_other_splits_are_left_out(tmp_path, images, files, expected):
+    folder = tmp_path / "parquet[1]*?"  # no character has a meaning
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    for name in files:
+        label = sorted(files).index(name)
+        path = folder / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict({"image": images[:1], "label": [label]}, features=features).to_parquet(path)
+    (folder / "README.md").write_text("text")
+    labels = [sorted(files).index(name) for name in expected]
+    loaded = load(folder)
+    assert [loaded.dataset[index]["label"] for index in range(len(labels))] == labels
+    assert len(loaded.dataset) == len(labels) == len(find_shards(str(folder)).paths)
+    visible = [name for name in files if "._" not in name]
+    assert sum(part.count for part in loaded.left_out.values()) == len(visible) - len(expected)
+    assert f"class {labels[0]}, {labels[0]}: 1 images" in loaded.describe()
+    stream, _ = open_stream(ImageOptions(train_data_dir=str(folder)), list(map(str, range(len(files)))))
+    assert [row["label"] for row in stream] == labels
+
+
+def test_files_are_known_by_names_and_sizes(tmp_path, images):
+    write_parquet(tmp_path / "parquet", images, [0, 1, 0, 1], datasets.Value("int64"))
+    first = load(tmp_path / "parquet").fingerprint
+    shutil.copytree(tmp_path / "parquet", tmp_path / "copy")
+    os.utime(tmp_path / "copy" / "part-0.parquet", (1, 1))
+    (tmp_path / "copy" / "README.md").write_text("text")
+    assert load(tmp_path / "copy").fingerprint == first
+    (tmp_path / "copy" / "part-1.parquet").unlink()
+    assert load(tmp_path / "copy").fingerprint != first
+
+
+def test_a_path_that_datasets_splits(tmp_path, images):
+    write_parquet(tmp_path / "parquet", images, [0, 1, 0, 1], datasets.Value("int64"))
+    (tmp_path / "parquet").rename(tmp_path / "a::b")
+    with pytest.raises(ValueError, match=says("`train_data_dir`", "`::`", "a::b")):
+        load(tmp_path / "a::b")

@@ -381,13 +381,21 @@ def test_a_folder_with_checkpoints_is_not_overwritten(data, finished):
         (["--random_flip"], "random_flip"),
         (["--resolution", 8], "resolution"),
         (["--latents_dtype", "bfloat16"], "latents_dtype"),
-        (["--dataset_name", "textures", "--num_train_samples", 4], "images"),
+        (["--dataset_name", "textures", "--num_train_samples", 4], "class_names"),
+        (["--train_data_dir", "fewer"], "num_images"),
+        (["--train_data_dir", "renamed"], "images"),
     ],
 )
 def test_latents_of_other_images_are_refused(tmp_path, images, finished, other, name):
     run = tmp_path / "run"
     shutil.copytree(finished / "latents", run / "latents")
+    for copy in ("fewer", "renamed"):
+        shutil.copytree(images, tmp_path / copy)
+        path = next((tmp_path / copy).glob("*/*.png"))
+        path.unlink() if copy == "fewer" else path.rename(path.with_name("another.png"))
     source = [] if "--dataset_name" in other else ["--train_data_dir", images]
+    if "--train_data_dir" in other:
+        source, other = ["--train_data_dir", tmp_path / other[1]], []
     with pytest.raises(ValueError, match=says("latents", f"`{name}`", "use another folder")):
         train(run, "--resolution", 16, *source, *other, "--max_train_steps", 1)
     assert [path.name for path in run.iterdir()] == ["latents"]

@@ -29,12 +29,12 @@ from ..options import check_options
 from .encoding import (
     EncodingOptions,
     Share,
-    check_bad_images,
     encode_latents,
     finish_latents,
     latent_settings,
     read_note,
 )
+from .image_folder import check_bad_images
 from .labelled_images import ImageDataset, LabelledImages
 from .latents import LatentDataset, Latents, check_settings, is_complete
 from .orders import BucketOrder

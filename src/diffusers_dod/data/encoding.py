@@ -17,6 +17,7 @@ from ..autoencoders import Autoencoder, encode_moments
 from ..checks import check_at_least, check_choice
 from ..files import file_sha256, make_folder, read_object, replacing, sha256_of_weights, write_json
 from ..options import check_options, option
+from .image_folder import check_bad_images
 from .labelled_images import TRANSFORM, LabelledImages, to_pixels
 from .latents import DTYPES, SHARD_FORMAT, SHARD_MANIFEST, check_settings
 from .vision_features import VisionFeatures
@@ -74,24 +75,6 @@ class Share:
             raise ValueError(f"`process_index` must be less than {self.num_processes}, got {self.process_index}.")
 
 
-class BadImagesError(ValueError):
-    """
-    Raised for images that could not be read.
-
-    Args:
-        bad (`list[dict]`): `index`, `path` and `reason` of each image.
-    """
-
-    def __init__(self, bad: list[dict[str, Any]]):
-        shown = "; ".join(f"{entry['path']}: {entry['reason']}" for entry in bad[:20])
-        more = f"; and {len(bad) - 20} more" if len(bad) > 20 else ""
-        super().__init__(
-            f"{len(bad)} images cannot be read: {shown}{more}. Repair or remove them, or leave them out with "
-            "`on_bad_image` = 'skip'."
-        )
-        self.bad = bad
-
-
 def describe_autoencoder(vae: Autoencoder | None) -> dict[str, str] | None:
     """Identity of an autoencoder: the class of `vae`, and hashes of its config and its weights."""
     if vae is None:
@@ -123,9 +106,10 @@ def latent_settings(
         `dict`: The settings, ready for JSON.
     """
     settings = {
-        "images": images.fingerprint,
-        "num_images": len(images.dataset),
+        # In this order they are compared: what tells most about a difference comes first.
         "class_names": list(images.class_names),
+        "num_images": len(images.dataset),
+        "images": images.fingerprint,
         "transform": TRANSFORM,
         "resolution": images.resolution,
         "random_flip": options.random_flip,
@@ -327,9 +311,3 @@ def finish_latents(folder: Path, settings: dict[str, Any], on_bad_image: str = "
     }
     write_json(folder / SHARD_MANIFEST, manifest)
     return manifest
-
-
-def check_bad_images(bad: list[dict[str, Any]], on_bad_image: str) -> None:
-    """Raises a `BadImagesError` if there are `bad` images and `on_bad_image` is `"error"`."""
-    if bad and on_bad_image == "error":
-        raise BadImagesError(bad)

@@ -1,11 +1,14 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """Labelled images of a folder, of the Hub or procedural, cropped to squares."""
 
+import glob
 import hashlib
 import io
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,14 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from ..options import option
+from .image_folder import NUM_SHOWN, ImageFolder, LeftOut, check_bad_images
 from .textures import TEXTURE_CLASSES, TextureDataset
 
 
 TEXTURES = "textures"
+SHARD_SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}  # by builder of `datasets`
+TRAIN_WORDS = frozenset(("train", "training"))  # in names of files
+OTHER_SPLIT_WORDS = frozenset(("dev", "eval", "test", "testing", "val", "valid", "validation"))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -128,18 +135,26 @@ def read_row(row: dict[str, Any], columns: Columns, name: str = "it") -> tuple[I
 
 class ImageDataset(Dataset):
     """
-    Labelled images of a `datasets.Dataset` as uint8 arrays, cropped by [`cover_and_crop`].
+    Labelled images of a folder or a `datasets.Dataset` as uint8 arrays, cropped by [`cover_and_crop`].
 
     Args:
-        dataset (`datasets.Dataset`): The data set.
+        dataset ([`ImageFolder`] or `datasets.Dataset`): The images that are not opened.
         columns ([`Columns`]): The columns of images and classes.
         size (`tuple[int, int]`): Height and width of the crop in pixels.
         indices (`Sequence[int]`, *optional*): Rows of the data set, in the order wanted. By default all.
     """
 
-    def __init__(self, dataset, columns: Columns, size: tuple[int, int], indices: Sequence[int] | None = None):
-        # Read here, so that what cannot be read has a path and a reason.
-        self.dataset = dataset.cast_column(columns.image, datasets.Image(decode=False))
+    def __init__(
+        self,
+        dataset: ImageFolder | datasets.Dataset,
+        columns: Columns,
+        size: tuple[int, int],
+        indices: Sequence[int] | None = None,
+    ):
+        if isinstance(dataset, datasets.Dataset):
+            # Read here, so that what cannot be read has a path and a reason.
+            dataset = dataset.cast_column(columns.image, datasets.Image(decode=False))
+        self.dataset = dataset
         self.columns = columns
         self.size = size
         self.indices = range(len(dataset)) if indices is None else indices
@@ -162,6 +177,17 @@ class ImageDataset(Dataset):
         row = self.indices[index]
         return (self.dataset[row][self.columns.image] or {}).get("path") or f"row {row}"
 
+    def count_images(self) -> Counter[int]:
+        """Counts the images by class id. It opens none, and passes over those without a label."""
+        if isinstance(self.dataset, ImageFolder):
+            labels = self.dataset.labels
+        else:
+            class_ids = self.columns.class_ids or {}
+            labels = self.dataset[self.columns.label][:]
+            labels = np.array([class_ids.get(label, label) if label is not None else -1 for label in labels])
+        ids, counts = np.unique(labels[self.indices] if len(self) else [], return_counts=True)
+        return Counter({int(label): int(count) for label, count in zip(ids, counts, strict=True) if label >= 0})
+
     def select(self, indices: Sequence[int], size: tuple[int, int]) -> "ImageDataset":
         """The images at `indices`, cropped to another `size`."""
         return ImageDataset(self.dataset, self.columns, size, [self.indices[index] for index in indices])
@@ -177,12 +203,27 @@ class LabelledImages:
         class_names (`tuple[str, ...]`): Names of the classes in the order of their ids.
         fingerprint (`str`): A text that differs for other images.
         resolution (`int`): Side of the images in pixels.
+        left_out (`Mapping[str, LeftOut]`, defaults to `{}`): What was left out of their folder, by reason.
     """
 
     dataset: Dataset
     class_names: tuple[str, ...]
     fingerprint: str
     resolution: int
+    left_out: Mapping[str, LeftOut] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """Describes the images in lines: their number, that of the first classes, and what was left out."""
+        lines = [f"{len(self.dataset):,} images of {len(self.class_names)} classes"]
+        if isinstance(self.dataset, ImageDataset):
+            counts = self.dataset.count_images()
+            if empty := sum(not counts[label] for label in range(len(self.class_names))):
+                lines[0] += f", {empty} of them without an image"
+            shown = list(enumerate(self.class_names))[:NUM_SHOWN]
+            lines += [f"  class {label}, {name}: {counts[label]:,} images" for label, name in shown]
+            if more := len(self.class_names) - len(shown):
+                lines.append(f"  and {more:,} more classes")
+        return "\n".join(lines + [f"  left out, {reason}: {part}" for reason, part in self.left_out.items()])
 
     def path_of(self, index: int) -> str:
         """The path of the image at `index`, or its row in the data set if it has none."""
@@ -227,26 +268,33 @@ class ImageOptions:
         ]
 
 
-def load_labelled_images(images: ImageOptions, num_train_samples: int, seed: int) -> LabelledImages:
+def load_labelled_images(
+    images: ImageOptions, num_train_samples: int, seed: int, on_bad_image: str = "error"
+) -> LabelledImages:
     """
     Opens the procedural `textures`, a data set of the Hub, or a folder.
 
-    A folder has one sub-folder of images per class, or no sub-folders and Parquet files or WebDataset's tar files.
+    A folder has one sub-folder of images per class, see [`ImageFolder`], or no such images but Parquet files or
+    WebDataset's tar files, see [`find_shards`].
 
     Args:
         images ([`ImageOptions`]): Source of the images, and their size.
         num_train_samples (`int`): Number of procedural images.
         seed (`int`): Seed of the procedural images.
+        on_bad_image (`str`, defaults to `"error"`):
+            Whether images of a folder that lie beside its class folders, and links to nothing, are an `"error"`, or
+            are left out (`"skip"`).
 
     Returns:
         [`LabelledImages`].
 
     Raises:
-        `ValueError`: both or neither source is given, it cannot be opened, or it has no such columns or no classes.
+        `ValueError`: both or neither source is given, it cannot be opened, or it has no such columns or no classes. It
+            is a [`BadImagesError`] if images have no class, or links lead to nothing.
     """
     if errors := images.find_source_errors():
         raise ValueError(errors[0])
-    dataset_name, train_data_dir, resolution = images.dataset_name, images.train_data_dir, images.resolution
+    dataset_name, folder, resolution = images.dataset_name, images.train_data_dir, images.resolution
     image_column, label_column = images.image_column, images.label_column
     if dataset_name == TEXTURES:
         dataset = TextureDataset(num_train_samples, size=resolution, seed=seed)
@@ -254,72 +302,111 @@ def load_labelled_images(images: ImageOptions, num_train_samples: int, seed: int
             dataset, TEXTURE_CLASSES, f"{TEXTURES}-{resolution}-{num_train_samples}-{seed}", resolution
         )
 
-    source = _open_folder(train_data_dir) if dataset_name is None else open_dataset(dataset_name)
+    if folder is None:
+        source, left_out = open_dataset(dataset_name), {}
+        identity = source._fingerprint
+    else:
+        source, identity, left_out = _open_folder(folder, on_bad_image)
     for name, column in {"image_column": image_column, "label_column": label_column}.items():
-        if column not in source.features:
-            raise ValueError(
-                f"`{name}` must be one of the columns {sorted(source.features)}, got {column!r}. "
-                "An image folder needs one sub-folder per class."
-            )
-    class_names, class_ids = _classes(source, label_column)
-    if train_data_dir is not None and label_column == "label":
-        # Folders without an image are classes too, so that ids stay the same when images come and go.
-        folders = _class_folders(train_data_dir)
-        if set(class_names) <= set(folders):
-            class_ids = {label: folders.index(name) for label, name in enumerate(class_names)}
-            class_names = folders
+        if column not in source.column_names:
+            raise ValueError(f"`{name}` must be one of the columns {sorted(source.column_names)}, got {column!r}.")
+    if isinstance(source, ImageFolder):
+        class_names, class_ids = source.class_names, None
+    else:
+        class_names, class_ids = _classes(source, label_column)
     dataset = ImageDataset(source, Columns(image_column, label_column, class_ids), (resolution, resolution))
-    identity = source._fingerprint if train_data_dir is None else _folder_fingerprint(train_data_dir)
     fingerprint = f"{identity}-{image_column}-{label_column}"
-    return LabelledImages(dataset, tuple(class_names), fingerprint, resolution)
+    return LabelledImages(dataset, tuple(class_names), fingerprint, resolution, left_out)
 
 
-def _open_folder(folder: str) -> datasets.Dataset:
+def _open_folder(folder: str, on_bad_image: str) -> tuple[ImageFolder | datasets.Dataset, str, Mapping[str, LeftOut]]:
+    """Opens the images of a folder, with a text that differs for other images, and what was left out by reason."""
     if not os.path.isdir(folder):
         raise ValueError(f"`train_data_dir` must be an existing folder, got {folder!r}.")
-    has_folders = bool(_class_folders(folder))
-    builder, files = (None, []) if has_folders else find_shards(folder)
-    if builder is not None:
-        return datasets.load_dataset(builder, data_files=files, split="train")
-    return datasets.load_dataset(
-        "imagefolder", data_dir=folder, split="train", drop_labels=False if has_folders else None
+    images = ImageFolder(folder)
+    if len(images):
+        check_bad_images(images.bad, on_bad_image)
+        return images, images.fingerprint, images.left_out
+    if (shards := find_shards(folder)) is not None:
+        source = datasets.load_dataset(shards.builder, data_files=shards.patterns, split="train")
+        return source, shards.fingerprint, shards.left_out
+    found = "; ".join(f"{reason}: {part}" for reason, part in images.left_out.items())
+    raise ValueError(
+        "`train_data_dir` must be a folder with one sub-folder of images per class, or with Parquet or tar files, got "
+        f"{folder!r} with {len(images.class_names)} sub-folders, which hold no image"
+        f"{f'. Left out are {found}' if found else ''}."
     )
 
 
-def find_shards(folder: str) -> tuple[str | None, list[str]]:
+@dataclass(frozen=True)
+class Shards:
+    """
+    Files with many images each.
+
+    Args:
+        builder (`str`): The builder in `datasets` that reads them.
+        paths (`list[str]`): Their paths.
+        left_out (`Mapping[str, LeftOut]`): Files of other splits, if there are any, by reason.
+    """
+
+    builder: str
+    paths: list[str]
+    left_out: Mapping[str, LeftOut]
+
+    @property
+    def patterns(self) -> list[str]:
+        """What `datasets` takes for the paths: no character in them has a meaning."""
+        for path in self.paths:
+            if "::" in path:
+                raise ValueError(
+                    f"`train_data_dir` must not have `::` in its path, which `datasets` splits, got {path}."
+                )
+        return [glob.escape(path) for path in self.paths]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of names and sizes of the files, wherever their folder lies."""
+        lines = [f"{os.path.basename(path)} {os.path.getsize(path)}\n" for path in self.paths]
+        return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def find_shards(folder: str) -> Shards | None:
     """
     Finds the Parquet files of a folder, or its tar files in the form of WebDataset.
+
+    They lie in the folder itself, or in its sub-folder `data`, as on the Hub. If some names have the word `train`,
+    files whose names have the word of another split are left out.
 
     Args:
         folder (`str`): The folder.
 
     Returns:
-        `tuple[str | None, list[str]]`: The builder in `datasets` that reads the files, and their paths; `None` and an
-        empty list if there are none.
+        [`Shards`], or `None` if there are none.
     """
-    for builder, pattern in (("parquet", "*.parquet"), ("webdataset", "*.tar")):
-        files = sorted(str(path) for path in Path(folder).glob(pattern))
-        if files:
-            return builder, files
-    return None, []
+    for place in (Path(folder), Path(folder, "data")):
+        for builder, suffix in SHARD_SUFFIXES.items():
+            names = sorted(path.name for path in place.iterdir()) if place.is_dir() else []
+            names = [name for name in names if name.endswith(suffix) and not name.startswith(".")]
+            words = {name: set(re.findall("[a-z]+", name.lower())) for name in names}
+            left_out: dict[str, LeftOut] = {}
+            if any(found & TRAIN_WORDS for found in words.values()):
+                for name in [
+                    name for name in names if words[name] & OTHER_SPLIT_WORDS and not words[name] & TRAIN_WORDS
+                ]:
+                    names.remove(name)
+                    left_out.setdefault("of another split than `train`", LeftOut()).add(name)
+            if names:
+                return Shards(builder, [os.path.abspath(place / name) for name in names], left_out)
+    return None
 
 
-def _class_folders(folder: str) -> list[str]:
-    """Names of the sub-folders, but for those that `datasets` passes over."""
-    names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
-    return sorted(name for name in names if not name.startswith((".", "__")))
-
-
-def _folder_fingerprint(folder: str) -> str:
-    """A hash of names, sizes and times of all files, wherever the folder lies."""
-    digest = hashlib.sha256()
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            path = os.path.join(parent, name)
-            status = os.stat(path)
-            digest.update(f"{os.path.relpath(path, folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+def source_files(folder: str) -> list[Path]:
+    """The files that the images of a `folder` come from, sorted: the images themselves, or their shards."""
+    images = ImageFolder(folder)
+    if len(images):
+        return sorted(Path(images.path(index)) for index in range(len(images)))
+    shards = find_shards(folder)
+    return [] if shards is None else [Path(path) for path in shards.paths]
 
 
 def open_dataset(name: str, **options: Any) -> datasets.Dataset | datasets.IterableDataset:

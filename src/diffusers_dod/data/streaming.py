@@ -81,14 +81,14 @@ def open_stream(
 
 
 def _open_folder(folder: str) -> datasets.IterableDataset:
-    builder, files = find_shards(folder)
-    if builder is None:
+    shards = find_shards(folder)
+    if shards is None:
         raise ValueError(
             f"`train_data_dir` must be a folder with Parquet or tar files to be streamed, got {folder!r}."
         )
     # By default Parquet files are read by the size of their first group of rows, which fails where that is 0.
-    options = {"batch_size": READ_SIZE} if builder == "parquet" else {}
-    return datasets.load_dataset(builder, data_files=files, split="train", streaming=True, **options)
+    options = {"batch_size": READ_SIZE} if shards.builder == "parquet" else {}
+    return datasets.load_dataset(shards.builder, data_files=shards.patterns, split="train", streaming=True, **options)
 
 
 def _open_dataset(name: str) -> datasets.IterableDataset:

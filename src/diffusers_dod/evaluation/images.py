@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from ..checks import check_at_least
-from ..data.labelled_images import TEXTURES, ImageOptions, LabelledImages, load_labelled_images
+from ..data.image_folder import IMAGE_SUFFIXES, ImageFolder
+from ..data.labelled_images import TEXTURES, ImageOptions, LabelledImages, load_labelled_images, source_files
 from ..files import file_sha256, folder_sha256
 from ..seeding import stateless_generator
 
@@ -24,7 +26,6 @@ from ..seeding import stateless_generator
 SAMPLES_MANIFEST = "manifest.json"
 LABELS_FILE = "labels.txt"
 CHUNKS = "chunks"
-OTHER_SUFFIXES = (".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TEXTURE_RESOLUTION = 32
 
 
@@ -200,11 +201,11 @@ class FolderImages(ImageSource):
     """
 
     def __init__(self, path: Path):
-        self.paths = sorted(path.glob("*.png"))
+        images = _find_images(path)
+        self.paths = [file for file in images if file.suffix.lower() == ".png"]
         if not self.paths:
             raise ValueError(f"`path` must hold PNG files, got {path}.")
-        others = [file.name for file in path.iterdir() if file.suffix.lower() in OTHER_SUFFIXES]
-        if others:
+        if others := [file.name for file in images if file.suffix.lower() != ".png"]:
             raise ValueError(f"`path` must hold PNG files only, got {path} with {len(others)} others: {others[0]}.")
         manifest = _read_manifest(path)
         if manifest is None and (path / CHUNKS).is_dir():
@@ -264,11 +265,13 @@ def image_identity(images: LabelledImages, folder: str | None) -> str:
     """
     Fingerprint of `images`, wherever their `folder` lies and whenever it was written, if they have one.
 
-    The fingerprint of a folder begins with a hash of the times of its files. A hash of their contents takes its place.
+    The fingerprint of a folder begins with a hash of sizes of its files. A hash of their contents takes its place.
     """
     if folder is None:
         return images.fingerprint
-    return "-".join([folder_sha256(Path(folder)), *images.fingerprint.split("-")[1:]])
+    root = Path(folder).absolute()
+    files = tqdm(source_files(folder), desc=f"Hashing {folder}", unit="files", disable=None)
+    return "-".join([folder_sha256(root, files), *images.fingerprint.split("-")[1:]])
 
 
 class DatasetImages(ImageSource):
@@ -312,6 +315,18 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def _find_images(folder: Path) -> list[Path]:
+    """The images that lie in a folder itself, sorted; hidden files are none."""
+    files = [file for file in folder.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES and not file.is_dir()]
+    return sorted(file for file in files if not file.name.startswith("."))
+
+
+def _is_flat(folder: Path) -> bool:
+    """Whether a folder itself has PNG files, and its sub-folders have no images, beside which these would lie."""
+    has_files = any(file.suffix.lower() == ".png" for file in _find_images(folder))
+    return has_files and ((folder / SAMPLES_MANIFEST).is_file() or len(ImageFolder(str(folder))) == 0)
+
+
 def open_images(
     name: str,
     resolution: int | None = None,
@@ -348,7 +363,7 @@ def open_images(
         if archive.endswith(".npz"):
             path = path / archive
             name = str(path)
-    if name.endswith(".npz") or (path.is_dir() and any(path.glob("*.png"))):
+    if name.endswith(".npz") or (path.is_dir() and _is_flat(path)):
         source = NpzImages(path) if name.endswith(".npz") else FolderImages(path)
         if resolution is not None and tuple(source.resolution) != (resolution, resolution):
             raise ValueError(f"`resolution` must be that of {name!r}, {source.resolution}, got {resolution}.")
@@ -363,9 +378,9 @@ def open_images(
         return DatasetImages(name, images)
     if path.is_dir() and (stages := sorted(file.parent for file in path.glob("*/manifest.json"))):
         raise ValueError(f"Samples of several stages must be named one by one, such as {stages[-1]}, got {name!r}.")
-    if path.is_dir() and not any(file.is_file() for file in path.rglob("*")):
-        raise ValueError(f"`name` must be that of images, got {name!r}, a folder without files.")
     if resolution is None:
+        if path.is_dir() and not source_files(name):
+            raise ValueError(f"`name` must be that of images, got {name!r}, a folder without them.")
         raise ValueError(f"`resolution` must be given for images that are cropped to it, got none for {name!r}.")
     folder = name if path.is_dir() else None
     source = {"train_data_dir": name} if path.is_dir() else {"dataset_name": name}

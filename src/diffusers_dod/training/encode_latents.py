@@ -26,7 +26,8 @@ from diffusers import AutoModel
 
 from ..autoencoders import AUTOENCODERS, Autoencoder, spatial_factor
 from ..data.buckets import bucket_sizes, encode_buckets
-from ..data.encoding import Share, check_bad_images, encode_latents, finish_latents, latent_settings
+from ..data.encoding import Share, encode_latents, finish_latents, latent_settings
+from ..data.image_folder import check_bad_images
 from ..data.labelled_images import LabelledImages, load_labelled_images
 from ..data.latents import LatentDataset, Latents, check_settings, find_damaged_shards, is_complete
 from ..data.vision_features import VisionFeatures
@@ -81,7 +82,9 @@ def open_labelled_images(options: DataOptions, accelerator: Accelerator) -> Labe
         `ValueError`: see [`load_labelled_images`].
     """
     with accelerator.local_main_process_first():  # which prepares what `datasets` caches
-        return load_labelled_images(options.images, options.num_train_samples, options.seed)
+        return load_labelled_images(
+            options.images, options.num_train_samples, options.seed, options.encoding.on_bad_image
+        )
 
 
 def encode_data(
@@ -109,6 +112,7 @@ def encode_data(
             an image cannot be read.
     """
     images, encoding = open_labelled_images(options, accelerator), options.encoding
+    logger.info(images.describe())
     share = Share(accelerator.process_index, accelerator.num_processes)
     with ExitStack() as stack:
         with all_or_none():

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ..autoencoders import Autoencoder, encode_moments, latent_channels, spatial_factor
 from ..data.encoding import EncodingOptions, Share, describe_autoencoder
 from ..data.foreign_latents import open_latents
-from ..data.labelled_images import TRANSFORM, ImageOptions
+from ..data.labelled_images import TRANSFORM, ImageOptions, find_shards
 from ..data.latents import Latents, check_settings, images_of
 from ..data.sample_stream import PositionSampler, SampleDraws, TrainingSamples, collate_priors_first
 from ..data.streaming import ImageStream, build_stream_loader, open_stream
@@ -346,6 +346,9 @@ def open_training_data(
         file = options.stream.class_names_file
         names = None if file is None else file.read_text().splitlines()
         stream, class_names = open_stream(options.data.images, names)
+        folder = options.data.images.train_data_dir
+        for reason, part in (find_shards(folder).left_out if folder is not None else {}).items():
+            logger.info(f"Left out of {folder}, {reason}: {part}")
         return StreamedImages(
             stream,
             class_names,
