@@ -136,7 +136,7 @@ SETTINGS = {
     "interval": {
         "num_inference_steps": [10, 8],
         "guidance_scale": [2.0, 2.0],
-        "interval": (0.3, 0.75),
+        "guidance": Guidance(interval=(0.3, 0.75)),
     },
 }
 SOLVERS = {
@@ -155,12 +155,6 @@ SOLVERS = {
 }
 
 
-def as_call(kwargs: dict) -> dict:
-    """Arguments of `sampling_compute` as those of a call."""
-    others = {name: value for name, value in kwargs.items() if name != "interval"}
-    return others | {"guidance": Guidance(interval=kwargs.get("interval", (0.0, 1.0)))}
-
-
 def counts_of(statistics) -> list[tuple[int, int]]:
     return [(int(stage.num_evaluations[0]), int(stage.num_guided_evaluations[0])) for stage in statistics]
 
@@ -173,7 +167,7 @@ def counts_of(statistics) -> list[tuple[int, int]]:
 def test_evaluations_are_those_of_the_pipeline(pipe, setting, solver):
     kwargs = SETTINGS[setting] | {"schedulers": [SOLVERS[solver]] * len(SETTINGS[setting]["num_inference_steps"])}
     found = sampling_compute(pipe, **kwargs)
-    output = sample(pipe, num_stages=len(found["stages"]), **as_call(kwargs))
+    output = sample(pipe, num_stages=len(found["stages"]), **kwargs)
     counts = [(stage["num_evaluations"], stage["num_guided_evaluations"]) for stage in found["stages"]]
     assert counts == counts_of(output.statistics)
     if setting == "interval":
@@ -208,7 +202,7 @@ def count_decoder(vae: AutoencoderKL, latents: torch.Tensor) -> int:
 def test_flops_are_those_of_a_call(pipe, setting):
     kwargs = SETTINGS[setting]
     found = sampling_compute(pipe, **kwargs)
-    assert count_call(lambda: sample(pipe, num_stages=len(found["stages"]), **as_call(kwargs))) == 3 * found["flops"]
+    assert count_call(lambda: sample(pipe, num_stages=len(found["stages"]), **kwargs)) == 3 * found["flops"]
     assert found["flops"] == sum(stage["flops"] for stage in found["stages"])
 
 
@@ -246,9 +240,11 @@ def test_the_pipeline_is_left_alone(pipe):
 def test_steps_are_the_most_within_the_budget(scales, interval):
     preset, cost = PRESETS["DoD-Desk"], cost_of("DoD-Desk")
     for budget in (3.1e8, 2.7e9, 1.9e10):
-        number = steps_within_budget(budget, preset, scales, interval=interval, cost=cost)
+        number = steps_within_budget(budget, preset, scales, guidance=Guidance(interval=interval), cost=cost)
         less, more = (
-            sampling_compute(preset, [steps] * len(scales), scales, interval=interval, cost=cost)["flops"]
+            sampling_compute(preset, [steps] * len(scales), scales, guidance=Guidance(interval=interval), cost=cost)[
+                "flops"
+            ]
             for steps in (number, number + 1)
         )
         assert less <= budget < more
@@ -286,7 +282,9 @@ def test_the_claim_of_the_paper():
         ({"num_inference_steps": []}, ["stages", ">= 1", "got 0"]),
         ({"schedulers": ["euler"], "num_inference_steps": [1, 1]}, ["`schedulers`", "list of 2", "got a list of 1"]),
         ({"schedulers": ["euler", "leapfrog"]}, ["`schedulers`", "'euler'", "'leapfrog'"]),
-        ({"interval": (0.5, 0.2)}, ["`interval`", "low <= high", "(0.5, 0.2)"]),
+        ({"guidance": Guidance(cosine_threshold=0.9)}, ["`guidance`", "known before", "cosine_threshold=0.9"]),
+        ({"guidance": Guidance(prior_scale=2.0)}, ["`guidance`", "known before", "prior_scale=2.0"]),
+        ({"guidance": Guidance(null_condition="class")}, ["`guidance`", "known before", "null_condition='class'"]),
         ({"latent_size": (8, 7)}, ["`latent_size`", "`patch_size` = 2", "(8, 7)"]),
     ],
 )
@@ -342,7 +340,7 @@ def test_numbers_are_written(tmp_path, capsys):
     compute.main([*results["argv"][:-1], str(again)])
     assert json.loads(again.read_text())["metrics"] == results["metrics"]
     preset, cost = PRESETS["DoD-Desk"], cost_of("DoD-Desk")
-    found = sampling_compute(preset, [10, 10], [1.0, GUIDED], ["heun"] * 2, (0.0, 0.5), cost=cost)
+    found = sampling_compute(preset, [10, 10], [1.0, GUIDED], ["heun"] * 2, Guidance(interval=(0.0, 0.5)), cost=cost)
     assert results["metrics"]["DoD-Desk-G (S2)/20_steps_flops"]["value"] == found["flops"]
     assert f"| DoD-Desk-G (S2) | 10 + 10 | 40 | {found['stages'][1]['num_guided_evaluations']} |" in printed
     assert "with heun, guided where 0 <= sigma <= 0.5" in printed

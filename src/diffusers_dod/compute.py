@@ -382,20 +382,26 @@ def _count_guided(stage: Stage, guidance: Guidance) -> int:
     return int(velocity.rows_to_guide(stage.sigmas * NUM_TRAIN_TIMESTEPS, stage.guidance_scale).sum())
 
 
+def has_known_cost(guidance: Guidance) -> bool:
+    """Whether [`sampling_compute`] can count the cost of `guidance`, which is known before a call."""
+    has_default_condition = guidance.null_condition == "class_and_prior" and guidance.prior_scale is None
+    return has_default_condition and guidance.cosine_threshold is None and guidance.transformer is None
+
+
 def sampling_compute(
     model: Preset | DiffusionPipeline,
     num_inference_steps: int | Sequence[int | None] | None = None,
     guidance_scale: float | Sequence[float | None] | None = None,
     schedulers: str | SchedulerMixin | Sequence[str | SchedulerMixin | None] | None = None,
-    interval: tuple[float, float] = (0.0, 1.0),
+    guidance: Guidance | None = None,
     latent_size: tuple[int, int] | None = None,
     cost: ModelCost | None = None,
 ) -> dict[str, Any]:
     """
     Counts the cost of sampling the latents of one image from stage 1 on.
 
-    `num_inference_steps`, `guidance_scale` and `schedulers` have the same meaning as in a call of [`DoDPipeline`]. A
-    list has an entry for each stage. The null condition is (null class, S).
+    `num_inference_steps`, `guidance_scale`, `guidance` and `schedulers` have the same meaning as in a call of
+    [`DoDPipeline`]. A list has an entry for each stage.
 
     Args:
         model ([`Preset`] or [`DoDPipeline`]): The model.
@@ -404,7 +410,7 @@ def sampling_compute(
             no guidance; all other scales cost the same.
         schedulers (`str`, `SchedulerMixin` or `Sequence[str | SchedulerMixin | None]`, *optional*): Solver of all
             stages, or of each stage. It must have fixed steps.
-        interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): `interval` of [`Guidance`].
+        guidance ([`Guidance`], *optional*): Guidance, one that [`has_known_cost`].
         latent_size (`tuple[int, int]`, *optional*): Height and width of the latents. By default the trained ones.
         cost ([`ModelCost`], *optional*): Cost of the model, if [`count_model`] has counted it already.
 
@@ -413,7 +419,8 @@ def sampling_compute(
         (with the LEM before it), `num_evaluations` and `num_guided_evaluations`.
 
     Raises:
-        `TypeError`, `ValueError`: an argument is out of range, or a solver chooses its own steps.
+        `TypeError`, `ValueError`: an argument is out of range, or the cost of a solver or of the guidance is not known
+            before a call.
     """
     cost = count_model(model, latent_size) if cost is None else cost
     is_preset = isinstance(model, Preset)
@@ -425,7 +432,13 @@ def sampling_compute(
     if num_stages < 1 or (num_stages > 1 and not has_embedder):
         accepted = ">= 1" if has_embedder else "1 without a latent embedder"
         raise ValueError(f"The number of stages must be {accepted}, got {num_stages}.")
-    guidance = Guidance(interval=interval)
+    guidance = Guidance() if guidance is None else guidance
+    check_type("guidance", guidance, Guidance)
+    if not has_known_cost(guidance):
+        raise ValueError(
+            "`guidance` must be one whose cost is known before a call, with the default `null_condition` and without "
+            f"`prior_scale`, `cosine_threshold` and `transformer`, got {guidance}."
+        )
     planned = plan_stages(
         range(1, num_stages + 1),
         scheduler,
@@ -461,7 +474,7 @@ def steps_within_budget(
     model: Preset | DiffusionPipeline,
     guidance_scale: Sequence[float | None],
     schedulers: str | SchedulerMixin | Sequence[str | SchedulerMixin | None] | None = None,
-    interval: tuple[float, float] = (0.0, 1.0),
+    guidance: Guidance | None = None,
     latent_size: tuple[int, int] | None = None,
     cost: ModelCost | None = None,
 ) -> int:
@@ -474,7 +487,7 @@ def steps_within_budget(
         guidance_scale (`Sequence[float | None]`): Scale of each stage; 1 is no guidance.
         schedulers (`str`, `SchedulerMixin` or `Sequence[str | SchedulerMixin | None]`, *optional*): Solver of all
             stages, or of each stage. It must have fixed steps.
-        interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): `interval` of [`Guidance`].
+        guidance ([`Guidance`], *optional*): Guidance, one that [`has_known_cost`].
         latent_size (`tuple[int, int]`, *optional*): Height and width of the latents. By default the trained ones.
         cost ([`ModelCost`], *optional*): Cost of the model, if [`count_model`] has counted it already.
 
@@ -482,12 +495,13 @@ def steps_within_budget(
         `int`: The number of intervals of each stage, 0 if a single one costs more.
 
     Raises:
-        `TypeError`, `ValueError`: an argument is out of range, or a solver chooses its own steps.
+        `TypeError`, `ValueError`: an argument is out of range, or the cost of a solver or of the guidance is not known
+            before a call.
     """
     check_number("budget", budget, 0)
     cost = count_model(model, latent_size) if cost is None else cost
 
     def flops(num_inference_steps: int) -> float:
-        return sampling_compute(model, num_inference_steps, guidance_scale, schedulers, interval, cost=cost)["flops"]
+        return sampling_compute(model, num_inference_steps, guidance_scale, schedulers, guidance, cost=cost)["flops"]
 
     return bisect_right(range(1, int(budget // cost.flops.first_stage) + 2), budget, key=flops)

@@ -56,17 +56,25 @@ class _ToGuidance:
         return errors
 
 
-def _declare(name: str, field: dataclasses.Field) -> tuple[str, Any, Any]:
-    """Name, type and field of an option."""
+def guidance_option(name: str) -> Any:
+    """
+    Declares an option for guidance in a dataclass of options.
+
+    Args:
+        name (`str`): Name of the option, a key of `GUIDANCE_FIELDS`.
+
+    Returns:
+        `dataclasses.Field` with default, help and choices of the field of [`Guidance`].
+    """
+    field = GUIDANCE_FIELDS[name]
     choices = tuple(NULL_CONDITIONS) if field.name == "null_condition" else None
-    declared = option(field.default, choices=choices, **field.metadata)
-    return name, get_type_hints(Guidance)[field.name], declared
+    return option(field.default, choices=choices, **field.metadata)
 
 
 # Its fields come from those of `Guidance`, so type checkers do not see them: read them by `to_guidance`.
 GuidanceOptions = dataclasses.make_dataclass(
     "GuidanceOptions",
-    [_declare(name, field) for name, field in GUIDANCE_FIELDS.items()],
+    [(name, get_type_hints(Guidance)[field.name], guidance_option(name)) for name, field in GUIDANCE_FIELDS.items()],
     bases=(_ToGuidance,),
     namespace={
         "__doc__": "Guidance.\n\nSettings of `Guidance`, see docs/sampling.md.",

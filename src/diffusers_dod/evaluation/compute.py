@@ -17,7 +17,8 @@ from typing import Any
 
 from ..checks import attempt, check_choice
 from ..compute import UNITS, EvaluationCost, ModelCost, count_model, sampling_compute, steps_within_budget
-from ..guidance_options import build_guidance
+from ..guidance import Guidance
+from ..guidance_options import build_guidance, guidance_option
 from ..options import option, parse_options
 from ..presets import PRESETS
 from ..results import as_metric, write_results
@@ -76,7 +77,7 @@ def compute_tables(
     presets: Sequence[str] = IMAGENET_PRESETS,
     steps: Sequence[int] = PAPER_STEPS,
     solver: str = "euler",
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance: Guidance | None = None,
     budgets: Sequence[float] | None = None,
 ) -> tuple[str, dict[str, dict[str, Any]]]:
     """
@@ -87,7 +88,7 @@ def compute_tables(
         steps (`Sequence[int]`, defaults to `PAPER_STEPS`): Numbers of steps of each stage of a DoD; a FiTv2 takes
             twice as many.
         solver (`str`, defaults to `"euler"`): One of fixed steps.
-        guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Guides where low <= sigma <= high only.
+        guidance ([`Guidance`], *optional*): Guidance of guided stages, see [`sampling_compute`].
         budgets (`Sequence[float]`, *optional*): FLOPs of one image; those of the first FiTv2, guided, with each
             number of steps, if not given.
 
@@ -105,7 +106,7 @@ def compute_tables(
         label: dict(
             guidance_scale=scales,
             schedulers=solver,
-            interval=guidance_interval,
+            guidance=guidance,
             cost=costs[name],
         )
         for name, label, scales in models
@@ -144,7 +145,7 @@ def compute_tables(
         }
         equal.append([label, *(" + ".join([str(number)] * len(scales)) if number else "-" for number in numbers)])
 
-    low, high = guidance_interval
+    low, high = (guidance or Guidance()).interval
     parts = [
         "Parameters, and one evaluation of one image (counted; and as the paper prints them)",
         _evaluation_table(costs),
@@ -175,9 +176,7 @@ class ComputeOptions:
         choices=[name for name, solver in SOLVERS.items() if not (solver.is_adaptive or solver.is_stochastic)],
         help="Solver of all stages.",
     )
-    guidance_interval: tuple[float, float] = option(
-        (0.0, 1.0), metavar=("LOW", "HIGH"), help="Sigmas between which guided stages are."
-    )
+    guidance_interval: tuple[float, float] = guidance_option("guidance_interval")
     budget_gflops: tuple[float, ...] | None = option(
         None,
         at_least=0,
@@ -198,7 +197,11 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_options(ComputeOptions, argv, __doc__)
     budgets = None if options.budget_gflops is None else [1e9 * value for value in options.budget_gflops]
     text, metrics = compute_tables(
-        list(dict.fromkeys(options.presets)), options.steps, options.solver, options.guidance_interval, budgets
+        list(dict.fromkeys(options.presets)),
+        options.steps,
+        options.solver,
+        build_guidance({"guidance_interval": options.guidance_interval}),
+        budgets,
     )
     print(text)
     if options.output_file is not None:

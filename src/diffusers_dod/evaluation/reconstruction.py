@@ -30,7 +30,8 @@ from tqdm.auto import tqdm
 from ..data.image_grid import make_grid
 from ..data.labelled_images import to_pixels
 from ..files import replacing
-from ..guidance import NULL_CONDITIONS, Guidance
+from ..guidance import Guidance
+from ..guidance_options import guidance_option
 from ..metrics.extractors import Extractor, extract, extractor_sha256, load_extractor
 from ..metrics.frechet import frechet_distance
 from ..metrics.intervals import jackknife_interval, mean_interval
@@ -247,11 +248,7 @@ class ReconstructionOptions:
     guidance_scales: tuple[float, ...] | None = option(
         None, at_least=0, help="Guidance scales to compare; the checkpoint's default if not given."
     )
-    null_condition: str = option(
-        "class_and_prior",
-        choices=NULL_CONDITIONS,
-        help="What the null condition of guidance lacks; one by one they say what rFID gains from.",
-    )
+    null_condition: str = guidance_option("null_condition")
     num_inference_steps: int | None = option(None, at_least=1, help="Steps; the checkpoint's default if not given.")
     solver: str | None = option(
         None, choices=SOLVERS, help="Solver; the checkpoint's if not given. The paper's is dopri5."

@@ -131,6 +131,9 @@ def sample_settings(options: SamplingOptions, pipeline: DoDPipeline) -> dict[str
 
     Returns:
         `dict`: The settings, ready for JSON. Defaults of the checkpoint are filled in.
+
+    Raises:
+        `ValueError`: an option for each stage has not as many values as there are stages.
     """
     call = to_json(to_values(options.call) | to_values(options.guidance))
     has_embedder = pipeline.latent_embedder is not None

@@ -34,9 +34,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from ..compute import count_model, sampling_compute
+from ..compute import count_model, has_known_cost, sampling_compute
 from ..files import file_sha256, in_use, replacing, write_json
-from ..guidance import Guidance
 from ..guidance_options import GuidanceOptions
 from ..losses import DoDJointModel
 from ..metrics.intervals import mean_interval
@@ -170,12 +169,6 @@ def list_scales(options: SweepOptions, has_embedder: bool) -> list[list[float]]:
     return [[first] + [later] * (options.num_stages - 1) for first, later in grid]
 
 
-def has_known_cost(guidance: Guidance) -> bool:
-    """Whether [`sampling_compute`] can count the cost of `guidance`."""
-    has_default_condition = guidance.null_condition == "class_and_prior" and guidance.prior_scale is None
-    return has_default_condition and guidance.cosine_threshold is None
-
-
 class Sweep:
     """
     Samples and judges settings, except for settings that are done.
@@ -306,7 +299,7 @@ class Sweep:
         side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
         num_classes = None if options.labels == "null" else pipeline.transformer.config.num_classes
         self.evaluator.check((side, side), num_classes)  # before anything is sampled
-        cost = count_model(pipeline)
+        cost, guidance = count_model(pipeline), options.guidance.to_guidance()
         metrics: dict[str, dict[str, Any]] = {}
         rows: dict[str, dict[str, Any]] = {}
         all_scales = list_scales(options, pipeline.latent_embedder is not None)
@@ -326,11 +319,10 @@ class Sweep:
                     "stage": stage,
                     "gflops": None,
                 }
-                if solver != "dopri5" and has_known_cost(options.guidance.to_guidance()):
+                if solver != "dopri5" and has_known_cost(guidance):
                     solvers = [solver] * stage if solver in SOLVERS else None
-                    interval = options.guidance.guidance_interval
                     found = sampling_compute(
-                        pipeline, [num_steps] * stage, scales[:stage], solvers, interval, cost=cost
+                        pipeline, [num_steps] * stage, scales[:stage], solvers, guidance, cost=cost
                     )
                     row["gflops"] = found["flops"] / 1e9
                 for name in of_seeds[0][stage]:
