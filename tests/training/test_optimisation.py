@@ -171,9 +171,8 @@ def test_good_steps_in_between_start_the_count_anew(tmp_path, spoil):
     assert json.loads((folder / "state.json").read_text())["num_nonfinite_steps"] == 3
 
 
-@pytest.mark.parametrize("what", ["weight", "average"])
-@pytest.mark.parametrize("every", [1, 4])
-def test_weights_that_are_not_finite_reach_no_checkpoint(tmp_path, monkeypatch, finished, what, every):
+@pytest.mark.parametrize(("every", "what"), [(1, "weight"), (4, "average")])
+def test_weights_that_are_not_finite_reach_no_checkpoint(tmp_path, monkeypatch, finished, every, what):
     """The run ends with an error, the good checkpoint stays though it is one too many, and nothing is finished."""
     step = Trainer.train_step
 
