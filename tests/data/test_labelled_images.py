@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import says
 from PIL import Image, UnidentifiedImageError
 
 from diffusers_dod.data.labelled_images import ImageOptions, LabelledImages, center_crop, load_labelled_images, to_rgb
@@ -130,9 +131,38 @@ def test_every_mode_becomes_rgb(image, kind, expected):
     np.testing.assert_allclose(center_crop(image, 16).astype(float), expected, rtol=0, atol=1)
 
 
-def test_grey_in_32_bits_is_clipped():
-    values = np.array([[-5, 0, 257, 65535, 70000]], dtype=np.int32)
-    assert np.asarray(to_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [0, 0, 1, 255, 255]
+# Name -> values, format of the file, and grey of the pixels.
+RANGES = {
+    "8 bits in 32": (np.array([[0, 1, 128, 255]], dtype=np.int32), "tiff", [0, 1, 128, 255]),
+    "16 bits in 32": (np.array([[0, 1, 257, 65535]], dtype=np.int32), "tiff", [0, 0, 1, 255]),
+    "dark 16 bits": (np.array([[0, 1, 128, 255]], dtype=np.uint16), "tiff", [0, 0, 0, 1]),
+    "dark 16 bits of PNG": (np.array([[0, 1, 128, 255]], dtype=np.uint16), "png", [0, 0, 0, 1]),
+    "dark 16 bits of PNM": (np.array([[0, 1, 128, 255]], dtype=np.uint16), "ppm", [0, 0, 0, 1]),
+}
+
+
+@pytest.mark.parametrize(("values", "kind", "expected"), RANGES.values(), ids=RANGES)
+def test_grey_has_the_range_of_its_mode(values, kind, expected):
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, kind)
+    assert np.asarray(to_rgb(Image.open(io.BytesIO(file.getvalue()))))[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("value", [-5, 70000, 2**31 - 1])
+def test_grey_without_a_known_range(value):
+    with pytest.raises(ValueError, match=says("integers from", str(value), "no range that is known")):
+        to_rgb(Image.fromarray(np.array([[7, value]], dtype=np.int32)))
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 201), (201, 1), (1, 100_000), (402, 2)])
+def test_an_image_that_is_too_long_is_refused_before_it_is_scaled(width, height):
+    with pytest.raises(ValueError, match=says(f"an image of {width} x {height} pixels", "aspect ratio above 200")):
+        center_crop(Image.new("RGB", (width, height)), 256)
+
+
+@pytest.mark.parametrize("size", [(1, 200), (600, 3)])
+def test_the_longest_image(size):
+    assert center_crop(Image.new("RGB", size), 16).shape == (16, 16, 3)
 
 
 # What undoes each orientation of EXIF.
@@ -156,6 +186,32 @@ def test_an_image_is_turned_as_its_orientation_says(kind, orientation, turn):
     noise_image(20, 12).save(file, kind, exif=exif)
     rgb = to_rgb(Image.open(io.BytesIO(file.getvalue())))
     np.testing.assert_array_equal(np.asarray(rgb), turn(np.asarray(noise_image(20, 12))))
+
+
+def write_exif(kind: str, exif: bytes) -> Image.Image:
+    file = io.BytesIO()
+    noise_image(20, 12).save(file, kind, exif=exif, quality=100, lossless=True)
+    return Image.open(io.BytesIO(file.getvalue()))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the damage
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_damaged_exif_harms_no_image(kind):
+    """Each byte of EXIF but those of the orientation is damaged in turn."""
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112], exif[0x011A] = "a maker of cameras", 6, 72.0
+    sound = exif.tobytes()
+    start = sound.index(b"\x01\x12\x00\x03")
+    turned = np.asarray(to_rgb(write_exif(kind, sound)))
+    unturned = np.asarray(to_rgb(write_exif(kind, b"")))
+    assert turned.shape == (20, 12, 3) and unturned.shape == (12, 20, 3)
+    num_turned = 0
+    for place in [*range(6, start), *range(start + 12, len(sound))]:
+        image = write_exif(kind, sound[:place] + bytes([255]) + sound[place + 1 :])
+        pixels = np.asarray(to_rgb(image))
+        num_turned += pixels.shape == turned.shape
+        np.testing.assert_array_equal(pixels, turned if pixels.shape == turned.shape else unturned)
+    assert num_turned > 0.7 * (len(sound) - 18)  # of the others, nothing can be read
 
 
 # ---------------------------------------------------------------------------------------------------------------------

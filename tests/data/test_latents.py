@@ -589,6 +589,15 @@ def test_all_images_that_cannot_be_read_are_named_at_once(tmp_path, spoilt, proc
     assert not (tmp_path / "latents" / SHARD_MANIFEST).exists()
 
 
+def test_an_image_that_is_too_long_is_named(tmp_path, spoilt):
+    for name in BAD:
+        (spoilt / name).unlink()
+    path = spoilt / "bee" / "long.png"
+    Image.new("RGB", (1, 20_000)).save(path)
+    with pytest.raises(BadImagesError, match=says("1 images", f"{path}: ValueError: an image of 1 x 20000 pixels")):
+        write(tmp_path / "latents", load(spoilt))
+
+
 @pytest.mark.parametrize("shard_size", [1, 2, 3, 8])
 def test_images_that_cannot_be_read_are_left_out(tmp_path, spoilt, shard_size):
     images = load(spoilt)

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset
 
 from ..autoencoders import Autoencoder
@@ -35,7 +34,7 @@ from .encoding import (
     read_note,
 )
 from .image_folder import check_bad_images
-from .labelled_images import ImageDataset, LabelledImages
+from .labelled_images import ImageDataset, LabelledImages, read_orientation
 from .latents import LatentDataset, Latents, check_settings, is_complete
 from .orders import BucketOrder
 from .vision_features import VisionFeatures
@@ -93,8 +92,7 @@ class _AspectRatios(Dataset):
         try:
             image, _ = self.images.open(index)
             with image:
-                # The class's own method would decode a PNG to look behind its pixels.
-                orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+                orientation = read_orientation(image)
                 ratio = math.log(image.height / image.width)
         except MemoryError:
             raise
