@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # them, so that what they share is made once.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: install demo test test-all test-oldest style check docs bench study clean
+.PHONY: install demo test test-all test-oldest style check audit docs bench study clean
 
 install: $(INSTALLED)
 
@@ -40,9 +40,17 @@ style: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# ruff refuses pickles and what reads them (pyproject.toml); so does the last line, where it cannot look.
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	! grep -rnE --include=*.py "weights_only ?= ?False|allow_pickle ?= ?True" src training examples benchmarks docs
+
+# Known vulnerabilities of the pinned versions. Before a release: it asks the network.
+audit:
+	test -x $(VENV)-audit/bin/python || $(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet pip-audit
+	$(VENV)-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 # The pages of the API: outputs/docs/index.html.
 docs: install
@@ -63,4 +71,4 @@ study: install
 	$(BIN)/python training/study/report.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest build dist src/*.egg-info
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-audit build dist src/*.egg-info

@@ -188,7 +188,7 @@ def test_the_command_line(saved, tmp_path, capsys):
         in capsys.readouterr().out
     )
     assert (tmp_path / "exported" / "pipeline.py").is_file()
-    with pytest.raises(SystemExit, match=says("error: `output_dir`")):
+    with pytest.raises(ValueError, match=says("`output_dir`")):
         main([str(saved), str(tmp_path / "exported")])
 
 

@@ -25,8 +25,9 @@ from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 
 from .checks import abbreviate, check_at_least, check_choice
+from .command_line import run_main
 from .files import replacing, replacing_contents, write_json
-from .options import build_parser, find_given, option, parse_options
+from .options import find_given, option, parse_options
 from .pipeline_dod import DoDPipeline
 from .presets import PRESETS
 from .scheduling_dod import DoDFlowMatchScheduler
@@ -292,7 +293,7 @@ def add_prior_projection(state_dict: dict[str, torch.Tensor], prior_embed_dim: i
 def _load_pickle(path: Path) -> Any:
     """Reads a pickle of tensors and plain containers, without running code; nothing else reads pickles."""
     with open(path, "rb") as file:  # with a path, `torch.load` would judge by the name
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251
 
 
 def _load_file(path: Path) -> Any:
@@ -661,16 +662,13 @@ def convert_to_fitv2(checkpoint_path: Path, output_dir: Path, drop_priors: bool 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command; `argv` defaults to the process's arguments."""
+    """Runs the command; `argv` defaults to the process's arguments. Raises a `ValueError` if they do not fit."""
     options = parse_options(ConversionOptions, argv, __doc__)
-    try:
-        if options.to == "dod":
-            convert_to_dod(options.checkpoint_path, options.output_dir, options.to_dod)
-        else:
-            convert_to_fitv2(options.checkpoint_path, options.output_dir, options.to_fitv2.drop_priors)
-    except (OSError, ValueError) as error:
-        build_parser(ConversionOptions, __doc__).error(str(error))
+    if options.to == "dod":
+        convert_to_dod(options.checkpoint_path, options.output_dir, options.to_dod)
+    else:
+        convert_to_fitv2(options.checkpoint_path, options.output_dir, options.to_fitv2.drop_priors)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

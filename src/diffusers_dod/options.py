@@ -23,6 +23,7 @@ Names of options are those of fields, without that of their group: no two groups
 import argparse
 import dataclasses
 import math
+import os
 import sys
 import types
 import typing
@@ -30,7 +31,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, is_dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
@@ -39,6 +40,8 @@ from .files import check_output
 
 
 T = TypeVar("T")
+
+DEBUG = "--debug"  # of every command, see `run_main`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,6 +319,15 @@ def check_options(options: Any) -> None:
 # ------------------------------------------------------------------------------------------------------ command line
 
 
+class _Parser(argparse.ArgumentParser):
+    """Parser that says what is wrong, and where the usage is, without the usage of a hundred options."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with exit code 2; of the processes of a machine, which fail alike, one says why."""
+        is_first = int(os.environ.get("LOCAL_RANK") or 0) == 0
+        self.exit(2, f"{self.prog}: error: {message}\nSee {self.prog} --help.\n" if is_first else None)
+
+
 def build_parser(kind: type, description: str | None = None) -> argparse.ArgumentParser:
     """
     Makes a parser of options.
@@ -328,8 +340,11 @@ def build_parser(kind: type, description: str | None = None) -> argparse.Argumen
         `argparse.ArgumentParser`, which takes no abbreviations.
     """
     list_options(kind)  # refuses names that come twice
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = _Parser(
+        description=description,
+        epilog=f"{DEBUG} shows the traceback of an error, too.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     _add_options(parser, kind)
     return parser
@@ -462,7 +477,7 @@ def read_recipe(path: Path) -> list[str]:
 
 def _read_recipes(kind: type, argv: list[str]) -> list[str]:
     """Arguments out of the file that `argv` names by an option with `is_recipe`, if there is one."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = _Parser(add_help=False, allow_abbrev=False)
     for field in list_options(kind).values():
         if field.option.is_recipe:
             _add_option(parser, field)

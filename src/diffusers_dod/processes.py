@@ -102,9 +102,13 @@ class StopSignal:
         return bool(self.accelerator.reduce(self._flag.fill_(self.name is not None)) > 0)
 
 
+class OtherProcessError(RuntimeError):
+    """Raised in a process when another one has failed."""
+
+
 @contextmanager
 def all_or_none() -> Iterator[None]:
-    """Context that waits for all processes at its end, and raises a `RuntimeError` in each if one has failed."""
+    """Context that waits for all processes at its end, and raises an error in each if one has failed."""
     error = None
     try:
         yield
@@ -114,7 +118,7 @@ def all_or_none() -> Iterator[None]:
     if error is not None:
         raise error
     if failures:
-        raise RuntimeError(f"Another process failed: {failures[0]}")
+        raise OtherProcessError(f"Another process failed: {failures[0]}")
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

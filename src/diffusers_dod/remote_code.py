@@ -16,13 +16,13 @@ import importlib
 import inspect
 import json
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub import snapshot_download
 
+from .command_line import run_main
 from .latent_embedding import LatentEmbeddingModule, VisualPriorMixin, find_visual_prior_class
 from .options import option, parse_options
 from .pipeline_dod import DoDPipeline
@@ -275,14 +275,11 @@ class ExportOptions:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command; `argv` defaults to the process's arguments."""
+    """Runs the command; `argv` defaults to the process's arguments. Raises a `ValueError` if they do not fit."""
     options = parse_options(ExportOptions, argv, __doc__)
-    try:
-        output_dir = export_remote_code(options.pretrained_model_name_or_path, options.output_dir)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    output_dir = export_remote_code(options.pretrained_model_name_or_path, options.output_dir)
     print(f'{output_dir}: load it with DiffusionPipeline.from_pretrained("{output_dir}", trust_remote_code=True)')
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

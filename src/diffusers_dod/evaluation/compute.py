@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import attempt, check_choice
+from ..command_line import run_main
 from ..compute import UNITS, EvaluationCost, ModelCost, count_model, sampling_compute, steps_within_budget
 from ..guidance import Guidance
 from ..guidance_options import build_guidance, guidance_option
@@ -217,4 +218,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -28,6 +28,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..checks import check_at_least
+from ..command_line import run_main
 from ..files import file_sha256, replacing
 from ..metrics.extractors import Extractor, extract, extractor_sha256, is_inception, load_extractor, load_statistics
 from ..metrics.inception_score import RunningInceptionScore
@@ -516,4 +517,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..checks import check_at_least, check_choice
+from ..command_line import run_main
 from ..metrics.intervals import wilson_interval
 from ..metrics.table import METRICS
 from ..options import option, parse_options, replace_values
@@ -402,4 +403,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..command_line import run_main
 from ..data.image_grid import make_grid
 from ..data.labelled_images import to_pixels
 from ..files import replacing
@@ -382,4 +383,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..command_line import run_main
 from ..files import file_sha256
 from ..metrics.extractors import extractor_file, is_inception
 from ..options import build_parser, list_options, option, parse_options
@@ -222,4 +223,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

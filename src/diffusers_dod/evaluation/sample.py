@@ -37,6 +37,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..command_line import run_main
 from ..files import LOCK_FILE, UNFINISHED, file_sha256, in_use, make_folder, read_object, replacing, write_json
 from ..guidance_options import GuidanceOptions
 from ..options import option, parse_options, to_argv, to_json, to_values
@@ -501,4 +502,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -34,6 +34,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from ..command_line import run_main
 from ..compute import count_model, has_known_cost, sampling_compute
 from ..files import file_sha256, in_use, replacing, write_json
 from ..guidance_options import GuidanceOptions
@@ -483,4 +484,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -252,7 +252,7 @@ def _check_weights(state: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 def _read_weights(file: Path, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights in `file`, with the names, shapes and types of `expected`."""
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251
     except Exception as error:  # a damaged or a hostile file can break its reader in any way
         raise ValueError(f"it cannot be read as weights ({type(error).__name__})") from error
     if not isinstance(state, dict):

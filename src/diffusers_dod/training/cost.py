@@ -20,6 +20,7 @@ import torch
 
 from ..autoencoders import AUTOENCODERS, check_image_size, latent_channels, spatial_factor
 from ..checks import check_at_least, check_choice, check_number
+from ..command_line import run_main
 from ..compute import TrainingCost, training_cost
 from ..data.latents import SHARD_MANIFEST
 from ..options import describe, find_given, option, parse_options, read_recipe
@@ -402,4 +403,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

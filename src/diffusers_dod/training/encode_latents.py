@@ -25,6 +25,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from diffusers import AutoModel
 
 from ..autoencoders import AUTOENCODERS, Autoencoder, spatial_factor
+from ..command_line import run_main
 from ..data.buckets import bucket_sizes, encode_buckets
 from ..data.encoding import Share, encode_latents, finish_latents, latent_settings
 from ..data.image_folder import check_bad_images
@@ -193,4 +194,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -21,6 +21,7 @@ from huggingface_hub import ModelCard
 
 from ..cards import CARD, CURVES, fill_card, read_model
 from ..checks import check_at_least
+from ..command_line import run_main
 from ..files import METRICS_FILE, read_lines, replacing
 from ..options import build_parser, find_places, from_values, option, parse_options, read_recipe, to_recipe
 from ..presets import PRESETS, Preset
@@ -269,4 +270,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..command_line import run_main
 from ..files import METRICS_FILE, read_lines, replacing
 from ..options import option, parse_options
 from .run_metrics import EVALUATIONS
@@ -119,4 +120,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..checks import check_at_least, check_number
+from ..command_line import run_main
 from ..files import replacing_contents
 from ..losses import DoDJointModel
 from ..options import option, parse_options
@@ -89,4 +90,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

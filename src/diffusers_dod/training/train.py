@@ -30,6 +30,7 @@ from diffusers.training_utils import EMAModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm.auto import tqdm
 
+from ..command_line import run_main
 from ..data.sample_stream import PositionSampler, SampleDraws
 from ..data.vision_features import VisionFeatures
 from ..files import METRICS_FILE, flush, in_use, replacing, replacing_contents, write_json
@@ -647,4 +648,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
