@@ -127,6 +127,23 @@ def test_training_goes_on_from_a_pipeline_with_the_classes_of_the_data(pretraine
     assert len(DoDPipeline.from_pretrained(tmp_path).id2label) == 12
 
 
+def test_the_autoencoder_of_the_pipeline_is_the_default(pretrained, tmp_path, caplog):
+    caplog.set_level("INFO", logger="diffusers_dod")
+    folder = pretrained / "pipeline"
+    trained = train(tmp_path / "own", "--pretrained_model_name_or_path", folder)
+    assert f"The autoencoder is that of {folder}" in caplog.text and "NO AUTOENCODER" not in caplog.text
+    where = ["--pretrained_model_name_or_path", folder, "--pretrained_vae_name_or_path", pretrained / "vae"]
+    given = train(tmp_path / "given", *where)
+    assert trained.keys() == given.keys() and all(torch.equal(trained[name], given[name]) for name in given)
+    assert DoDPipeline.from_pretrained(tmp_path / "own").vae is not None
+
+
+def test_a_run_without_an_autoencoder_says_that_it_trains_on_pixels(tmp_path, caplog):
+    train(tmp_path)
+    (warning,) = [record for record in caplog.records if "NO AUTOENCODER" in record.message]
+    assert warning.levelname == "WARNING" and "`pretrained_vae_name_or_path`" in warning.message
+
+
 def test_a_pipeline_for_other_latents_is_refused(pretrained, tmp_path):
     argv = arguments(tmp_path, "--pretrained_model_name_or_path", pretrained / "pipeline")
     with pytest.raises(ValueError, match=says("`pretrained_model_name_or_path`", "3 channels", "for 4 channels")):

@@ -67,7 +67,10 @@ class DataOptions:
     images: ImageOptions = field(default_factory=ImageOptions)
     num_train_samples: int = option(100_000, at_least=1, help="Number of procedural images.")
     pretrained_vae_name_or_path: str | None = option(
-        None, is_place=True, help="Autoencoder (folder or Hub id); without one, a pixel-space model."
+        None,
+        is_place=True,
+        help="Autoencoder (folder or Hub id), by default that of `--pretrained_model_name_or_path`, if it has one; "
+        "without one, a pixel-space model.",
     )
     latents_dir: Path | None = option(
         None,

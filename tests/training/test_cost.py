@@ -316,6 +316,10 @@ def test_latents_are_those_of_the_autoencoder(tmp_path):
     assert cost._find_latents(args) == ((6, 8, 8), CLASSES, ["12 classes: the data are not looked at"])
     shape, _, assumptions = cost._find_latents(options(tmp_path, *argv, tmp_path / "no-vae"))
     assert shape == (4, 2, 2) and "latents of 4 channels and 8 pixels a side" in assumptions[1]
+    assert "a model of pixels" in cost._find_latents(options(tmp_path, *RUN, "--resolution", 16))[2][1]
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")  # its own is the default
+    argv_of_pipeline = [*RUN, "--resolution", 16, "--pretrained_model_name_or_path", tmp_path / "pipeline"]
+    assert cost._find_latents(options(tmp_path, *argv_of_pipeline))[0] == (4, 8, 8)
     tiny_pipeline().transformer.save_config(tmp_path / "transformer")
     with pytest.raises(ValueError, match=says("`pretrained_vae_name_or_path`", "AutoencoderKL", "DoDTransformer")):
         describe_run(options(tmp_path, *argv, tmp_path / "transformer"))

@@ -27,6 +27,7 @@ from ..options import describe, find_given, option, parse_options, read_recipe
 from ..presets import PRESETS, Preset
 from ..tables import format_table
 from ..training_options import TrainingOptions
+from .encode_latents import find_autoencoder
 
 
 @dataclass(frozen=True)
@@ -143,21 +144,24 @@ def _find_latents(options: TrainingOptions) -> tuple[tuple[int, int, int], int, 
         return tuple(content["latent_shape"]), len(content["class_names"]), []
     num_classes = PRESETS[options.model.preset].transformer_config.get("num_classes", 1000)
     assumptions = [f"{num_classes} classes: the data are not looked at"]
-    path = options.data.pretrained_vae_name_or_path
+    path, pipeline = options.data.pretrained_vae_name_or_path, options.model.pretrained_model_name_or_path
     channels, factor = 3, 1
-    if path is not None:
-        try:
-            config = diffusers.AutoModel.load_config(path)
+    try:
+        if (found := find_autoencoder(path, pipeline)) is not None:
+            config = diffusers.AutoModel.load_config(found[0], subfolder=found[1])
             check_choice("pretrained_vae_name_or_path", config.get("_class_name"), AUTOENCODERS)
             with torch.device("meta"):
                 vae = getattr(diffusers, config["_class_name"]).from_config(config)
             check_image_size(vae, options.data.images.resolution, options.data.images.resolution)
             channels, factor = latent_channels(vae), spatial_factor(vae)
-        except OSError:
-            channels, factor = LATENT_CHANNELS, SPATIAL_FACTOR
-            assumptions.append(
-                f"latents of {channels} channels and {factor} pixels a side: the config of {path!r} cannot be reached"
-            )
+        else:
+            assumptions.append("a model of pixels, as `pretrained_vae_name_or_path` is not given")
+    except OSError:
+        channels, factor = LATENT_CHANNELS, SPATIAL_FACTOR
+        assumptions.append(
+            f"latents of {channels} channels and {factor} pixels a side: the config of {path or pipeline!r} cannot be "
+            "reached"
+        )
     side = options.data.images.resolution // factor
     return (channels, side, side), num_classes, assumptions
 

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import InitProcessGroupKwargs
 from diffusers import AutoModel
 
@@ -34,32 +33,64 @@ from ..data.latents import LatentDataset, Latents, check_settings, find_damaged_
 from ..data.vision_features import VisionFeatures
 from ..files import in_use
 from ..options import option, parse_options
+from ..pipeline_dod import DoDPipeline
 from ..processes import all_or_none
 from ..training_options import DataOptions
 
 
-logger = get_logger(__name__, log_level="INFO")
+logger = logging.getLogger(__name__)
 
 PATCH_SIZE = 2  # of all presets
 
 
-def load_autoencoder(path: str | None, device: torch.device) -> Autoencoder | None:
+def find_autoencoder(path: str | None, pipeline: str | None = None) -> tuple[str, str | None] | None:
     """
-    Loads an autoencoder of any kind that the pipeline takes.
+    Finds the autoencoder of a run.
 
     Args:
-        path (`str` or `None`): A folder or a repository on the Hub; `None` for a pixel-space model.
-        device (`torch.device`): Device of the autoencoder.
+        path (`str` or `None`): A folder or a repository on the Hub with an autoencoder.
+        pipeline (`str`, *optional*): A pipeline, whose own autoencoder is the default.
 
     Returns:
-        [`Autoencoder`], not trainable, or `None`.
+        `tuple[str, str | None] | None`: The folder or repository, and the sub-folder in it; `None` for a pixel-space
+        model.
 
     Raises:
+        `OSError`: the pipeline cannot be read.
+    """
+    if path is not None:
+        return path, None
+    if pipeline is not None and (DoDPipeline.load_config(pipeline).get("vae") or [None])[0] is not None:
+        return pipeline, "vae"
+    return None
+
+
+def load_autoencoder(path: str | None, device: torch.device, pipeline: str | None = None) -> Autoencoder | None:
+    """
+    Loads an autoencoder of any kind that the pipeline takes. A warning says if there is none.
+
+    Args:
+        path (`str` or `None`): A folder or a repository on the Hub with an autoencoder.
+        device (`torch.device`): Device of the autoencoder.
+        pipeline (`str`, *optional*): A pipeline, whose own autoencoder is the default.
+
+    Returns:
+        [`Autoencoder`], not trainable, or `None` for a pixel-space model.
+
+    Raises:
+        `OSError`: the autoencoder or the pipeline cannot be read.
         `ValueError`: the model is of another kind.
     """
-    if path is None:
+    found = find_autoencoder(path, pipeline)
+    if found is None:
+        logger.warning(
+            "NO AUTOENCODER: `pretrained_vae_name_or_path` is not given, so this is a model of pixels, not of latents."
+        )
         return None
-    vae = AutoModel.from_pretrained(path)
+    path, subfolder = found
+    if subfolder is not None:
+        logger.info(f"The autoencoder is that of {path}, since `pretrained_vae_name_or_path` is not given.")
+    vae = AutoModel.from_pretrained(path, subfolder=subfolder)
     if type(vae).__name__ not in AUTOENCODERS:
         raise ValueError(
             f"`pretrained_vae_name_or_path` must hold one of {', '.join(AUTOENCODERS)}, got {path!r}, "
@@ -177,6 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = options.data.latents_dir
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))])
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("diffusers_dod").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     vae = load_autoencoder(options.data.pretrained_vae_name_or_path, accelerator.device)
     vision = None
     if options.repa_model_name_or_path is not None:

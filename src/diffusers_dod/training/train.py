@@ -161,7 +161,11 @@ class Trainer:
                 load_statistics(options.validation.fid_reference),
             )
 
-        self.vae = load_autoencoder(options.data.pretrained_vae_name_or_path, accelerator.device)
+        self.vae = load_autoencoder(
+            options.data.pretrained_vae_name_or_path,
+            accelerator.device,
+            pipeline=options.model.pretrained_model_name_or_path,
+        )
         vision = None
         if options.alignment.repa_model_name_or_path is not None:
             vision = VisionFeatures(options.alignment.repa_model_name_or_path, accelerator.device)
