@@ -675,6 +675,12 @@ def test_saved_pipeline_is_the_same_pipeline(tmp_path):
     torch.testing.assert_close(sample(loaded).images, sample(pipe).images)
 
 
+def test_names_are_compared_in_their_composed_form():
+    for spelling in ("B\u00e4r", "Ba\u0308r"):
+        pipe = tiny_pipeline(id2label={3: spelling})
+        assert pipe.get_label_ids("B\u00e4r") == pipe.get_label_ids("Ba\u0308r") == [3]
+
+
 def test_generic_loading_gives_a_dod_pipeline(tmp_path):
     pipe = tiny_pipeline()
     pipe.save_pretrained(tmp_path)

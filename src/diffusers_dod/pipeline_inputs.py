@@ -2,6 +2,7 @@
 """Inputs of the DoD pipeline: components that fit together, class names, images and visual priors, noise."""
 
 import difflib
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,11 +93,11 @@ def check_id2label(id2label: dict | None, num_classes: int | None) -> dict[int, 
 
 
 def invert_id2label(id2label: dict[int, str]) -> dict[str, list[int]]:
-    """Inverts `id2label`: gives the list of ids that carry each name."""
+    """Inverts `id2label`: gives the list of ids that carry each name, in its composed form (NFC)."""
     label2ids: dict[str, list[int]] = {}
     for key, names in id2label.items():
         for name in {names: None, **dict.fromkeys(name.strip() for name in names.split(","))}:
-            label2ids.setdefault(name, []).append(key)
+            label2ids.setdefault(unicodedata.normalize("NFC", name), []).append(key)
     return label2ids
 
 
@@ -147,7 +148,7 @@ def _to_label_id(label: Any, label2ids: dict[str, list[int]], num_classes: int) 
     if label is None:
         return num_classes
     if isinstance(label, str):
-        ids = label2ids.get(label, [])
+        ids = label2ids.get(unicodedata.normalize("NFC", label), [])
         if len(ids) > 1:
             raise ValueError(f"`class_labels` has the name {label!r}, which fits the ids {ids}: pass one of them.")
         if not ids:

@@ -8,7 +8,13 @@ import pytest
 from helpers import says
 from PIL import Image, UnidentifiedImageError
 
-from diffusers_dod.data.labelled_images import ImageOptions, LabelledImages, center_crop, load_labelled_images, to_rgb
+from diffusers_dod.data.labelled_images import (
+    ImageOptions,
+    LabelledImages,
+    center_crop,
+    load_labelled_images,
+    to_rgb,
+)
 from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
 
 
@@ -364,4 +370,12 @@ def test_a_table_beside_images_gives_them_no_classes(tmp_path):
         noise_image(16, 16).save(folder / f"{i}.png")
     (folder / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
     with pytest.raises(ValueError, match=r"one sub-folder of images per class.*4 \(0\.png.*1 \(metadata\.csv\)"):
+        load(train_data_dir=folder)
+
+
+def test_names_of_folders_are_checked_before_anything_is_read(tmp_path, caplog):
+    folder = write_images(tmp_path / "images", ("ant", "newt, "))
+    assert load(train_data_dir=folder).class_names == ("ant", "newt") and "'newt, ' to 'newt'" in caplog.text
+    (folder / " ").mkdir()
+    with pytest.raises(ValueError, match=says("`class_names`", "must not be blank", "got ' ' for class 0")):
         load(train_data_dir=folder)

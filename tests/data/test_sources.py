@@ -19,7 +19,8 @@ from diffusers_dod.data.labelled_images import (
     find_shards,
     load_labelled_images,
 )
-from diffusers_dod.data.streaming import open_stream
+from diffusers_dod.data.sample_stream import SampleDraws
+from diffusers_dod.data.streaming import ImageStream, open_stream
 
 
 def load(folder: Path, **columns: str) -> LabelledImages:
@@ -89,13 +90,37 @@ def test_parquet(tmp_path, images, feature, labels, ids, class_names):
     assert_holds(loaded, images, ids, class_names)
 
 
-@pytest.mark.parametrize(
-    ("feature", "labels"), [(datasets.Value("float32"), [0.5] * 4), (datasets.Value("int64"), [-1, 0, 1, 2])]
-)
-def test_labels_that_are_no_classes(tmp_path, images, feature, labels):
+NO_CLASSES = {
+    "floats": (datasets.Value("float32"), [0.5] * 4, ["class labels, names or ids from 0", "float32"]),
+    "lists": (datasets.List(datasets.Value("int64")), [[0, 1]] * 4, ["class labels, names or ids from 0", "List("]),
+    "mappings": ({"id": datasets.Value("int64")}, [{"id": 0}] * 4, ["class labels, names or ids from 0", "'id'"]),
+    "negative": (datasets.Value("int64"), [-1, 0, 1, 2], ["ids from 0 to 999999", "those from -1 to 2"]),
+    "nine digits": (datasets.Value("int64"), [1, 123456789, 2, 3], ["ids from 0 to 999999", "from 1 to 123456789"]),
+    "none": (datasets.Value("int64"), [None] * 4, ["names of classes, or ids", "with none"]),
+}
+
+
+@pytest.mark.parametrize(("feature", "labels", "fragments"), NO_CLASSES.values(), ids=NO_CLASSES)
+def test_labels_that_are_no_classes(tmp_path, images, feature, labels, fragments):
     write_parquet(tmp_path / "parquet", images, labels, feature)
-    with pytest.raises(ValueError, match=says("`label_column`", "class labels, names or ids from 0", "got 'label'")):
+    with pytest.raises(ValueError, match=says("`label_column`", "got 'label'", *fragments)):
         load(tmp_path / "parquet")
+
+
+def test_names_that_differ_by_mistakes_are_one_class(tmp_path, images, caplog):
+    """Stored or streamed, labels have the same ids."""
+    labels = ["cat\n", "B\u00e4r", "cat,", "Ba\u0308r"]
+    write_parquet(tmp_path / "parquet", images, labels, datasets.Value("string"))
+    loaded = load(tmp_path / "parquet")
+    assert_holds(loaded, images, [1, 0, 1, 0], ("B\u00e4r", "cat"))
+    assert loaded.dataset.count_images() == {0: 2, 1: 2} and "Names of classes are changed" in caplog.text
+    stream, class_names = open_stream(
+        ImageOptions(train_data_dir=str(tmp_path / "parquet")), ["Ba\u0308r", "\ufeffcat"]
+    )
+    assert class_names == ("B\u00e4r", "cat")
+    draws = SampleDraws(num_classes=2, seed=0, label_dropout_prob=0.0)
+    rows = iter(ImageStream(stream, class_names, draws, (3, 16, 16), 1, images=ImageOptions(resolution=16)))
+    assert sorted(next(rows)["class_label"] for _ in range(4)) == [0, 0, 1, 1]
 
 
 def test_other_columns_are_other_images(tmp_path, images):

@@ -4,6 +4,7 @@
 import glob
 import hashlib
 import io
+import logging
 import os
 import re
 from collections import Counter
@@ -19,15 +20,19 @@ from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 
 from ..options import option
+from .class_names import clean_class_name, clean_class_names
 from .image_folder import NUM_SHOWN, ImageFolder, LeftOut, check_bad_images
 from .textures import TEXTURE_CLASSES, TextureDataset
 
+
+logger = logging.getLogger(__name__)
 
 TEXTURES = "textures"
 SHARD_SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}  # by builder of `datasets`
 TRAIN_WORDS = frozenset(("train", "training"))  # in names of files
 OTHER_SPLIT_WORDS = frozenset(("dev", "eval", "test", "testing", "val", "valid", "validation"))
 
+MAX_CLASSES = 1_000_000  # a larger id is no id of a class
 MAX_ASPECT_RATIO = 200  # of an image that is cropped; of a longer one hardly anything would be left
 # What turns an image upright, by its orientation in EXIF.
 TRANSPOSES = {
@@ -157,12 +162,17 @@ class Columns:
     Args:
         image (`str`, defaults to `"image"`): Column of the images.
         label (`str`, defaults to `"label"`): Column of the classes.
-        class_ids (`dict`, *optional*): Ids of the labels. A label that is not in it is its own id.
+        class_ids (`dict`, *optional*): Ids of the names of classes. A label that is none of them is its own id.
     """
 
     image: str = "image"
     label: str = "label"
-    class_ids: dict[Any, int] | None = None
+    class_ids: dict[str, int] | None = None
+
+    def class_id(self, label: Any) -> Any:
+        """The id of a `label`, whose name may need [`clean_class_name`]; the label itself if it is no known name."""
+        name = clean_class_name(label) if isinstance(label, str) else None
+        return (self.class_ids or {}).get(name, label)
 
 
 def read_row(row: dict[str, Any], columns: Columns, name: str = "it") -> tuple[Image.Image, int]:
@@ -186,7 +196,7 @@ def read_row(row: dict[str, Any], columns: Columns, name: str = "it") -> tuple[I
     if not has_image or label is None:
         raise ValueError(f"{name} lacks its {'label' if has_image else 'image'}")
     image = Image.open(source["path"] if source["bytes"] is None else io.BytesIO(source["bytes"]))
-    return image, (columns.class_ids or {}).get(label, label)
+    return image, columns.class_id(label)
 
 
 class ImageDataset(Dataset):
@@ -238,9 +248,8 @@ class ImageDataset(Dataset):
         if isinstance(self.dataset, ImageFolder):
             labels = self.dataset.labels
         else:
-            class_ids = self.columns.class_ids or {}
             labels = self.dataset[self.columns.label][:]
-            labels = np.array([class_ids.get(label, label) if label is not None else -1 for label in labels])
+            labels = np.array([self.columns.class_id(label) if label is not None else -1 for label in labels])
         ids, counts = np.unique(labels[self.indices] if len(self) else [], return_counts=True)
         return Counter({int(label): int(count) for label, count in zip(ids, counts, strict=True) if label >= 0})
 
@@ -370,9 +379,10 @@ def load_labelled_images(
         class_names, class_ids = source.class_names, None
     else:
         class_names, class_ids = _classes(source, label_column)
+    class_names = clean_class_names(class_names)
     dataset = ImageDataset(source, Columns(image_column, label_column, class_ids), (resolution, resolution))
     fingerprint = f"{identity}-{image_column}-{label_column}"
-    return LabelledImages(dataset, tuple(class_names), fingerprint, resolution, left_out)
+    return LabelledImages(dataset, class_names, fingerprint, resolution, left_out)
 
 
 def _open_folder(folder: str, on_bad_image: str) -> tuple[ImageFolder | datasets.Dataset, str, Mapping[str, LeftOut]]:
@@ -490,21 +500,38 @@ def open_dataset(name: str, **options: Any) -> datasets.Dataset | datasets.Itera
         ) from error
 
 
-def _classes(source: datasets.Dataset, label_column: str) -> tuple[list[str], dict | None]:
+def check_label_column(feature: Any, label_column: str) -> None:
+    """Raises a `ValueError` unless a `feature` of `datasets`, that of `label_column`, can hold labels of classes."""
+    dtype = str(getattr(feature, "dtype", ""))  # lists and mappings have none, or one of another kind
+    is_plain = isinstance(feature, datasets.ClassLabel | datasets.Value)
+    if not is_plain or not dtype.startswith(("int", "uint", "bool", "string", "large_string")):
+        raise ValueError(
+            "`label_column` must be a column of class labels, names or ids from 0, "
+            f"got {label_column!r} of type {feature}."
+        )
+
+
+def _classes(source: datasets.Dataset, label_column: str) -> tuple[list[str], dict[str, int] | None]:
     """Names of a data set's classes by id, and the ids of labels that are not ids themselves."""
     feature = source.features[label_column]
+    check_label_column(feature, label_column)
     if getattr(feature, "names", None) is not None:
         return list(feature.names), None
     labels = {label for label in source.unique(label_column) if label is not None}
     if labels and all(isinstance(label, str) for label in labels):
-        names = sorted(labels)
+        names = sorted(set(map(clean_class_name, labels)))
+        if changed := sorted(labels - set(names)):
+            logger.warning(
+                f"Names of classes are changed, such as {changed[0]!r} to {clean_class_name(changed[0])!r}."
+            )
         return names, {name: index for index, name in enumerate(names)}
-    if labels and all(isinstance(label, int) and label >= 0 for label in labels):
-        return [str(index) for index in range(max(labels) + 1)], None
-    raise ValueError(
-        "`label_column` must be a column of class labels, names or ids from 0, "
-        f"got {label_column!r} of type {feature}."
-    )
+    if not labels or min(labels) < 0 or max(labels) >= MAX_CLASSES:
+        found = f"those from {min(labels)} to {max(labels)}" if labels else "none"
+        raise ValueError(
+            f"`label_column` must hold names of classes, or ids from 0 to {MAX_CLASSES - 1}, got {label_column!r} "
+            f"with {found}."
+        )
+    return [str(index) for index in range(max(labels) + 1)], None
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:

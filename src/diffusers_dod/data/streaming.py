@@ -23,12 +23,14 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ..checks import check_at_least
 from ..options import check_options
 from ..seeding import stateless_generator
+from .class_names import clean_class_names
 from .encoding import EncodingOptions, Share
 from .labelled_images import (
     TEXTURES,
     Columns,
     ImageOptions,
     center_crop,
+    check_label_column,
     find_shards,
     open_dataset,
     read_row,
@@ -101,13 +103,8 @@ def _open_dataset(name: str) -> datasets.IterableDataset:
 
 def _check_classes(feature: Any, label_column: str, class_names: list[str] | None) -> tuple[str, ...]:
     """Names of the classes, from the `ClassLabel` if the column is one."""
+    check_label_column(feature, label_column)
     own_names = getattr(feature, "names", None)
-    dtype = getattr(feature, "dtype", "")
-    if own_names is None and not dtype.startswith(("int", "uint", "string")):
-        raise ValueError(
-            "`label_column` must be a column of class labels, names or ids from 0, "
-            f"got {label_column!r} of type {feature}."
-        )
     if own_names is None and not class_names:
         raise ValueError(
             "`class_names` must be given where `label_column` is not of type ClassLabel, since a stream does not tell "
@@ -115,9 +112,10 @@ def _check_classes(feature: Any, label_column: str, class_names: list[str] | Non
         )
     if own_names is not None and class_names is not None and list(class_names) != list(own_names):
         raise ValueError(f"`class_names` must be those of {label_column!r}, {own_names}, got {class_names}.")
-    if own_names is None and dtype == "string" and len(set(class_names)) < len(class_names):
+    class_names = clean_class_names(class_names if own_names is None else own_names)
+    if own_names is None and "string" in feature.dtype and len(set(class_names)) < len(class_names):
         raise ValueError(f"`class_names` must differ from each other where the labels are names, got {class_names}.")
-    return tuple(class_names if own_names is None else own_names)
+    return class_names
 
 
 @dataclass

@@ -28,6 +28,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..command_line import run_main
+from ..data.class_names import clean_class_name
 from ..data.image_grid import make_grid
 from ..data.labelled_images import to_pixels
 from ..files import replacing
@@ -66,7 +67,7 @@ def check_classes(pipeline: DoDPipeline, class_names: tuple[str, ...]) -> None:
     num_classes = pipeline.transformer.config.num_classes
     if len(class_names) != num_classes:
         raise ValueError(f"The images must be of the model's {num_classes} classes, got {len(class_names)}.")
-    names = [pipeline.id2label.get(label) for label in range(num_classes)]
+    names = [clean_class_name(pipeline.id2label.get(label, "")) for label in range(num_classes)]
     if set(names) == set(class_names) and names != list(class_names):
         label = next(i for i in range(num_classes) if names[i] != class_names[i])
         raise ValueError(

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..autoencoders import Autoencoder, encode_moments, latent_channels, spatial_factor
+from ..data.class_names import clean_class_names, read_class_names
 from ..data.encoding import EncodingOptions, Share, describe_autoencoder
 from ..data.foreign_latents import open_latents
 from ..data.labelled_images import TRANSFORM, ImageOptions, find_shards
@@ -163,7 +164,7 @@ class StoredLatents(TrainingData):
                 f"`encode_latents.py` has stored features beside, got latents without them in {latents.folder}."
             )
         super().__init__(
-            tuple(manifest["class_names"]),
+            clean_class_names(manifest["class_names"]),
             latents.latent_shape,
             resolution=manifest["resolution"] or latents.latent_shape[1] * factor,
             random_flip=manifest["random_flip"],
@@ -344,7 +345,7 @@ def open_training_data(
     """
     if options.stream.streaming:
         file = options.stream.class_names_file
-        names = None if file is None else file.read_text().splitlines()
+        names = None if file is None else read_class_names(file)
         stream, class_names = open_stream(options.data.images, names)
         folder = options.data.images.train_data_dir
         for reason, part in (find_shards(folder).left_out if folder is not None else {}).items():
