@@ -2,11 +2,23 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderRAE, DiffusionPipeline
-from helpers import randomize, says
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLTemporalDecoder,
+    AutoencoderKLWan,
+    AutoencoderOobleck,
+    AutoencoderRAE,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    VQModel,
+)
+from helpers import randomize, says, tiny_transformer, tiny_vae
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDTransformer2DModel, LatentEmbeddingModule
 from diffusers_dod.autoencoders import (
+    check_autoencoder,
     check_image_size,
     decode_pixels,
     denormalize_latents,
@@ -61,6 +73,32 @@ def make_rae() -> AutoencoderRAE:
     )
 
 
+def make_tiny() -> AutoencoderTiny:
+    blocks = dict.fromkeys(("num_encoder_blocks", "num_decoder_blocks"), (1, 1))
+    return AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), **blocks)
+
+
+def make_asymmetric() -> AsymmetricAutoencoderKL:
+    return AsymmetricAutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        down_block_out_channels=(8, 8),
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        up_block_out_channels=(8, 8),
+        norm_num_groups=4,
+    )
+
+
+def make_vq() -> VQModel:
+    return VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        num_vq_embeddings=16,
+        norm_num_groups=4,
+    )
+
+
 # Name -> the autoencoder, its channels, pixels per latent pixel, and the side of its images here.
 CASES = {
     "KL of 4 channels": (lambda: make_kl(latent_channels=4, scaling_factor=0.18215), 4, 2, 16),
@@ -73,6 +111,9 @@ CASES = {
     ),
     "DC": (make_dc, 4, 2, 16),
     "RAE": (make_rae, 64, 2, 16),
+    "tiny": (make_tiny, 4, 2, 16),
+    "asymmetric": (make_asymmetric, 4, 2, 16),
+    "VQ": (make_vq, 4, 2, 16),
 }
 each_case = pytest.mark.parametrize(("make", "channels", "factor", "side"), CASES.values(), ids=CASES)
 
@@ -93,7 +134,7 @@ def test_moments(make, channels, factor, side):
     assert (latent_channels(vae), spatial_factor(vae)) == (channels, factor)
     mean, std = encode_moments(pixels_of(side), vae)
     assert mean.shape == (2, channels, side // factor, side // factor) and mean.dtype == torch.float32
-    assert (std is None) == (not isinstance(vae, AutoencoderKL))
+    assert (std is None) == (not isinstance(vae, (AutoencoderKL, AsymmetricAutoencoderKL)))
     if std is not None:
         posterior = vae.encode(pixels_of(side)).latent_dist
         torch.testing.assert_close(denormalize_latents(mean, vae), posterior.mean)
@@ -110,10 +151,12 @@ def test_decoding_undoes_the_normalisation(make, channels, factor, side):
     pixels = pixels_of(side)
     reconstructed = decode_pixels(encode_moments(pixels, vae)[0], vae)
     assert reconstructed.shape == pixels.shape
-    if isinstance(vae, AutoencoderKL):
+    if isinstance(vae, (AutoencoderKL, AsymmetricAutoencoderKL)):
         own = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
     elif isinstance(vae, AutoencoderRAE):  # takes and gives images in [0, 1]
         own = vae(pixels / 2 + 0.5).sample * 2 - 1
+    elif isinstance(vae, AutoencoderTiny):  # whose forward pass rounds the latents to bytes
+        own = vae.decode(vae.encode(pixels).latents).sample
     else:
         own = vae(pixels).sample
     torch.testing.assert_close(reconstructed, own, atol=1e-5, rtol=1e-5)
@@ -173,3 +216,40 @@ def test_channels_that_do_not_fit_are_refused():
     transformer = DoDTransformer2DModel(sample_size=8, in_channels=4, num_layers=1, num_classes=3)
     with pytest.raises(ValueError, match=says("`vae`", "`in_channels`", "got 64")):
         DoDPipeline(transformer, DoDFlowMatchScheduler(), make_rae())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: AutoencoderOobleck(
+            encoder_hidden_size=4, downsampling_ratios=[2], channel_multiples=[1], decoder_channels=4
+        ),
+        lambda: AutoencoderKLWan(base_dim=4, z_dim=4, num_res_blocks=1),
+        lambda: AutoencoderKLTemporalDecoder(block_out_channels=(32,)),
+        tiny_transformer,
+        lambda: "vae",
+    ],
+    ids=["sound", "video", "frames", "transformer", "text"],
+)
+def test_models_of_other_kinds_are_refused(make):
+    vae = make()
+    received = repr(vae) if isinstance(vae, str) else type(vae).__name__
+    with pytest.raises(TypeError, match=says("`vae`", "autoencoder of images", f"got {received}")):
+        check_autoencoder("vae", vae)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fragments"),
+    [
+        (dict(scaling_factor=0.0), ["`scaling_factor` of `vae`", "(0, inf)", "got 0"]),
+        (dict(scaling_factor=float("nan")), ["`scaling_factor` of `vae`", "(0, inf)", "got nan"]),
+        (dict(shift_factor=float("inf")), ["`shift_factor` of `vae`", "finite", "got inf"]),
+        (dict(latents_mean=[0.0] * 4, latents_std=[1.0, 0.0, 1.0, 1.0]), ["`latents_std` of `vae`", "(0", "got 0"]),
+        (dict(latents_mean=[0.0, float("nan")] * 2, latents_std=[1.0] * 4), ["`latents_mean`", "finite", "got nan"]),
+        (dict(latents_mean=[0.0] * 3, latents_std=[1.0] * 4), ["`latents_mean`", "1 or 4 numbers", "got [0.0"]),
+    ],
+)
+def test_statistics_that_no_latents_have_are_refused_at_loading(settings, fragments, tmp_path):
+    tiny_vae(**{"latents_mean": None, "latents_std": None, **settings}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=says(*fragments)):
+        DoDPipeline(tiny_transformer(), DoDFlowMatchScheduler(), AutoencoderKL.from_pretrained(tmp_path))

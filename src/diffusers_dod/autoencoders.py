@@ -1,14 +1,22 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """One interface to Diffusers' autoencoders: pixels in [-1, 1] to normalised latents, and back."""
 
-from typing import TypeAlias
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderRAE
+from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderRAE, AutoencoderTiny, VQModel
+
+from .checks import check_number
 
 
-AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderRAE")
-Autoencoder: TypeAlias = AutoencoderKL | AutoencoderDC | AutoencoderRAE
+#: The autoencoders of images that are known; others with the same methods and settings are taken as well.
+Autoencoder: TypeAlias = (
+    AutoencoderKL | AutoencoderDC | AutoencoderRAE | AutoencoderTiny | AsymmetricAutoencoderKL | VQModel
+)
+# Settings with the widths of the levels, between which the encoder halves the sides.
+LEVELS = ("encoder_block_out_channels", "down_block_out_channels", "block_out_channels")
 
 
 def _is_rae(vae: Autoencoder) -> bool:
@@ -25,8 +33,49 @@ def spatial_factor(vae: Autoencoder) -> int:
     """Pixels per latent pixel of `vae`, along each side."""
     if _is_rae(vae):
         return vae.config.patch_size
-    channels = vae.config.get("block_out_channels") or vae.config.encoder_block_out_channels
-    return 2 ** (len(channels) - 1)
+    return 2 ** (len(next(vae.config[name] for name in LEVELS if vae.config.get(name))) - 1)
+
+
+def check_autoencoder(name: str, vae: Any) -> None:
+    """
+    Raises unless a model is an autoencoder of images whose latents can be normalised.
+
+    Args:
+        name (`str`): Name of the argument, for the message.
+        vae (`Any`): The value received.
+
+    Raises:
+        `TypeError`: the value is no model that encodes images and decodes latents.
+        `ValueError`: its settings give latents no finite mean, or no standard deviation above 0.
+    """
+    is_model = isinstance(vae, torch.nn.Module)
+    config = getattr(vae, "config", {})
+    if (
+        not is_model
+        or not all(callable(getattr(vae, method, None)) for method in ("encode", "decode"))
+        or not ("encoder_input_size" in config or ("latent_channels" in config and any(map(config.get, LEVELS))))
+        or any(isinstance(module, (torch.nn.Conv1d, torch.nn.Conv3d)) for module in vae.modules())  # sound, video
+    ):
+        raise TypeError(
+            f"`{name}` must be an autoencoder of images with `encode` and `decode`, such as AutoencoderKL, "
+            f"AutoencoderDC, AutoencoderRAE or AutoencoderTiny, got {type(vae).__name__ if is_model else repr(vae)}."
+        )
+    if _is_rae(vae):
+        return
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        check_number(f"scaling_factor` of `{name}", config.get("scaling_factor"), 0, open_minimum=True)
+        check_number(f"shift_factor` of `{name}", config.get("shift_factor") or 0.0, -math.inf)
+        return
+    for setting, values, minimum in (("latents_mean", mean, -math.inf), ("latents_std", std, 0)):
+        values = values.flatten().tolist() if isinstance(values, torch.Tensor) else values
+        if not isinstance(values, Sequence) or len(values) not in (1, config.latent_channels):
+            raise ValueError(
+                f"`{setting}` of `{name}` must hold 1 or {config.latent_channels} numbers, one per channel of the "
+                f"latents, got {values!r}."
+            )
+        for value in values:
+            check_number(f"{setting}` of `{name}", value, minimum, open_minimum=True)
 
 
 def check_image_size(vae: Autoencoder, height: int, width: int) -> None:
@@ -117,7 +166,8 @@ def encode_moments(pixels: torch.Tensor, vae: Autoencoder | None) -> tuple[torch
     encoded = vae.encode(pixels / 2 + 0.5 if _is_rae(vae) else pixels)
     posterior = getattr(encoded, "latent_dist", None)
     if posterior is None:
-        return normalize_latents(encoded.latent.float(), vae), None
+        (latents,) = encoded.to_tuple()
+        return normalize_latents(latents.float(), vae), None
     return normalize_latents(posterior.mean.float(), vae), posterior.std.float() / latent_statistics(
         vae, pixels.float()
     )[1]

@@ -14,12 +14,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.guiders import BaseGuidance
+from diffusers.utils import logging
 
 from .checks import check_at_least, check_choice, check_number
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
-from .stages import Stage, is_a
+from .stages import Stage, is_a, is_per_stage, per_stage
 from .transformer_dod import DoDTransformer2DModel
 
+
+logger = logging.get_logger(__name__)
 
 #: Guiders of Diffusers that fail on images: the norm over three dimensions is none of PyTorch's `torch.norm`.
 FAILING_GUIDERS = ("MagnitudeAwareGuidance",)
@@ -245,6 +248,45 @@ def check_guidance(
         raise ValueError(
             "`transformer` of `guidance` must have the pipeline's `prior_embed_dim`, "
             f"{config.prior_embed_dim}, or None, got {weak.config.prior_embed_dim}."
+        )
+
+
+def warn_of_idle_arguments(
+    stages: Sequence[Stage],
+    num_inference_steps: int | Sequence[int | None] | None,
+    guidance_scale: float | Sequence[float | None] | None,
+    guidance: Guidance | BaseGuidance,
+    has_priors: bool,
+) -> None:
+    """
+    Warns of numbers of steps, of a scale and of guidance that no stage uses.
+
+    Args:
+        stages (`Sequence[Stage]`): The stages to run.
+        num_inference_steps (`int` or `Sequence[int | None]` or `None`): The argument of the call.
+        guidance_scale (`float` or `Sequence[float | None]` or `None`): The argument of the call.
+        guidance ([`Guidance`] or one of Diffusers' guiders): The guidance.
+        has_priors (`bool`): Whether the model has a latent embedder.
+    """
+    given_steps = per_stage("num_inference_steps", num_inference_steps, len(stages))
+    idle = [stage.is_adaptive and steps is not None for stage, steps in zip(stages, given_steps, strict=True)]
+    if any(idle) if is_per_stage(num_inference_steps) else all(idle):
+        logger.warning(
+            f"`num_inference_steps` = {num_inference_steps} has no effect where the solver chooses its own steps."
+        )
+    is_single = guidance_scale is not None and not is_per_stage(guidance_scale)
+    if is_single and has_priors and stages[-1].number == 1:
+        logger.warning(
+            f"`guidance_scale` = {guidance_scale} has no effect with one stage: a single scale applies from stage "
+            f"2 on. `guidance_scale=[{guidance_scale}]` guides stage 1."
+        )
+    has_prior_scale = stages[-1].number > 1 and getattr(guidance, "prior_scale", None) not in (None, 1)
+    is_unguided = all(stage.guidance_scale == 1 for stage in stages) and not has_prior_scale
+    is_asked_for = set(per_stage("guidance_scale", guidance_scale, len(stages))) == {1}
+    if is_unguided and not is_asked_for and guidance != Guidance():
+        logger.warning(
+            f"The {type(guidance).__name__} given as `guidance` has no effect, as the scale of every stage is 1: "
+            "`guidance_scale=[...]` with a scale for each stage that is run guides them."
         )
 
 

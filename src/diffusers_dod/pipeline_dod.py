@@ -13,11 +13,11 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
-from diffusers.utils import logging, replace_example_docstring
+from diffusers.utils import replace_example_docstring
 
 from .autoencoders import Autoencoder, check_image_size, decode_pixels, encode_moments, spatial_factor
 from .checks import check_at_least, check_choice, check_number, check_type
-from .guidance import Guidance, GuidedVelocity, check_guidance
+from .guidance import Guidance, GuidedVelocity, check_guidance, warn_of_idle_arguments
 from .latent_embedding import VisualPriorMixin
 from .lora import DoDLoraLoaderMixin
 from .pipeline_inputs import (
@@ -27,6 +27,7 @@ from .pipeline_inputs import (
     check_noise_source,
     check_noises,
     check_prior,
+    check_replacement,
     invert_id2label,
     preprocess_image,
     to_label_ids,
@@ -36,11 +37,9 @@ from .pipeline_output import DoDPipelineOutput, DoDStageStatistics
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
 from .scheduling_dod import DoDFlowMatchScheduler
 from .seeding import NoiseSource
-from .stages import Stage, is_a, is_per_stage, per_stage, plan_stages
+from .stages import Stage, check_samples, find_sound, is_a, one_at_a_time, plan_stages
 from .transformer_dod import DoDTransformer2DModel
 
-
-logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -65,11 +64,13 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
     the visual prior that the latent embedder extracts from the sample of the stage before (paper, Eq. 4). All stages
     share one transformer.
 
+    Calls from several threads take turns, also those of pipelines that share a component: one runs, others wait.
+
     Args:
         transformer ([`DoDTransformer2DModel`]): Predicts the velocity.
         scheduler ([`DoDFlowMatchScheduler`]):
             Integrates the velocity. Diffusers' own flow-match schedulers can take its place.
-        vae (`AutoencoderKL`, `AutoencoderDC` or `AutoencoderRAE`, *optional*):
+        vae (`AutoencoderKL` or another autoencoder of images in Diffusers, *optional*):
             Decodes latents to images; `None` for a pixel-space model.
         latent_embedder ([`LatentEmbeddingModule`] or any other [`VisualPriorMixin`], *optional*):
             Extracts visual priors. Without it there is one stage, guided by `guidance_scale`.
@@ -268,35 +269,6 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
             check_image_size(self.vae, height, width)
         return config.in_channels, height // factor, width // factor
 
-    def _warn_of_idle_arguments(
-        self,
-        stages: Sequence[Stage],
-        num_inference_steps: int | Sequence[int | None] | None,
-        guidance_scale: float | Sequence[float | None] | None,
-        guidance: Guidance | BaseGuidance,
-    ) -> None:
-        """Warns of numbers of steps, of a scale and of guidance that no stage uses."""
-        given_steps = per_stage("num_inference_steps", num_inference_steps, len(stages))
-        idle = [stage.is_adaptive and steps is not None for stage, steps in zip(stages, given_steps, strict=True)]
-        if any(idle) if is_per_stage(num_inference_steps) else all(idle):
-            logger.warning(
-                f"`num_inference_steps` = {num_inference_steps} has no effect where the solver chooses its own steps."
-            )
-        is_single = guidance_scale is not None and not is_per_stage(guidance_scale)
-        if is_single and self.latent_embedder is not None and stages[-1].number == 1:
-            logger.warning(
-                f"`guidance_scale` = {guidance_scale} has no effect with one stage: a single scale applies from stage "
-                f"2 on. `guidance_scale=[{guidance_scale}]` guides stage 1."
-            )
-        has_prior_scale = stages[-1].number > 1 and getattr(guidance, "prior_scale", None) not in (None, 1)
-        is_unguided = all(stage.guidance_scale == 1 for stage in stages) and not has_prior_scale
-        is_asked_for = set(per_stage("guidance_scale", guidance_scale, len(stages))) == {1}
-        if is_unguided and not is_asked_for and guidance != Guidance():
-            logger.warning(
-                f"The {type(guidance).__name__} given as `guidance` has no effect, as the scale of every stage is 1: "
-                "`guidance_scale=[...]` with a scale for each stage that is run guides them."
-            )
-
     # ------------------------------------------------------------------------------------------------ sampling
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -308,9 +280,15 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
 
         Returns:
             `torch.Tensor` of shape `(B, C, h, w)`: Normalised latents in fp32.
-        """
-        return encode_moments(pixels, self.vae)[0]
 
+        Raises:
+            `FloatingPointError`: the autoencoder gives numbers that are not finite, or absurdly large.
+        """
+        latents = encode_moments(pixels, self.vae)[0]
+        check_samples("Latents of images", find_sound(latents), range(len(latents)))
+        return latents
+
+    @one_at_a_time
     @torch.no_grad()
     def get_prior_tokens(
         self,
@@ -365,10 +343,19 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
 
         Returns:
             `list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`, as in [`DoDPipelineOutput`].
+
+        Raises:
+            `FloatingPointError`: the autoencoder gives numbers that are not finite, or absurdly large.
         """
+        return self._decode(latents, output_type, "Decoded images", range(len(latents)))
+
+    def _decode(
+        self, latents: torch.Tensor, output_type: str, name: str, sample_indices: Sequence[int]
+    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         if output_type == "latent":
             return latents
         pixels = decode_pixels(latents, self.vae)
+        check_samples(name, find_sound(pixels), sample_indices)
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
     def set_pos_interpolation(
@@ -406,6 +393,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
             prior_embeds = embedder.decode(latent_tokens.to(device), *size, attention_kwargs=scale)
         return prior_embeds.to(self.transformer.dtype)
 
+    @one_at_a_time
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -506,6 +494,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
 
         Raises:
             `ValueError`, `TypeError`: an argument is out of range or of the wrong type or shape.
+            `FloatingPointError`: samples or decoded images are not finite, or absurdly large.
 
         Examples:
         """
@@ -547,7 +536,9 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
             sigmas=sigmas,
         )
         check_guidance(guidance, self.transformer, num_stages, stages)
-        self._warn_of_idle_arguments(stages, num_inference_steps, guidance_scale, guidance)
+        warn_of_idle_arguments(
+            stages, num_inference_steps, guidance_scale, guidance, has_priors=self.latent_embedder is not None
+        )
         shape = self._latent_shape(height, width, prior)
         images_per_prior = {stage.number: 1 if stage.number == 1 else num_images_per_prior for stage in stages}
         noises = check_noises(latents, [(batch_size * number, *shape) for number in images_per_prior.values()])
@@ -620,7 +611,11 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
 
         # 4. Images, all at the end: models that are offloaded in turn change places once
         self._current_timestep = None
-        decoded = [self.decode_latents(latents, output_type) for latents in results[None if return_stages else -1 :]]
+        wanted = list(zip(stages, results, strict=False))[None if return_stages else -1 :]
+        decoded = [
+            self._decode(latents, output_type, f"Decoded images of stage {stage.number}", sample_indices)
+            for stage, latents in wanted
+        ]
         images = decoded[-1]
         self.maybe_free_model_hooks()
         if not return_dict:
@@ -631,13 +626,6 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
             stage_latents=results if return_stages else None,
             statistics=statistics,
         )
-
-    @staticmethod
-    def _check_replacement(name: str, tensor: torch.Tensor | None, current: torch.Tensor | None) -> None:
-        shapes = [None if value is None else tuple(getattr(value, "shape", ())) for value in (tensor, current)]
-        if not isinstance(tensor, (torch.Tensor, type(None))) or shapes[0] != shapes[1]:
-            received = f"shape {shapes[0]}" if isinstance(tensor, torch.Tensor) else repr(tensor)
-            raise ValueError(f"`callback_on_step_end` must return `{name}` of shape {shapes[1]}, got {received}.")
 
     def _sample_stage(
         self,
@@ -654,6 +642,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         if stage.number == 1 and is_a(guidance, "Guidance"):  # there is no prior to be guided by
             guidance = replace(guidance, null_condition="class_and_prior", prior_scale=None)
         batch_size = state["latents"].shape[0]
+        are_sound: list[torch.Tensor] = []  # after each step, on the device
         guided_velocity = GuidedVelocity(
             self.transformer, batch_size, guidance, self.attention_kwargs, cache_name=f"stage_{stage.number}"
         )
@@ -672,8 +661,9 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
                 check_type("callback_on_step_end", {} if outputs is None else outputs, dict)
                 for name, tensor in (outputs or {}).items():
                     check_choice("callback_on_step_end", name, tuple(self._callback_tensor_inputs))
-                    self._check_replacement(name, tensor, state[name])
+                    check_replacement(name, tensor, state[name])
                     state[name] = tensor
+            are_sound.append(find_sound(state["latents"]))
             self._step_index += 1
 
         statistics = DoDStageStatistics(guided_velocity.num_evaluations, guided_velocity.num_guided_evaluations)
@@ -695,12 +685,18 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
                 progress_bar.update(round(NUM_TRAIN_TIMESTEPS - float(model_time(timestep.max()))) - progress_bar.n)
                 return not self.interrupt
 
-            output = scheduler.solve(
-                lambda latents, timestep, indices: velocity(latents, model_time(timestep), indices),
-                state["latents"],
-                callback=end_accepted_step,
-            )
+            def sound_velocity(latents: torch.Tensor, timestep: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+                predicted = velocity(latents, model_time(timestep), indices)
+                rows = torch.ones(batch_size, dtype=torch.bool, device=latents.device)
+                rows[indices] = find_sound(predicted)
+                check_samples(
+                    f"Velocities of stage {stage.number} in step {len(are_sound) + 1}", rows, source.sample_indices
+                )
+                return predicted
+
+            output = scheduler.solve(sound_velocity, state["latents"], callback=end_accepted_step)
             state["latents"] = output.prev_sample
+            check_samples(f"Samples of stage {stage.number}", find_sound(state["latents"]), source.sample_indices)
             statistics["num_accepted_steps"] = output.num_accepted
             statistics["num_rejected_steps"] = output.num_rejected
             progress_bar.update(NUM_TRAIN_TIMESTEPS - progress_bar.n)
@@ -724,6 +720,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
             progress_bar.update()
             if self.interrupt:
                 break
+        check_samples(f"Samples of stage {stage.number}", torch.stack(are_sound), source.sample_indices)
         return statistics
 
 

@@ -13,10 +13,10 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 
-from .autoencoders import AUTOENCODERS, Autoencoder, latent_channels
+from .autoencoders import Autoencoder, check_autoencoder, latent_channels
 from .checks import check_at_least, check_type
 from .latent_embedding import VisualPriorMixin, check_visual_prior
-from .stages import is_a
+from .stages import LARGEST, find_sound, is_a
 from .transformer_dod import DoDTransformer2DModel
 
 
@@ -32,7 +32,7 @@ def check_components(
     Args:
         transformer ([`DoDTransformer2DModel`] or `None`): The backbone.
         scheduler (`SchedulerMixin`): The scheduler.
-        vae (`AutoencoderKL`, `AutoencoderDC`, `AutoencoderRAE` or `None`): The autoencoder.
+        vae ([`Autoencoder`] or `None`): The autoencoder.
         latent_embedder ([`VisualPriorMixin`] or `None`): The latent embedder.
 
     Raises:
@@ -40,14 +40,15 @@ def check_components(
         `ValueError`: two components do not fit together.
     """
     components = {
-        "transformer": (transformer, ("DoDTransformer2DModel",)),
-        "vae": (vae, AUTOENCODERS),
-        "latent_embedder": (latent_embedder, ("VisualPriorMixin",)),
+        "transformer": (transformer, "DoDTransformer2DModel"),
+        "latent_embedder": (latent_embedder, "VisualPriorMixin"),
     }
     for name, (component, expected) in components.items():
-        if component is not None and not any(is_a(component, cls) for cls in expected):
+        if component is not None and not is_a(component, expected):
             received = type(component).__name__ if isinstance(component, torch.nn.Module) else repr(component)
-            raise TypeError(f"`{name}` must be of type {' or '.join(expected)}, got {received}.")
+            raise TypeError(f"`{name}` must be of type {expected}, got {received}.")
+    if vae is not None:
+        check_autoencoder("vae", vae)
     check_type("scheduler", scheduler, SchedulerMixin)
     if transformer is None:
         return
@@ -237,8 +238,11 @@ def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> No
     check_type(name, tensor, torch.Tensor)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"`{name}` must have shape {shape}, got {tuple(tensor.shape)}.")
-    if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"`{name}` must be finite floating-point numbers, got {tensor.dtype} with {tensor}.")
+    if not tensor.is_floating_point() or not bool(find_sound(tensor).all()):
+        raise ValueError(
+            f"`{name}` must be finite floating-point numbers of at most {LARGEST} in size, "
+            f"got {tensor.dtype} with {tensor}."
+        )
 
 
 def check_prior(
@@ -367,3 +371,11 @@ def check_noises(
     for entry, shape in zip(latents, shapes, strict=False):
         _check_tensor("latents", entry, shape)
     return list(latents) + [None] * (len(shapes) - len(latents))
+
+
+def check_replacement(name: str, tensor: torch.Tensor | None, current: torch.Tensor | None) -> None:
+    """Raises a `ValueError` unless a callback's new `tensor` of this `name` has the shape of the `current` one."""
+    shapes = [None if value is None else tuple(getattr(value, "shape", ())) for value in (tensor, current)]
+    if not isinstance(tensor, (torch.Tensor, type(None))) or shapes[0] != shapes[1]:
+        received = f"shape {shapes[0]}" if isinstance(tensor, torch.Tensor) else repr(tensor)
+        raise ValueError(f"`callback_on_step_end` must return `{name}` of shape {shapes[1]}, got {received}.")

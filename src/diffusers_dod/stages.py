@@ -1,18 +1,52 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""The plan of a call: the scheduler, the number of steps and the guidance scale of each stage."""
+"""The plan of a call: its turn, the scheduler, the number of steps and the guidance scale of each stage."""
 
+import functools
 import inspect
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import is_compiled_module
 
-from .checks import check_at_least, check_number, check_type
+from .checks import abbreviate, check_at_least, check_number, check_type
 from .scheduling_dod import check_starts
+
+
+_new_lock = threading.Lock()
+_locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # component of a pipeline -> its lock
+
+
+def one_at_a_time(method: Callable) -> Callable:
+    """
+    Makes calls of a pipeline's method take turns with all that share a component with them, in any thread.
+
+    Schedulers, caches and adapters hold the state of one call.
+
+    Args:
+        method (`Callable`): A method of a pipeline.
+
+    Returns:
+        `Callable`: The method, which waits for its turn.
+    """
+
+    @functools.wraps(method)
+    def wrapper(self, *args, **kwargs):
+        components = [component for component in self.components.values() if component is not None]
+        with _new_lock:
+            locks = [_locks.setdefault(component, threading.RLock()) for component in components]
+        with ExitStack() as stack:
+            for lock in sorted(locks, key=id):  # in the same order everywhere, so that no two wait for each other
+                stack.enter_context(lock)
+            return method(self, *args, **kwargs)
+
+    return wrapper
 
 
 def is_a(component: Any, name: str) -> bool:
@@ -141,6 +175,43 @@ class Stage:
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
         return len(scheduler.timesteps)
+
+
+#: Greatest size of a number in latents, which are about 1 in size, and in pixels: that of float16.
+LARGEST = 65504
+
+
+def find_sound(samples: torch.Tensor) -> torch.Tensor:
+    """Tells which of `samples` (B, ...) are finite and at most [`LARGEST`] in size: (B,), on their device."""
+    return (samples.detach().abs() <= LARGEST).flatten(1).all(dim=1)  # NaN compares false
+
+
+def check_samples(name: str, are_sound: torch.Tensor, sample_indices: Sequence[int]) -> None:
+    """
+    Raises unless the samples are sound in the end; this waits for the device.
+
+    Args:
+        name (`str`): What the samples are, for the message.
+        are_sound (`torch.Tensor` of shape `(B,)` or `(steps, B)`): Results of [`find_sound`], at the end or after
+            each step.
+        sample_indices (`Sequence[int]`): Index of each sample, or of each group of neighbours of one size.
+
+    Raises:
+        `FloatingPointError`: some samples are not finite, or absurdly large. The message has the first such step.
+    """
+    are_sound = torch.atleast_2d(are_sound).cpu()
+    is_bad = ~are_sound[-1]
+    if not bool(is_bad.any()):
+        return
+    group = len(is_bad) // len(sample_indices)
+    indices = dict.fromkeys(str(int(sample_indices[row // group])) for row in is_bad.nonzero()[:, 0].tolist())
+    first = int((~are_sound[:, is_bad]).any(dim=1).int().argmax()) + 1
+    since = f" from step {first} of {len(are_sound)} on" if len(are_sound) > 1 else ""
+    raise FloatingPointError(
+        f"{name} must be finite and at most {LARGEST} in size, got others{since} in {is_bad.sum()} of {len(is_bad)} "
+        f"samples, of index {abbreviate(list(indices))}: weights that are not finite, a great guidance scale and the "
+        "range of float16 lead there."
+    )
 
 
 def is_per_stage(value: Any) -> bool:

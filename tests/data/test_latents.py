@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderOobleck
 from helpers import contents, fresh_accelerator, says, tiny_vae, write_images
 from launch import run_command, torchrun
 from PIL import Image
@@ -404,11 +404,9 @@ def test_autoencoders_of_all_kinds_are_loaded(tmp_path, make):
 
 
 def test_other_models_are_no_autoencoder(tmp_path):
-    AutoencoderTiny(
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
-        num_decoder_blocks=(1, 1),
-    ).save_pretrained(tmp_path)  # fmt: skip
-    with pytest.raises(ValueError, match=says("`pretrained_vae_name_or_path`", "AutoencoderDC", "`AutoencoderTiny`")):
+    size = dict(encoder_hidden_size=4, downsampling_ratios=[2], channel_multiples=[1], decoder_channels=4)
+    AutoencoderOobleck(**size).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=says("`pretrained_vae_name_or_path`", "AutoencoderDC", "AutoencoderOobleck")):
         command.load_autoencoder(str(tmp_path), torch.device("cpu"))
     assert command.load_autoencoder(None, torch.device("cpu")) is None
 

@@ -321,7 +321,7 @@ def test_latents_are_those_of_the_autoencoder(tmp_path):
     argv_of_pipeline = [*RUN, "--resolution", 16, "--pretrained_model_name_or_path", tmp_path / "pipeline"]
     assert cost._find_latents(options(tmp_path, *argv_of_pipeline))[0] == (4, 8, 8)
     tiny_pipeline().transformer.save_config(tmp_path / "transformer")
-    with pytest.raises(ValueError, match=says("`pretrained_vae_name_or_path`", "AutoencoderKL", "DoDTransformer")):
+    with pytest.raises(TypeError, match=says("`pretrained_vae_name_or_path`", "AutoencoderKL", "DoDTransformer")):
         describe_run(options(tmp_path, *argv, tmp_path / "transformer"))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import diffusers
 import torch
 
-from ..autoencoders import AUTOENCODERS, check_image_size, latent_channels, spatial_factor
+from ..autoencoders import check_autoencoder, check_image_size, latent_channels, spatial_factor
 from ..checks import check_at_least, check_choice, check_number
 from ..command_line import run_main
 from ..compute import TrainingCost, training_cost
@@ -149,9 +149,10 @@ def _find_latents(options: TrainingOptions) -> tuple[tuple[int, int, int], int, 
     try:
         if (found := find_autoencoder(path, pipeline)) is not None:
             config = diffusers.AutoModel.load_config(found[0], subfolder=found[1])
-            check_choice("pretrained_vae_name_or_path", config.get("_class_name"), AUTOENCODERS)
+            cls = getattr(diffusers, str(config.get("_class_name")), None)
             with torch.device("meta"):
-                vae = getattr(diffusers, config["_class_name"]).from_config(config)
+                vae = config.get("_class_name") if cls is None else cls.from_config(config)
+            check_autoencoder("pretrained_vae_name_or_path", vae)
             check_image_size(vae, options.data.images.resolution, options.data.images.resolution)
             channels, factor = latent_channels(vae), spatial_factor(vae)
         else:

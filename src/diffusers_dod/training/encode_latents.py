@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from diffusers import AutoModel
 
-from ..autoencoders import AUTOENCODERS, Autoencoder, spatial_factor
+from ..autoencoders import Autoencoder, check_autoencoder, spatial_factor
 from ..command_line import run_main
 from ..data.buckets import bucket_sizes, encode_buckets
 from ..data.encoding import Share, encode_latents, finish_latents, latent_settings
@@ -79,7 +79,8 @@ def load_autoencoder(path: str | None, device: torch.device, pipeline: str | Non
 
     Raises:
         `OSError`: the autoencoder or the pipeline cannot be read.
-        `ValueError`: the model is of another kind.
+        `TypeError`: the model is of another kind.
+        `ValueError`: its settings give latents no finite mean, or no standard deviation above 0.
     """
     found = find_autoencoder(path, pipeline)
     if found is None:
@@ -91,11 +92,7 @@ def load_autoencoder(path: str | None, device: torch.device, pipeline: str | Non
     if subfolder is not None:
         logger.info(f"The autoencoder is that of {path}, since `pretrained_vae_name_or_path` is not given.")
     vae = AutoModel.from_pretrained(path, subfolder=subfolder)
-    if type(vae).__name__ not in AUTOENCODERS:
-        raise ValueError(
-            f"`pretrained_vae_name_or_path` must hold one of {', '.join(AUTOENCODERS)}, got {path!r}, "
-            f"which holds a `{type(vae).__name__}`."
-        )
+    check_autoencoder("pretrained_vae_name_or_path", vae)
     return vae.requires_grad_(False).eval().to(device)
 
 

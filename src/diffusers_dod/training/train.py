@@ -490,7 +490,17 @@ class Trainer:
         )
 
     def validate(self) -> None:
-        """Draws a grid of samples and, if asked to, computes Fréchet distances; all processes share the work."""
+        """
+        Draws a grid of samples and, if asked to, computes Fréchet distances; all processes share the work.
+
+        Training goes on without them if samples are not finite.
+        """
+        try:
+            self._validate()
+        except FloatingPointError as error:
+            logger.warning(f"Step {self.step} has no samples. {error}")
+
+    def _validate(self) -> None:
         options, accelerator = self.options, self.accelerator
         pipeline = self.averaged_pipeline()
         use_fast_attention(pipeline, accelerator.device)

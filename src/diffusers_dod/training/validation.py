@@ -18,22 +18,32 @@ from ..pipeline_dod import DoDPipeline
 def _sample_own(
     pipeline: DoDPipeline, labels: list[int], seed: int, accelerator: Accelerator, batch_size: int, **call: Any
 ) -> list[tuple[int, list[np.ndarray]]]:
-    """Draws this process's share of samples: pairs of a place and images (stages, H, W, 3) in uint8 of that place."""
-    samples = []
+    """
+    Draws this process's share of samples: pairs of a place and images (stages, H, W, 3) in uint8 of that place.
+
+    Raises a `FloatingPointError` in all processes if samples of one are not finite.
+    """
+    samples, error = [], None
     own = list(range(accelerator.process_index, len(labels), accelerator.num_processes))
     for start in range(0, len(own), batch_size):
         places = own[start : start + batch_size]
-        with accelerator.autocast():
-            output = pipeline(
-                [labels[place] for place in places],
-                seed=seed,
-                sample_indices=places,
-                return_stages=True,
-                output_type="np",
-                **call,
-            )
+        try:
+            with accelerator.autocast():
+                output = pipeline(
+                    [labels[place] for place in places],
+                    seed=seed,
+                    sample_indices=places,
+                    return_stages=True,
+                    output_type="np",
+                    **call,
+                )
+        except FloatingPointError as caught:
+            error = str(caught)
+            break
         stages = [(np.asarray(stage) * 255).round().astype(np.uint8) for stage in output.stages]
         samples += [(place, [stage[i] for stage in stages]) for i, place in enumerate(places)]
+    for message in filter(None, gather_object([error])):
+        raise FloatingPointError(message)
     return samples
 
 
@@ -58,6 +68,9 @@ def stage_grid(
 
     Returns:
         `PIL.Image.Image`: The grid. Its images are enlarged by the largest integer that keeps them within 64 pixels.
+
+    Raises:
+        `FloatingPointError`: samples are not finite, in any process.
     """
     classes = list(range(min(num_columns, pipeline.transformer.config.num_classes)))
     labels = classes * samples_per_class
@@ -94,6 +107,9 @@ def stage_distances(
 
     Returns:
         `dict[str, float]`: `fid_stage_<n>` for each stage.
+
+    Raises:
+        `FloatingPointError`: samples are not finite, in any process.
     """
     num_classes = pipeline.transformer.config.num_classes
     labels = [place % num_classes for place in range(num_samples)]
