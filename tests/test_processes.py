@@ -1,19 +1,23 @@
 """The end of a run by a signal under both launchers, and processes other than those asked for."""
 
+import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from helpers import fresh_accelerator, says
 from launch import PATIENCE_S, started, tail, torchrun, wait_until
+from torch.utils.data import DataLoader
 
-from diffusers_dod.processes import StopSignal, check_processes
+from diffusers_dod.processes import StopSignal, check_processes, outlive_stop_signals
 from diffusers_dod.training.checkpoints import find_latest_checkpoint
 from diffusers_dod.training.train import main
 
@@ -70,6 +74,45 @@ def test_sigterm_saves_and_ends_all_processes(tmp_path, launcher, target, code):
     assert f"Stopped by SIGTERM after step {last_step}, with a checkpoint." in output
     if target == "worker" and launcher == "torchrun":
         assert "exitcode  : 143" in output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
+def test_a_signal_to_all_processes_leaves_a_checkpoint(tmp_path, name):
+    """Schedulers signal workers of data loaders too; a worker that ends by it would end its trainer."""
+    run, output_file = tmp_path / "run", tmp_path / "output"
+    metrics = run / "metrics.jsonl"
+    command = [sys.executable, ROOT / "training" / "train_dod.py", *RUN, "--dataloader_num_workers", "2"]
+    with started([*command, "--output_dir", run], output_file) as process:
+        wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, process)
+        assert len(processes_of(run)) == 3
+        os.killpg(process.pid, getattr(signal, name))
+        assert process.wait(PATIENCE_S) == 143, tail(output_file)
+        wait_until(lambda: not processes_of(run))
+    last_step = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert find_latest_checkpoint(run) == run / f"checkpoint-{last_step}"
+
+
+class EndlessData(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return itertools.repeat(torch.zeros(1))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system does not tell who has sent a signal")
+def test_workers_end_with_their_process():
+    """Also after an error, whose traceback keeps the loader until Python itself ends its workers."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_processes as tests; tests.fail_while_loading()"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, Path(__file__).parent], capture_output=True, timeout=PATIENCE_S
+    )
+    assert ended.stderr.strip().endswith(b"KeyError: 'expected'") and b"Worker" not in ended.stderr
+
+
+def fail_while_loading() -> None:
+    loader = iter(DataLoader(EndlessData(), num_workers=1, worker_init_fn=outlive_stop_signals))
+    next(loader)
+    raise KeyError("expected")
 
 
 @pytest.mark.slow

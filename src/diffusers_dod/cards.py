@@ -275,11 +275,13 @@ def _classes(names: Sequence[str]) -> str | None:
     return f"{len(names):,} classes: {', '.join(names[:20])}{', ...' * (len(names) > 20)}" if names else None
 
 
-def _steps(step: int, max_steps: int, images_per_step: int | None) -> str:
+def _steps(step: int, max_steps: int, images_per_step: int | None, num_images: int | None) -> str:
     num_steps = step or max_steps
     text = f"{num_steps:,}{f' of {max_steps:,}' * (num_steps < max_steps)} steps"
     if images_per_step is None:
         return text
+    if num_images is not None:
+        return f"{text} of {num_images:,} images in all"
     return f"{text} of {images_per_step:,} images ({num_steps * images_per_step:,} in all)"
 
 
@@ -354,6 +356,8 @@ def fill_card(
     results: Mapping[str, Mapping[str, Any]] | None = None,
     with_cost: bool = False,
     texts: Mapping[str, Any] | None = None,
+    num_images: int | None = None,
+    changes: Sequence[str] = (),
 ) -> ModelCard:
     """
     Fills the template of a card.
@@ -374,6 +378,8 @@ def fill_card(
             and needs `images_per_step` and `model`.
         texts (`Mapping[str, Any]`, *optional*): `repo_id`, `license`, `datasets`, `hardware`, `description`, `data`,
             `training`, `limitations` and `paper` from the file of a card, see docs/model_cards.md.
+        num_images (`int`, *optional*): Images in all finished steps, if not `step` times `images_per_step`.
+        changes (`Sequence[str]`, defaults to `()`): What has changed between steps, in sentences.
 
     Returns:
         `ModelCard`: The card.
@@ -386,6 +392,11 @@ def fill_card(
         check_choice("task", content["task"], tuple(TASKS))
     dataset_name, num_processes = options.data.images.dataset_name, options.processes.num_processes or 1
     run = folder if step > 0 else None
+    if step == 0 or images_per_step is None or num_images == step * images_per_step:
+        num_images = None  # all steps have, or will have, as many
+    time = None
+    if run is not None and images_per_step and num_images is None:
+        time = _training_time(run / METRICS_FILE, images_per_step)
     drawn = [] if run is None else sorted((run / "samples").glob("step-*.png"))
     card = ModelCard.from_template(
         _metadata(options, name, results, texts),
@@ -401,12 +412,13 @@ def fill_card(
         data=texts.get("data") or f"{_images(dataset_name)}.",
         classes=_classes(class_names),
         autoencoder=_autoencoder(options, folder),
-        steps=_steps(step, options.optimizer.max_train_steps, images_per_step),
+        steps=_steps(step, options.optimizer.max_train_steps, images_per_step, num_images),
+        changes=changes,
         ema_decay=options.averages.ema_decay[0],
         optimizer=_optimizer(options),
         prior_dropout=f"{100 * options.dropout.prior_dropout_prob:g}",
         label_dropout=f"{100 * options.dropout.label_dropout_prob:g}",
-        time=None if run is None or not images_per_step else _training_time(run / METRICS_FILE, images_per_step),
+        time=time,
         launch_option=f"--multi_gpu --num_processes {num_processes} " if num_processes > 1 else "",
         data_option="" if dataset_name else "--train_data_dir ... ",
         recipe_path=recipe.name if recipe.parent == folder else recipe.as_posix(),

@@ -70,6 +70,8 @@ class Option:
         is_private (`bool`, defaults to `False`): Whether published recipes go without it.
         is_place (`bool`, defaults to `False`): Whether they go without it where it is a path of this machine.
         is_secret (`bool`, defaults to `False`): Whether nothing but the command itself may see it.
+        is_free (`bool`, defaults to `False`): Whether a resumed training may have another value: no step depends on
+            it, or what it names is compared itself.
     """
 
     help: str
@@ -92,6 +94,7 @@ class Option:
     is_private: bool = False
     is_place: bool = False
     is_secret: bool = False
+    is_free: bool = False
 
 
 def option(default: Any = MISSING, **description: Any) -> Any:

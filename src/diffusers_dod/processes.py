@@ -2,17 +2,22 @@
 """Processes of a run: a check of the launched ones, their end by a signal, and tensors that they share."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import lru_cache
 from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -20,6 +25,38 @@ STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # of schedulers, of Ctrl-C, and
 # 128 + 15: the status that shells report for a process that SIGTERM has ended.
 STOPPED_EXIT_CODE = 143
 DISTRIBUTED_TYPES = ("no", "multi_cpu", "multi_gpu", "fsdp", "deepspeed")
+
+# Longest waits for another process: within a step, after which all end; and while one encodes, reads or writes.
+STEP_TIMEOUT = timedelta(minutes=30)
+WAIT_TIMEOUT = timedelta(hours=24)
+
+
+def process_group_timeout() -> InitProcessGroupKwargs:
+    """The handler by which an `Accelerator` gives the processes `STEP_TIMEOUT`."""
+    return InitProcessGroupKwargs(timeout=STEP_TIMEOUT)
+
+
+@lru_cache(maxsize=1)
+def _waiting_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """All processes once more, with `WAIT_TIMEOUT`, on the CPU: no GPU is busy with waiting."""
+    return dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
+
+
+def gather_patiently(entry: Any) -> list[Any]:
+    """
+    Gathers an object of each process, which may take up to `WAIT_TIMEOUT` until they ask; all must call it.
+
+    Args:
+        entry (`Any`): The object of this process, which can be pickled.
+
+    Returns:
+        `list`: The objects of all processes, in the order of their ranks.
+    """
+    if not dist.is_initialized():
+        return [entry]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, entry, group=_waiting_group(dist.group.WORLD))
+    return gathered
 
 
 def check_processes(
@@ -106,6 +143,29 @@ class OtherProcessError(RuntimeError):
     """Raised in a process when another one has failed."""
 
 
+def outlive_stop_signals(worker_id: int) -> None:
+    """
+    Makes a worker of a `DataLoader` ignore the signals that stop a run, unless its own process sends them.
+
+    Schedulers signal all processes. A worker that ends by that would end its process before its checkpoint.
+
+    Args:
+        worker_id (`int`): Index of the worker.
+    """
+    for name in STOP_SIGNALS:
+        if name != "SIGTERM" and hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_by_sigterm_of, args=(multiprocessing.parent_process().pid,), daemon=True).start()
+
+
+def _end_by_sigterm_of(pid: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != pid:
+        pass
+    os._exit(0)  # as PyTorch's workers end by this signal, so that their process raises no error
+
+
 @contextmanager
 def all_or_none() -> Iterator[None]:
     """Context that waits for all processes at its end, and raises an error in each if one has failed."""
@@ -114,11 +174,12 @@ def all_or_none() -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    failures = [message for message in gather_object([None if error is None else str(error)]) if message is not None]
+    messages = gather_patiently(None if error is None else str(error))
     if error is not None:
         raise error
-    if failures:
-        raise OtherProcessError(f"Another process failed: {failures[0]}")
+    for message in messages:
+        if message is not None:
+            raise OtherProcessError(f"Another process failed: {message}")
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

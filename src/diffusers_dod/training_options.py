@@ -46,7 +46,7 @@ class ModelOptions:
     num_latent_tokens: int | None = option(None, at_least=1, help="Override the preset's number of latent tokens N.")
     latent_token_dim: int | None = option(None, at_least=1, help="Override the preset's width d_e of a latent token.")
     gradient_checkpointing: bool = option(
-        False, help="Compute blocks again in the backward pass, which needs less memory and more time."
+        False, is_free=True, help="Compute blocks again in the backward pass, which needs less memory and more time."
     )
 
     def find_conflicts(self) -> list[str]:
@@ -65,10 +65,11 @@ class DataOptions:
     """Images, and their latents."""
 
     images: ImageOptions = field(default_factory=ImageOptions)
-    num_train_samples: int = option(100_000, at_least=1, help="Number of procedural images.")
+    num_train_samples: int = option(100_000, at_least=1, is_free=True, help="Number of procedural images.")
     pretrained_vae_name_or_path: str | None = option(
         None,
         is_place=True,
+        is_free=True,
         help="Autoencoder (folder or Hub id), by default that of `--pretrained_model_name_or_path`, if it has one; "
         "without one, a pixel-space model.",
     )
@@ -76,6 +77,7 @@ class DataOptions:
         None,
         is_private=True,
         excludes="streaming",
+        is_free=True,
         help="Folder of the latents; the trainer's default is `latents` in `--output_dir`.",
     )
     encoding: EncodingOptions = field(default_factory=EncodingOptions)
@@ -96,6 +98,7 @@ class StreamOptions:
         needs="streaming",
         is_private=True,
         check=check_is_file,
+        is_free=True,
         help="Text file with the name of a class in each line, for a stream whose labels are not of type ClassLabel.",
     )
 
@@ -107,6 +110,7 @@ class AlignmentOptions:
     repa_model_name_or_path: str | None = option(
         None,
         is_place=True,
+        is_free=True,
         help="Vision model of transformers (folder or Hub id) with whose features of the images tokens are aligned: "
         "features stored with the latents if there are any, else computed in each step.",
     )
@@ -155,6 +159,7 @@ class OptimizerOptions:
     max_nonfinite_steps: int = option(
         10,
         at_least=0,
+        is_free=True,
         help="Steps in a row with gradients that are not finite, which are left out, until the run gives up.",
     )
 
@@ -232,15 +237,16 @@ class ProcessOptions:
 class ValidationOptions:
     """Samples on the way."""
 
-    validation_steps: int = option(1000, at_least=1, help="Sample a grid every so many steps.")
+    validation_steps: int = option(1000, at_least=1, is_free=True, help="Sample a grid every so many steps.")
     validation_guidance_scale: float | None = option(
-        None, at_least=0, help="Guidance scale from stage 2 on, the preset's by default."
+        None, at_least=0, is_free=True, help="Guidance scale from stage 2 on, the preset's by default."
     )
-    validation_seed: int = option(0, at_least=0, help="Seed of the samples.")
+    validation_seed: int = option(0, at_least=0, is_free=True, help="Seed of the samples.")
     fid_extractor: str | None = option(
         None,
         needs="fid_reference",
         is_private=True,
+        is_free=True,
         help="`inception`, `package.module:attribute` or `file.py:attribute`, which turns images (B, 3, H, W) in "
         "uint8 into features (B, d). With it the Fréchet distance of each stage is computed with every grid.",
     )
@@ -248,27 +254,41 @@ class ValidationOptions:
         None,
         needs="fid_extractor",
         is_private=True,
+        is_free=True,
         help="npz file with the `mu` and `sigma` of those features.",
     )
-    fid_num_samples: int = option(1000, at_least=2, help="Number of samples of a Fréchet distance.")
+    fid_num_samples: int = option(1000, at_least=2, is_free=True, help="Number of samples of a Fréchet distance.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
     """Output."""
 
-    output_dir: Path = option(is_private=True, help="Folder of the run.")
-    logging_steps: int = option(50, at_least=1, help="Steps that a line of metrics averages over.")
+    output_dir: Path = option(is_private=True, is_free=True, help="Folder of the run.")
+    logging_steps: int = option(50, at_least=1, is_free=True, help="Steps that a line of metrics averages over.")
     report_to: tuple[str, ...] | None = option(
         None,
         nargs="*",
         choices=TRACKERS,
+        is_free=True,
         help="Trackers that get the metrics, beside `metrics.jsonl` in `--output_dir`, which always does.",
     )
-    checkpointing_steps: int = option(1000, at_least=1, help="Write a checkpoint every so many steps.")
-    checkpoints_total_limit: int | None = option(None, at_least=1, help="Keep only the newest so many checkpoints.")
+    checkpointing_steps: int = option(1000, at_least=1, is_free=True, help="Write a checkpoint every so many steps.")
+    checkpoints_total_limit: int | None = option(
+        None, at_least=1, is_free=True, help="Keep only the newest so many checkpoints."
+    )
     resume_from_checkpoint: str | None = option(
-        None, is_private=True, help="A checkpoint folder, or `latest` for the newest valid one."
+        None, is_private=True, is_free=True, help="A checkpoint folder, or `latest` for the newest valid one."
+    )
+    allow_changed: tuple[str, ...] = option(
+        (),
+        nargs="*",
+        needs="resume_from_checkpoint",
+        is_private=True,
+        is_free=True,
+        help="Names of options whose values may differ from those that the checkpoint was trained with, and of data: "
+        "`class_names`, `images` and what else the error names. Without them a resumed run equals one that was never "
+        "stopped.",
     )
 
 
@@ -276,19 +296,24 @@ class OutputOptions:
 class HubOptions:
     """Hugging Face Hub."""
 
-    push_to_hub: bool = option(False, is_private=True, help="Upload the finished pipeline.")
+    push_to_hub: bool = option(False, is_private=True, is_free=True, help="Upload the finished pipeline.")
     push_every: int | None = option(
         None,
         at_least=1,
         needs="push_to_hub",
         is_private=True,
+        is_free=True,
         help="Upload every so many checkpoints too, in the background, while training.",
     )
     push_training_state: bool = option(
-        False, needs="push_to_hub", is_private=True, help="Upload with them what a resumed run needs."
+        False, needs="push_to_hub", is_private=True, is_free=True, help="Upload with them what a resumed run needs."
     )
-    hub_model_id: str | None = option(None, is_private=True, help="Repository, by default the name of `--output_dir`.")
-    hub_token: str | None = option(None, is_secret=True, help="Token, by default the one of the Hub's own login.")
+    hub_model_id: str | None = option(
+        None, is_private=True, is_free=True, help="Repository, by default the name of `--output_dir`."
+    )
+    hub_token: str | None = option(
+        None, is_secret=True, is_free=True, help="Token, by default the one of the Hub's own login."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,9 +324,12 @@ class TrainingOptions:
         None,
         is_recipe=True,
         is_private=True,
+        is_free=True,
         help="YAML file of options under their names here; options of the command take precedence.",
     )
-    dry_run: bool = option(False, is_private=True, help="Print the options and the cost of the run, and end.")
+    dry_run: bool = option(
+        False, is_private=True, is_free=True, help="Print the options and the cost of the run, and end."
+    )
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     stream: StreamOptions = field(default_factory=StreamOptions)

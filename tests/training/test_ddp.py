@@ -4,8 +4,12 @@ file once under torchrun: `work` is what each process does, and the tests compar
 one process that sees the joint batch.
 """
 
+import contextlib
 import json
+import re
+import shutil
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -19,10 +23,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from diffusers_dod import DoDTransformer2DModel, LatentEmbeddingModule
+from diffusers_dod import DoDTransformer2DModel, LatentEmbeddingModule, processes
 from diffusers_dod.losses import DoDJointModel
+from diffusers_dod.options import from_values
 from diffusers_dod.training import train as training
 from diffusers_dod.training.train import main
+from diffusers_dod.training_options import TrainingOptions
 
 
 # Which of the two processes keeps the prior of its one sample, step by step. A reducer that still waits for a
@@ -32,6 +38,7 @@ KEPT = [(0, 0), (1, 1), (1, 0), (0, 1), (0, 0), (1, 0), (1, 1)]
 TRAIN = "--preset DoD-Desk --resolution 8 --logging_steps 1".split()
 # With this epsilon Adam's update is a smooth function of the gradient, so that rounding stays rounding.
 TRAIN += "--learning_rate 1e-2 --adam_epsilon 1e-3".split()
+RESUME = ["--resume_from_checkpoint", "latest"]
 
 
 def tiny_model() -> DoDJointModel:
@@ -77,8 +84,27 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+def timeouts() -> list[timedelta]:
+    """Timeouts of the processes in a step, and of their long waits."""
+    groups = torch.distributed.group.WORLD, processes._waiting_group(torch.distributed.group.WORLD)
+    return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+
+
+def resume_apart(folder: Path, name: str, sees: list[str | None]) -> None:
+    """Resumes in folders that the processes do not share, with the checkpoints of the runs in `sees`, or none."""
+    rank = torch.distributed.get_rank()
+    place = folder / name / f"place-{rank}"
+    (place / "run").mkdir(parents=True)
+    if sees[rank] is not None:
+        shutil.copytree(folder / sees[rank] / "checkpoint-2", place / "run" / "checkpoint-2")
+    with contextlib.chdir(place), pytest.raises(ValueError) as error:
+        main([*TRAIN, "--latents_dir", str(folder / "two" / "latents"), "--output_dir", "run", *RESUME])
+    (folder / name / f"error-{rank}").write_text(str(error.value))
+
+
 def work(folder: Path) -> None:
-    accelerator = Accelerator()
+    accelerator = training.build_accelerator(from_values(TrainingOptions, {"output_dir": folder}))
+    assert timeouts() == [timedelta(minutes=30), timedelta(hours=24)]
     # Some ways to launch two processes run one, and a test of one process would pass.
     assert accelerator.num_processes == torch.distributed.get_world_size() == 2
     rank = accelerator.process_index
@@ -111,6 +137,9 @@ def work(folder: Path) -> None:
         train(resumed, *averages, "--max_train_steps", "1")
         train(resumed, *averages, "--resume_from_checkpoint", "latest")
         train(f"{whole}-micro", *micro)
+    training.Accelerator = Accelerator
+    resume_apart(folder, "missing", ["two", None])
+    resume_apart(folder, "different", ["two", "two-micro"])
     (folder / f"finished-{rank}").touch()
 
 
@@ -236,6 +265,17 @@ def test_weights_are_those_of_one_process(folder, one, name):
     assert ours.keys() == expected.keys()
     for key in expected:
         torch.testing.assert_close(ours[key], expected[key], rtol=0, atol=1e-5, msg=lambda m, k=key: k + m)
+
+
+@pytest.mark.parametrize("name", ["missing", "different"])
+def test_processes_that_see_different_checkpoints_all_refuse(folder, name):
+    for rank in range(2):
+        error = (folder / name / f"error-{rank}").read_text()
+        assert re.match(
+            "`output_dir` must be a folder that all processes share, got run/checkpoint-2, .*1 sees", error
+        )
+        assert ("FileNotFoundError" in error) == (name == "missing")
+        assert not (folder / name / f"place-{rank}" / "run" / "metrics.jsonl").exists()
 
 
 def test_latents_are_those_of_one_process(folder, one):

@@ -71,7 +71,8 @@ def test_a_resumed_run_has_the_same_averages(finished, tmp_path):
 def test_an_average_cannot_start_in_the_middle(finished, tmp_path):
     run = train(tmp_path / "run", "--max_train_steps", 1)
     with pytest.raises(ValueError, match=says("`resume_from_checkpoint`", "'sigma-rel-0.1'", "middle of a run")):
-        train(run, "--ema_sigma_rel", 0.1, "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
+        again = ["--max_train_steps", 2, "--resume_from_checkpoint", "latest", "--allow_changed", "ema_sigma_rel"]
+        train(run, "--ema_sigma_rel", 0.1, *again)
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,8 @@ def test_resuming_with_a_schedule_of_the_learning_rate(tmp_path, images):
 def test_resuming_with_another_learning_rate(tmp_path, data, finished):
     """The rate is that of the run that goes on, not that of the one which wrote the checkpoint."""
     run = copy_of(finished, tmp_path / "run", last_step=2)
-    train(run, *data, *EMA, "--max_train_steps", 3, "--learning_rate", 0.5, "--resume_from_checkpoint", "latest")
+    again = ["--max_train_steps", 3, "--resume_from_checkpoint", "latest", "--allow_changed", "learning_rate"]
+    train(run, *data, *EMA, *again, "--learning_rate", 0.5)
     assert [line["learning_rate"] for line in read_metrics(run)] == pytest.approx([1e-2, 1e-2, 0.5])
 
 

@@ -211,11 +211,14 @@ def test_a_resumed_stream_with_workers_is_bit_identical(stream, vae, tmp_path):
 
 def test_what_a_stream_refuses_when_it_is_resumed(streamed, stream, images, shards, tmp_path):
     again = ["--resume_from_checkpoint", streamed / "checkpoint-4", "--max_train_steps", 5]
+    name = "gradient_accumulation_steps"
+    other_accumulation = [f"--{name}", 1, "--allow_changed", name]
     cases = {
         "`num_workers` must be 1 as in the run that is resumed, got 2": [*stream, "--dataloader_num_workers", 2],
         "`seed` must be 0 as in the run that is resumed, got 1": [*stream, "--seed", 1],
-        "`batch_size` must be 2 as in the run that is resumed, got 1": [*stream, "--train_batch_size", 1],
+        "`train_batch_size` must be 2 as in the run that is resumed, got 1": [*stream, "--train_batch_size", 1],
         "`streaming` must be True as in": ["--train_data_dir", images],
+        "The stream must go on behind 4 micro-batches, got a checkpoint behind 8": [*stream, *other_accumulation],
     }
     for message, arguments in cases.items():
         with pytest.raises(ValueError, match=says(message)):
@@ -605,8 +608,11 @@ def test_the_distribution_of_times(images, tmp_path, option, expected):
 @pytest.mark.parametrize(
     ("option", "fragments"),
     [
-        (["--ema_decay", 0.5], ("The first `ema_decay`", "decay-0.999", "got decay-0.5")),
-        (["--ema_decay", 0.5, 0.999], ("The first `ema_decay`", "decay-0.999", "got decay-0.5")),
+        (["--ema_decay", 0.5], ("`ema_decay` must be [0.999]", "got [0.5]")),
+        (
+            ["--ema_decay", 0.5, 0.999, "--allow_changed", "ema_decay"],
+            ("The first `ema_decay`", "decay-0.999", "got decay-0.5"),
+        ),
         (["--optimizer", "adamw_8bit"], ("`optimizer` must be 'adamw'", "got 'adamw_8bit'")),
     ],
 )

@@ -31,28 +31,32 @@ SHARD_SIZE = 4096
 class EncodingOptions:
     """Encoding of images."""
 
-    random_flip: bool = option(False, help="Mirror half of the images.")
+    random_flip: bool = option(False, is_free=True, help="Mirror half of the images.")
     max_aspect_ratio: float | None = option(
         None,
         at_least=1,
         excludes="streaming",
+        is_free=True,
         help="Buckets of shapes up to this ratio of sides, about as large as the square, instead of squares.",
     )
     latents_dtype: str = option(
-        "float32", choices=DTYPES, excludes="streaming", help="Data type of the latents on disk."
+        "float32", choices=DTYPES, excludes="streaming", is_free=True, help="Data type of the latents on disk."
     )
     on_bad_image: str = option(
         "error",
         choices=ON_BAD_IMAGE,
+        is_free=True,
         help="Whether images that cannot be read are an error, or are left out and counted.",
     )
     shard_size: int = option(
-        SHARD_SIZE, at_least=1, excludes="streaming", help="Images in a shard, the unit of the work."
+        SHARD_SIZE, at_least=1, excludes="streaming", is_free=True, help="Images in a shard, the unit of the work."
     )
     dataloader_num_workers: int = option(
-        0, at_least=0, help="Processes that read images; 0 reads in the process itself."
+        0, at_least=0, is_free=True, help="Processes that read images; 0 reads in the process itself."
     )
-    encoding_batch_size: int = option(64, at_least=1, excludes="streaming", help="Images that are encoded at a time.")
+    encoding_batch_size: int = option(
+        64, at_least=1, excludes="streaming", is_free=True, help="Images that are encoded at a time."
+    )
 
 
 @dataclass(frozen=True)

@@ -300,14 +300,17 @@ class ImageOptions:
     """Source of images."""
 
     dataset_name: str | None = option(
-        None, is_place=True, help="`textures` (procedural) or a data set that `datasets` can load."
+        None, is_place=True, is_free=True, help="`textures` (procedural) or a data set that `datasets` can load."
     )
     train_data_dir: str | None = option(
-        None, is_private=True, help="Folder with one sub-folder of images per class, or of Parquet or tar files."
+        None,
+        is_private=True,
+        is_free=True,
+        help="Folder with one sub-folder of images per class, or of Parquet or tar files.",
     )
-    image_column: str = option("image", help="Column of the images.")
-    label_column: str = option("label", help="Column of the class ids.")
-    resolution: int = option(256, at_least=1, help="Side of the centre crop in pixels.")
+    image_column: str = option("image", is_free=True, help="Column of the images.")
+    label_column: str = option("label", is_free=True, help="Column of the class ids.")
+    resolution: int = option(256, at_least=1, is_free=True, help="Side of the centre crop in pixels.")
 
     @property
     def has_source(self) -> bool:

@@ -32,7 +32,17 @@ SHARD_FORMAT = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def _describe_difference(found: Any, expected: Any) -> tuple[str, str]:
+def describe_difference(found: Any, expected: Any) -> tuple[str, str]:
+    """
+    Describes two different values; of lists the length and the first entry that differs.
+
+    Args:
+        found (`Any`): A value.
+        expected (`Any`): Another one.
+
+    Returns:
+        `tuple[str, str]`: Texts of both, in this order.
+    """
     if isinstance(found, list) and isinstance(expected, list):
         index = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), None)
         index = min(len(found), len(expected)) if index is None else index
@@ -54,7 +64,7 @@ def check_settings(folder: Path, found: dict[str, Any], expected: dict[str, Any]
     """
     for name, value in expected.items():
         if found.get(name) != value:
-            received, wanted = _describe_difference(found.get(name), value)
+            received, wanted = describe_difference(found.get(name), value)
             raise ValueError(
                 f"{folder} must hold latents with `{name}` = {wanted}, got {received}: remove it, or use another "
                 "folder."

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..checks import check_at_least
 from ..options import check_options
+from ..processes import outlive_stop_signals
 from ..seeding import stateless_generator
 from .class_names import clean_class_names
 from .encoding import EncodingOptions, Share
@@ -383,4 +384,5 @@ def build_stream_loader(samples: ImageStream, pin_memory: bool = False) -> DataL
         collate_fn=collate_priors_first,
         num_workers=samples.num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=outlive_stop_signals,
     )

@@ -26,14 +26,13 @@ import zipfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -42,7 +41,7 @@ from ..files import LOCK_FILE, UNFINISHED, file_sha256, in_use, make_folder, rea
 from ..guidance_options import GuidanceOptions
 from ..options import option, parse_options, to_argv, to_json, to_values
 from ..pipeline_dod import DoDPipeline
-from ..processes import all_or_none, check_processes, end_with_launcher
+from ..processes import all_or_none, check_processes, end_with_launcher, process_group_timeout
 from ..results import checkpoint_sha256, describe_versions
 from ..sampling_options import CallOptions
 from ..seeding import stateless_generator
@@ -490,7 +489,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command; `argv` defaults to the process's arguments. Raises a `ValueError` if they do not fit."""
     options = parse_options(SamplingOptions, argv, __doc__)
     end_with_launcher()
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))])
+    accelerator = Accelerator(kwargs_handlers=[process_group_timeout()])
     check_processes(accelerator)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("diffusers_dod").setLevel(logging.INFO)

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..files import file_sha256, remove_folder, replacing
-from ..processes import full_tensor, sharded_like
+from ..processes import all_or_none, full_tensor, gather_patiently, sharded_like
 from .ema import averaged_parameters
 from .models import set_learning_rates
 
@@ -102,6 +103,43 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
         raise ValueError(f"`output_dir` {output_dir} must hold an undamaged checkpoint, got damaged ones only.")
     if checkpoint is None:
         logger.info(f"No checkpoint in {output_dir}, starting from scratch.")
+    return checkpoint
+
+
+def agree_on_checkpoint(output_dir: Path, resume_from_checkpoint: str | None, accelerator: Accelerator) -> Path | None:
+    """
+    Finds the checkpoint from which a run continues in the main process, see [`find_checkpoint`]; all must call it.
+
+    Args:
+        output_dir (`Path`): The folder of the run.
+        resume_from_checkpoint (`str` or `None`): The folder of a checkpoint, or `"latest"` for the newest of the run.
+        accelerator (`Accelerator`): The processes.
+
+    Returns:
+        `Path | None`: The checkpoint; `None` for a run that starts from scratch.
+
+    Raises:
+        `ValueError`: see [`find_checkpoint`], or not all processes see the same files of the checkpoint.
+    """
+    checkpoint = None
+    with all_or_none():
+        if accelerator.is_main_process:
+            checkpoint = find_checkpoint(output_dir, resume_from_checkpoint)
+    checkpoint = gather_patiently(checkpoint)[0]
+    if checkpoint is None or accelerator.num_processes == 1:
+        return checkpoint
+    state = checkpoint / STATE_FOLDER
+    try:
+        seen = file_sha256(checkpoint / CHECKPOINT_MANIFEST, state / "state.json", state / "model.safetensors")
+    except OSError as error:
+        seen = f"{type(error).__name__}: {error}"
+    all_seen = gather_patiently(seen)
+    for index, other in enumerate(all_seen):
+        if other != all_seen[0]:
+            raise ValueError(
+                f"`output_dir` must be a folder that all processes share, got {checkpoint}, of which process {index} "
+                f"sees other files than process 0: {other[:100]} and {all_seen[0][:100]}."
+            )
     return checkpoint
 
 
@@ -257,7 +295,12 @@ def load_training_state(
         )
     for name, tensor in moments.items():
         tensor.copy_(sharded_like(saved[name], tensor))
-    return json.loads((folder / "state.json").read_text())
+    return read_state(checkpoint)
+
+
+def read_state(checkpoint: Path) -> dict:
+    """The JSON state in the folder `checkpoint`, see [`save_training_state`]."""
+    return json.loads((checkpoint / STATE_FOLDER / "state.json").read_text())
 
 
 def _create_moments(optimizer: torch.optim.Optimizer) -> None:

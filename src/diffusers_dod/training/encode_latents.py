@@ -15,12 +15,11 @@ All processes share the work. A run that was stopped continues where it was, on 
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from diffusers import AutoModel
 
 from ..autoencoders import Autoencoder, check_autoencoder, spatial_factor
@@ -34,7 +33,7 @@ from ..data.vision_features import VisionFeatures
 from ..files import in_use
 from ..options import option, parse_options
 from ..pipeline_dod import DoDPipeline
-from ..processes import all_or_none
+from ..processes import all_or_none, check_processes, gather_patiently, process_group_timeout
 from ..training_options import DataOptions
 
 
@@ -110,10 +109,12 @@ def open_labelled_images(options: DataOptions, accelerator: Accelerator) -> Labe
     Raises:
         `ValueError`: see [`load_labelled_images`].
     """
-    with accelerator.local_main_process_first():  # which prepares what `datasets` caches
-        return load_labelled_images(
-            options.images, options.num_train_samples, options.seed, options.encoding.on_bad_image
-        )
+    load = partial(
+        load_labelled_images, options.images, options.num_train_samples, options.seed, options.encoding.on_bad_image
+    )
+    with all_or_none():  # the first process of each machine prepares what `datasets` caches
+        images = load() if accelerator.is_local_main_process else None
+    return load() if images is None else images
 
 
 def encode_data(
@@ -162,8 +163,7 @@ def encode_data(
             _warn_of_bad_images(latents)
             return latents
         settings = latent_settings(images, vae, encoding, vision)
-        is_done = is_complete(folder)
-        accelerator.wait_for_everyone()  # all have looked before anyone writes
+        is_done = all(gather_patiently(is_complete(folder)))  # all have looked before anyone writes
         if not is_done:
             with all_or_none():
                 encode_latents(images, vae, folder, encoding, share=share, vision=vision)
@@ -203,7 +203,8 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command; `argv` defaults to the process's arguments. Raises a `ValueError` if they do not fit."""
     options = parse_options(EncodeLatentsOptions, argv, __doc__)
     folder = options.data.latents_dir
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))])
+    accelerator = Accelerator(kwargs_handlers=[process_group_timeout()])
+    check_processes(accelerator)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("diffusers_dod").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     vae = load_autoencoder(options.data.pretrained_vae_name_or_path, accelerator.device)

@@ -29,6 +29,7 @@ from ..results import checkpoint_sha256, read_results
 from ..training_options import TrainingOptions
 from .checkpoints import CHECKPOINT_MANIFEST, list_checkpoints
 from .cost import find_preset
+from .history import TrainingHistory
 from .plot_metrics import plot_metrics
 from .run_metrics import EVALUATIONS
 
@@ -99,6 +100,7 @@ def write_model_card(
     class_names: tuple[str, ...] | None = None,
     images_per_step: int | None = None,
     step: int = 0,
+    history: TrainingHistory | None = None,
 ) -> str:
     """
     Writes `README.md` into the folder of a run, and beside it the recipe and, if there are metrics, their curves.
@@ -108,14 +110,17 @@ def write_model_card(
         class_names (`tuple[str]`, *optional*): Names of the classes, if they are known yet.
         images_per_step (`int`, *optional*): Samples per optimizer step over all processes, if they are known yet.
         step (`int`, defaults to 0): Number of finished steps.
+        history ([`TrainingHistory`], *optional*): What the steps were trained with, if resumed runs have changed it.
 
     Returns:
         `str`: The card.
     """
+    changes = [] if history is None else history.describe_changes()
     folder = options.output.output_dir
     recipe = yaml.safe_dump(to_recipe(options), sort_keys=False)
     if left_out := find_places(options):
         recipe += f"# To be given as well, since the run had folders of its machine for it: {', '.join(left_out)}\n"
+    recipe += "".join(f"# {change}\n" for change in changes)
     with replacing(folder / RECIPE) as unfinished:
         unfinished.write_text(recipe)
     if step > 0:
@@ -133,6 +138,8 @@ def write_model_card(
         folder=folder,
         model=None if saved is None or step == 0 else read_model(saved)[0],
         results=_read_evaluation(options) if step > 0 else None,
+        num_images=None if history is None else history.num_images,
+        changes=changes,
     )
     _save_card(card, folder / CARD)
     return str(card)

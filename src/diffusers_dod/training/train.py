@@ -11,20 +11,18 @@ The images are encoded once, into `output_dir/latents`. The run writes `metrics.
 pipeline itself into `output_dir`.
 """
 
-import json
 import logging
 import math
 import os
 import sys
 import time
 from contextlib import ExitStack
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -36,7 +34,7 @@ from ..data.vision_features import VisionFeatures
 from ..files import METRICS_FILE, flush, in_use, replacing, replacing_contents, write_json
 from ..losses import DoDJointModel
 from ..metrics.extractors import check_extractor, load_extractor, load_statistics
-from ..options import describe, parse_options, replace_values, to_values
+from ..options import describe, parse_options, replace_values
 from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS
 from ..processes import (
@@ -47,22 +45,24 @@ from ..processes import (
     end_with_launcher,
     find_nonfinite,
     full_tensor,
+    process_group_timeout,
     sharded_like,
 )
 from ..scheduling_dod import DoDFlowMatchScheduler
 from ..training_options import TrainingOptions
 from ..transformer_dod import DoDTransformer2DModel
 from .checkpoints import (
-    STATE_FOLDER,
-    find_checkpoint,
+    agree_on_checkpoint,
     gather_training_state,
     load_training_state,
+    read_state,
     save_checkpoint,
     save_training_state,
 )
 from .cost import describe_run
 from .ema import PowerFunctionEMA, averaged_parameters
 from .encode_latents import load_autoencoder
+from .history import TrainingHistory, values_of_steps
 from .model_card import CARD_FILES, write_model_card
 from .models import build_models, build_optimizer, set_learning_rates, use_fast_attention
 from .push import HubPusher
@@ -94,8 +94,7 @@ def build_accelerator(options: TrainingOptions) -> Accelerator:
         gradient_accumulation_steps=options.optimizer.gradient_accumulation_steps,
         log_with=options.output.report_to,
         project_dir=options.output.output_dir,
-        # The other processes wait while one encodes images or saves.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
+        kwargs_handlers=[process_group_timeout()],
     )
     check_processes(accelerator, options.processes.num_processes, options.processes.distributed_type)
     if accelerator.gradient_accumulation_steps != options.optimizer.gradient_accumulation_steps:
@@ -145,9 +144,12 @@ class Trainer:
         self.options = options
         self.accelerator = accelerator
         self.pusher = None
-        self.checkpoint = find_checkpoint(
-            options.output.output_dir, options.output.resume_from_checkpoint
+        self.checkpoint = agree_on_checkpoint(
+            options.output.output_dir, options.output.resume_from_checkpoint, accelerator
         )  # the latest
+        state = {} if self.checkpoint is None else read_state(self.checkpoint)
+        self.history = TrainingHistory(state, options.output.allow_changed)
+        self.history.go_on_with(values_of_steps(options, accelerator))
         if options.hub.push_to_hub:  # before anything else, so that a refusal costs nothing
             with all_or_none():
                 if accelerator.is_main_process:
@@ -170,6 +172,7 @@ class Trainer:
         if options.alignment.repa_model_name_or_path is not None:
             vision = VisionFeatures(options.alignment.repa_model_name_or_path, accelerator.device)
         self.data = open_training_data(options, accelerator, self.vae, vision)
+        self.history.go_on_with(self.data.identity)
         if self.fid is not None:
             check_extractor(self.fid[0], len(self.fid[1][0]), self.data.resolution, accelerator.device)
         feature_dim = None if vision is None else vision.feature_dim
@@ -198,7 +201,8 @@ class Trainer:
         use_fast_attention(self.joint_model, accelerator.device)
         self.emas = self._build_emas()
         self.step = self.num_nonfinite_steps = self.nonfinite_in_a_row = 0
-        state = self._resume()
+        if self.checkpoint is not None:
+            self._resume(self.checkpoint, state)
         positions = PositionSampler(
             start_step=self.step,
             num_steps=options.optimizer.max_train_steps,
@@ -268,27 +272,13 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
-    def _resume(self) -> dict:
-        """Loads the checkpoint to resume from, if there is one, and returns its JSON state."""
-        checkpoint = self.checkpoint
-        if checkpoint is None:
-            return {}
-        state = json.loads((checkpoint / STATE_FOLDER / "state.json").read_text())
+    def _resume(self, checkpoint: Path, state: dict) -> None:
+        """Loads the checkpoint to resume from, whose JSON state is `state`."""
         first = next(iter(self.emas))
         if state["average"] != first:
             raise ValueError(
                 f"The first `ema_decay` must be that of the pipeline in {checkpoint}, {state['average']}, got {first}."
             )
-        values = to_values(self.options)
-        for name in (
-            "streaming",
-            "optimizer",
-            *(["gradient_accumulation_steps"] if self.options.stream.streaming else []),
-        ):
-            if state[name] != values[name]:
-                raise ValueError(
-                    f"`{name}` must be {state[name]!r} as in the run that is resumed, got {values[name]!r}."
-                )
         if state["step"] > self.options.optimizer.max_train_steps:
             raise ValueError(
                 f"`max_train_steps` must be at least the step {state['step']} of {checkpoint}, "
@@ -319,7 +309,8 @@ class Trainer:
         set_learning_rates(self.optimizer, rates)
         self._check_weights()
         logger.info(f"Resuming from {checkpoint} at step {self.step}.")
-        return state
+        for change in self.history.describe_changes():
+            logger.info(change)
 
     def averaged_pipeline(self) -> DoDPipeline:
         """Builds the pipeline of the averaged weights, sharing their memory; all processes must call it."""
@@ -379,9 +370,7 @@ class Trainer:
             "step": self.step,
             "num_nonfinite_steps": self.num_nonfinite_steps,
             "average": next(iter(self.emas)),
-            "streaming": self.options.stream.streaming,
-            "optimizer": self.options.optimizer.optimizer,
-            "gradient_accumulation_steps": self.options.optimizer.gradient_accumulation_steps,
+            "history": self.history.state(),
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
             "gradient_scaler": None if scaler is None else scaler.state_dict(),
             "metrics": self.metrics.state(),
@@ -392,13 +381,14 @@ class Trainer:
             pipeline.save_pretrained(folder)
             save_training_state(folder, tensors, state)
 
-        if is_main:
-            for name in (METRICS_FILE, EVALUATIONS):  # the lines up to this step, which no resumed run writes again
-                if (path := self.options.output.output_dir / name).exists():
-                    flush(path)
-            self.checkpoint = save_checkpoint(
-                self.options.output.output_dir, self.step, write, self.options.output.checkpoints_total_limit
-            )
+        with all_or_none():
+            if is_main:
+                for name in (METRICS_FILE, EVALUATIONS):  # lines up to this step, which no resumed run writes again
+                    if (path := self.options.output.output_dir / name).exists():
+                        flush(path)
+                self.checkpoint = save_checkpoint(
+                    self.options.output.output_dir, self.step, write, self.options.output.checkpoints_total_limit
+                )
 
     # ------------------------------------------------------------------------------------------------------- steps
 
@@ -443,6 +433,7 @@ class Trainer:
         self.learning_rate = float(self.optimizer.param_groups[0]["lr"])  # of this step
         self.lr_scheduler.step()
         self.step += 1
+        self.history.add_step(self.images_per_step)
         parameters = list(averaged_parameters(self.joint_model).values())
         for average in self.emas.values():
             average.step(parameters)
@@ -598,7 +589,9 @@ class Trainer:
         return replace_values(self.options, resolution=self.data.resolution, random_flip=self.data.random_flip)
 
     def _write_card(self) -> None:
-        write_model_card(self._resolved_options(), self.data.class_names, self.images_per_step, self.step)
+        write_model_card(
+            self._resolved_options(), self.data.class_names, self.images_per_step, self.step, self.history
+        )
 
     def _push(self, message: str) -> None:
         folder = self.options.output.output_dir
@@ -612,13 +605,13 @@ class Trainer:
         """Writes the finished pipeline with its model card and, if asked to, uploads them."""
         options = self.options
         pipeline = self.averaged_pipeline()
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            with replacing_contents(options.output.output_dir, DoDPipeline.config_name) as unfinished:
-                pipeline.save_pretrained(unfinished)
-            self._write_card()
-            if self.pusher is not None:
-                self._push("End of training")
+        with all_or_none():
+            if self.accelerator.is_main_process:
+                with replacing_contents(options.output.output_dir, DoDPipeline.config_name) as unfinished:
+                    pipeline.save_pretrained(unfinished)
+                self._write_card()
+                if self.pusher is not None:
+                    self._push("End of training")
 
 
 def main(argv: list[str] | None = None) -> None:

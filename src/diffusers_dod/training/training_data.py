@@ -4,6 +4,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -22,6 +23,7 @@ from ..data.latents import Latents, check_settings, images_of
 from ..data.sample_stream import PositionSampler, SampleDraws, TrainingSamples, collate_priors_first
 from ..data.streaming import ImageStream, build_stream_loader, open_stream
 from ..data.vision_features import VisionFeatures
+from ..processes import outlive_stop_signals
 from ..training_options import TrainingOptions
 from .encode_latents import encode_data, open_labelled_images
 
@@ -104,6 +106,16 @@ class TrainingData(ABC):
             `dict`: The state, ready for JSON. It is empty if the step alone gives the position.
         """
         return {}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the samples depend on, whatever options name it, ready for JSON; a resumed run compares it."""
+        return {
+            "class_names": list(self.class_names),
+            "resolution": self.resolution,
+            "random_flip": self.random_flip,
+            "vision_model": None if self.vision is None else self.vision.describe(),
+        }
 
     @abstractmethod
     def describe(self) -> str:
@@ -197,8 +209,20 @@ class StoredLatents(TrainingData):
                 collate_fn=collate_priors_first,
                 num_workers=num_workers,
                 pin_memory=self.device.type == "cuda",
+                worker_init_fn=outlive_stop_signals,
             )
         )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the samples depend on, as the manifest of the latents states it."""
+        manifest = self.latents.manifest
+        stated = ("images", "transform", "autoencoder", "latents_dtype", "buckets")
+        return {
+            **super().identity,
+            "num_images": len(self.latents),
+            **{name: manifest[name] for name in stated if name in manifest},
+        }
 
     def to_inputs(self, batch: dict[str, Any]) -> dict[str, torch.Tensor | int]:
         inputs = self._to_device(batch)
@@ -277,6 +301,12 @@ class StreamedImages(TrainingData):
             state=None if states is None else states[positions.process_index % len(states)],
         )
         self._position = samples.state
+        if self._position.num_batches != positions.start_micro_step:
+            raise ValueError(
+                f"The stream must go on behind {positions.start_micro_step} micro-batches, got a checkpoint behind "
+                f"{self._position.num_batches}: `streaming` and `gradient_accumulation_steps` must be as in the run "
+                "that is resumed."
+            )
         loader = iter(build_stream_loader(samples, pin_memory=self.device.type == "cuda"))
         return self._follow(loader, num_aligned_steps * positions.accumulation)
 
@@ -295,6 +325,18 @@ class StreamedImages(TrainingData):
         if inputs.pop("is_aligned"):
             inputs["features"] = self.vision(pixels)
         return inputs
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the samples depend on, as far as a stream tells it in advance."""
+        name = self.images.dataset_name
+        return {
+            **super().identity,
+            "dataset_name": name if name is None or not Path(name).exists() else "a local folder",
+            "image_column": self.images.image_column,
+            "label_column": self.images.label_column,
+            "autoencoder": describe_autoencoder(self.vae),
+        }
 
     def state(self) -> dict[str, Any]:
         if num_bad := sum(gather_object([self._position.num_bad_images])):
