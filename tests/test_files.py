@@ -23,8 +23,10 @@ from diffusers_dod.files import (
     read_lines,
     read_object,
     remove_folder,
+    remove_unfinished,
     replacing,
     replacing_contents,
+    replacing_files,
     write_json,
 )
 
@@ -134,6 +136,52 @@ def test_a_file_has_the_permissions_of_any_other(tmp_path, umask):
         assert os.umask(before) == umask
     assert (tmp_path / "private").stat().st_mode == (tmp_path / "usual").stat().st_mode
     assert (tmp_path / "folder" / "private").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the umask is found there")
+def test_writing_changes_no_umask(tmp_path, monkeypatch):
+    """Else another thread could write a file that everybody may change."""
+    monkeypatch.setattr(os, "umask", None)
+    with replacing(tmp_path / "file") as unfinished:
+        unfinished.write_text("")
+
+
+def test_files_are_replaced_together(tmp_path, monkeypatch):
+    """Each is flushed before it has its name, and the folder at last."""
+    (tmp_path / "kept").write_text("kept")
+    (tmp_path / "0.png").write_text("old")
+    with pytest.raises(KeyError), replacing_files(tmp_path) as unfinished:
+        (unfinished / "0.png").write_text("new")
+        raise KeyError
+    assert contents(tmp_path) == {"kept": b"kept", "0.png": b"old"} and len(list(tmp_path.iterdir())) == 2
+    flushed, flush, replace = [], files.flush, os.replace
+    monkeypatch.setattr(files, "flush", lambda path: (flushed.append(path.name), flush(path)))
+
+    def replace_what_is_flushed(source, target):
+        assert Path(source).name in flushed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_what_is_flushed)
+    with replacing_files(tmp_path, tmp_path) as unfinished:
+        for i in range(40):
+            (unfinished / f"{i}.png").write_text("new")
+    assert contents(tmp_path) == {"kept": b"kept", **{f"{i}.png": b"new" for i in range(40)}}
+    assert flushed[-1] == tmp_path.name and not list(tmp_path.glob(".unfinished*"))
+
+
+def test_what_a_stopped_command_left_is_removed_but_nothing_in_use(tmp_path):
+    for place in ("", "bucket-8x8", "samples", "latents"):
+        (tmp_path / place / ".unfinished-7-folder").mkdir(parents=True)
+        (tmp_path / place / ".unfinished-7-folder" / "0.png").write_text("half")
+        (tmp_path / place / ".unfinished-7-file").write_text("half")
+        (tmp_path / place / "kept").write_text("kept")
+    with in_use(tmp_path / "latents"):
+        (tmp_path / "latents" / ".unfinished-8-shard").write_text("of the other command")
+        with in_use(tmp_path):
+            names = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob(".unfinished*")]
+            assert names == ["latents/.unfinished-8-shard"]
+    remove_unfinished(tmp_path)
+    assert not list(tmp_path.rglob(".unfinished*")) and len(list(tmp_path.rglob("kept"))) == 4
 
 
 def test_json_is_strict_and_written_whole(tmp_path):

@@ -6,10 +6,12 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished-"  # how names of files and folders begin that are being written or removed
 LOCK_FILE = ".in-use"  # says which process works in a folder, as long as it does
+NUM_FLUSHES = 16  # at a time
 METRICS_FILE = "metrics.jsonl"  # metrics of a training run, in its folder
 
 
@@ -121,14 +124,35 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _settle(path: Path) -> None:
-    """Flushes a file, or a folder with all in it, and gives files the permissions that new files have."""
+def _read_umask() -> int:
+    """The umask of this process; Linux tells it, elsewhere it must be changed for a moment."""
+    try:
+        return int(re.search(r"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1], 8)
+    except (OSError, TypeError):
+        return UMASK
+
+
+def _change_umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
-    for inner in [*path.rglob("*"), path]:
-        if inner.is_file():  # some libraries create files that only their owner can read
-            inner.chmod(0o666 & ~umask)
-        flush(inner)
+    return umask
+
+
+UMASK = _change_umask()  # when this module is imported, as no other thread may create files meanwhile
+
+
+def _settle(path: Path) -> None:
+    """Flushes a file, or a folder with all in it, and gives files the permissions that new files have."""
+    mode = 0o666 & ~_read_umask()
+    inner = [*path.rglob("*"), path]
+    for file in inner:
+        if file.is_file():  # some libraries create files that only their owner can read
+            file.chmod(mode)
+    if len(inner) == 1:
+        flush(path)
+        return
+    with ThreadPoolExecutor(NUM_FLUSHES) as pool:  # a disk flushes many files in about the time of one
+        list(pool.map(flush, inner))
 
 
 @contextmanager
@@ -189,6 +213,43 @@ def replacing_contents(folder: Path, index: str) -> Iterator[Path]:
                 os.replace(path, aside)
     finally:
         _remove(unfinished)
+
+
+@contextmanager
+def replacing_files(folder: Path, aside: Path | None = None) -> Iterator[Path]:
+    """
+    Context that writes files of a folder, each atomically. All are durable at its end; all else in the folder stays.
+
+    They are flushed together, which takes a tenth of the time of one by one.
+
+    Args:
+        folder (`Path`): The folder.
+        aside (`Path`, *optional*): The folder to write in. By default the folder itself.
+
+    Returns:
+        `Path`: A folder of this process alone, for files with their final names.
+    """
+    make_folder(folder)
+    unfinished = _aside(folder / "files", aside)
+    _remove(unfinished)  # of a process with the same number
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        _settle(unfinished)
+        for path in sorted(unfinished.iterdir()):
+            os.replace(path, folder / path.name)
+        flush(folder)
+    finally:
+        _remove(unfinished)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what stopped commands left unfinished in `folder`, and in its sub-folders that no command works in."""
+    for place in [folder, *(path for path in folder.glob("*") if path.is_dir())]:
+        found = list(place.glob(f"{UNFINISHED}*"))  # in this order: a lock that comes now has files that come later
+        if place == folder or not (place / LOCK_FILE).exists():
+            for unfinished in found:
+                _remove(unfinished)
 
 
 def remove_folder(folder: Path) -> None:
@@ -275,8 +336,7 @@ def in_use(folder: Path, name: str = "output_dir", waits: bool = False) -> Itera
         owner = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
         os.ftruncate(descriptor, 0)
         os.write(descriptor, owner.encode())
-        for unfinished in folder.glob(f"{UNFINISHED}*"):
-            _remove(unfinished)
+        remove_unfinished(folder)
         yield
     finally:
         path.unlink(missing_ok=True)

@@ -37,7 +37,17 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..command_line import run_main
-from ..files import LOCK_FILE, UNFINISHED, file_sha256, in_use, make_folder, read_object, replacing, write_json
+from ..files import (
+    LOCK_FILE,
+    file_sha256,
+    in_use,
+    make_folder,
+    read_object,
+    remove_unfinished,
+    replacing,
+    replacing_files,
+    write_json,
+)
 from ..guidance_options import GuidanceOptions
 from ..options import option, parse_options, to_argv, to_json, to_values
 from ..pipeline_dod import DoDPipeline
@@ -205,8 +215,7 @@ class SampleFolder:
         Raises:
             `ValueError`: the folder holds samples with other settings, which the message names, or something else.
         """
-        for path in self._chunks.glob(f"{UNFINISHED}*"):
-            path.unlink()
+        remove_unfinished(self._chunks)
         files = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()}
         files.discard(LOCK_FILE)
         is_complete = False
@@ -333,8 +342,9 @@ class SampleFolder:
     def _write_chunk(self, chunk: int, images: np.ndarray, versions: list[dict[str, str | None]]) -> None:
         paths = self._chunk_files(chunk)
         if self.settings["format"] == "png":
-            for path, image in zip(paths, images, strict=True):
-                self._publish(path, lambda file, image=image: Image.fromarray(image).save(file, "png"))
+            with replacing_files(self.folder, self._chunks) as unfinished:
+                for path, image in zip(paths, images, strict=True):
+                    Image.fromarray(image).save(unfinished / path.name)
         else:
             self._publish(paths[0], lambda file: np.save(file, images))
         note = {"num_images": len(images), "sha256": file_sha256(*paths), "versions": versions}
