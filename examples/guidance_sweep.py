@@ -36,7 +36,14 @@ def main(argv: list[str] | None = None) -> None:
     ]
     rows = [list(row) for row in zip(*columns, strict=True)]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    make_grid(rows, scale=max(1, 96 // rows[0][0].width), gap=4).save(args.output)
+    make_grid(
+        rows,
+        scale=max(1, 96 // rows[0][0].width),
+        gap=4,
+        title=f"stage 2, seed {args.seed}",
+        column_names=[f"scale {scale:g}" for scale in args.guidance_scales],
+        row_names=args.class_labels,
+    ).save(args.output)
     print(f"Wrote {args.output}: {len(rows)} classes at scales {', '.join(map(str, args.guidance_scales))}.")
 
 

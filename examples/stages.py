@@ -31,7 +31,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     rows = [list(row) for row in zip(*output.stages, strict=True)]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    make_grid(rows, scale=max(1, 96 // rows[0][0].width), gap=4).save(args.output)
+    make_grid(
+        rows,
+        scale=max(1, 96 // rows[0][0].width),
+        gap=4,
+        title=f"{args.class_label}, seed {args.seed}",
+        column_names=[f"stage {stage + 1}" for stage in range(args.num_stages)],
+    ).save(args.output)
     print(f"Wrote {args.output}: {len(rows)} samples of {args.class_label} in {args.num_stages} stages.")
 
 

@@ -53,7 +53,14 @@ def main(argv: list[str] | None = None) -> None:
         original = {0.0: originals[0], 1.0: originals[-1]}.get(weight, Image.new("RGB", (side, side), "white"))
         rows.append([original, *images])
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    make_grid(rows, scale=max(1, 96 // side), gap=4).save(args.output)
+    make_grid(
+        rows,
+        scale=max(1, 96 // side),
+        gap=4,
+        title=f"{args.class_label}, stage 2, seed {args.seed}",
+        column_names=["image"] + ["variation"] * args.num_images,
+        row_names=[f"prior {weight:.2f}" for weight in weights],
+    ).save(args.output)
     print(f"Wrote {args.output}: {len(weights)} priors, {args.num_images} images of {args.class_label} of each.")
 
 

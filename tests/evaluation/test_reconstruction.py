@@ -9,6 +9,7 @@ import torch
 from helpers import says, tiny_pipeline, tiny_transformer
 from PIL import Image
 
+from diffusers_dod.data.image_grid import LINE
 from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
 from diffusers_dod.evaluation import reconstruction
 from diffusers_dod.evaluation.options import draw_labelled_images, read_batches
@@ -224,8 +225,11 @@ def test_the_command(checkpoint, tmp_path, capsys, pipeline):
     assert first["data"]["num_images"] == 26 and first["data"]["resolution"] == 16
     assert first["settings"]["num_inference_steps"] == 3 and first["settings"]["class_labels"] == "those of the images"
     with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.size == (12 * 66 - 2, 4 * 66 - 2)
-        corner = np.asarray(grid.crop((66, 0, 130, 64)).resize((16, 16), Image.Resampling.NEAREST))
+        left, top = grid.width - (12 * 66 - 2), grid.height - (4 * 66 - 2)  # of the images; captions take the rest
+        assert left > 30 and top == 2 * LINE
+        corner = np.asarray(
+            grid.crop((left + 66, top, left + 130, top + 64)).resize((16, 16), Image.Resampling.NEAREST)
+        )
         np.testing.assert_array_equal(corner, TextureDataset(26, size=16, seed=1)[1]["image"])
 
     # The numbers are those of the images that the options name, and the same again.

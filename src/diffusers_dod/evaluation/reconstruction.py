@@ -374,7 +374,11 @@ def main(argv: list[str] | None = None) -> None:
         grid = [originals.numpy()]
         grid += [reconstruct(pipeline, originals, labels, places, scale, **call) for scale in scales.values()]
         image = make_grid(
-            [list(map(Image.fromarray, row)) for row in grid], scale=max(1, 64 // comparison.images.resolution)
+            [list(map(Image.fromarray, row)) for row in grid],
+            scale=max(1, 64 // comparison.images.resolution),
+            title=f"Images, and stage 2 from their own classes and visual priors, seed {comparison.seed}",
+            column_names=[images.class_names[label] for label in labels.tolist()],
+            row_names=["images", *scales],
         )
         with replacing(options.grid_file) as unfinished:
             image.save(unfinished)

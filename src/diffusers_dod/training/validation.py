@@ -53,10 +53,13 @@ def stage_grid(
     accelerator: Accelerator,
     num_columns: int = 12,
     samples_per_class: int = 2,
+    title: str | None = None,
     **call: Any,
 ) -> Image.Image:
     """
     Draws a grid of samples: a column per class, and for each sample a row per stage, with stage 1 on top.
+
+    Captions name class and stage.
 
     Args:
         pipeline ([`DoDPipeline`]): The model.
@@ -64,6 +67,7 @@ def stage_grid(
         accelerator (`Accelerator`): The processes. They share the samples.
         num_columns (`int`, defaults to 12): Number of classes to show, from the first.
         samples_per_class (`int`, defaults to 2): Number of samples of each class.
+        title (`str`, *optional*): Caption of the grid.
         call (`Any`): Further arguments of the pipeline's call.
 
     Returns:
@@ -79,7 +83,14 @@ def stage_grid(
     for start in range(0, len(labels), len(classes)):
         columns = [samples[start + i] for i in range(len(classes))]
         rows += [[Image.fromarray(column[stage]) for column in columns] for stage in range(len(columns[0]))]
-    return make_grid(rows, scale=max(1, 64 // rows[0][0].width))
+    num_stages = len(rows) // samples_per_class
+    return make_grid(
+        rows,
+        scale=max(1, 64 // rows[0][0].width),
+        title=title,
+        column_names=[pipeline.id2label.get(label, f"class {label}") for label in classes],
+        row_names=[f"stage {stage + 1}" for stage in range(num_stages)] * samples_per_class,
+    )
 
 
 def stage_distances(
