@@ -46,6 +46,7 @@ class Repo:
     files: dict[str, File] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)  # of the commits
     lfs_objects: set[str] = field(default_factory=set)  # committed or not
+    private: bool = False
 
 
 class Refusal(Exception):
@@ -237,7 +238,7 @@ class HubHandler(BaseHTTPRequestHandler):
     def info(self, body: bytes, repo_id: str) -> None:
         repo = self.hub.repo(repo_id)
         siblings = [{"rfilename": path} for path in sorted(repo.files)]
-        self.reply({"id": repo_id, "sha": repo.commit, "private": False, "tags": [], "siblings": siblings})
+        self.reply({"id": repo_id, "sha": repo.commit, "private": repo.private, "tags": [], "siblings": siblings})
 
     def tree(self, body: bytes, repo_id: str) -> None:
         self.reply([file.as_json(path) for path, file in sorted(self.hub.repo(repo_id).files.items())])
@@ -256,7 +257,9 @@ class HubHandler(BaseHTTPRequestHandler):
         repo_id = f"{request.get('organization') or self.hub.user}/{request['name']}"
         self.authorize(is_writing=True, repo_id=repo_id)
         status = 409 if repo_id in self.hub.repos else 200
-        self.hub.repos.setdefault(repo_id, Repo())
+        self.hub.repos.setdefault(
+            repo_id, Repo(private="private" in (request.get("visibility"), request.get("private") and "private"))
+        )
         self.reply({"url": f"{self.hub.url}/{repo_id}", "name": repo_id}, status=status)
 
     def validate_yaml(self, body: bytes) -> None:

@@ -1,6 +1,7 @@
 """Options out of the fields of dataclasses: what is parsed, what is refused and in which words, what is written."""
 
 import math
+import re
 from dataclasses import FrozenInstanceError, dataclass, field
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import yaml
 from helpers import says
 
 from diffusers_dod.options import (
+    _help,
     build_parser,
     check_options,
     describe,
@@ -159,10 +161,12 @@ def test_help_shows_every_text_every_default_and_every_group():
     parser = build_parser(Options, "What the command does.")
     text = " ".join(parser.format_help().split())
     assert text.count("What the command does.") == 1
-    for field_of_option in list_options(Options).values():
+    for name, field_of_option in list_options(Options).items():
         assert field_of_option.option.help in text
+        assert re.search("default|Default: |Required$", _help(field_of_option)), name
     for fragment in ("Default: 0.0001", "Default: 0.999", "Default: 0.0 1.0", "Default: 0", "Default: large"):
         assert fragment in text
+    assert "Default: off" in text and "Default: none" in text
     assert "Default: False" not in text and "Default: None" not in text
     assert "Learning rates: They hold for the whole run." in text and "Source of images:" in text
 
@@ -288,3 +292,36 @@ def test_a_published_recipe_holds_what_anybody_can_use(tmp_path):
 def test_secrets_are_not_shown():
     shown = describe(parse("--token", "secret", "--decays", 0.5))
     assert "token" not in shown and shown["decays"] == "[0.5]" and "secret" not in str(shown)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trusting:
+    """Options with code."""
+
+    extractor: str | None = option(None, names_code=lambda name: name != "inception", help="An extractor.")
+    trust_extractor: bool = option(False, is_trust=True, help="Trust.")
+    config: Path | None = option(None, is_recipe=True, help="Recipe.")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "argv", "refused"),
+    [
+        ("extractor: os:system", "", ["`extractor` of a recipe", "got 'os:system'", "`--trust_extractor`"]),
+        ("extractor: os:system", "--trust_extractor", []),
+        ("extractor: os:system", "--extractor file.py:mine", []),
+        ("extractor: os:system", "--extractor=file.py:mine", []),
+        ("extractor: inception", "", []),
+        ("trust_extractor: true", "--extractor file.py:mine", ["`trust_extractor` must be given on the command line"]),
+        ("extractor: os:system\ntrust_extractor: true", "", ["`trust_extractor` must be", "`extractor` of a recipe"]),
+    ],
+)
+def test_code_of_a_recipe_needs_trust_on_the_command_line(tmp_path, capsys, recipe, argv, refused):
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    argv = ["--config", str(tmp_path / "recipe.yaml"), *argv.split()]
+    if not refused:
+        assert parse_options(Trusting, argv).extractor is not None
+        return
+    with pytest.raises(SystemExit):
+        parse_options(Trusting, argv)
+    message = capsys.readouterr().err
+    assert all(fragment in message for fragment in refused), message

@@ -72,6 +72,8 @@ class Option:
         is_secret (`bool`, defaults to `False`): Whether nothing but the command itself may see it.
         is_free (`bool`, defaults to `False`): Whether a resumed training may have another value: no step depends on
             it, or what it names is compared itself.
+        is_trust (`bool`, defaults to `False`): Whether it is a flag of trust, which recipes must not hold.
+        names_code (`Callable`, *optional*): Whether a value names code. That of a recipe needs a flag of trust.
     """
 
     help: str
@@ -95,6 +97,8 @@ class Option:
     is_place: bool = False
     is_secret: bool = False
     is_free: bool = False
+    is_trust: bool = False
+    names_code: Callable[[Any], bool] | None = None
 
 
 def option(default: Any = MISSING, **description: Any) -> Any:
@@ -379,11 +383,15 @@ def _add_option(parser: argparse._ActionsContainer, field: OptionField) -> None:
 
 
 def _help(field: OptionField) -> str:
-    text = field.option.help.replace("%", "%%")
-    if field.default in (None, MISSING, ()) or field.default is False:
-        return text
-    shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
-    return f"{text} Default: {shown.replace('%', '%%')}"
+    text, default = field.option.help, field.default
+    if default is MISSING:
+        text += " Required"
+    elif default is None or default == () or default is False:
+        if "default" not in text:  # else the text says more about it
+            text += f" Default: {'off' if default is False else 'none'}"
+    else:
+        text += f" Default: {' '.join(map(str, default)) if isinstance(default, tuple) else default}"
+    return text.replace("%", "%%")
 
 
 def parse_options(
@@ -408,11 +416,11 @@ def parse_options(
     parser = build_parser(kind, description)
     argv = sys.argv[1:] if argv is None else argv
     try:
-        words = [*_read_recipes(kind, argv), *argv]
+        recipe = _read_recipes(kind, argv)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    options = from_values(kind, vars(parser.parse_args(words)))
-    errors = find_errors(options)
+    options = from_values(kind, vars(parser.parse_args([*recipe, *argv])))
+    errors = find_errors(options) + _find_untrusted(options, _names(recipe), _names(argv))
     try:
         options = options if complete is None else complete(options)
     except ValueError as error:
@@ -485,6 +493,26 @@ def _read_recipes(kind: type, argv: list[str]) -> list[str]:
         if field.option.is_recipe:
             _add_option(parser, field)
     return [word for path in vars(parser.parse_known_args(argv)[0]).values() if path for word in read_recipe(path)]
+
+
+def _names(words: list[str]) -> set[str]:
+    """Names of the options among `words`, arguments of a command."""
+    return {word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")}
+
+
+def _find_untrusted(options: Any, of_recipe: set[str], of_command: set[str]) -> list[str]:
+    """Messages about code that a recipe names without a flag of trust, and about such a flag in a recipe."""
+    known, values = list_options(type(options)), to_values(options)
+    flags = {name for name, field in known.items() if field.option.is_trust}
+    errors = [f"`{name}` must be given on the command line, not by a recipe." for name in sorted(flags & of_recipe)]
+    for name in [name for name in known if name in of_recipe - of_command and not flags & of_command]:
+        names_code = known[name].option.names_code
+        if names_code is not None and names_code(values[name]):
+            errors.append(
+                f"`{name}` of a recipe must not name code that is not trusted, got {values[name]!r}: read that code, "
+                f"then give {' or '.join(f'`--{flag}`' for flag in sorted(flags))} on the command line."
+            )
+    return errors
 
 
 def find_places(options: Any) -> list[str]:

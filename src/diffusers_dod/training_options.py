@@ -26,6 +26,30 @@ def check_is_file(name: str, path: Path) -> None:
         raise ValueError(f"`{name}` must be a file, got {path}.")
 
 
+def find_mixed_folders(images: ImageOptions, name: str, folder: Path | None) -> list[str]:
+    """
+    Finds out whether a folder that a command writes lies among the images that it reads.
+
+    Args:
+        images ([`ImageOptions`]): Source of the images.
+        name (`str`): Name of the option of the folder that is written.
+        folder (`Path` or `None`): That folder.
+
+    Returns:
+        `list[str]`: A message if it does, since its files would be taken for images of a class.
+    """
+    if images.train_data_dir is None or folder is None:
+        return []
+    if Path(images.train_data_dir).resolve() not in [folder.resolve(), *folder.resolve().parents]:
+        return []
+    return [f"`{name}` must be a folder outside of `train_data_dir`, {images.train_data_dir}, got {folder}."]
+
+
+def names_code(extractor: str) -> bool:
+    """Whether the name of an `extractor` is that of code, not of Inception."""
+    return extractor.partition(":")[0] != "inception"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Model."""
@@ -82,6 +106,10 @@ class DataOptions:
     )
     encoding: EncodingOptions = field(default_factory=EncodingOptions)
     seed: int = option(0, at_least=0, help="Seed of procedural images, of the order of data and of initial weights.")
+
+    def find_conflicts(self) -> list[str]:
+        """Messages about options that do not fit each other."""
+        return find_mixed_folders(self.images, "latents_dir", self.latents_dir)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +275,7 @@ class ValidationOptions:
         needs="fid_reference",
         is_private=True,
         is_free=True,
+        names_code=names_code,
         help="`inception`, `package.module:attribute` or `file.py:attribute`, which turns images (B, 3, H, W) in "
         "uint8 into features (B, d). With it the Fréchet distance of each stage is computed with every grid.",
     )
@@ -256,6 +285,13 @@ class ValidationOptions:
         is_private=True,
         is_free=True,
         help="npz file with the `mu` and `sigma` of those features.",
+    )
+    trust_extractor: bool = option(
+        False,
+        is_private=True,
+        is_trust=True,
+        is_free=True,
+        help="Run the code that the `fid_extractor` of a recipe names, or a TorchScript file.",
     )
     fid_num_samples: int = option(1000, at_least=2, is_free=True, help="Number of samples of a Fréchet distance.")
 
@@ -314,6 +350,13 @@ class HubOptions:
     hub_token: str | None = option(
         None, is_secret=True, is_free=True, help="Token, by default the one of the Hub's own login."
     )
+    hub_private_repo: bool = option(
+        False,
+        needs="push_to_hub",
+        is_private=True,
+        is_free=True,
+        help="Push to a private repository only, and make a new one so; by default the owner's settings decide.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,6 +391,7 @@ class TrainingOptions:
         """Messages about options that do not fit each other."""
         model, alignment, preset = self.model, self.alignment, PRESETS.get(self.model.preset)
         found = self.data.images.find_source_errors(is_needed=self.data.latents_dir is None)
+        found += find_mixed_folders(self.data.images, "output_dir", self.output.output_dir)
         if preset is None:
             return found  # its own message says so
         if preset.latent_embedder_config is None:

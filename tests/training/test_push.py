@@ -357,6 +357,22 @@ def test_a_refusal_is_known_before_the_training(hub, run, token, repo_id, fragme
     assert hub.repos[REPO].messages == hub.repos["somebody/run"].messages == []
 
 
+@pytest.mark.parametrize("private", [True, None])
+def test_a_new_repository_is_private_if_that_is_wanted_and_the_log_says_so(hub, run, caplog, private):
+    pusher_of(run).check("# Card\n", private=private)
+    assert hub.repos[REPO].private is bool(private)
+    assert f"will be pushed to {REPO}, which is {'private' if private else 'PUBLIC'}." in caplog.text
+    pusher_of(run).check("# Card\n", private=private)  # of a run that is resumed
+    assert hub.repos[REPO].messages == ["Start of training"] * 2
+
+
+def test_a_public_repository_gets_nothing_that_must_be_private(hub, run):
+    hub.repos[REPO] = Repo()
+    with pytest.raises(ValueError, match=says("`hub_private_repo`", REPO, "which is public")):
+        pusher_of(run).check("# Card\n", private=True)
+    assert hub.repos[REPO].messages == [] and not hub.repos[REPO].files
+
+
 def test_no_hub_at_all(hub, run, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 from functools import partial
 from pathlib import Path
@@ -14,9 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_dod import DoDPipeline
+from diffusers_dod.data.image_grid import LINE
 from diffusers_dod.data.latents import LatentDataset
 from diffusers_dod.data.sample_stream import SampleDraws, TrainingSamples
+from diffusers_dod.evaluation.evaluate import EvaluationOptions
+from diffusers_dod.evaluation.sample import SamplingOptions
 from diffusers_dod.losses import DoDJointModel
+from diffusers_dod.options import parse_options
 from diffusers_dod.presets import PRESETS
 from diffusers_dod.training.checkpoints import CHECKPOINT_MANIFEST, STATE_FOLDER
 from diffusers_dod.training.train import Trainer, main
@@ -171,11 +177,60 @@ def test_a_checkpoint_is_a_pipeline(finished):
     assert pipe.config.id2label == {"0": "ant", "1": "newt"}
 
 
+def test_a_run_says_what_it_reads_and_writes_and_what_comes_next(tmp_path, data, caplog):
+    caplog.set_level("INFO", logger="diffusers_dod")
+    run = tmp_path / "my run"
+    train(run, *data, "--max_train_steps", 1)
+    assert "10 images of 2 classes\n  class 0, ant: 5 images\n  class 1, newt: 5 images" in caplog.text
+    assert re.search(rf"Checkpoint written: {re.escape(str(run))}/checkpoint-1 \(\d+\.\d s\)", caplog.text)
+    (end,) = [message for message in caplog.messages if f"The pipeline is in {run}." in message]
+    sampling, evaluation = [shlex.split(line) for line in end.splitlines()[1:]]
+    assert sampling[:3] == ["python", "-m", "diffusers_dod.evaluation.sample"]
+    assert evaluation[:3] == ["python", "-m", "diffusers_dod.evaluation.evaluate"]
+    options = parse_options(SamplingOptions, sampling[3:])
+    assert options.pretrained_model_name_or_path == str(run)
+    judged = parse_options(EvaluationOptions, evaluation[3:])
+    assert judged.samples == str(options.output_dir) and judged.judge.reference == str(data[1])
+    assert judged.judge.resolution == 16
+
+
+def test_a_run_does_not_depend_on_names_links_and_the_working_folder(tmp_path, images, monkeypatch):
+    """Characters of patterns in names, a link in the place of a checkpoint, and a relative folder that is left."""
+    shutil.copytree(images, tmp_path / "images [1]*?")
+    monkeypatch.chdir(tmp_path)
+    run, elsewhere = tmp_path / "run [1]", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    class Leaving(Trainer):
+        def train_step(self):
+            os.chdir(elsewhere)
+            if self.step == 1:
+                shutil.move(run / "checkpoint-1", elsewhere)
+                (run / "checkpoint-1").symlink_to(elsewhere / "checkpoint-1")
+            super().train_step()
+
+    monkeypatch.setattr("diffusers_dod.training.train.Trainer", Leaving)
+    steps = ["--max_train_steps", 2, "--checkpointing_steps", 1, "--checkpoints_total_limit", 1]
+    train(Path(run.name), "--train_data_dir", "images [1]*?", "--resolution", 16, *steps)
+    names = {path.name for path in run.iterdir()}
+    assert {"checkpoint-2", "metrics.jsonl", "samples", "model_index.json"} <= names and "checkpoint-1" not in names
+    assert (elsewhere / "checkpoint-1" / "model_index.json").exists() and len(list(elsewhere.iterdir())) == 1
+    DoDPipeline.from_pretrained(run)
+
+
+def test_latents_alone_are_described_too(tmp_path, finished, caplog):
+    caplog.set_level("INFO", logger="diffusers_dod")
+    train(tmp_path / "run", "--latents_dir", finished / "latents", "--max_train_steps", 1)
+    assert "latents of 10 images of 2 classes\n  class 0, ant: 5 images" in caplog.text
+
+
 def test_sample_grid(finished):
     """Two classes beside each other; two samples of two stages above each other; enlarged to 64, two pixels apart."""
     assert [path.name for path in (finished / "samples").iterdir()] == ["step-0000004.png"]
     with Image.open(finished / "samples" / "step-0000004.png") as grid:
-        assert grid.format == "PNG" and grid.size == (2 * 66 - 2, 4 * 66 - 2)
+        left, top = grid.width - (2 * 66 - 2), grid.height - (4 * 66 - 2)  # of the images; captions take the rest
+        assert grid.format == "PNG" and left > 30 and top == 2 * LINE
+        assert grid.convert("L").crop((0, 0, grid.width, top)).getextrema()[0] < 128
         assert len(grid.getcolors(maxcolors=1 << 20)) > 50
 
 

@@ -503,6 +503,26 @@ def test_what_distances_refuse(distances, reference, tmp_path, capsys):
     assert "`fid_extractor` must be given with `fid_reference` only, got inception." in message
 
 
+def test_folders_that_a_run_writes_are_not_among_its_images(tmp_path, capsys):
+    for path in (tmp_path, tmp_path / "run", tmp_path / "deep" / "run"):
+        message = says_at_start(capsys, "--train_data_dir", tmp_path, "--output_dir", path)
+        assert f"`output_dir` must be a folder outside of `train_data_dir`, {tmp_path}, got {path}" in message
+    message = says_at_start(capsys, "--train_data_dir", tmp_path, "--latents_dir", tmp_path / "latents")
+    assert "`latents_dir` must be a folder outside" in message
+    (tmp_path / "images").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    message = says_at_start(capsys, "--train_data_dir", tmp_path / "images", "--output_dir", tmp_path / "link" / "run")
+    assert "`output_dir` must be a folder outside" in message
+    beside = ["--train_data_dir", tmp_path / "images", "--output_dir", tmp_path / "images-run"]
+    parse_options(TrainingOptions, [*TINY, *map(str, beside)])
+
+
+def test_code_of_a_recipe_is_not_run_without_trust(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("fid_extractor: os:system\nfid_reference: reference.npz")
+    message = says_at_start(capsys, "--dataset_name", "textures", "--config", tmp_path / "recipe.yaml")
+    assert "`fid_extractor` of a recipe" in message and "`--trust_extractor`" in message
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipes
 

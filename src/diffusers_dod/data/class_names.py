@@ -4,13 +4,15 @@
 import logging
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..checks import abbreviate
 
 
 logger = logging.getLogger(__name__)
+
+NUM_SHOWN = 20  # classes that a list names
 
 
 def clean_class_name(name: str) -> str:
@@ -80,3 +82,22 @@ def read_class_names(file: Path) -> list[str]:
         if not name.strip():
             raise ValueError(f"`class_names_file` must have a name in each line, got {file} with none in line {line}.")
     return names
+
+
+def list_classes(class_names: Sequence[str], counts: Mapping[int, int] | None = None) -> list[str]:
+    """
+    Lists the first classes, one in a line, and how many more there are.
+
+    Args:
+        class_names (`Sequence[str]`): Their names in the order of their ids.
+        counts (`Mapping[int, int]`, *optional*): Number of images by id, if it is known.
+
+    Returns:
+        `list[str]`: The lines.
+    """
+    lines = [f"  class {label}, {name}" for label, name in enumerate(class_names[:NUM_SHOWN])]
+    if counts is not None:
+        lines = [f"{line}: {counts.get(label, 0):,} images" for label, line in enumerate(lines)]
+    if more := len(class_names) - len(lines):
+        lines.append(f"  and {more:,} more classes")
+    return lines

@@ -20,8 +20,8 @@ from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 
 from ..options import option
-from .class_names import clean_class_name, clean_class_names
-from .image_folder import NUM_SHOWN, ImageFolder, LeftOut, check_bad_images
+from .class_names import clean_class_name, clean_class_names, list_classes
+from .image_folder import ImageFolder, LeftOut, check_bad_images
 from .textures import TEXTURE_CLASSES, TextureDataset
 
 
@@ -280,14 +280,10 @@ class LabelledImages:
     def describe(self) -> str:
         """Describes the images in lines: their number, that of the first classes, and what was left out."""
         lines = [f"{len(self.dataset):,} images of {len(self.class_names)} classes"]
-        if isinstance(self.dataset, ImageDataset):
-            counts = self.dataset.count_images()
-            if empty := sum(not counts[label] for label in range(len(self.class_names))):
-                lines[0] += f", {empty} of them without an image"
-            shown = list(enumerate(self.class_names))[:NUM_SHOWN]
-            lines += [f"  class {label}, {name}: {counts[label]:,} images" for label, name in shown]
-            if more := len(self.class_names) - len(shown):
-                lines.append(f"  and {more:,} more classes")
+        counts = self.dataset.count_images() if isinstance(self.dataset, ImageDataset) else None
+        if counts is not None and (empty := sum(not counts[label] for label in range(len(self.class_names)))):
+            lines[0] += f", {empty} of them without an image"
+        lines += list_classes(self.class_names, counts)
         return "\n".join(lines + [f"  left out, {reason}: {part}" for reason, part in self.left_out.items()])
 
     def path_of(self, index: int) -> str:

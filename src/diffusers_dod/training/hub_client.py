@@ -45,9 +45,11 @@ def limit_requests(timeout_s: float) -> None:
     set_client_factory(lambda: type(client)(event_hooks=hooks, follow_redirects=redirects, timeout=limits))
 
 
-def check(api: HfApi, repo_id: str, private: bool | None, card: str) -> str:
+def check(api: HfApi, repo_id: str, private: bool | None, card: str) -> dict:
     """
     Creates the repository unless it exists, and commits to it. Only a commit proves that the token may write.
+
+    It commits nothing if the repository must be private and is not.
 
     Args:
         api (`HfApi`): The client.
@@ -57,19 +59,22 @@ def check(api: HfApi, repo_id: str, private: bool | None, card: str) -> str:
             file `.push-check` instead. The next upload removes that file.
 
     Returns:
-        `str`: The repository with the name of its owner.
+        `dict`: `repo_id`, the repository with the name of its owner, and `is_private`.
     """
     api.whoami()
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    answer = {"repo_id": repo_id, "is_private": bool(api.model_info(repo_id).private)}
+    if private and not answer["is_private"]:
+        return answer
     has_card = api.file_exists(repo_id, CARD)
     # The content must be new, else the Hub makes no commit.
     name, content = (MARKER, f"{uuid.uuid4()}\n") if has_card else (CARD, card)
     operation = CommitOperationAdd(name, content.encode())
     api.create_commit(repo_id, [operation], commit_message="Start of training")
-    return repo_id
+    return answer
 
 
-def upload(api: HfApi, repo_id: str, folder: str, message: str, removed: list[str]) -> str:
+def upload(api: HfApi, repo_id: str, folder: str, message: str, removed: list[str]) -> dict:
     """
     Commits a folder to the root of a repository, in one commit.
 
@@ -81,14 +86,14 @@ def upload(api: HfApi, repo_id: str, folder: str, message: str, removed: list[st
         removed (`list[str]`): Files and folders at the root to remove, except for files that `folder` has too.
 
     Returns:
-        `str`: The repository.
+        `dict`: `repo_id`, the repository.
     """
     files = {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*") if path.is_file()}
     stale = [name for name in api.list_repo_files(repo_id) if name.split("/")[0] in removed and name not in files]
     operations = [CommitOperationDelete(name, is_folder=False) for name in stale]
     operations += [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
     api.create_commit(repo_id, operations, commit_message=message)  # `upload_folder` would make several commits
-    return repo_id
+    return {"repo_id": repo_id}
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -144,12 +149,12 @@ def reply(action: str, token: str | None, timeout_s: float, **arguments) -> dict
         arguments: Arguments of the action.
 
     Returns:
-        `dict`: `repo_id`, or the description of an error by [`describe`].
+        `dict`: What the action returns, or the description of an error by [`describe`].
     """
     limit_requests(timeout_s)
     try:
         api = HfApi(token=token, library_name="diffusers_dod")
-        return {"repo_id": {"check": check, "upload": upload}[action](api, **arguments)}
+        return {"check": check, "upload": upload}[action](api, **arguments)
     except Exception as error:
         return describe(error, [secret for secret in (token, get_token()) if secret])
 

@@ -117,15 +117,19 @@ class HubPusher:
         """
         Checks by a first commit, before the training starts, that the repository exists and can be written to.
 
+        The commit has the card alone. The log says whether the repository is private or public.
+
         Args:
             card (`str`): Model card (`README.md`) for a repository that has none. An existing card is kept.
-            private (`bool`, *optional*): Whether a new repository is private. By default the owner's setting.
+            private (`bool`, *optional*): Whether the repository must be private; a new one is made so. By default the
+                owner's setting holds for a new one.
 
         Returns:
             `str`: The repository with the name of its owner.
 
         Raises:
             `RuntimeError`: the Hub cannot be reached or refuses something. The message says what to do.
+            `ValueError`: the repository must be private, exists, and is public. Nothing is committed.
         """
         attempts = min(CHECK_ATTEMPTS, self.max_attempts)
         reply = self._ask(attempts, "The check of the Hub", action="check", card=card, private=private)
@@ -133,6 +137,15 @@ class HubPusher:
             advice = ADVICE.get(reply["status"], "Try again later.")
             raise RuntimeError(f"Cannot push to {self.repo_id!r}: {reply['error']}. {advice}")
         self.repo_id = reply["repo_id"]
+        if private and not reply["is_private"]:
+            raise ValueError(
+                f"`hub_private_repo` must be given for a new or a private repository, got it for {self.repo_id}, "
+                "which is public: change that in its settings on the Hub, or give another `hub_model_id`."
+            )
+        if reply["is_private"]:
+            logger.info(f"Checkpoints will be pushed to {self.repo_id}, which is private.")
+        else:
+            logger.warning(f"Checkpoints will be pushed to {self.repo_id}, which is PUBLIC.")
         return self.repo_id
 
     def push(self, checkpoint: Path, others: Iterable[Path], message: str, with_training_state: bool) -> None:

@@ -14,6 +14,7 @@ pipeline itself into `output_dir`.
 import logging
 import math
 import os
+import shlex
 import sys
 import time
 from contextlib import ExitStack
@@ -29,11 +30,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm.auto import tqdm
 
 from ..command_line import run_main
+from ..data.labelled_images import TEXTURES
 from ..data.sample_stream import PositionSampler, SampleDraws
 from ..data.vision_features import VisionFeatures
 from ..files import METRICS_FILE, flush, in_use, replacing, replacing_contents, write_json
 from ..losses import DoDJointModel
-from ..metrics.extractors import check_extractor, load_extractor, load_statistics
+from ..metrics.extractors import INCEPTION, check_extractor, load_extractor, load_statistics
 from ..options import describe, parse_options, replace_values
 from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS
@@ -155,11 +157,13 @@ class Trainer:
                 if accelerator.is_main_process:
                     name = options.hub.hub_model_id or options.output.output_dir.resolve().name
                     self.pusher = HubPusher(name, options.output.output_dir, options.hub.hub_token)
-                    self.pusher.check(write_model_card(options))
+                    self.pusher.check(write_model_card(options), private=options.hub.hub_private_repo or None)
         self.fid = None
         if options.validation.fid_extractor is not None:
             self.fid = (
-                load_extractor(options.validation.fid_extractor, device=accelerator.device),
+                load_extractor(
+                    options.validation.fid_extractor, options.validation.trust_extractor, accelerator.device
+                ),
                 load_statistics(options.validation.fid_reference),
             )
 
@@ -359,6 +363,7 @@ class Trainer:
         Raises:
             `FloatingPointError`: weights or averages are not finite. Earlier checkpoints stay.
         """
+        start = time.perf_counter()
         self._check_weights()
         is_main = self.accelerator.is_main_process
         pipeline = self.averaged_pipeline()
@@ -389,6 +394,7 @@ class Trainer:
                 self.checkpoint = save_checkpoint(
                     self.options.output.output_dir, self.step, write, self.options.output.checkpoints_total_limit
                 )
+                logger.info(f"Checkpoint written: {self.checkpoint} ({time.perf_counter() - start:.1f} s)")
 
     # ------------------------------------------------------------------------------------------------------- steps
 
@@ -509,7 +515,8 @@ class Trainer:
             if accelerator.is_main_process:
                 drop_metrics_after(options.output.output_dir / EVALUATIONS, self.step - 1)
             append_line(options.output.output_dir / EVALUATIONS, line, accelerator)
-        grid = stage_grid(pipeline, options.validation.validation_seed, accelerator, **call)
+        title = f"{options.model.preset}, step {self.step:,}, seed {options.validation.validation_seed}"
+        grid = stage_grid(pipeline, options.validation.validation_seed, accelerator, title=title, **call)
         if accelerator.is_main_process:  # at last, so that what has a grid has all of it
             with replacing(self._grid_path) as unfinished:
                 grid.save(unfinished)
@@ -610,8 +617,35 @@ class Trainer:
                 with replacing_contents(options.output.output_dir, DoDPipeline.config_name) as unfinished:
                     pipeline.save_pretrained(unfinished)
                 self._write_card()
+                logger.info(describe_end(options, self.data.resolution))
                 if self.pusher is not None:
                     self._push("End of training")
+
+
+def describe_end(options: TrainingOptions, resolution: int) -> str:
+    """
+    Says where the pipeline of a finished run is, and which commands sample and evaluate it.
+
+    Args:
+        options ([`TrainingOptions`]): The run's options.
+        resolution (`int`): Side of the images in pixels.
+
+    Returns:
+        `str`: A line, and a line for each command.
+    """
+    images, folder = options.data.images, os.path.abspath(options.output.output_dir)
+    reference = images.train_data_dir or images.dataset_name or "path/to/images"
+    if reference == TEXTURES:
+        reference = f"{TEXTURES}:{options.data.num_train_samples}:{options.data.seed + 1}"
+    samples, extractor = f"{folder}-samples", options.validation.fid_extractor or INCEPTION
+    commands = [
+        f"sample --pretrained_model_name_or_path {shlex.quote(folder)} --num_images 1000 "
+        f"--output_dir {shlex.quote(samples)}",
+        f"evaluate {shlex.quote(samples)} --reference {shlex.quote(reference)} --resolution {resolution} "
+        f"--extractor {shlex.quote(extractor)} --output_file {shlex.quote(samples + '.json')}",
+    ]
+    lines = [f"  python -m diffusers_dod.evaluation.{command}" for command in commands]
+    return "\n".join([f"The pipeline is in {folder}. To sample it, and to evaluate the samples:", *lines])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -626,6 +660,9 @@ def main(argv: list[str] | None = None) -> None:
         `FloatingPointError`: the gradients of too many steps in a row are not finite, or weights are not.
     """
     options = parse_options(TrainingOptions, argv, __doc__)
+    # So that the run does not depend on the working folder, which may change meanwhile.
+    paths = {"output_dir": options.output.output_dir, "latents_dir": options.data.latents_dir}
+    options = replace_values(options, **{name: path and path.absolute() for name, path in paths.items()})
     if options.dry_run:
         if int(os.environ.get("RANK", 0)) == 0:
             print(describe_run(options))

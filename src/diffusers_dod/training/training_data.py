@@ -2,6 +2,7 @@
 """Training data of a run: latents on disk, or images that are read and encoded while the model trains."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..autoencoders import Autoencoder, encode_moments, latent_channels, spatial_factor
-from ..data.class_names import clean_class_names, read_class_names
+from ..data.class_names import clean_class_names, list_classes, read_class_names
 from ..data.encoding import EncodingOptions, Share, describe_autoencoder
 from ..data.foreign_latents import open_latents
 from ..data.labelled_images import TRANSFORM, ImageOptions, find_shards
@@ -353,6 +354,10 @@ def _open_latents(options: TrainingOptions, accelerator: Accelerator, vae: Autoe
     if data.images.has_source:
         return encode_data(data, accelerator, vae, folder or options.output.output_dir / "latents")
     latents = open_latents(folder, vae)
+    class_names = latents.manifest["class_names"]
+    counts = Counter(latents.labels.tolist())
+    lines = [f"{folder}: latents of {len(latents):,} images of {len(class_names)} classes"]
+    logger.info("\n".join(lines + list_classes(class_names, counts)))
     if "autoencoder" not in latents.manifest:
         logger.warning(f"{folder} does not say which autoencoder it comes from: it is taken for the given.")
         return latents
@@ -389,6 +394,7 @@ def open_training_data(
         file = options.stream.class_names_file
         names = None if file is None else read_class_names(file)
         stream, class_names = open_stream(options.data.images, names)
+        logger.info("\n".join([f"A stream of {len(class_names)} classes", *list_classes(class_names)]))
         folder = options.data.images.train_data_dir
         for reason, part in (find_shards(folder).left_out if folder is not None else {}).items():
             logger.info(f"Left out of {folder}, {reason}: {part}")
