@@ -56,7 +56,7 @@ def list_commands() -> Iterator[tuple[str, list[str]]]:
     for recipe in RECIPES:
         comment = re.match(r"(#.*\n)+", recipe.read_text())[0]
         yield from find_commands(
-            "\n".join(re.findall(r"accelerate launch (?:.*\\\n)*.*", comment.replace("\n#", "\n")))
+            "\n".join(re.findall(r"(?:accelerate launch|python) (?:.*\\\n)*.*", comment.replace("\n#", "\n")))
         )
         name = recipe.relative_to(ROOT).as_posix()
         yield "training/train_dod.py", ["--config", name, "--train_data_dir", "images", "--output_dir", "run"]

@@ -1,5 +1,6 @@
 """The end of a run by a signal under both launchers, and processes other than those asked for."""
 
+import ctypes
 import itertools
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from helpers import fresh_accelerator, says
 from launch import PATIENCE_S, started, tail, torchrun, wait_until
 from torch.utils.data import DataLoader
 
-from diffusers_dod.processes import StopSignal, check_processes, outlive_stop_signals
+from diffusers_dod.processes import StopSignal, check_processes, end_with_launcher, outlive_stop_signals
 from diffusers_dod.training.checkpoints import find_latest_checkpoint
 from diffusers_dod.training.train import main
 
@@ -74,6 +76,37 @@ def test_sigterm_saves_and_ends_all_processes(tmp_path, launcher, target, code):
     assert f"Stopped by SIGTERM after step {last_step}, with a checkpoint." in output
     if target == "worker" and launcher == "torchrun":
         assert "exitcode  : 143" in output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends a process with its launcher")
+@pytest.mark.parametrize("is_importing", [True, False])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
+def test_no_trainer_outlives_its_launcher(tmp_path, name, is_importing):
+    run, output_file = tmp_path / "run", tmp_path / "output"
+    metrics = run / "metrics.jsonl"
+    command = [sys.executable, *ACCELERATE.split(), ROOT / "training" / "train_dod.py", *RUN, "--output_dir", run]
+    with started([*command, "--max_train_steps", "300"], output_file) as process:
+        if is_importing:
+            wait_until(lambda: len(processes_of(run)) == 2, process)
+        else:
+            wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, process)
+        os.kill(process.pid, getattr(signal, name))
+        process.wait(PATIENCE_S)
+        wait_until(lambda: not processes_of(run))
+    checkpoints = [path.name for path in run.glob("checkpoint-*")]
+    last = 0 if is_importing else json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert last < 300 and checkpoints == ([] if is_importing else [f"checkpoint-{last}"])
+
+
+def test_a_launcher_that_has_ended_during_the_imports(monkeypatch):
+    end_with_launcher(0)  # of a process that no launcher has started
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    if sys.platform == "linux":
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(prctl=lambda *arguments: None))
+        end_with_launcher(os.getppid())
+        with pytest.raises(SystemExit):
+            end_with_launcher(0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -200,6 +233,9 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path, monkeypatch, name, capl
         ({"num_processes": 2}, {}, ["`num_processes`", "2", "got 1", "--multi_gpu"]),
         ({"distributed_type": "fsdp"}, {}, ["`distributed_type`", "'fsdp'", "got 'no'"]),
         ({}, {"WORLD_SIZE": "4"}, ["WORLD_SIZE", "4", "got 1"]),
+        ({}, {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, ["2 processes of SLURM_NTASKS", "got 1", "torchrun"]),
+        ({}, {"PMI_SIZE": "4"}, ["4 processes of PMI_SIZE", "got 1", "torchrun"]),
+        ({}, {"OMPI_COMM_WORLD_SIZE": "4"}, ["4 processes of OMPI_COMM_WORLD_SIZE", "got 1", "torchrun"]),
         ({}, {"ACCELERATE_USE_FSDP": "true"}, ["launcher's", "'fsdp'", "got 'no'"]),
         ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, ["launcher's", "'deepspeed'", "got 'no'"]),
     ],

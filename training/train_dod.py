@@ -1,8 +1,12 @@
-"""accelerate launch training/train_dod.py --help  (the trainer itself: diffusers_dod.training.train)"""
+"""python training/train_dod.py --help  (the trainer itself: diffusers_dod.training.train)"""
 
-from diffusers_dod.command_line import run_main
-from diffusers_dod.training.train import main
+import os
+from functools import partial
 
 
 if __name__ == "__main__":
-    run_main(main)
+    launcher = os.getppid()  # before imports that take seconds, in which it may end
+    from diffusers_dod.command_line import run_main
+    from diffusers_dod.training.train import main
+
+    run_main(partial(main, launcher=launcher))

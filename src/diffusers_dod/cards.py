@@ -419,7 +419,7 @@ def fill_card(
         prior_dropout=f"{100 * options.dropout.prior_dropout_prob:g}",
         label_dropout=f"{100 * options.dropout.label_dropout_prob:g}",
         time=time,
-        launch_option=f"--multi_gpu --num_processes {num_processes} " if num_processes > 1 else "",
+        launcher=f"accelerate launch --multi_gpu --num_processes {num_processes}" if num_processes > 1 else "python",
         data_option="" if dataset_name else "--train_data_dir ... ",
         recipe_path=recipe.name if recipe.parent == folder else recipe.as_posix(),
         recipe=re.sub(r"\A(#.*\n)+", "", recipe.read_text(encoding="utf-8")).strip(),

@@ -84,6 +84,13 @@ def check_processes(
                 f"The run must have the number of processes of {source}, {expected}, got {accelerator.num_processes}: "
                 "give `accelerate launch` a configuration for several processes, e.g. with `--multi_gpu`."
             )
+    for name in () if in_environment is not None else ("SLURM_NTASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        if int(os.environ.get(name, 1)) not in (1, accelerator.num_processes):
+            raise ValueError(
+                f"The run must have the {os.environ[name]} processes of {name}, got {accelerator.num_processes}: "
+                "`srun` and `mpirun` alone start runs that know nothing of each other. Start `torchrun` or "
+                f"`accelerate launch` once on each machine, or `unset {name}` for a run of one process."
+            )
     for name in ("fsdp", "deepspeed"):
         is_asked_for = os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() in ("true", "1")
         if is_asked_for and obtained != name:
@@ -94,11 +101,19 @@ def check_processes(
         raise ValueError("The run must have `fsdp_version` 2 in the launcher's configuration, got 1.")
 
 
-def end_with_launcher() -> None:
-    """Makes this process end with its launcher, by SIGTERM from the kernel; Linux only."""
+def end_with_launcher(launcher: int | None = None) -> None:
+    """
+    Makes this process end with its launcher, by SIGTERM from the kernel; Linux only.
+
+    Args:
+        launcher (`int`, *optional*): Id of the process that has started this one, from before the long imports. If it
+            has ended meanwhile, this process ends now.
+    """
     is_launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     if is_launched and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if launcher not in (None, os.getppid()):
+            sys.exit(STOPPED_EXIT_CODE)
 
 
 class StopSignal:
@@ -132,15 +147,30 @@ class StopSignal:
         if number == signal.SIGINT:
             signal.signal(number, self._previous[number])
 
+    def is_noted(self) -> bool:
+        """Whether this process has received a signal."""
+        return self.name is not None
+
     def is_received(self) -> bool:
         """Whether any process has received a signal; all must ask, and all get the same answer."""
         if self.accelerator.num_processes == 1:
-            return self.name is not None
-        return bool(self.accelerator.reduce(self._flag.fill_(self.name is not None)) > 0)
+            return self.is_noted()
+        return bool(self.accelerator.reduce(self._flag.fill_(self.is_noted())) > 0)
 
 
 class OtherProcessError(RuntimeError):
     """Raised in a process when another one has failed."""
+
+
+def end_processes(accelerator: Accelerator) -> None:
+    """
+    Ends trackers and process groups, so that nothing keeps the interpreter from its end; all must call it.
+
+    Args:
+        accelerator (`Accelerator`): The processes.
+    """
+    accelerator.end_training()
+    _waiting_group.cache_clear()
 
 
 def outlive_stop_signals(worker_id: int) -> None:

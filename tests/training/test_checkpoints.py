@@ -1,6 +1,7 @@
 """Checkpoints: bit-identical, never half written, damage is found, and the last valid one stays."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from diffusers_dod.training.checkpoints import (
     load_training_state,
     save_checkpoint,
     save_training_state,
+    set_aside_later,
 )
 
 
@@ -230,6 +232,34 @@ def test_only_finished_checkpoints_are_listed(tmp_path):
         save(tmp_path / "elsewhere", 9).rename(tmp_path / name)  # all of them complete and undamaged
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-5"]
     assert find_latest_checkpoint(tmp_path).name == "checkpoint-5"
+
+
+@pytest.mark.parametrize("file", ["model", "ema-decay-0.9", "optimizer"])
+def test_a_checkpoint_that_is_not_finite_is_passed_over(tmp_path, file, caplog):
+    def write_state(folder: Path, value: float) -> None:
+        write(folder)
+        names = ("model", "ema-decay-0.9", "optimizer")
+        tensors = {name: {"weight": torch.tensor([1.0, value if name == file else 2.0])} for name in names}
+        save_training_state(folder, tensors, {})
+
+    sound = save_checkpoint(tmp_path, 1, partial(write_state, value=3.0))
+    save_checkpoint(tmp_path, 2, partial(write_state, value=float("nan")))
+    assert find_latest_checkpoint(tmp_path) == sound
+    assert f"checkpoint-2: weight in training_state/{file}.safetensors is not finite" in caplog.text
+
+
+def test_later_checkpoints_are_set_aside(tmp_path, caplog):
+    for _ in range(2):  # the second branch is left, too
+        for step in (1, 2, 10):
+            save(tmp_path, step)
+        set_aside_later(tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-1",
+        *(f"checkpoint-{step}-abandoned{number}" for step in (10, 2) for number in ("", "-2")),
+    ]
+    assert find_latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert find_damage(tmp_path / "checkpoint-10-abandoned") is None
+    assert "checkpoint-10 is now checkpoint-10-abandoned-2" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

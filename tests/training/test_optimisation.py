@@ -204,8 +204,11 @@ def test_a_checkpoint_that_is_not_finite_is_not_resumed(tmp_path, monkeypatch):
         patch.setattr(Trainer, "_check_weights", lambda self: None)
         patch.setattr(Trainer, "averaged_pipeline", spoil_average(Trainer.averaged_pipeline))
         run = train(tmp_path / "run", "--max_train_steps", 1)
+    again = ["--max_train_steps", 1, "--resume_from_checkpoint"]
     with pytest.raises(FloatingPointError, match=says("not finite", "transformer.", "decay-", "checkpoint-1")):
-        train(run, "--max_train_steps", 1, "--resume_from_checkpoint", "latest")
+        train(tmp_path / "other", *again, run / "checkpoint-1")
+    with pytest.raises(ValueError, match=says("`output_dir`", "finite weights, got none")):
+        train(run, *again, "latest")
 
 
 def spoil_average(averaged_pipeline):

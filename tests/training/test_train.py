@@ -302,6 +302,25 @@ def test_resuming_with_another_learning_rate(tmp_path, data, finished):
     assert [line["learning_rate"] for line in read_metrics(run)] == pytest.approx([1e-2, 1e-2, 0.5])
 
 
+def test_latest_is_on_the_branch_of_the_last_run(tmp_path, data, finished, monkeypatch):
+    """Back to the first checkpoint and killed at once: the next run does not go on from the last one."""
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    run = copy_of(finished, tmp_path / "run", last_step=4)
+    again = [*data, *EMA, "--resume_from_checkpoint"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "train_step", killed)
+        train(run, *again, run / "checkpoint-1", "--max_train_steps", 4)
+    train(run, *again, "latest", "--max_train_steps", 2)
+    assert hashes(run, 2) == hashes(finished, 2)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == [
+        *("checkpoint-1", "checkpoint-2"),
+        *(f"checkpoint-{step}-abandoned" for step in (2, 3, 4)),
+    ]
+
+
 def test_resuming_past_the_end_is_refused(tmp_path, data, finished):
     run = copy_of(finished, tmp_path / "run", last_step=4)
     with pytest.raises(ValueError, match=r"`max_train_steps` must be at least the step 4 of .*checkpoint-4, got 3"):
@@ -311,7 +330,7 @@ def test_resuming_past_the_end_is_refused(tmp_path, data, finished):
 def test_damaged_checkpoints_alone_are_not_started_over(tmp_path, data, finished):
     run = copy_of(finished, tmp_path / "run", last_step=1)
     (run / "checkpoint-1" / "model_index.json").write_text("{")
-    with pytest.raises(ValueError, match=r"`output_dir` .* must hold an undamaged checkpoint"):
+    with pytest.raises(ValueError, match=r"`output_dir` .* must hold an undamaged checkpoint with finite weights"):
         train(run, *data, *EMA, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
 
 

@@ -51,7 +51,7 @@ from ..files import (
 from ..guidance_options import GuidanceOptions
 from ..options import option, parse_options, to_argv, to_json, to_values
 from ..pipeline_dod import DoDPipeline
-from ..processes import all_or_none, check_processes, end_with_launcher, process_group_timeout
+from ..processes import all_or_none, check_processes, end_processes, end_with_launcher, process_group_timeout
 from ..results import checkpoint_sha256, describe_versions
 from ..sampling_options import CallOptions
 from ..seeding import stateless_generator
@@ -507,7 +507,7 @@ def main(argv: list[str] | None = None) -> None:
         if accelerator.is_main_process:
             stage = manifest["settings"]["stage"]
             logger.info(f"{manifest['num_images']:,} images of stage {stage}, SHA-256 {manifest['sha256']}.")
-    accelerator.end_training()
+    end_processes(accelerator)
 
 
 if __name__ == "__main__":

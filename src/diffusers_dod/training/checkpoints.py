@@ -7,8 +7,10 @@ match is never resumed. `checkpoint-<step>/` is a `DoDPipeline` folder with the 
 `training_state/`.
 """
 
+import itertools
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,11 +18,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..files import file_sha256, remove_folder, replacing
+from ..files import file_sha256, flush, remove_folder, replacing
 from ..processes import all_or_none, full_tensor, gather_patiently, sharded_like
 from .ema import averaged_parameters
 from .models import set_learning_rates
@@ -63,13 +66,43 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def find_latest_checkpoint(output_dir: Path) -> Path | None:
-    """Finds the newest undamaged checkpoint below `output_dir`; damaged ones are skipped with a warning."""
+    """Finds the newest undamaged and finite checkpoint below `output_dir`; others are skipped with a warning."""
     for checkpoint in reversed(list_checkpoints(output_dir)):
-        damage = find_damage(checkpoint)
-        if damage is None:
+        problem = find_damage(checkpoint) or find_nonfinite_tensor(checkpoint)
+        if problem is None:
             return checkpoint
-        logger.warning(f"Passing over {checkpoint}: {damage}.")
+        logger.warning(f"Passing over {checkpoint}: {problem}.")
     return None
+
+
+def find_nonfinite_tensor(checkpoint: Path) -> str | None:
+    """Names a tensor of weights, averages or moments in `checkpoint` that is not finite; `None` if there is none."""
+    patterns = (f"{STATE_FOLDER}/*.safetensors", "*/diffusion_pytorch_*.safetensors")
+    for path in sorted(path for pattern in patterns for path in checkpoint.glob(pattern)):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                if not bool(file.get_tensor(name).isfinite().all()):
+                    return f"{name} in {path.relative_to(checkpoint)} is not finite"
+    return None
+
+
+def set_aside_later(output_dir: Path, step: int) -> None:
+    """
+    Renames the checkpoints after a step from which a run goes on anew, so that none of them is taken for its latest.
+
+    Args:
+        output_dir (`Path`): The folder of the run.
+        step (`int`): The step of the checkpoint that the run goes on from. `checkpoint-<later>` becomes
+            `checkpoint-<later>-abandoned`, with a number if there is one.
+    """
+    for checkpoint in list_checkpoints(output_dir):
+        if checkpoint_step(checkpoint) > step:
+            suffixes = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+            paths = (output_dir / f"{checkpoint.name}-abandoned{suffix}" for suffix in suffixes)
+            aside = next(path for path in paths if not path.exists())
+            os.replace(checkpoint, aside)
+            logger.warning(f"The run goes on from step {step}: {checkpoint.name} is now {aside.name}.")
+    flush(output_dir)
 
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
@@ -100,7 +133,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
         return checkpoint
     checkpoint = find_latest_checkpoint(output_dir)
     if checkpoint is None and list_checkpoints(output_dir):
-        raise ValueError(f"`output_dir` {output_dir} must hold an undamaged checkpoint, got damaged ones only.")
+        raise ValueError(f"`output_dir` {output_dir} must hold an undamaged checkpoint with finite weights, got none.")
     if checkpoint is None:
         logger.info(f"No checkpoint in {output_dir}, starting from scratch.")
     return checkpoint

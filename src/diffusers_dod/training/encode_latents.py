@@ -33,7 +33,7 @@ from ..data.vision_features import VisionFeatures
 from ..files import in_use
 from ..options import option, parse_options
 from ..pipeline_dod import DoDPipeline
-from ..processes import all_or_none, check_processes, gather_patiently, process_group_timeout
+from ..processes import all_or_none, check_processes, end_processes, gather_patiently, process_group_timeout
 from ..training_options import DataOptions
 
 
@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{folder}: {len(latents):,} images of {len(latents.manifest['class_names'])} classes, "
         f"{latents.num_views} view(s) of {latents.latent_shape}, {size / len(latents) / 1024:.1f} KiB an image."
     )
-    accelerator.end_training()
+    end_processes(accelerator)
 
 
 if __name__ == "__main__":

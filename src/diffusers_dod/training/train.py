@@ -2,7 +2,7 @@
 """
 Trains a DoD (backbone and latent embedding module together, paper, Section 3.3) or, with a FiTv2 preset, its baseline.
 
-    accelerate launch training/train_dod.py --preset DoD-B --train_data_dir path/to/images --resolution 256 \
+    python training/train_dod.py --preset DoD-B --train_data_dir path/to/images --resolution 256 \
         --pretrained_vae_name_or_path stabilityai/sd-vae-ft-ema --train_batch_size 256 --max_train_steps 400000 \
         --mixed_precision bf16 --output_dir dod-b
 
@@ -44,6 +44,7 @@ from ..processes import (
     StopSignal,
     all_or_none,
     check_processes,
+    end_processes,
     end_with_launcher,
     find_nonfinite,
     full_tensor,
@@ -60,6 +61,7 @@ from .checkpoints import (
     read_state,
     save_checkpoint,
     save_training_state,
+    set_aside_later,
 )
 from .cost import describe_run
 from .ema import PowerFunctionEMA, averaged_parameters
@@ -204,7 +206,8 @@ class Trainer:
         self.joint_model: DoDJointModel = accelerator.unwrap_model(self.model)
         use_fast_attention(self.joint_model, accelerator.device)
         self.emas = self._build_emas()
-        self.step = self.num_nonfinite_steps = self.nonfinite_in_a_row = 0
+        self.stop = StopSignal(accelerator)
+        self.saved_step = self.step = self.num_nonfinite_steps = self.nonfinite_in_a_row = 0
         if self.checkpoint is not None:
             self._resume(self.checkpoint, state)
         positions = PositionSampler(
@@ -298,7 +301,8 @@ class Trainer:
             sharded_like(weights[name].detach(), parameter)
             for name, parameter in averaged_parameters(self.joint_model).items()
         ]
-        self.step, self.num_nonfinite_steps = state["step"], state["num_nonfinite_steps"]
+        self.saved_step = self.step = state["step"]
+        self.num_nonfinite_steps = state["num_nonfinite_steps"]
         self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
         for average in self.emas.values():
             average.optimization_step = self.step
@@ -386,6 +390,7 @@ class Trainer:
             pipeline.save_pretrained(folder)
             save_training_state(folder, tensors, state)
 
+        self.saved_step = self.step
         with all_or_none():
             if is_main:
                 for name in (METRICS_FILE, EVALUATIONS):  # lines up to this step, which no resumed run writes again
@@ -496,12 +501,14 @@ class Trainer:
             self._validate()
         except FloatingPointError as error:
             logger.warning(f"Step {self.step} has no samples. {error}")
+        except InterruptedError:
+            logger.info(f"The samples of step {self.step} are left to the resumed run.")
 
     def _validate(self) -> None:
         options, accelerator = self.options, self.accelerator
         pipeline = self.averaged_pipeline()
         use_fast_attention(pipeline, accelerator.device)
-        call = {"guidance_scale": options.validation.validation_guidance_scale}
+        call = {"guidance_scale": options.validation.validation_guidance_scale, "is_stopped": self.stop.is_noted}
         if self.fid is not None:
             distances = stage_distances(
                 pipeline,
@@ -543,6 +550,7 @@ class Trainer:
         if accelerator.is_main_process:
             for name in (METRICS_FILE, EVALUATIONS):
                 drop_metrics_after(options.output.output_dir / name, self.step)
+            set_aside_later(options.output.output_dir, self.step)
         if options.output.report_to:
             accelerator.init_trackers("diffusers_dod", config=describe(self._resolved_options()))
         parameters = sum(parameter.numel() for parameter in self.joint_model.parameters())
@@ -550,16 +558,17 @@ class Trainer:
             f"{options.model.preset}: {parameters:,} parameters, {self.data.describe()}, {accelerator.num_processes} "
             f"process(es) on {accelerator.device}, {self.images_per_step} images per step."
         )
-        if self._is_to_be_validated and not any(gather_object([self._grid_path.exists()])):
-            self.validate()  # the run was ended between its checkpoint and its samples
         progress = tqdm(
             total=options.optimizer.max_train_steps,
             initial=self.step,
             desc="Training",
             disable=not accelerator.is_main_process,
         )
-        with progress, StopSignal(accelerator) as stop:
-            while self.step < options.optimizer.max_train_steps:
+        with progress, self.stop as stop:
+            if self._is_to_be_validated and not any(gather_object([self._grid_path.exists()])):
+                self.validate()  # the run was ended between its checkpoint and its samples
+            is_stopped = stop.is_received()
+            while self.step < options.optimizer.max_train_steps and not is_stopped:
                 self.train_step()
                 progress.update()
                 is_last = self.step == options.optimizer.max_train_steps
@@ -573,13 +582,15 @@ class Trainer:
                     self.save()
                     if not is_last and not is_stopped:
                         self._push_checkpoint()
-                if self._is_to_be_validated:
+                if self._is_to_be_validated and not is_stopped:
                     self.validate()
+                    is_stopped = stop.is_received()
+                    if is_stopped and self.saved_step < self.step:
+                        self.save()
                 self.metrics.pause(time.perf_counter() - pause)
-                if is_stopped and not is_last:
-                    logger.warning(f"Stopped by {stop.name or 'a signal'} after step {self.step}, with a checkpoint.")
-                    return False
-        return True
+            if is_stopped:
+                logger.warning(f"Stopped by {stop.name or 'a signal'} after step {self.step}, with a checkpoint.")
+        return not is_stopped
 
     def _push_checkpoint(self) -> None:
         """Starts the upload of the latest checkpoint if it is due."""
@@ -648,12 +659,13 @@ def describe_end(options: TrainingOptions, resolution: int) -> str:
     return "\n".join([f"The pipeline is in {folder}. To sample it, and to evaluate the samples:", *lines])
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, launcher: int | None = None) -> None:
     """
     Runs the command. Its exit code is 143 if a signal has stopped it; then it has written a checkpoint.
 
     Args:
         argv (`list[str]`, *optional*): Arguments of the command. By default those of the process.
+        launcher (`int`, *optional*): Id of the process that has started this one, see [`end_with_launcher`].
 
     Raises:
         `ValueError`: the arguments do not fit the processes, the data, the models or the content of the folders.
@@ -667,7 +679,7 @@ def main(argv: list[str] | None = None) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             print(describe_run(options))
         return
-    end_with_launcher()
+    end_with_launcher(launcher)
     accelerator = build_accelerator(options)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("diffusers_dod").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
@@ -686,7 +698,7 @@ def main(argv: list[str] | None = None) -> None:
         finally:
             if trainer.pusher is not None:  # a run that fails or is stopped gives up a running upload
                 trainer.pusher.finish(PUSH_TIMEOUT_S if is_finished else 0.0)
-    accelerator.end_training()
+    end_processes(accelerator)
     if not is_finished:
         sys.exit(STOPPED_EXIT_CODE)
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """Samples during a run: a grid of images of each stage, and the Fréchet distance of each stage."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,30 @@ from ..metrics.frechet import feature_statistics, frechet_distance
 from ..pipeline_dod import DoDPipeline
 
 
+def _never() -> bool:
+    return False
+
+
 def _sample_own(
-    pipeline: DoDPipeline, labels: list[int], seed: int, accelerator: Accelerator, batch_size: int, **call: Any
+    pipeline: DoDPipeline,
+    labels: list[int],
+    seed: int,
+    accelerator: Accelerator,
+    batch_size: int,
+    is_stopped: Callable[[], bool],
+    **call: Any,
 ) -> list[tuple[int, list[np.ndarray]]]:
     """
     Draws this process's share of samples: pairs of a place and images (stages, H, W, 3) in uint8 of that place.
 
-    Raises a `FloatingPointError` in all processes if samples of one are not finite.
+    Raises in all processes a `FloatingPointError` if samples of one are not finite, and an `InterruptedError` if one
+    is stopped, which it asks before each step of a solver.
     """
+
+    def interrupt(pipeline: DoDPipeline, *step: Any) -> dict:
+        pipeline._interrupt = is_stopped()
+        return {}
+
     samples, error = [], None
     own = list(range(accelerator.process_index, len(labels), accelerator.num_processes))
     for start in range(0, len(own), batch_size):
@@ -35,15 +52,19 @@ def _sample_own(
                     sample_indices=places,
                     return_stages=True,
                     output_type="np",
+                    callback_on_step_end=interrupt,
                     **call,
                 )
         except FloatingPointError as caught:
-            error = str(caught)
+            error = FloatingPointError(str(caught))
+            break
+        if is_stopped():
+            error = InterruptedError("Samples are not whole.")
             break
         stages = [(np.asarray(stage) * 255).round().astype(np.uint8) for stage in output.stages]
         samples += [(place, [stage[i] for stage in stages]) for i, place in enumerate(places)]
-    for message in filter(None, gather_object([error])):
-        raise FloatingPointError(message)
+    for failure in filter(None, gather_object([error])):
+        raise failure
     return samples
 
 
@@ -54,6 +75,7 @@ def stage_grid(
     num_columns: int = 12,
     samples_per_class: int = 2,
     title: str | None = None,
+    is_stopped: Callable[[], bool] = _never,
     **call: Any,
 ) -> Image.Image:
     """
@@ -68,6 +90,7 @@ def stage_grid(
         num_columns (`int`, defaults to 12): Number of classes to show, from the first.
         samples_per_class (`int`, defaults to 2): Number of samples of each class.
         title (`str`, *optional*): Caption of the grid.
+        is_stopped (`Callable`, defaults to `_never`): Tells before each step of a solver whether to stop.
         call (`Any`): Further arguments of the pipeline's call.
 
     Returns:
@@ -75,10 +98,11 @@ def stage_grid(
 
     Raises:
         `FloatingPointError`: samples are not finite, in any process.
+        `InterruptedError`: a process is stopped.
     """
     classes = list(range(min(num_columns, pipeline.transformer.config.num_classes)))
     labels = classes * samples_per_class
-    samples = dict(gather_object(_sample_own(pipeline, labels, seed, accelerator, len(classes), **call)))
+    samples = dict(gather_object(_sample_own(pipeline, labels, seed, accelerator, len(classes), is_stopped, **call)))
     rows = []
     for start in range(0, len(labels), len(classes)):
         columns = [samples[start + i] for i in range(len(classes))]
@@ -101,6 +125,7 @@ def stage_distances(
     seed: int,
     accelerator: Accelerator,
     batch_size: int = 64,
+    is_stopped: Callable[[], bool] = _never,
     **call: Any,
 ) -> dict[str, float]:
     """
@@ -114,6 +139,7 @@ def stage_distances(
         seed (`int`): Seed of the noise.
         accelerator (`Accelerator`): The processes. They share the samples.
         batch_size (`int`, defaults to 64): Samples per call of the pipeline.
+        is_stopped (`Callable`, defaults to `_never`): Tells before each step of a solver whether to stop.
         call (`Any`): Further arguments of the pipeline's call.
 
     Returns:
@@ -121,12 +147,15 @@ def stage_distances(
 
     Raises:
         `FloatingPointError`: samples are not finite, in any process.
+        `InterruptedError`: a process is stopped.
     """
     num_classes = pipeline.transformer.config.num_classes
     labels = [place % num_classes for place in range(num_samples)]
-    own = _sample_own(pipeline, labels, seed, accelerator, batch_size, **call)
+    own = _sample_own(pipeline, labels, seed, accelerator, batch_size, is_stopped, **call)
     features: list[tuple[int, list[np.ndarray]]] = []
     for start in range(0, len(own), batch_size):
+        if is_stopped():
+            break
         chunk = own[start : start + batch_size]
         of_stages = []
         for stage in range(len(chunk[0][1])):
@@ -134,6 +163,8 @@ def stage_distances(
             of_stages.append(extract(extractor, images.to(accelerator.device)).features.float().cpu().numpy())
         features += [(place, [rows[i] for rows in of_stages]) for i, (place, _) in enumerate(chunk)]
     all_features = dict(gather_object(features))
+    if len(all_features) < num_samples:
+        raise InterruptedError("Features are not whole.")
     return {
         f"fid_stage_{stage + 1}": frechet_distance(
             *feature_statistics(np.stack([all_features[place][stage] for place in range(num_samples)])), *reference
