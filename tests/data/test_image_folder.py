@@ -225,7 +225,7 @@ def test_names_that_are_no_text(tmp_path):
 
 
 def test_the_images_of_each_class_are_described(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusers_dod.data.labelled_images.NUM_SHOWN", 2)
+    monkeypatch.setattr("diffusers_dod.data.class_names.NUM_SHOWN", 2)
     hidden = [f"ant/.{number}" for number in range(7)]
     folder = write(tmp_path / "images", "ant/0.png", "ant/deep/1.png", "bee/", "cow/0.png", "a.txt", *hidden)
     assert load(folder).describe().splitlines() == [

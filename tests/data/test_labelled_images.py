@@ -344,6 +344,10 @@ def test_what_cannot_be_read_has_a_path(tmp_path):
     assert sorted(paths) == sorted(str(path) for path in folder.glob("*/*.png"))
     with pytest.raises(UnidentifiedImageError):
         images.dataset[paths.index(str(folder / "newt" / "0.png"))]
+    index = paths.index(str(folder / "newt" / "0.png"))
+    with pytest.raises(ValueError, match=says("Images must be readable", paths[index], "UnidentifiedImageError")):
+        images[index]
+    np.testing.assert_array_equal(images[0]["image"], images.dataset[0]["image"])
     assert load("textures").path_of(3) == "row 3"
 
 

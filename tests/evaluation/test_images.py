@@ -19,6 +19,7 @@ from torch.utils.data import Subset
 from diffusers_dod.data.labelled_images import ImageOptions, center_crop, load_labelled_images
 from diffusers_dod.data.textures import TextureDataset
 from diffusers_dod.evaluation.images import DatasetImages, FolderImages, NpzImages, draw_indices, open_images
+from diffusers_dod.evaluation.options import read_batches
 
 
 @pytest.fixture(scope="module")
@@ -292,3 +293,18 @@ def test_images_of_a_folder_may_be_of_any_data_set(pixels, tmp_path):
     source = DatasetImages("part", part, str(tmp_path))
     assert source.data["fingerprint"] == f"{whole}-part" and whole.endswith("-image-label")
     assert np.array_equal(read(source), [images.dataset[2]["image"], images.dataset[0]["image"]])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named(tmp_path, num_workers):
+    for name in ("ant", "newt"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    path = tmp_path / "newt" / "1.png"
+    Image.new("RGB", (1, 20_000)).save(path)
+    message = says("Images must be readable", f"{path}: ValueError: an image of 1 x 20000 pixels")
+    with pytest.raises(ValueError, match=message):
+        list(open_images(str(tmp_path), resolution=8).batches(2))
+    images = load_labelled_images(ImageOptions(train_data_dir=str(tmp_path), resolution=8), 0, 0)
+    with pytest.raises(ValueError, match=message):
+        list(read_batches(images, [0, 1, 2], 2, num_workers))

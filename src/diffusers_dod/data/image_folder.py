@@ -44,8 +44,8 @@ class BadImagesError(ValueError):
         shown = "; ".join(f"{entry['path']}: {entry['reason']}" for entry in bad[:NUM_SHOWN])
         more = f"; and {len(bad) - NUM_SHOWN} more" if len(bad) > NUM_SHOWN else ""
         super().__init__(
-            f"{len(bad)} images cannot be read: {shown}{more}. Repair or remove them, or leave them out with "
-            "`on_bad_image` = 'skip'."
+            f"{len(bad)} images cannot be read: {shown}{more}. Repair or remove them. Training and encoding leave "
+            "them out with `on_bad_image` = 'skip'."
         )
         self.bad = bad
 

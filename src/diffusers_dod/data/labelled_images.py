@@ -286,6 +286,20 @@ class LabelledImages:
         lines += list_classes(self.class_names, counts)
         return "\n".join(lines + [f"  left out, {reason}: {part}" for reason, part in self.left_out.items()])
 
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The sample at `index` of the data set. Raises a `ValueError` that names the image if it cannot be read."""
+        try:
+            return self.dataset[index]
+        except MemoryError:
+            raise
+        except Exception as error:  # each library that reads files has its own
+            raise ValueError(
+                f"Images must be readable, got {self.path_of(index)}: {type(error).__name__}: {error}"
+            ) from error
+
     def path_of(self, index: int) -> str:
         """The path of the image at `index`, or its row in the data set if it has none."""
         return self.dataset.path_of(index) if hasattr(self.dataset, "path_of") else f"row {index}"

@@ -294,11 +294,7 @@ class DatasetImages(ImageSource):
 
     def _read(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, int | None]]:
         for index in map(int, indices):
-            try:
-                row = self.images.dataset[index]
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                place = self.images.path_of(index)
-                raise ValueError(f"{self.name!r} must hold images, got {place}: {error}") from error
+            row = self.images[index]
             yield row["image"], int(row["label"])
 
 

@@ -109,8 +109,11 @@ def read_batches(
 
     Returns:
         `Iterator` of the indices of a batch, its images (B, H, W, 3) in uint8 and its labels (B,).
+
+    Raises:
+        `ValueError`: an image cannot be read; the message names it.
     """
-    loader = DataLoader(Subset(images.dataset, indices), batch_size, num_workers=num_workers)
+    loader = DataLoader(Subset(images, indices), batch_size, num_workers=num_workers)
     for start, batch in zip(range(0, len(indices), batch_size), loader, strict=True):
         yield indices[start : start + batch_size], batch["image"], torch.as_tensor(batch["label"])
 

@@ -20,6 +20,7 @@ from .inception import load_inception
 
 INCEPTION = "inception"
 TORCHSCRIPT = (".pt", ".ts")
+ROUNDING = 1e-6  # of the entries of a covariance, relative to the largest, as in float32
 
 
 @dataclass
@@ -238,7 +239,7 @@ def load_statistics(path: Path, suffix: str = "", argument: str = "fid_reference
 
     Raises:
         `OSError`: the file cannot be read.
-        `ValueError`: the arrays are missing, have other shapes, or are not finite.
+        `ValueError`: the arrays are missing, have other shapes, are not finite, or the second is no covariance.
     """
     names = [f"mu{suffix}", f"sigma{suffix}"]
     try:
@@ -261,6 +262,15 @@ def load_statistics(path: Path, suffix: str = "", argument: str = "fid_reference
             raise ValueError(
                 f"`{argument}` must have a finite `{name}`, got {path} with {number} numbers that are not."
             )
+    tolerance = ROUNDING * np.abs(covariance).max()
+    if np.abs(covariance - covariance.T).max() > tolerance:
+        raise ValueError(f"`{argument}` must have a symmetric `{names[1]}`, got another one in {path}.")
+    smallest = np.linalg.eigvalsh(covariance)[0]
+    if smallest < -tolerance * len(mean):  # else distances could be negative
+        raise ValueError(
+            f"`{argument}` must have a positive semidefinite `{names[1]}`, got {path} with the eigenvalue "
+            f"{smallest:.3g}."
+        )
     return mean, covariance
 
 
