@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # them, so that what they share is made once.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: install demo test test-all test-oldest style check audit docs bench study clean
+.PHONY: install demo test test-all test-oldest torture style check audit docs bench study clean
 
 install: $(INSTALLED)
 
@@ -35,6 +35,11 @@ test-oldest:
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt torch
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[dev]"
 	$(subst $(BIN),$(VENV)-oldest/bin,$(PYTEST))
+
+# Faults of every kind against the real commands, and their table (docs/reliability.md); exit code 1 if anything is lost.
+# Some rows: make torture ROWS="kill disk". Root also fills up disks and cuts their power.
+torture: install
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/torture $(ROWS)
 
 style: install
 	$(BIN)/ruff check --fix .
