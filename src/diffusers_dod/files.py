@@ -31,6 +31,9 @@ LOCK_FILE = ".in-use"  # says which process works in a folder, as long as it doe
 NUM_FLUSHES = 16  # at a time
 METRICS_FILE = "metrics.jsonl"  # metrics of a training run, in its folder
 
+UMASK = os.umask(0)  # read here, since reading it changes it for a moment, which other threads must not see
+os.umask(UMASK)
+
 
 def file_sha256(*paths: Path) -> str:
     """The SHA-256 of the bytes of the files at `paths`, one after the other."""
@@ -125,20 +128,11 @@ def _remove(path: Path) -> None:
 
 
 def _read_umask() -> int:
-    """The umask of this process; Linux tells it, elsewhere it must be changed for a moment."""
+    """The umask of this process. Only Linux tells it; elsewhere it is that of the import."""
     try:
         return int(re.search(r"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1], 8)
     except (OSError, TypeError):
         return UMASK
-
-
-def _change_umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
-UMASK = _change_umask()  # when this module is imported, as no other thread may create files meanwhile
 
 
 def _settle(path: Path) -> None:
