@@ -183,6 +183,20 @@ def test_a_deterministic_autoencoder_has_no_standard_deviation(tmp_path, make):
 
 
 @torch.no_grad()
+def test_a_shard_that_is_cut_while_it_is_read(tmp_path):
+    """Its pages beyond the end would end the process by a signal; one that is removed stays readable."""
+    latents = write(tmp_path / "cut", textures(64), shard_size=32)
+    expected = latents.read(63)[0].clone()  # of what is mapped
+    path = tmp_path / "cut" / "shard-00001.safetensors"
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(ValueError, match=says("shard-00001.safetensors", "must keep its", "encode again")):
+        latents.read(63)
+    other = write(tmp_path / "other", textures(64), shard_size=32)
+    assert torch.equal(other.read(63)[0], expected)
+    (tmp_path / "other" / "shard-00001.safetensors").unlink()
+    assert torch.equal(other.read(63)[0], expected)
+
+
 def test_the_second_view_is_that_of_the_mirrored_image(tmp_path):
     vae, images = tiny_vae(), textures()
     latents = write(tmp_path / "two", images, vae, random_flip=True)

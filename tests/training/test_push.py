@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from helpers import contents, says
 from hub_server import Hub, Repo
-from launch import PATIENCE_S, wait_until
+from launch import PATIENCE_S, started, wait_until
 
 from diffusers_dod.training.checkpoints import save_checkpoint
 from diffusers_dod.training.push import HubPusher
@@ -288,6 +289,37 @@ def test_the_end_does_not_wait_for_the_hub(hub, run, caplog):
     # The next run clears what is left.
     pusher_of(run)
     assert snapshots(run) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends the uploader")
+def test_a_killed_run_leaves_no_uploader(hub, run):
+    hub.repos[REPO] = Repo()
+    held = hub.fail(COMMIT, "hold")
+    code = "import sys; from pathlib import Path; from diffusers_dod.training.push import HubPusher\n"
+    code += "run = Path(sys.argv[1]); pusher = HubPusher('user/run', run, sys.argv[2], timeout_s=1e6)\n"
+    code += "pusher.push(run / 'checkpoint-10', [], 'Step 10', False); pusher.finish(1e6)"
+    command, online = [sys.executable, "-c", code, run, TOKEN], {"HF_HUB_OFFLINE": "0"}
+    with started(command, run.parent / "output", online) as process:
+        wait_until(held.arrived.is_set, process)
+        (uploader,) = children_of(process.pid)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(PATIENCE_S)
+        wait_until(lambda: not is_running(uploader))
+    assert len(snapshots(run)) == 1
+    pusher_of(run)
+    assert snapshots(run) == []
+
+
+def children_of(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_the_end_of_a_wait(hub, run, caplog):

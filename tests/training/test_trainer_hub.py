@@ -150,6 +150,8 @@ def test_a_finished_run_is_refused_untouched(hub, images, tmp_path):
         run(folder, "--train_data_dir", images, *PUSH, "--max_train_steps", 1)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     assert hub.requests == []
+    run(folder, "--train_data_dir", images, "--max_train_steps", 1, "--resume_from_checkpoint", "latest")
+    assert not (folder / ".push-1-left").exists()  # also by a run that pushes nothing
 
 
 @pytest.mark.slow

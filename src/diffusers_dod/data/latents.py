@@ -179,6 +179,7 @@ class MappedShards:
         self.paths = list(paths)
         self._needed = {latents, "labels"}
         self._slices: dict[int, dict[str, Any]] = {}
+        self._sizes: dict[int, int] = {}
         labels = [self.open(shard)["labels"] for shard in range(len(self.paths))]
         self._starts = np.cumsum([0, *map(len, labels)])
         #: Class ids, (n,).
@@ -216,7 +217,21 @@ class MappedShards:
     def locate(self, index: int) -> tuple[dict[str, Any], int]:
         """Opens the shard of the image `index`, and gives its row there."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self.open(shard), index - int(self._starts[shard])
+        slices = self.open(shard)
+        self._check_size(shard)
+        return slices, index - int(self._starts[shard])
+
+    def _check_size(self, shard: int) -> None:
+        """Raises a `ValueError` if a shard has been cut since it was mapped: reading it would kill the process."""
+        try:
+            size = self.paths[shard].stat().st_size
+        except FileNotFoundError:  # what is mapped stays
+            return
+        if size < self._sizes.setdefault(shard, size):
+            raise ValueError(
+                f"{self.paths[shard]} must keep its {self._sizes[shard]} bytes while it is read, got {size}: remove "
+                "it and encode again."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_slices": {}}  # open files stay with their process

@@ -7,7 +7,10 @@ it waits for (sockets, the threads of an upload, the Xet library); a thread cann
 only, so it starts in less than a second.
 """
 
+import ctypes
 import json
+import os
+import signal
 import sys
 import uuid
 from collections.abc import Iterator
@@ -35,6 +38,14 @@ CONNECT_TIMEOUT_S = 10.0
 # Errors that another attempt cannot help. Among the Hub's answers these are all 4xx but the transient ones.
 PERMANENT_ERRORS = (LocalTokenNotFoundError, OfflineModeIsEnabled, FileNotFoundError, PermissionError, ValueError)
 TRANSIENT_CLIENT_ERRORS = (408, 409, 425, 429)
+
+
+def end_with(parent: int) -> None:
+    """Makes this process end at once with the process `parent`, which has started it; Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            sys.exit(1)
 
 
 def limit_requests(timeout_s: float) -> None:
@@ -161,5 +172,7 @@ def reply(action: str, token: str | None, timeout_s: float, **arguments) -> dict
 
 if __name__ == "__main__":
     with redirect_stdout(sys.stderr):  # nothing but the reply goes to the output
-        answer = reply(**json.load(sys.stdin))
+        request = json.load(sys.stdin)
+        end_with(request.pop("parent"))
+        answer = reply(**request)
     print(json.dumps(answer))

@@ -27,6 +27,7 @@ from .checkpoints import CHECKPOINT_MANIFEST, STATE_FOLDER
 
 logger = logging.getLogger(__name__)
 
+SNAPSHOT = ".push-"  # how names of snapshots begin
 CHECK_ATTEMPTS = 3  # few, as somebody waits for them
 LONGEST_WAIT_S = 300
 JITTER = random.SystemRandom()  # the generator of `random` belongs to the training
@@ -44,6 +45,19 @@ class _Push:
     name: str
     snapshot: Path
     message: str
+
+
+def remove_snapshots(output_dir: Path, keep: Path | None = None) -> None:
+    """
+    Removes what earlier pushes have left in the folder of a run.
+
+    Args:
+        output_dir (`Path`): The folder of the run.
+        keep (`Path`, *optional*): A snapshot to keep.
+    """
+    for folder in output_dir.glob(f"{SNAPSHOT}*"):
+        if folder != keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -111,7 +125,7 @@ class HubPusher:
         self._failed: _Push | None = None  # the newest that failed, unless a later one succeeded
         self._process: subprocess.Popen | None = None
         self._is_stopped = threading.Event()
-        self._remove_snapshots()
+        remove_snapshots(self.output_dir)
 
     def check(self, card: str, private: bool | None = None) -> str:
         """
@@ -204,7 +218,7 @@ class HubPusher:
             if self._process is not None:
                 self._process.kill()
             self._changed.wait_for(lambda: self._current is None, 5)  # until the dead process is collected
-        self._remove_snapshots(keep=missing)
+        remove_snapshots(self.output_dir, keep=None if missing is None else missing.snapshot)
         if missing is not None:
             command = ["hf", "upload", self.repo_id, str(missing.snapshot), ".", "--commit-message", missing.message]
             logger.warning(
@@ -213,14 +227,9 @@ class HubPusher:
             )
         return missing is None
 
-    def _remove_snapshots(self, keep: _Push | None = None) -> None:
-        for folder in self.output_dir.glob(".push-*"):
-            if keep is None or folder != keep.snapshot:
-                shutil.rmtree(folder, ignore_errors=True)
-
     def _take_snapshot(self, checkpoint: Path, others: Iterable[Path], with_training_state: bool) -> Path:
         step = checkpoint.name.removeprefix("checkpoint-")
-        folder = Path(tempfile.mkdtemp(prefix=f".push-{step}-", dir=self.output_dir))
+        folder = Path(tempfile.mkdtemp(prefix=f"{SNAPSHOT}{step}-", dir=self.output_dir))
         try:
             for path in map(Path, others):
                 target = folder / path.relative_to(self.output_dir)
@@ -297,7 +306,9 @@ class HubPusher:
                 if self._is_stopped.is_set():
                     process.kill()
             try:
-                output, errors = process.communicate(json.dumps(request), timeout=self.attempt_timeout_s)
+                output, errors = process.communicate(
+                    json.dumps(request | {"parent": os.getpid()}), timeout=self.attempt_timeout_s
+                )
             finally:
                 process.kill()
                 process.wait()

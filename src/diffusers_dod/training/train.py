@@ -69,7 +69,7 @@ from .encode_latents import load_autoencoder
 from .history import TrainingHistory, values_of_steps
 from .model_card import CARD_FILES, write_model_card
 from .models import build_models, build_optimizer, set_learning_rates, use_fast_attention
-from .push import HubPusher
+from .push import HubPusher, remove_snapshots
 from .run_metrics import EVALUATIONS, TrainingMetrics, append_line, drop_metrics_after
 from .training_data import open_training_data
 from .validation import stage_distances, stage_grid
@@ -154,6 +154,8 @@ class Trainer:
         state = {} if self.checkpoint is None else read_state(self.checkpoint)
         self.history = TrainingHistory(state, options.output.allow_changed)
         self.history.go_on_with(values_of_steps(options, accelerator))
+        if accelerator.is_main_process:
+            remove_snapshots(options.output.output_dir)
         if options.hub.push_to_hub:  # before anything else, so that a refusal costs nothing
             with all_or_none():
                 if accelerator.is_main_process:
