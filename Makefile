@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # them, so that what they share is made once.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: install demo test test-all test-oldest torture style check audit docs bench study clean
+.PHONY: install demo test test-all test-quantization test-oldest torture style check audit docs bench study clean
 
 install: $(INSTALLED)
 
@@ -24,10 +24,17 @@ demo: install
 test: install
 	$(PYTEST)
 
-# All tests with the newest versions (constraints.txt), then the quick ones with the oldest (constraints-oldest.txt).
+# All tests with the newest versions (constraints.txt), those that need torchao, and the quick ones with the oldest
+# versions (constraints-oldest.txt).
 test-all: install
 	$(PYTEST) -m "not gpu"
-	$(MAKE) test-oldest
+	$(MAKE) test-quantization test-oldest
+
+# Diffusers imports torchao wherever it is installed, which takes two seconds and prints warnings: so not in $(VENV).
+test-quantization: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target build/torchao torchao
+	PYTHONPATH=build/torchao $(PYTEST) -m "not gpu" \
+		tests/test_model_features.py tests/test_docs.py tests/training/test_cost.py
 
 # The quick tests with the oldest versions that pyproject.toml admits.
 test-oldest:

@@ -46,7 +46,8 @@ def test_intermediates_agree_with_fitv2(shape):
     data = {key.removeprefix(f"{shape}."): value for key, value in golden("fitv2_tiny_io").items()}
     model = golden_model()
     height, width = data["latents"].shape[2:]
-    cos, sin = model.pos_embed(height // 2, width // 2, torch.device("cpu"))
+    rotation = model.pos_embed(height // 2, width // 2, torch.device("cpu"))
+    cos, sin = rotation.repeat_interleave(2, dim=1).unbind(-1)  # the reference has one for each channel of a pair
     torch.testing.assert_close(cos, data["rope_cos"], atol=1e-6, rtol=0)
     torch.testing.assert_close(sin, data["rope_sin"], atol=1e-6, rtol=0)
     torch.testing.assert_close(model.x_embedder(patchify(data["latents"], 2)), data["x_emb"], atol=1e-5, rtol=0)
@@ -97,24 +98,24 @@ def test_split_modulation_agrees_with_the_broadcast_form(model, num_priors):
     c = (model.time_embed(timestep) + model.class_embed(labels))[:, None].expand(-1, 16, -1)
     shared = model.sample_token.expand(5 - num_priors, 16, -1)
     broadcast = torch.nn.functional.silu(c + torch.cat([model.prior_proj(prior_embeds), shared]))
-    model._conditioning = lambda *args: (broadcast,)
+    model._conditioning = lambda *args: broadcast.flatten(0, 1)
     try:
-        expected = model(latents, timestep, labels).sample
+        expected = model(latents, timestep, labels, prior_embeds=priors(5)).sample
     finally:
         del model._conditioning
     torch.testing.assert_close(split, expected, atol=1e-5, rtol=0)
 
 
-def test_modulation_without_a_prior_stays_one_token_wide(model):
-    widths = {}
+def test_samples_without_a_prior_have_one_row_of_conditioning(model):
+    num_rows = []
     handle = model.transformer_blocks[0].register_forward_pre_hook(
-        lambda module, args: widths.update({len(args[1]): [tuple(part.shape[:2]) for part in args[1]]})
+        lambda module, args: num_rows.append((args[1].shape[0], args[2].shape[0], args[3]))
     )
     latents, timestep, labels = inputs(5)
     model(latents, timestep, labels)
     model(latents, timestep, labels, prior_embeds=priors(2))
     handle.remove()
-    assert widths == {1: [(5, 1)], 2: [(2, 16), (3, 1)]}
+    assert num_rows == [(5, 5, 0), (2 * 16 + 3, 2 * 16 + 3, 2)]
 
 
 def test_the_sample_token_is_added_to_the_condition(model):

@@ -22,7 +22,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from .checks import check_at_least, check_number
 from .modeling_utils import DoDModelMixin
-from .pos_interpolation import PosInterpolationMixin, grid_scales, interpolate_frequencies
+from .pos_interpolation import PosInterpolationMixin, cached_table, grid_scales, interpolate_frequencies
 from .transformer_dod import DoDAttention, DoDTransformer2DModel, check_latents, patchify
 
 
@@ -355,6 +355,7 @@ class LatentEmbeddingModule(VisualPriorMixin, AttentionMixin, PosInterpolationMi
             )
         self.inner_dim = dim
         self.token_shape = (num_latent_tokens, latent_token_dim)
+        self._tables: dict[tuple, torch.Tensor] = {}
 
         def blocks(num_layers: int) -> nn.ModuleList:
             return nn.ModuleList(
@@ -396,16 +397,17 @@ class LatentEmbeddingModule(VisualPriorMixin, AttentionMixin, PosInterpolationMi
 
     def _pos_embed(self, dim: int, rows: int, columns: int, tokens: torch.Tensor) -> torch.Tensor:
         config = self.config
-        return sincos_pos_embed(
+        key = (
             dim,
             rows,
             columns,
-            device=tokens.device,
-            dtype=tokens.dtype,
-            trained_size=config.sample_size // config.patch_size,
-            pos_interpolation=config.pos_interpolation,
-            pos_interpolation_decoupled=config.pos_interpolation_decoupled,
+            tokens.device,
+            tokens.dtype,
+            config.sample_size // config.patch_size,
+            config.pos_interpolation,
+            config.pos_interpolation_decoupled,
         )
+        return cached_table(self._tables, key, lambda: sincos_pos_embed(*key))
 
     @apply_lora_scale("attention_kwargs")
     def encode(self, latents: torch.Tensor, attention_kwargs: dict[str, Any] | None = None) -> torch.Tensor:

@@ -2,8 +2,10 @@
 """Positions on grids larger than the trained one, as in FiT (Lu et al. 2024)."""
 
 import math
+from collections.abc import Callable
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .checks import check_choice, check_type
 
@@ -13,6 +15,35 @@ POS_INTERPOLATIONS = ("none", "linear", "ntk", "yarn")
 # Rotations within the trained length below which YaRN interpolates frequencies, and above which it keeps them.
 YARN_MIN_ROTATIONS = 1
 YARN_MAX_ROTATIONS = 32
+
+
+MAX_TABLES = 64  # of positions that a model keeps
+
+
+def cached_table(tables: dict[tuple, torch.Tensor], key: tuple, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """
+    Looks a table of positions up, or makes and keeps it.
+
+    Args:
+        tables (`dict[tuple, torch.Tensor]`): The tables that were made before.
+        key (`tuple`): All that the table depends on.
+        make (`Callable`): Makes the table.
+
+    Returns:
+        `torch.Tensor`.
+    """
+    if torch.compiler.is_compiling():
+        return make()
+    table = tables.get(key)
+    if table is None:
+        with torch.inference_mode(False), torch.no_grad():  # for training too, whoever asks first
+            table = make()
+        if isinstance(table, FakeTensor):  # of a mode that ends
+            return table
+        if len(tables) >= MAX_TABLES:
+            tables.clear()
+        tables[key] = table
+    return table
 
 
 class PosInterpolationMixin:

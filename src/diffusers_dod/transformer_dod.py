@@ -3,7 +3,6 @@
 
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,18 +18,21 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import (
     PixArtAlphaTextProjection,
     TimestepEmbedding,
-    apply_rotary_emb,
-    get_1d_rotary_pos_embed,
     get_timestep_embedding,
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.normalization import FP32LayerNorm
 from diffusers.utils import apply_lora_scale
-from torch.amp import is_autocast_available
 
 from .checks import check_at_least, check_number, check_type
+from .elementwise import GatedSilu, PlainLayerNorm, add_gated, modulate, rotate, split_rows, without_autocast
 from .modeling_utils import DoDModelMixin
-from .pos_interpolation import PosInterpolationMixin, attention_factor, grid_scales, interpolate_frequencies
+from .pos_interpolation import (
+    PosInterpolationMixin,
+    attention_factor,
+    cached_table,
+    grid_scales,
+    interpolate_frequencies,
+)
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
 
 
@@ -109,6 +111,11 @@ def check_latents(name: str, latents: torch.Tensor, in_channels: int, patch_size
         )
 
 
+def _is_plain_linear(layer: nn.Module) -> bool:
+    """Whether a layer is nothing but a product with its weight: no adapter, no quantization and no hook."""
+    return type(layer) is nn.Linear and "forward" not in vars(layer) and not layer._forward_pre_hooks
+
+
 class DoDAttnProcessor:
     """Self-attention: softmax(LN(q) LN(k)^T / sqrt(head_dim)) v (paper, Eq. 9; its 1/d_k is a misprint)."""
 
@@ -119,7 +126,7 @@ class DoDAttnProcessor:
         self,
         attn: "DoDAttention",
         hidden_states: torch.Tensor,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        image_rotary_emb: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Runs an attention layer.
@@ -127,16 +134,13 @@ class DoDAttnProcessor:
         Args:
             attn ([`DoDAttention`]): The layer, for its weights.
             hidden_states (`torch.Tensor` of shape `(B, T, query_dim)`): The tokens.
-            image_rotary_emb (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
+            image_rotary_emb (`torch.Tensor` of shape `(T, head_dim / 2, 2)`, *optional*):
                 Cosines and sines from [`DoDRotaryPosEmbed`]. Without them queries and keys are not rotated.
 
         Returns:
             `torch.Tensor` of shape `(B, T, query_dim)`.
         """
-        if attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = attn.project(hidden_states)
         query = query.unflatten(-1, (-1, attn.head_dim))  # (B, T, heads, head_dim)
         key = key.unflatten(-1, (-1, attn.head_dim))
         value = value.unflatten(-1, (-1, attn.head_dim))
@@ -144,8 +148,7 @@ class DoDAttnProcessor:
         if attn.norm_q is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
-            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+            query, key = rotate(query, image_rotary_emb), rotate(key, image_rotary_emb)
 
         hidden_states = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
@@ -176,13 +179,24 @@ class DoDAttention(nn.Module, AttentionModuleMixin):
         self.heads = heads
         self.inner_dim = heads * dim_head
         self.use_bias = True
-        self.norm_q = FP32LayerNorm(dim_head, eps=1e-6, elementwise_affine=False) if qk_norm else None
-        self.norm_k = FP32LayerNorm(dim_head, eps=1e-6, elementwise_affine=False) if qk_norm else None
+        self.norm_q = PlainLayerNorm(dim_head) if qk_norm else None
+        self.norm_k = PlainLayerNorm(dim_head) if qk_norm else None
         self.to_q = nn.Linear(query_dim, self.inner_dim)
         self.to_k = nn.Linear(query_dim, self.inner_dim)
         self.to_v = nn.Linear(query_dim, self.inner_dim)
         self.to_out = nn.ModuleList([nn.Linear(self.inner_dim, query_dim), nn.Dropout(0.0)])
         self.set_processor(processor or self._default_processor_cls())
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Maps `hidden_states` (B, T, query_dim) to queries, keys and values, each (B, T, heads * dim_head)."""
+        if self.fused_projections:
+            return self.to_qkv(hidden_states).chunk(3, dim=-1)
+        layers = (self.to_q, self.to_k, self.to_v)
+        if torch.is_grad_enabled() and all(_is_plain_linear(layer) for layer in layers):  # one product for all three
+            weight = torch.cat([layer.weight for layer in layers])
+            bias = torch.cat([layer.bias for layer in layers])
+            return F.linear(hidden_states, weight, bias).chunk(3, dim=-1)
+        return tuple(layer(hidden_states) for layer in layers)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """Maps `hidden_states` (B, T, query_dim) to the same shape; `kwargs` go to the processor."""
@@ -202,6 +216,7 @@ class DoDRotaryPosEmbed(nn.Module):
         super().__init__()
         self.dim = dim
         self.theta = theta
+        self._tables: dict[tuple, torch.Tensor] = {}
 
     def forward(
         self,
@@ -211,9 +226,9 @@ class DoDRotaryPosEmbed(nn.Module):
         trained_size: int | None = None,
         pos_interpolation: str = "none",
         pos_interpolation_decoupled: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor:
         """
-        Computes the rotations for a grid of tokens.
+        Computes the rotations for a grid of tokens, once for each grid.
 
         Args:
             rows (`int`): Rows of the grid.
@@ -225,29 +240,36 @@ class DoDRotaryPosEmbed(nn.Module):
                 Whether rows and columns are scaled separately, see [`grid_scales`].
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Cosines and sines, each of shape `(rows * columns, dim)` in fp32, for
-            tokens in row-major order.
+            `torch.Tensor` of shape `(rows * columns, dim / 2, 2)`: Cosine and sine of each pair of channels in fp32,
+            for tokens in row-major order.
         """
+        key = (rows, columns, device, trained_size, pos_interpolation, pos_interpolation_decoupled)
+        return cached_table(self._tables, key, lambda: self._rotation(*key))
+
+    def _rotation(
+        self,
+        rows: int,
+        columns: int,
+        device: torch.device,
+        trained_size: int | None,
+        pos_interpolation: str,
+        pos_interpolation_decoupled: bool,
+    ) -> torch.Tensor:
         scales = (1.0, 1.0)
         if pos_interpolation != "none":
             scales = grid_scales(rows, columns, trained_size, pos_interpolation_decoupled)
         row = torch.arange(rows, device=device, dtype=torch.float32).repeat_interleave(columns)
         column = torch.arange(columns, device=device, dtype=torch.float32).repeat(rows)
         factor = attention_factor(max(scales), pos_interpolation, device)
+        exponents = torch.arange(0, self.dim // 2, 2, device=device, dtype=torch.float32) / (self.dim // 2)
         parts = []
         for position, scale in zip((row, column), scales, strict=True):
-            if scale == 1:
-                cos, sin = get_1d_rotary_pos_embed(self.dim // 2, position, theta=self.theta, use_real=True)
-            else:
-                exponents = torch.arange(0, self.dim // 2, 2, device=device, dtype=torch.float32) / (self.dim // 2)
-                frequencies = interpolate_frequencies(
-                    self.theta**-exponents, scale, pos_interpolation, trained_size, self.theta
-                )
-                angles = torch.outer(position, frequencies).repeat_interleave(2, dim=1)
-                cos, sin = angles.cos(), angles.sin()
-            parts.append((factor * cos, factor * sin))
-        (row_cos, row_sin), (column_cos, column_sin) = parts
-        return torch.cat([row_cos, column_cos], dim=-1), torch.cat([row_sin, column_sin], dim=-1)
+            frequencies = interpolate_frequencies(
+                1.0 / self.theta**exponents, scale, pos_interpolation, trained_size, self.theta
+            )
+            angles = torch.outer(position, frequencies)
+            parts.append(factor * torch.stack([angles.cos(), angles.sin()], dim=-1))
+        return torch.cat(parts, dim=1)
 
 
 class FP32Linear(nn.Linear):
@@ -281,30 +303,9 @@ class DoDTimestepEmbedding(nn.Module):
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         """Embeds `timestep` (B,) in [0, 1000] as (B, embedding_dim)."""
         sigma = timestep.to(torch.float32) / NUM_TRAIN_TIMESTEPS
-        device_type = timestep.device.type
-        # The meta device has no autocast; costs are counted on it.
-        in_fp32 = torch.autocast(device_type, enabled=False) if is_autocast_available(device_type) else nullcontext()
-        with in_fp32:
+        with without_autocast(timestep.device.type):
             features = get_timestep_embedding(sigma, self.num_features, flip_sin_to_cos=True, downscale_freq_shift=0)
             return self.mlp(features)
-
-
-# The conditioning of a batch comes in one or two parts along the batch dimension: samples with a prior have one row
-# per token, (K, T, ...), and samples without one have a single row, (B - K, 1, ...). The functions below apply each
-# part to its own samples only, so that nothing is ever broadcast to T tokens.
-Parts = tuple[torch.Tensor, ...]
-
-
-def _modulate(hidden_states: torch.Tensor, shift: Parts, scale: Parts) -> torch.Tensor:
-    samples = hidden_states.split([part.shape[0] for part in shift])
-    samples = [x * (1 + scale_) + shift_ for x, shift_, scale_ in zip(samples, shift, scale, strict=True)]
-    return samples[0] if len(samples) == 1 else torch.cat(samples)
-
-
-def _gate(hidden_states: torch.Tensor, gate: Parts) -> torch.Tensor:
-    samples = hidden_states.split([part.shape[0] for part in gate])
-    samples = [x * gate_ for x, gate_ in zip(samples, gate, strict=True)]
-    return samples[0] if len(samples) == 1 else torch.cat(samples)
 
 
 class DoDTransformerBlock(nn.Module):
@@ -323,53 +324,53 @@ class DoDTransformerBlock(nn.Module):
         self, dim: int, num_attention_heads: int, attention_head_dim: int, ff_inner_dim: int, adaln_lora_dim: int
     ):
         super().__init__()
-        self.norm1 = FP32LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm1 = PlainLayerNorm(dim)
         self.attn = DoDAttention(dim, num_attention_heads, attention_head_dim)
-        self.norm2 = FP32LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm2 = PlainLayerNorm(dim)
         self.ff = FeedForward(dim, inner_dim=ff_inner_dim, activation_fn="swiglu")
+        self.ff.net[0] = GatedSilu(self.ff.net[0].proj)
         self.adaln_down = nn.Linear(dim, adaln_lora_dim)
         self.adaln_up = nn.Linear(adaln_lora_dim, 6 * dim)
 
     def forward(
         self,
         hidden_states: torch.Tensor,  # (B, T, d)
-        conditioning: Parts,  # SiLU(c): (K, T, d) and (B - K, 1, d), either part may be missing
-        global_modulation: Parts,  # the same, 6d wide
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor],
+        conditioning: torch.Tensor,  # (K * T + B - K, d)
+        global_modulation: torch.Tensor,  # (K * T + B - K, 6d)
+        num_priors: int,
+        image_rotary_emb: torch.Tensor,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> torch.Tensor:
         """
         Runs the block.
 
-        The conditioning comes in one or two parts along the batch: K samples with a prior have one row per token, the
-        others have one row for all tokens. Either part may be missing.
+        The conditioning of K samples with a prior has one row per token, that of the others one row per sample.
 
         Args:
-            hidden_states (`torch.Tensor` of shape `(B, T, d)`): The tokens.
-            conditioning (`tuple[torch.Tensor, ...]`):
-                SiLU(c) of shapes `(K, T, d)` and `(B - K, 1, d)`.
-            global_modulation (`tuple[torch.Tensor, ...]`):
-                The AdaLN that all blocks share, of shapes `(K, T, 6 * d)` and `(B - K, 1, 6 * d)`.
-            image_rotary_emb (`tuple[torch.Tensor, torch.Tensor]`): Cosines and sines from [`DoDRotaryPosEmbed`].
+            hidden_states (`torch.Tensor` of shape `(B, T, d)`): The tokens; samples with a prior first.
+            conditioning (`torch.Tensor` of shape `(K * T + B - K, d)`): SiLU(c).
+            global_modulation (`torch.Tensor` of shape `(K * T + B - K, 6 * d)`): The AdaLN that all blocks share.
+            num_priors (`int`): Number K of samples with a prior.
+            image_rotary_emb (`torch.Tensor` of shape `(T, head_dim / 2, 2)`):
+                Cosines and sines from [`DoDRotaryPosEmbed`].
             attention_kwargs (`dict`, *optional*): Further arguments of the attention processor.
 
         Returns:
             `torch.Tensor` of shape `(B, T, d)`.
         """
-        modulation = [
-            (self.adaln_up(self.adaln_down(c)) + shared).chunk(6, dim=-1)
-            for c, shared in zip(conditioning, global_modulation, strict=True)
-        ]
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = zip(*modulation, strict=True)
+        modulation = self.adaln_up(self.adaln_down(conditioning)) + global_modulation
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = split_rows(
+            modulation, num_priors, hidden_states.shape[1], 6
+        )
 
         attn_output = self.attn(
-            _modulate(self.norm1(hidden_states), shift_msa, scale_msa),
+            modulate(self.norm1(hidden_states), shift_msa, scale_msa),
             image_rotary_emb=image_rotary_emb,
             **(attention_kwargs or {}),
         )
-        hidden_states = hidden_states + _gate(attn_output, gate_msa)
-        ff_output = self.ff(_modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
-        return hidden_states + _gate(ff_output, gate_mlp)
+        hidden_states = add_gated(hidden_states, attn_output, gate_msa)
+        ff_output = self.ff(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
+        return add_gated(hidden_states, ff_output, gate_mlp)
 
 
 class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, AttentionMixin, PosInterpolationMixin):
@@ -472,7 +473,7 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
                 for _ in range(num_layers)
             ]
         )
-        self.norm_out = FP32LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm_out = PlainLayerNorm(dim)
         self.adaln_out = nn.Linear(dim, 2 * dim)
         self.proj_out = nn.Linear(dim, in_channels * patch_size**2)
 
@@ -561,20 +562,17 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
         class_labels: torch.Tensor,  # (B,)
         prior_embeds: torch.Tensor | None,  # (K, T, d_l)
         dtype: torch.dtype,
-    ) -> Parts:
-        """SiLU(c) with c = time + class + (projected prior of the token or S) (paper, Eq. 5), in parts split at K."""
+    ) -> torch.Tensor:
+        """SiLU(c) with c = time + class + (projected prior of the token or S) (paper, Eq. 5): (K * T + B - K, d)."""
         embedding = self.time_embed(timestep)
-        embedding = (embedding + self.class_embed(class_labels).to(embedding.dtype))[:, None]  # (B, 1, d)
-        if self.config.prior_embed_dim is None:
-            parts = (embedding,)
-        else:
+        embedding = embedding + self.class_embed(class_labels).to(embedding.dtype)  # (B, d)
+        if self.config.prior_embed_dim is not None:
             num_priors = 0 if prior_embeds is None else prior_embeds.shape[0]
-            parts = ()
+            rows = [embedding[num_priors:] + self.sample_token] if num_priors < embedding.shape[0] else []
             if num_priors > 0:
-                parts += (embedding[:num_priors] + self.prior_proj(prior_embeds),)  # (K, T, d)
-            if num_priors < embedding.shape[0]:
-                parts += (embedding[num_priors:] + self.sample_token,)  # (B - K, 1, d)
-        return tuple(nn.functional.silu(part).to(dtype) for part in parts)
+                rows = [(embedding[:num_priors, None] + self.prior_proj(prior_embeds)).flatten(0, 1), *rows]
+            embedding = torch.cat(rows) if len(rows) > 1 else rows[0]
+        return nn.functional.silu(embedding).to(dtype)
 
     def _check_inputs(self, hidden_states, timestep, class_labels, prior_embeds) -> None:
         config = self.config
@@ -659,23 +657,21 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
         hidden_states = hidden_states.to(self.x_embedder.weight.dtype)
         hidden_states = self.x_embedder(patchify(hidden_states, patch_size))  # (B, T, d)
         conditioning = self._conditioning(timestep, class_labels, prior_embeds, hidden_states.dtype)
-        global_modulation = tuple(self.adaln_global(c) for c in conditioning)
+        global_modulation = self.adaln_global(conditioning)
+        num_priors = 0 if prior_embeds is None else prior_embeds.shape[0]
 
         all_hidden_states = (hidden_states,) if output_hidden_states else None
+        arguments = (conditioning, global_modulation, num_priors, image_rotary_emb, attention_kwargs)
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(
-                    block, hidden_states, conditioning, global_modulation, image_rotary_emb, attention_kwargs
-                )
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, *arguments)
             else:
-                hidden_states = block(
-                    hidden_states, conditioning, global_modulation, image_rotary_emb, attention_kwargs
-                )
+                hidden_states = block(hidden_states, *arguments)
             if output_hidden_states:
                 all_hidden_states += (hidden_states,)
 
-        shift, scale = zip(*(self.adaln_out(c).chunk(2, dim=-1) for c in conditioning), strict=True)
-        hidden_states = self.proj_out(_modulate(self.norm_out(hidden_states), shift, scale))
+        shift, scale = split_rows(self.adaln_out(conditioning), num_priors, hidden_states.shape[1], 2)
+        hidden_states = self.proj_out(modulate(self.norm_out(hidden_states), shift, scale))
         sample = unpatchify(hidden_states, patch_size, height, width)
 
         if not return_dict:
