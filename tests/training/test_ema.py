@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from helpers import says
 
-from diffusers_dod.training.ema import PowerFunctionEMA, power_of, reconstruction_weights
+from diffusers_dod.training.ema import PowerFunctionEMA, WeightAverage, power_of, reconstruction_weights
 
 
 @pytest.mark.parametrize("sigma_rel", [0.02, 0.05, 0.1, 0.2, 0.28])
@@ -22,7 +23,7 @@ def test_the_width_of_the_profile(sigma_rel):
 def averages(values: np.ndarray, sigma_rel: float) -> np.ndarray:
     """The power-function average of numbers after each step."""
     parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    ema, found = PowerFunctionEMA([parameter], sigma_rel, foreach=True), []
+    ema, found = PowerFunctionEMA([parameter], sigma_rel), []
     for value in values:
         parameter.data.fill_(value)
         ema.step([parameter])
@@ -72,3 +73,22 @@ def test_bad_reconstructions_are_refused():
         reconstruction_weights([(100, 0.05), (200, 0.05)], 300, 0.05)
     with pytest.raises(ValueError, match=says("`step`", "None", "got 1")):
         reconstruction_weights([], 1, 0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_average_is_that_of_diffusers_to_the_bit(dtype):
+    """Over many steps, with a weight that is not trained, and in fp32 for weights in bf16."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in (3, 1000, 7)]
+    weights[1].requires_grad_(False)
+    ours, theirs = WeightAverage(weights, decay=0.999), EMAModel(weights, decay=0.999, foreach=True)
+    for average in (ours, theirs):
+        average.to(dtype=torch.float32)
+    for _ in range(200):
+        for weight in weights:
+            weight.data += torch.randn(weight.shape, generator=generator).to(dtype)
+        for average in (ours, theirs):
+            average.step(weights)
+    assert ours.cur_decay_value == theirs.cur_decay_value
+    for average, expected in zip(ours.shadow_params, theirs.shadow_params, strict=True):
+        assert average.dtype == torch.float32 and torch.equal(average, expected)

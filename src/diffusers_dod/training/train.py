@@ -64,7 +64,7 @@ from .checkpoints import (
     set_aside_later,
 )
 from .cost import describe_run
-from .ema import PowerFunctionEMA, averaged_parameters
+from .ema import PowerFunctionEMA, WeightAverage, averaged_parameters
 from .encode_latents import load_autoencoder
 from .history import TrainingHistory, values_of_steps
 from .model_card import CARD_FILES, write_model_card
@@ -240,11 +240,10 @@ class Trainer:
         """Builds the averages of the weights by name; pipelines and samples use the first."""
         parameters = list(averaged_parameters(self.joint_model).values())
         emas: dict[str, EMAModel] = {
-            f"decay-{decay}": EMAModel(parameters, decay=decay, foreach=True)
-            for decay in self.options.averages.ema_decay
+            f"decay-{decay}": WeightAverage(parameters, decay=decay) for decay in self.options.averages.ema_decay
         }
         for width in self.options.averages.ema_sigma_rel:
-            emas[f"sigma-rel-{width}"] = PowerFunctionEMA(parameters, width, foreach=True)
+            emas[f"sigma-rel-{width}"] = PowerFunctionEMA(parameters, width)
         for ema in emas.values():
             ema.to(dtype=torch.float32)  # of bf16 weights too, which DeepSpeed trains: small changes would be lost
         return emas
