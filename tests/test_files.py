@@ -20,8 +20,6 @@ from diffusers_dod.files import (
     check_output,
     file_sha256,
     in_use,
-    read_lines,
-    read_object,
     remove_folder,
     remove_unfinished,
     replacing,
@@ -192,29 +190,6 @@ def test_json_is_strict_and_written_whole(tmp_path):
         with pytest.raises(kind):
             write_json(path, content)
     assert json.loads(path.read_text()) == {"a": [1, "ä"]} and list(path.parent.iterdir()) == [path]
-
-
-NO_OBJECTS = [b"", b"\0" * 9, b'{"step": 1', b"7", b"[]", b"null", b"\xff\xfe", b"[" * 100_000]
-
-
-@pytest.mark.parametrize("content", NO_OBJECTS, ids=range(len(NO_OBJECTS)))
-def test_what_is_no_object_is_missing(tmp_path, content):
-    assert read_object(tmp_path / "file.json") is None
-    (tmp_path / "file.json").write_bytes(content)
-    assert read_object(tmp_path / "file.json") is None
-    write_json(tmp_path / "file.json", {"step": 1})
-    assert read_object(tmp_path / "file.json") == {"step": 1}
-
-
-NO_LINES = [*NO_OBJECTS, b'{"loss": 1}', b'{"step": "2"}', b'{"step": null}', b'{"step": true}']
-
-
-@pytest.mark.parametrize("content", NO_LINES, ids=range(len(NO_LINES)))
-def test_lines_that_are_none_are_left_out(tmp_path, caplog, content):
-    assert read_lines(tmp_path / "metrics.jsonl") == []
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + content + b'\n{"step": 2}\n' + content)
-    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
-    assert ("2 lines" in caplog.text) == bool(content)  # an empty line says nothing
 
 
 def test_a_folder_in_use_is_refused_until_the_other_command_ends(tmp_path):

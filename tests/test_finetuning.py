@@ -7,10 +7,10 @@ from helpers import fresh_accelerator, says, tiny_pipeline, tiny_transformer, ti
 from safetensors.torch import load_file
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDTransformer2DModel
+from diffusers_dod.checkpoint_manifest import STATE_FOLDER
 from diffusers_dod.finetuning import difffit_parameters, freeze_all_but
 from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.options import parse_options
-from diffusers_dod.training.checkpoints import STATE_FOLDER
 from diffusers_dod.training.train import build_models, main
 from diffusers_dod.training_options import TrainingOptions
 

@@ -17,7 +17,8 @@ from diffusers import (
 )
 from helpers import ID2LABEL, says, tiny_latent_embedder, tiny_pipeline, tiny_transformer, tiny_vae
 
-from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline
+from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDTransformer2DModel, LatentEmbeddingModule
+from diffusers_dod.training.checkpoints import save_checkpoint
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -49,6 +50,55 @@ def sample(pipe: DoDPipeline) -> torch.Tensor:
 def half_of(file: Path) -> bytes:
     content = file.read_bytes()
     return content[: len(content) // 2]
+
+
+# ---------------------------------------------------------------------------------------- checkpoints of a training
+
+
+def damage_weights(folder: Path) -> None:
+    path = folder / "transformer" / WEIGHTS
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+def take_other_weights(folder: Path) -> None:
+    tiny_transformer(seed=5).save_pretrained(folder / "transformer")
+
+
+def add_an_index(folder: Path) -> None:
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    return save_checkpoint(tmp_path, 7, tiny_pipeline().save_pretrained)
+
+
+@pytest.mark.parametrize("damage", [damage_weights, take_other_weights, add_an_index])
+def test_a_damaged_checkpoint_is_no_model(checkpoint, damage):
+    damage(checkpoint)
+    LatentEmbeddingModule.from_pretrained(checkpoint, subfolder="latent_embedder")
+    for arguments in ({"subfolder": "transformer"}, {}):
+        path = checkpoint if arguments else checkpoint / "transformer"
+        with pytest.raises(ValueError, match=says("undamaged", str(checkpoint), "transformer/diffusion_pytorch_mod")):
+            DoDTransformer2DModel.from_pretrained(path, **arguments)
+
+
+@every_class
+@pytest.mark.parametrize("damage", [damage_weights, take_other_weights, add_an_index])
+def test_a_damaged_checkpoint_is_no_pipeline(checkpoint, cls, damage):
+    assert torch.equal(sample(cls.from_pretrained(checkpoint)), sample(cls.from_pretrained(checkpoint)))
+    damage(checkpoint)
+    with pytest.raises(ValueError, match=says("undamaged", str(checkpoint), "transformer/diffusion_pytorch_model")):
+        cls.from_pretrained(checkpoint)
+
+
+def test_a_pipeline_needs_no_state_of_the_training(checkpoint):
+    """The state may be left behind when a checkpoint is copied."""
+    (checkpoint / "training_state").mkdir()
+    (checkpoint / "training_state" / "model.safetensors").write_bytes(b"damaged")
+    DoDPipeline.from_pretrained(checkpoint)
 
 
 # ------------------------------------------------------------------------------------------------ no pipeline there
@@ -362,3 +412,60 @@ def test_paths_are_back_after_saving_failed(folder, tmp_path):
         pipe.save_pretrained(tmp_path / "file")
     assert str(pipe.config._name_or_path) == str(folder)
     assert pipe.transformer.config._name_or_path == str(folder / "transformer")
+
+
+# ------------------------------------------------------------------------------------------- configs made to harm
+
+
+HARM = {
+    "transformer": {
+        "num_layers": [10**9, 0, None, [2], "2", True, 2.5, {}],
+        "num_attention_heads": [10**9, -1],
+        "attention_head_dim": [10**9],
+        "num_classes": [10**9, 10**30],
+        "in_channels": [10**9],
+        "sample_size": [10**9],
+        "patch_size": [10**9],
+        "mlp_ratio": [1e9, -1.0, "4"],
+        "adaln_lora_dim": [10**9],
+        "prior_embed_dim": [10**9],
+    },
+    "latent_embedder": {
+        "num_encoder_layers": [10**9],
+        "num_decoder_layers": [10**9],
+        "num_latent_tokens": [10**9],
+        "latent_token_dim": [10**9],
+        "mlp_ratio": [1e9],
+    },
+    "scheduler": {"num_train_timesteps": [10**9], "shift": [1e9], "rtol": [1e9], "atol": [1e9]},
+    ".": {"default_num_stages": [10**9], "default_num_inference_steps": [10**9], "default_guidance_scale": [1e30]},
+}
+CONFIGS = {"scheduler": "scheduler_config.json", ".": INDEX}
+
+
+@pytest.mark.parametrize(
+    "name, field, value",
+    [(name, field, value) for name in HARM for field in HARM[name] for value in HARM[name][field]],
+)
+def test_values_out_of_range_are_refused_by_name(folder, name, field, value):
+    path = folder / name / CONFIGS.get(name, "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises((ValueError, TypeError), match=says(field if 10**30 != value else "20 digits")):
+        DoDPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{", '{"num_layers": 1, "num_layers": 2}', "[" * 100_000, b"\xff"])
+@pytest.mark.parametrize("name", [*OURS, "scheduler"])
+def test_configs_that_are_none_are_refused_by_file(folder, name, content):
+    path = folder / name / CONFIGS.get(name, "config.json")
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises((ValueError, OSError), match=says(str(path))):
+        DoDPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["../transformer", "/tmp", "a/../../b"])
+def test_components_elsewhere_are_refused(folder, name):
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps(index | {name: index["transformer"]}))
+    with pytest.raises(OSError, match=says(INDEX, "same folder", name)):
+        DoDPipeline.from_pretrained(folder)

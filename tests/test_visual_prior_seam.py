@@ -21,6 +21,7 @@ from torch import nn
 from torch.export import Dim
 
 from diffusers_dod import DoDPipeline, LatentEmbeddingModule, VisualPriorMixin
+from diffusers_dod.checkpoint_manifest import STATE_FOLDER
 from diffusers_dod.compute import TrainingStep, count_model, sampling_compute, training_cost
 from diffusers_dod.evaluation import linear_probe, reconstruction, sample, sweep
 from diffusers_dod.latent_embedding import find_visual_prior_class
@@ -29,7 +30,6 @@ from diffusers_dod.options import parse_options
 from diffusers_dod.presets import PRESETS, Preset
 from diffusers_dod.remote_code import export_remote_code, self_contained_source
 from diffusers_dod.results import read_results
-from diffusers_dod.training.checkpoints import STATE_FOLDER
 from diffusers_dod.training.cost import describe_run
 from diffusers_dod.training.models import build_models
 from diffusers_dod.training_options import TrainingOptions

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .checks import check_choice
 from .compute import sampling_compute, training_cost
 from .data.labelled_images import TEXTURES
-from .files import METRICS_FILE, read_lines
+from .files import METRICS_FILE
 from .guidance_options import GUIDANCE_FIELDS
 from .latent_embedding import LatentEmbeddingModule, VisualPriorMixin
 from .metrics.extractors import INCEPTION
@@ -23,6 +23,7 @@ from .metrics.table import METRICS
 from .options import list_options
 from .pipeline_dod import DoDPipeline
 from .presets import PRESETS, Preset
+from .records import read_lines
 from .sampling_options import CallOptions
 from .tables import format_table
 from .training_options import TrainingOptions

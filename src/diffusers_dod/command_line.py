@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import distributed
 
+from .checks import hide_secrets
 from .options import DEBUG
 from .processes import OtherProcessError
 
@@ -51,7 +52,7 @@ def run_main(main: Callable[[], None]) -> None:
         if shows_traceback:
             traceback.print_exc()
         elif _is_first_to_fail():
-            text = str(error) or type(error).__name__
+            text = hide_secrets(str(error)) or type(error).__name__
             print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr, flush=True)
         sys.exit(ERROR_EXIT_CODE)
 

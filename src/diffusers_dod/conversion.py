@@ -10,7 +10,6 @@ The first command writes a complete [`DoDPipeline`] of one stage. The second one
 `config.json` for FiT.
 """
 
-import json
 import math
 import os
 import re
@@ -30,6 +29,7 @@ from .files import replacing, replacing_contents, write_json
 from .options import find_given, option, parse_options
 from .pipeline_dod import DoDPipeline
 from .presets import PRESETS
+from .records import parse_json, read_yaml
 from .scheduling_dod import DoDFlowMatchScheduler
 from .transformer_dod import DoDTransformer2DModel
 
@@ -386,16 +386,7 @@ def load_fitv2_checkpoint(checkpoint_path: str | os.PathLike, weights: str | Non
 def _load_json(name: str, path: Path) -> dict:
     """Reads the object in a JSON or YAML file that was given as the argument `name`."""
     try:
-        with open(path, encoding="utf-8") as file:
-            if path.suffix in (".yaml", ".yml"):
-                import yaml  # comes with accelerate and huggingface_hub
-
-                try:
-                    content = yaml.safe_load(file)
-                except yaml.YAMLError as error:
-                    raise ValueError(error) from error
-            else:
-                content = json.load(file)
+        content = read_yaml(path) if path.suffix in (".yaml", ".yml") else parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"`{name}` must be a readable file, got {str(path)!r}: {error}") from error
     if not isinstance(content, dict):

@@ -24,7 +24,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished-"  # how names of files and folders begin that are being written or removed
 LOCK_FILE = ".in-use"  # says which process works in a folder, as long as it does
@@ -254,15 +254,6 @@ def remove_folder(folder: Path) -> None:
     _remove(removed)
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """Reads the object in the JSON file `path`; `None` if it is missing, or empty, torn or something else."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
 def write_json(path: Path, content: Any, folder: Path | None = None) -> None:
     """
     Writes a JSON file atomically and durably, see [`replacing`].
@@ -278,30 +269,6 @@ def write_json(path: Path, content: Any, folder: Path | None = None) -> None:
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with replacing(path, folder) as unfinished:
         unfinished.write_text(text)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """
-    Reads a file of JSON lines.
-
-    Args:
-        path (`Path`): The file. It may be missing.
-
-    Returns:
-        `list[dict]`: The lines with an integer as `step`. Others, as a crash may leave, are left out with a warning.
-    """
-
-    def parse(line: bytes) -> dict[str, Any] | None:
-        try:
-            content = json.loads(line)
-            return content if type(content["step"]) is int else None
-        except (ValueError, TypeError, LookupError, RecursionError):
-            return None
-
-    lines = [parse(line) for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
-    if num_dropped := lines.count(None):
-        logger.warning(f"{num_dropped} lines of {path} are no metrics, and left out.")
-    return [line for line in lines if line is not None]
 
 
 @contextmanager
@@ -355,7 +322,7 @@ def _lock(path: Path, name: str, waits: bool) -> int | None:
                 raise ValueError(
                     f"`{name}` must not be in use by another command, got {path.parent}, in use by {owner}."
                 ) from error
-            logger.warning(f"Waiting for {owner}, which works in {path.parent}.")
+            _logger.warning(f"Waiting for {owner}, which works in {path.parent}.")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             path.unlink(missing_ok=True)

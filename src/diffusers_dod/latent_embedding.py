@@ -23,7 +23,15 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from .checks import check_at_least, check_number
 from .modeling_utils import DoDModelMixin
 from .pos_interpolation import PosInterpolationMixin, cached_table, grid_scales, interpolate_frequencies
-from .transformer_dod import DoDAttention, DoDTransformer2DModel, check_latents, patchify
+from .transformer_dod import (
+    MAX_LAYERS,
+    MAX_RATIO,
+    MAX_SIZE,
+    DoDAttention,
+    DoDTransformer2DModel,
+    check_latents,
+    patchify,
+)
 
 
 @dataclass
@@ -339,8 +347,12 @@ class LatentEmbeddingModule(VisualPriorMixin, AttentionMixin, PosInterpolationMi
             "num_attention_heads": num_attention_heads,
             "attention_head_dim": attention_head_dim,
         }.items():
-            check_at_least(name, value, 1)
-        check_number("mlp_ratio", mlp_ratio, 1 / (num_attention_heads * attention_head_dim))  # at least one unit
+            check_at_least(name, value, 1, MAX_LAYERS if "layers" in name else MAX_SIZE)
+        check_at_least(
+            "num_attention_heads * attention_head_dim", num_attention_heads * attention_head_dim, 1, MAX_SIZE
+        )
+        minimum = 1 / (num_attention_heads * attention_head_dim)  # at least one unit
+        check_number("mlp_ratio", mlp_ratio, minimum, MAX_RATIO)
         if sample_size % patch_size:
             raise ValueError(f"`sample_size` must be a multiple of `patch_size` = {patch_size}, got {sample_size}.")
         dim = num_attention_heads * attention_head_dim

@@ -5,13 +5,16 @@ import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 
+from .checkpoint_manifest import CHECKPOINT_MANIFEST, check_checkpoint
 from .checks import abbreviate
+from .records import StrictConfigMixin
 
 
 @contextmanager
@@ -35,7 +38,7 @@ def _reason(error: BaseException) -> str:
     return str(error) if cause is None or cause is error else f"{error} ({cause})"
 
 
-class DoDModelMixin(ModelMixin, ConfigMixin):
+class DoDModelMixin(StrictConfigMixin, ModelMixin, ConfigMixin):
     """
     Base class of both models: `ModelMixin` and `ConfigMixin` with stricter loading and cleaner saving.
 
@@ -80,8 +83,11 @@ class DoDModelMixin(ModelMixin, ConfigMixin):
 
         Raises:
             `OSError`: there is no such folder or repository, or a file is missing or cannot be read.
-            `ValueError`: the weights belong to another model.
+            `ValueError`: the weights belong to another model, or to a checkpoint of a training that is damaged.
         """
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "").absolute()
+        if folder.is_dir() and (folder.parent / CHECKPOINT_MANIFEST).is_file():
+            check_checkpoint("pretrained_model_name_or_path", folder.parent, [folder.name])
         wants_info = kwargs.pop("output_loading_info", False)
         quantization_config = kwargs.get("quantization_config")
         if quantization_config is not None and cls._skip_quantization_modules:

@@ -33,10 +33,9 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import yaml
-
-from .checks import attempt, check_at_least, check_choice, check_number, check_type
+from .checks import attempt, check_at_least, check_choice, check_number, check_type, hide_secrets, shown
 from .files import check_output
+from .records import read_yaml
 
 
 T = TypeVar("T")
@@ -162,6 +161,8 @@ class OptionField:
             check_type(self.name, value, Integral)
             if minimum is not None:
                 check_at_least(self.name, value, minimum)
+            if abs(value) >= 2**63:
+                raise ValueError(f"`{self.name}` must be an integer below 2^63, got {shown(value)}.")
         elif self.type in (int, float):
             check_number(
                 self.name,
@@ -332,7 +333,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends the process with exit code 2; of the processes of a machine, which fail alike, one says why."""
         is_first = int(os.environ.get("LOCAL_RANK") or 0) == 0
-        self.exit(2, f"{self.prog}: error: {message}\nSee {self.prog} --help.\n" if is_first else None)
+        message = f"{self.prog}: error: {hide_secrets(message)}\nSee {self.prog} --help.\n"
+        self.exit(2, message if is_first else None)
 
 
 def build_parser(kind: type, description: str | None = None) -> argparse.ArgumentParser:
@@ -470,16 +472,18 @@ def read_recipe(path: Path) -> list[str]:
         `ValueError`: it is not such a mapping.
     """
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"`config` must be YAML, got {path}: {error}") from error
+        options = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"`config` must be YAML: {error}") from error
     if not isinstance(options, dict):
-        raise ValueError(f"`config` must map names of options to values, got {path} with {options!r}.")
+        raise ValueError(f"`config` must map names of options to values, got {path} with {shown(options)}.")
     argv: list[str] = []
     for name, value in options.items():
         values = value if isinstance(value, list) else [value]
         if not isinstance(name, str) or not all(isinstance(entry, (bool, int, float, str)) for entry in values):
-            raise ValueError(f"`config` must map names of options to values, got {name!r}: {value!r} in {path}.")
+            raise ValueError(
+                f"`config` must map names of options to values, got {shown(name)}: {shown(value)} in {path}."
+            )
         if value is False:
             continue
         argv += [f"--{name}"] if value is True else [f"--{name}", *(str(entry) for entry in values)]

@@ -41,6 +41,7 @@ from .stages import Stage, check_samples, find_sound, is_a, one_at_a_time, plan_
 from .transformer_dod import DoDTransformer2DModel
 
 
+MAX_STAGES = 1000
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 EXAMPLE_DOC_STRING = """
@@ -101,9 +102,9 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
     ):
         super().__init__()
         check_components(transformer, scheduler, vae, latent_embedder)
-        check_number("default_guidance_scale", default_guidance_scale, 0)
-        check_at_least("default_num_inference_steps", default_num_inference_steps, 1)
-        check_at_least("default_num_stages", default_num_stages, 1)
+        check_number("default_guidance_scale", default_guidance_scale, 0, 1_000_000)
+        check_at_least("default_num_inference_steps", default_num_inference_steps, 1, 1_000_000)
+        check_at_least("default_num_stages", default_num_stages, 1, MAX_STAGES)
         names = check_id2label(id2label, None if transformer is None else transformer.config.num_classes)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, latent_embedder=latent_embedder)
         self.register_to_config(
@@ -191,7 +192,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
             `ValueError`, `TypeError`: an argument has another value. The message names the argument, the accepted
                 values and the value received.
         """
-        check_at_least("num_stages", num_stages, 1)
+        check_at_least("num_stages", num_stages, 1, MAX_STAGES)
         if num_stages > 1 and self.latent_embedder is None:
             raise ValueError(f"`num_stages` must be 1 without a `latent_embedder`, got {num_stages}.")
         if has_prior and num_stages < 2:

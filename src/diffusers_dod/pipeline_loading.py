@@ -2,16 +2,19 @@
 """Loading and saving of a DoD pipeline."""
 
 import os
+from pathlib import Path
 from typing import Any, Self
 
 from diffusers.configuration_utils import ConfigMixin
 from huggingface_hub.errors import HFValidationError
 
+from .checkpoint_manifest import CHECKPOINT_MANIFEST, check_checkpoint
 from .latent_embedding import list_visual_prior_classes
 from .modeling_utils import without_local_paths
+from .records import FileName, StrictConfigMixin, check_record
 
 
-class DoDPipelineLoadingMixin:
+class DoDPipelineLoadingMixin(StrictConfigMixin):
     """Loads a [`DoDPipeline`] with errors that name the missing part, and saves it without local paths."""
 
     @classmethod
@@ -26,7 +29,7 @@ class DoDPipelineLoadingMixin:
 
         Raises:
             `OSError`: there is no such folder or repository, or a file is missing or cannot be read.
-            `ValueError`: the files belong to something else.
+            `ValueError`: the files belong to something else, or they are a checkpoint of a training that is damaged.
         """
         path = os.fspath(pretrained_model_name_or_path)
         if os.path.isdir(path):
@@ -70,16 +73,25 @@ class DoDPipelineLoadingMixin:
 
     @classmethod
     def _check_folder(cls, path: str, given: dict[str, Any]) -> None:
-        """Raises an `OSError` unless the folder has an index, and a folder for each component that is not `given`."""
+        """
+        Raises an `OSError` unless the folder has an index, and a folder for each component that is not `given`; a
+        `ValueError` if it is a checkpoint of a training that is damaged.
+        """
         index_file = os.path.join(path, cls.config_name)
         if not os.path.isfile(index_file):
             raise OSError(cls._not_found(path, "which has none."))
         try:
             index = cls._dict_from_json_file(index_file)
+            check_record([name for name, entry in index.items() if isinstance(entry, list)], list[FileName], "index")
         except ValueError as error:
             raise OSError(f"{index_file} must be JSON: {error}") from error
+        if os.path.isfile(os.path.join(path, CHECKPOINT_MANIFEST)):
+            parts = [cls.config_name, *(name for name in index if name not in given)]
+            check_checkpoint("pretrained_model_name_or_path", Path(path), parts)
         for name, entry in index.items():
-            is_component = isinstance(entry, list) and name != "_class_name" and entry[0] is not None
+            is_component = (
+                isinstance(entry, list) and name != "_class_name" and len(entry) == 2 and entry[0] is not None
+            )
             if is_component and name not in given and not os.path.isdir(os.path.join(path, name)):
                 raise OSError(
                     f"`pretrained_model_name_or_path` must hold a folder for each component in {cls.config_name}, "

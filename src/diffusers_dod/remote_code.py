@@ -174,8 +174,9 @@ def self_contained_source(cls: type, stand_ins: dict[str, type] | None = None) -
 
     imported: dict[str, set[str]] = {}
     for module in modules.values():
+        mentioned = set().union(*(s.mentions for s in module.statements if id(s) in kept))
         for name, (origin, what) in module.absolute_imports.items():
-            if name in needed_names:
+            if name in mentioned:
                 imported.setdefault(origin, set()).add(what)
     used_stand_ins = {name: cls for name, cls in stand_ins.items() if name in needed_names}
     for cls in used_stand_ins.values():

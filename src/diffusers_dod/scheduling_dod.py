@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .adaptive import StepCallback, VelocityFunction, integrate_by_batch, integrate_by_sample
 from .checks import check_at_least, check_choice, check_number
+from .records import StrictConfigMixin
 from .rectified_flow import NUM_TRAIN_TIMESTEPS, euler_step, interpolate, shift_sigma
 from .sde import DIFFUSION_FORMS, LAST_STEPS, Diffusion
 from .tableaus import EULER, SOLVERS, ButcherTableau, Solver, weighted_sum
@@ -80,7 +81,7 @@ def check_starts(
     return starts
 
 
-class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
+class DoDFlowMatchScheduler(StrictConfigMixin, SchedulerMixin, ConfigMixin):
     r"""
     Rectified-flow scheduler with fixed-step and adaptive solvers of the ODE and of the SDEs that share its marginals.
 
@@ -139,14 +140,14 @@ class DoDFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         last_step: str = "mean",
         last_step_size: float = 0.04,
     ):
-        check_at_least("num_train_timesteps", num_train_timesteps, 1)
+        check_at_least("num_train_timesteps", num_train_timesteps, 1, 1_000_000)
         check_choice("solver", solver, tuple(SOLVERS))
-        check_number("shift", shift, 0, open_minimum=True)
-        check_number("rtol", rtol, 0, open_minimum=True)
-        check_number("atol", atol, 0, open_minimum=True)
+        check_number("shift", shift, 0, 1000, open_minimum=True)
+        check_number("rtol", rtol, 0, 1, open_minimum=True)
+        check_number("atol", atol, 0, 1, open_minimum=True)
         check_choice("error_norm", error_norm, ERROR_NORMS)
         check_choice("diffusion_form", diffusion_form, DIFFUSION_FORMS)
-        check_number("diffusion_norm", diffusion_norm, 0)
+        check_number("diffusion_norm", diffusion_norm, 0, 1000)
         check_choice("last_step", last_step, tuple(LAST_STEPS))
         check_number("last_step_size", last_step_size, 0, 1, open_minimum=True, open_maximum=True)
 

@@ -36,6 +36,13 @@ from .pos_interpolation import (
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
 
 
+# Limits of configs, far beyond any model: a file cannot make a program allocate or loop for minutes.
+MAX_LAYERS = 1000
+MAX_SIZE = 32768  # widths, sides and numbers of tokens
+MAX_CLASSES = 1_000_000
+MAX_RATIO = 64
+
+
 @dataclass
 class DoDTransformerOutput(Transformer2DModelOutput):
     """
@@ -439,7 +446,8 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
             "attention_head_dim": attention_head_dim,
             "num_classes": num_classes,
         }.items():
-            check_at_least(name, value, 1)
+            check_at_least(name, value, 1, MAX_CLASSES if name == "num_classes" else MAX_SIZE)
+        check_at_least("num_layers", num_layers, 1, MAX_LAYERS)
         if sample_size % patch_size:
             raise ValueError(f"`sample_size` must be a multiple of `patch_size` = {patch_size}, got {sample_size}.")
         if attention_head_dim % 4:
@@ -447,13 +455,14 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
                 f"`attention_head_dim` must be a multiple of 4 (2D rotary embedding), got {attention_head_dim}."
             )
         dim = num_attention_heads * attention_head_dim
-        check_number("mlp_ratio", mlp_ratio, 2 / dim)  # a hidden layer of at least one unit
+        check_at_least("num_attention_heads * attention_head_dim", dim, 1, MAX_SIZE)
+        check_number("mlp_ratio", mlp_ratio, 2 / dim, MAX_RATIO)  # a hidden layer of at least one unit
         ff_inner_dim = int(mlp_ratio * dim) * 2 // 3
         if adaln_lora_dim is None:
             adaln_lora_dim = max(dim // 4, 1)
-        check_at_least("adaln_lora_dim", adaln_lora_dim, 1)
+        check_at_least("adaln_lora_dim", adaln_lora_dim, 1, MAX_SIZE)
         if prior_embed_dim is not None:
-            check_at_least("prior_embed_dim", prior_embed_dim, 1)
+            check_at_least("prior_embed_dim", prior_embed_dim, 1, MAX_SIZE)
         self._check_pos_interpolation(pos_interpolation, pos_interpolation_decoupled)
 
         self.inner_dim = dim

@@ -127,12 +127,43 @@ def test_what_is_none_of_them(tmp_path, vae):
 
 @pytest.mark.parametrize(
     ("index", "fragment"),
-    [({}, "`labels`"), ({"labels": None}, "at least one"), ({"labels": [["a.npy", "x"]]}, "`labels`")],
+    [
+        ({}, "`labels`"),
+        ({"labels": None}, "at least one"),
+        ({"labels": [["a.npy", "x"]]}, "`labels[0]`"),
+        ({"labels": [["a.npy", 1.0]]}, "`labels[0]`"),
+        ({"labels": [["a.npy"]]}, "`labels`"),
+        ({"labels": [7]}, "`labels[0]`"),
+        ({"labels": [["../a.npy", 0]]}, "same folder"),
+        ({"labels": [["a.npy", 2**63]]}, "`labels`"),
+    ],
 )
 def test_bad_indices(tmp_path, vae, index, fragment):
     (tmp_path / "dataset.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=says(fragment, "dataset.json")):
         open_latents(tmp_path, vae)
+
+
+def test_classes_without_end_are_refused(tmp_path, vae):
+    folder = write_edm2(tmp_path)
+    index = json.loads((folder / "dataset.json").read_text())
+    index["labels"][0][1] = 10**12
+    (folder / "dataset.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=says("class ids in [0, 999999]", "1000000000000")):
+        open_latents(folder, vae)
+
+
+def test_arrays_of_another_shape_are_refused_when_read(tmp_path, vae):
+    folder = write_edm2(tmp_path)
+    latents = open_latents(folder, vae)
+    files = sorted(folder.rglob("*.npy"))
+    np.save(files[1], np.zeros((8, 300, 300)))
+    files[2].write_bytes(files[2].read_bytes()[:-1])
+    with pytest.raises(ValueError, match=says(files[1].name, "(8, 8, 8)", "got (8, 300, 300)")):
+        [latents.read(index) for index in range(len(latents))]
+    np.save(files[1], np.zeros((8, 8, 8)))
+    with pytest.raises(ValueError, match=says(files[2].name, "undamaged")):
+        [latents.read(index) for index in range(len(latents))]
 
 
 def test_bad_arrays_and_shards(tmp_path, vae):

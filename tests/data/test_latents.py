@@ -15,12 +15,13 @@ from helpers import contents, fresh_accelerator, says, tiny_vae, write_images
 from launch import run_command, torchrun
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_autoencoders import make_dc, make_rae
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from diffusers_dod import files
 from diffusers_dod.data import encoding
+from diffusers_dod.data import latents as latents_module
 from diffusers_dod.data.encoding import (
     EncodingOptions,
     Share,
@@ -41,6 +42,7 @@ from diffusers_dod.data.labelled_images import (
 from diffusers_dod.data.latents import SHARD_MANIFEST, LatentDataset, check_settings, find_damaged_shards, is_complete
 from diffusers_dod.data.sample_stream import SampleDraws, TrainingSamples, collate_priors_first
 from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
+from diffusers_dod.files import file_sha256
 from diffusers_dod.options import parse_options
 from diffusers_dod.training import encode_latents as command
 from diffusers_dod.training import train
@@ -288,7 +290,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, stop_at, again):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "ours", textures(stop_at=stop_at), vae)
     assert not (tmp_path / "ours" / SHARD_MANIFEST).exists()
-    with pytest.raises(ValueError, match=says("manifest.json", "got none")):
+    with pytest.raises(ValueError, match=says("manifest.json", "No such file")):
         LatentDataset(tmp_path / "ours")
     images = textures()
     write(tmp_path / "ours", images, vae, processes=(0, 1))
@@ -447,6 +449,98 @@ def test_damaged_shards_are_found(tmp_path, shard, damage):
     assert find_damaged_shards(folder) == [f"shard-0000{shard}.safetensors"]
 
 
+def flip_a_bit(shard: Path) -> None:
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+
+
+def swap(shard: Path) -> None:
+    other = shard.with_name("shard-00000.safetensors")
+    content = shard.read_bytes()
+    shard.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("damage", [flip_a_bit, swap])
+def test_a_shard_of_another_content_is_refused_when_it_is_first_read(tmp_path, damage, num_workers):
+    folder = write(tmp_path / "latents", textures()).folder
+    damage(folder / "shard-00001.safetensors")
+    latents = LatentDataset(folder)
+    samples = Subset(TrainingSamples(latents, SampleDraws(12, seed=0)), range(11))  # an epoch
+    with pytest.raises(ValueError, match=says("hash", "shard-0000", "encode again")):
+        list(DataLoader(samples, num_workers=num_workers, collate_fn=list))
+
+
+def test_a_shard_is_hashed_once(tmp_path, monkeypatch):
+    latents = write(tmp_path / "latents", textures())
+    hashed = []
+    monkeypatch.setattr(latents_module, "file_sha256", lambda path: hashed.append(path) or file_sha256(path))
+    for _ in range(2):
+        for index in range(len(latents)):
+            latents.read(index)
+    assert sorted(path.name for path in hashed) == [f"shard-0000{shard}.safetensors" for shard in range(3)]
+
+
+def change_tensors(folder: Path, change) -> None:
+    """Changes the first shard, and its hash, too: what nobody but a program with a fault would write."""
+    path = folder / "shard-00000.safetensors"
+    tensors = change(load_file(path))
+    save_file(tensors, path)
+    manifest = json.loads((folder / SHARD_MANIFEST).read_text())
+    manifest["shards"][0]["sha256"] = file_sha256(path)
+    (folder / SHARD_MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "change, fragments",
+    [
+        (lambda tensors: tensors | {"labels": tensors["labels"] + 900}, ["labels in [0, ", "got "]),
+        (lambda tensors: tensors | {"labels": tensors["labels"] - 900}, ["labels in [0, ", "got -"]),
+        (lambda tensors: {name: tensor[1:] for name, tensor in tensors.items()}, ["`labels`", "(4,)", "(3,)"]),
+        (lambda tensors: tensors | {"mean": tensors["mean"].half()}, ["`mean`", "'F32'", "'F16'"]),
+        (lambda tensors: tensors | {"mean": tensors["mean"][..., 1:].contiguous()}, ["`mean`", "says"]),
+        (lambda tensors: tensors | {"more": tensors["mean"] + 1}, ["`more`", "None"]),
+    ],
+    ids=["labels", "negative labels", "number", "dtype", "shape", "more"],
+)
+def test_shards_that_do_not_fit_the_manifest_are_refused_at_once(tmp_path, change, fragments):
+    folder = write(tmp_path / "latents", textures()).folder
+    change_tensors(folder, change)
+    with pytest.raises(ValueError, match=says(str(folder), *fragments)):
+        LatentDataset(folder)
+
+
+@pytest.mark.parametrize(
+    "change, fragments",
+    [
+        ({"num_views": 3}, ["`num_views`", "1 or 2", "got 3"]),
+        ({"latent_shape": [3, 10**9, 4]}, ["`latent_shape[1]`", "1000000000"]),
+        ({"latent_shape": [3, 4]}, ["`latent_shape`", "channels, height and width"]),
+        ({"num_samples": 12}, ["12 latents", "got 11"]),
+        ({"class_names": [1]}, ["`class_names[0]`", "str"]),
+        ({"latents_dtype": "int8"}, ["`latents_dtype`", "'int8'"]),
+        ({"shards": [{"file": "/etc/passwd", "num_samples": 4, "sha256": "0" * 64}]}, ["`shards[0].file`", "folder"]),
+        ({"shards": [{"file": "a", "num_samples": 4}]}, ["`shards[0].sha256`", "must be there"]),
+    ],
+)
+def test_manifests_that_say_something_else_are_refused_by_entry(tmp_path, change, fragments):
+    folder = write(tmp_path / "latents", textures()).folder
+    manifest = json.loads((folder / SHARD_MANIFEST).read_text())
+    (folder / SHARD_MANIFEST).write_text(json.dumps(manifest | change))
+    with pytest.raises(ValueError, match=says(str(folder), *fragments)):
+        LatentDataset(folder)
+
+
+def test_a_header_without_end_is_refused(tmp_path):
+    folder = write(tmp_path / "latents", textures()).folder
+    shard = folder / "shard-00000.safetensors"
+    shard.write_bytes((99 << 20).to_bytes(8, "little") + shard.read_bytes()[8:])
+    with pytest.raises(ValueError, match=says(str(shard), "header of at most 8 MiB")):
+        LatentDataset(folder)
+
+
 def test_latents_without_a_shard_are_refused(tmp_path):
     folder = write(tmp_path / "latents", textures()).folder
     (folder / "shard-00001.safetensors").unlink()
@@ -465,10 +559,10 @@ def test_latents_with_a_shard_that_was_cut_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "fragments"),
     [
-        (None, ["manifest.json", "got none"]),
-        ('{"format": 1, "shar', ["manifest.json", "got none"]),
-        ('{"format": 2}', ["format 1", "got 2"]),
-        ("{}", ["format 1", "got None"]),
+        (None, ["manifest.json", "No such file"]),
+        ('{"format": 1, "shar', ["manifest.json", "cannot be read"]),
+        ('{"format": 2}', ["`format` must be 1", "got 2"]),
+        ("{}", ["`format`", "got []"]),
     ],
     ids=["missing", "half", "other format", "no format"],
 )

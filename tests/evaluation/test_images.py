@@ -140,8 +140,8 @@ def test_damaged_archives_are_noticed(pixels, tmp_path):
     with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
         np.lib.format.write_array_header_1_0(file, header)
         file.write(pixels[:5].tobytes())
-    with pytest.raises(ValueError, match=says("`arr_0`", "damaged", "7 images")):
-        read(open_images(str(tmp_path / "short.npz")))
+    with pytest.raises(ValueError, match=says("short.npz", "`arr_0.npy`", "(7, 6, 8, 3)", "cannot hold")):
+        open_images(str(tmp_path / "short.npz"))
 
 
 def test_manifests_of_the_sampler_come_along(pixels, tmp_path):
@@ -188,8 +188,8 @@ def test_what_folders_refuse(pixels, tmp_path):
         "modes": ("RGB", "a.png", "in L"),
         "jpeg": ("PNG files only", "a.jpg"),
         "text": ("images", "a.png"),
-        "json": ("`manifest.json`", "JSON"),
-        "list": ("`manifest.json`", "mapping", "list"),
+        "json": ("`manifest.json`", "cannot be read"),
+        "list": ("`manifest.json`", "dict", "list"),
         "labels": ("`labels.txt`", "7 class ids", "got 2"),
     }
     for name, fragments in refusals.items():
@@ -308,3 +308,14 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, num_workers):
     images = load_labelled_images(ImageOptions(train_data_dir=str(tmp_path), resolution=8), 0, 0)
     with pytest.raises(ValueError, match=message):
         list(read_batches(images, [0, 1, 2], 2, num_workers))
+
+
+def test_archives_of_absurd_size_are_not_read(pixels, tmp_path, monkeypatch):
+    monkeypatch.setattr(np, "load", lambda *_: pytest.fail("It is read."))
+    labels = np.zeros(10**7, np.int64)
+    np.savez_compressed(tmp_path / "labels.npz", arr_0=pixels, arr_1=labels)
+    with pytest.raises(ValueError, match=says("`arr_1` must hold", "10000000")):
+        open_images(str(tmp_path / "labels.npz"))
+    np.savez_compressed(tmp_path / "side.npz", arr_0=np.zeros((1, 9000, 9000, 3), np.uint8))
+    with pytest.raises(ValueError, match=says("`arr_0`", "pixels", "9000")):
+        open_images(str(tmp_path / "side.npz"))

@@ -26,11 +26,11 @@ from diffusers_dod.data.labelled_images import Columns, center_crop, read_row
 from diffusers_dod.data.latents import LatentDataset
 from diffusers_dod.data.sample_stream import PositionSampler, SampleDraws
 from diffusers_dod.evaluation.images import open_images
-from diffusers_dod.files import read_lines, read_object
 from diffusers_dod.metrics.extractors import load_statistics
 from diffusers_dod.metrics.intervals import mean_interval, wilson_interval
 from diffusers_dod.metrics.kernel_distance import kernel_distance
 from diffusers_dod.options import list_options, parse_options, read_recipe
+from diffusers_dod.records import find_record, read_lines
 from diffusers_dod.results import as_metric, read_results, write_results
 from diffusers_dod.training.checkpoints import find_latest_checkpoint
 from diffusers_dod.training.model_card import read_sources
@@ -126,7 +126,7 @@ def lines(shared: Path) -> Iterator[Try]:
     path.write_text(
         "".join(f"{json.dumps({'step': step, 'loss': 1 / step, 'grad_norm': None})}\n" for step in (1, 2, 3))
     )
-    yield from fuzz(path, lambda: (read_lines(path), read_object(path)))
+    yield from fuzz(path, lambda: (read_lines(path), find_record(path, dict)))
 
 
 @row("fuzz: manifest of a checkpoint", NUM_INPUTS)

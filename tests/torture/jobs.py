@@ -13,7 +13,7 @@ from helpers import contents, fresh_accelerator, run_trainer, tiny_pipeline, wri
 
 from diffusers_dod.data import encoding
 from diffusers_dod.evaluation import sample
-from diffusers_dod.files import read_object
+from diffusers_dod.records import find_record
 from diffusers_dod.training import encode_latents, train
 from diffusers_dod.training.checkpoints import checkpoint_step, find_latest_checkpoint
 
@@ -179,7 +179,7 @@ class Encoding(Job):
             encode_latents.main(list(map(str, [*options, "--latents_dir", folder])))
 
     def find_lost(self, folder: Path, reported: list) -> list:
-        return [name for name in reported if read_object(folder / name) is None]
+        return [name for name in reported if find_record(folder / name, dict) is None]
 
     def result(self, folder: Path) -> dict[str, object]:
         return hash_of(contents(folder))
@@ -207,9 +207,9 @@ class Sampling(Job):
             sample.main(list(map(str, options)))
 
     def find_lost(self, folder: Path, reported: list) -> list:
-        if read_object(folder / sample.SAMPLES_MANIFEST) is not None:
+        if find_record(folder / sample.SAMPLES_MANIFEST, dict) is not None:
             return []
-        return [chunk for chunk in reported if read_object(folder / sample.CHUNKS / f"{chunk:06d}.json") is None]
+        return [chunk for chunk in reported if find_record(folder / sample.CHUNKS / f"{chunk:06d}.json", dict) is None]
 
     def result(self, folder: Path) -> dict[str, object]:
         manifest = json.loads((folder / sample.SAMPLES_MANIFEST).read_text())

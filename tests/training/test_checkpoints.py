@@ -8,11 +8,9 @@ import pytest
 import torch
 from helpers import contents, says
 
+from diffusers_dod.checkpoint_manifest import CHECKPOINT_MANIFEST, STATE_FOLDER, find_damage
 from diffusers_dod.training.checkpoints import (
-    CHECKPOINT_MANIFEST,
-    STATE_FOLDER,
     checkpoint_step,
-    find_damage,
     find_latest_checkpoint,
     gather_training_state,
     list_checkpoints,
@@ -75,7 +73,7 @@ def test_the_groups_are_those_of_the_run(tmp_path):
     """A run may be resumed with another learning rate."""
     model, optimizer = model_and_optimizer(seed=0)
     train(model, optimizer, steps=1)
-    save_training_state(tmp_path, gather_training_state(model, optimizer), {})
+    save_training_state(tmp_path, gather_training_state(model, optimizer), {"step": 0})
     other_model, other_optimizer = model_and_optimizer(seed=0)
     other_optimizer.param_groups[0]["lr"] = 0.5
     load_training_state(tmp_path, other_model, other_optimizer)
@@ -95,7 +93,7 @@ def test_a_state_before_the_first_step(tmp_path):
 def test_moments_of_another_optimizer_are_refused(tmp_path):
     model, optimizer = model_and_optimizer(seed=0)
     train(model, optimizer, steps=1)
-    save_training_state(tmp_path, gather_training_state(model, optimizer), {})
+    save_training_state(tmp_path, gather_training_state(model, optimizer), {"step": 0})
     plain = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(ValueError, match=says("`resume_from_checkpoint`", str(tmp_path), "0.exp_avg is left over")):
         load_training_state(tmp_path, model, plain)
@@ -108,7 +106,7 @@ def test_loading_leaves_the_weights_as_saved_under_weight_decay(tmp_path):
     """Loading makes an optimizer step to create the moments; it must change nothing."""
     model, optimizer = model_and_optimizer(seed=0)
     train(model, optimizer, steps=1)
-    save_training_state(tmp_path, gather_training_state(model, optimizer), {})
+    save_training_state(tmp_path, gather_training_state(model, optimizer), {"step": 0})
     other, _ = model_and_optimizer(seed=1)
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=0.3, weight_decay=0.5, fused=True)
     load_training_state(tmp_path, other, other_optimizer)
@@ -174,6 +172,25 @@ def manifest_of(content: str | bytes):
     return damage
 
 
+def edit_manifest(edit):
+    def damage(checkpoint: Path) -> None:
+        manifest = json.loads((checkpoint / CHECKPOINT_MANIFEST).read_text())
+        edit(manifest)
+        (checkpoint / CHECKPOINT_MANIFEST).write_text(json.dumps(manifest))
+
+    return damage
+
+
+def add_index(checkpoint: Path) -> None:
+    """With it the loader would take other weights."""
+    (checkpoint / "transformer" / "model.safetensors.index.json").write_text("{}")
+
+
+def add_folder(checkpoint: Path) -> None:
+    (checkpoint / "vae").mkdir()
+    (checkpoint / "vae" / "config.json").write_text("{}")
+
+
 DAMAGES = {
     "missing file": (remove_file, "transformer/weights.safetensors"),
     "truncated file": (truncate, "transformer/weights.safetensors"),
@@ -186,6 +203,23 @@ DAMAGES = {
     "manifest that is no text": (manifest_of(b"\xff\xfe\x81"), CHECKPOINT_MANIFEST),
     "manifest without hashes": (manifest_of('{"step": 1}'), CHECKPOINT_MANIFEST),
     "manifest of another shape": (manifest_of("[]"), CHECKPOINT_MANIFEST),
+    "nested manifest": (manifest_of("[" * 100_000), CHECKPOINT_MANIFEST),
+    "manifest with a list of hashes": (manifest_of('{"step": 10, "sha256": [1]}'), CHECKPOINT_MANIFEST),
+    "manifest that is empty of hashes": (
+        edit_manifest(lambda manifest: manifest["sha256"].clear()),
+        "model_index.json",
+    ),
+    "manifest with fewer hashes": (
+        edit_manifest(lambda manifest: manifest["sha256"].pop("transformer/weights.safetensors")),
+        "transformer/weights.safetensors",
+    ),
+    "manifest of another step": (edit_manifest(lambda manifest: manifest.update(step=7)), "step 7"),
+    "manifest with a file elsewhere": (
+        edit_manifest(lambda manifest: manifest["sha256"].update({"../other.json": "0" * 64})),
+        "'../other.json'",
+    ),
+    "unknown file": (add_index, "transformer/model.safetensors.index.json"),
+    "unknown folder": (add_folder, "vae/config.json"),
 }
 each_damage = pytest.mark.parametrize(("damage", "culprit"), DAMAGES.values(), ids=DAMAGES)
 
@@ -197,6 +231,15 @@ def test_an_undamaged_checkpoint(tmp_path):
     manifest = json.loads((checkpoint / CHECKPOINT_MANIFEST).read_text())
     assert manifest["step"] == 10 == checkpoint_step(checkpoint)
     assert set(manifest["sha256"]) == {"transformer/weights.safetensors", "model_index.json"}
+
+
+def test_a_card_and_hidden_files_are_no_damage(tmp_path):
+    """As the Hub, file managers and network file systems leave them."""
+    checkpoint = save(tmp_path, 10)
+    (checkpoint / "samples").mkdir()
+    for name in ("README.md", "metrics.jsonl", ".gitattributes", "transformer/.DS_Store", "samples/step-1.png"):
+        (checkpoint / name).write_text("...")
+    assert find_damage(checkpoint) is None
 
 
 @each_damage

@@ -10,10 +10,10 @@ from helpers import contents, run_trainer, says
 from safetensors.torch import load_file
 
 from diffusers_dod import DoDPipeline, DoDTransformer2DModel, LatentEmbeddingModule
+from diffusers_dod.checkpoint_manifest import STATE_FOLDER
 from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.options import parse_options
 from diffusers_dod.training import posthoc_ema
-from diffusers_dod.training.checkpoints import STATE_FOLDER
 from diffusers_dod.training.train import Trainer
 from diffusers_dod.training_options import TrainingOptions
 

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_dod import DoDPipeline
+from diffusers_dod.checkpoint_manifest import CHECKPOINT_MANIFEST, STATE_FOLDER
 from diffusers_dod.data.image_grid import LINE
 from diffusers_dod.data.latents import LatentDataset
 from diffusers_dod.data.sample_stream import SampleDraws, TrainingSamples
@@ -24,7 +25,6 @@ from diffusers_dod.evaluation.sample import SamplingOptions
 from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.options import parse_options
 from diffusers_dod.presets import PRESETS
-from diffusers_dod.training.checkpoints import CHECKPOINT_MANIFEST, STATE_FOLDER
 from diffusers_dod.training.train import Trainer, main
 
 

@@ -16,8 +16,8 @@ from launch import PATIENCE_S, wait_until
 from PIL import Image
 
 from diffusers_dod import DoDPipeline
+from diffusers_dod.checkpoint_manifest import CHECKPOINT_MANIFEST, STATE_FOLDER, find_damage
 from diffusers_dod.training import train
-from diffusers_dod.training.checkpoints import CHECKPOINT_MANIFEST, STATE_FOLDER, find_damage
 from diffusers_dod.training.push import HubPusher
 
 

@@ -18,13 +18,13 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from diffusers_dod import DoDPipeline
+from diffusers_dod.checkpoint_manifest import CHECKPOINT_MANIFEST, STATE_FOLDER, find_damage
 from diffusers_dod.data.encoding import EncodingOptions
 from diffusers_dod.data.labelled_images import ImageOptions
 from diffusers_dod.data.sample_stream import SampleDraws
 from diffusers_dod.data.streaming import ImageStream, open_stream
 from diffusers_dod.options import parse_options, to_recipe
 from diffusers_dod.training import encode_latents, train
-from diffusers_dod.training.checkpoints import CHECKPOINT_MANIFEST, STATE_FOLDER, find_damage
 from diffusers_dod.training.train import main
 from diffusers_dod.training_options import TrainingOptions
 

@@ -9,13 +9,12 @@ All samples of an optimizer step come from one bucket, so that they have one sha
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import torch
@@ -23,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..autoencoders import Autoencoder
 from ..checks import check_at_least, check_number, check_type
-from ..files import read_object, write_json
+from ..files import write_json
 from ..options import check_options
+from ..records import Count, FileName, find_record, one_of, read_record
 from .encoding import (
     EncodingOptions,
     Share,
@@ -35,7 +35,7 @@ from .encoding import (
 )
 from .image_folder import check_bad_images
 from .labelled_images import ImageDataset, LabelledImages, read_orientation
-from .latents import LatentDataset, Latents, check_settings, is_complete
+from .latents import BadImage, LatentDataset, Latents, LatentShape, Size, check_settings, is_complete
 from .orders import BucketOrder
 from .vision_features import VisionFeatures
 
@@ -222,9 +222,30 @@ def _name(size: tuple[int, int]) -> str:
     return f"bucket-{size[0]}x{size[1]}"
 
 
+class BucketEntry(TypedDict):
+    """What the list of buckets says of a bucket."""
+
+    folder: FileName
+    height: Size
+    width: Size
+    num_samples: Count
+
+
+class BucketManifest(TypedDict):
+    """What the list of buckets has, beside the settings that latents depend on."""
+
+    format: Annotated[int, one_of(BUCKETS_FORMAT)]
+    class_names: list[str]
+    num_samples: Count
+    num_views: Annotated[int, one_of(1, 2)]
+    latent_shape: LatentShape
+    bad_images: list[BadImage]
+    buckets: list[BucketEntry]
+
+
 def _is_done(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether all buckets are there; raises a `ValueError` if they were made with other settings."""
-    manifest = read_object(folder / BUCKETS)
+    manifest = find_record(folder / BUCKETS, BucketManifest)
     if manifest is None:
         return False
     check_settings(folder, manifest, settings)
@@ -284,15 +305,15 @@ class BucketedLatents(Latents):
     def __init__(self, folder: Path):
         folder = Path(folder)
         try:
-            manifest = json.loads((folder / BUCKETS).read_text())
+            manifest = read_record(folder / BUCKETS, BucketManifest)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} must hold buckets, with a {BUCKETS}, got none: {error}") from error
-        if manifest.get("format") != BUCKETS_FORMAT:
-            raise ValueError(f"{folder} must hold buckets of format {BUCKETS_FORMAT}, got {manifest.get('format')}.")
+            raise ValueError(f"{folder} must hold buckets, with a {BUCKETS}: {error}") from error
         #: The latents of each bucket.
         self.buckets = [LatentDataset(folder / bucket["folder"]) for bucket in manifest["buckets"]]
         shared = {name: manifest.get(name) for name in SHARED_SETTINGS}
-        for bucket in self.buckets:
+        for bucket, entry in zip(self.buckets, manifest["buckets"], strict=True):
+            if len(bucket) != entry["num_samples"]:
+                raise ValueError(f"{bucket.folder} must hold {entry['num_samples']} latents, got {len(bucket)}.")
             check_settings(bucket.folder, bucket.manifest, shared)
         self._starts = np.cumsum([0, *self.bucket_lengths])
         super().__init__(folder, manifest, torch.cat([bucket.labels for bucket in self.buckets]))

@@ -5,7 +5,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 
 from ..autoencoders import Autoencoder, encode_moments
 from ..checks import check_at_least, check_choice
-from ..files import file_sha256, make_folder, read_object, replacing, sha256_of_weights, write_json
+from ..files import file_sha256, make_folder, replacing, sha256_of_weights, write_json
 from ..options import check_options, option
+from ..records import Count, Sha256, find_record
 from .image_folder import check_bad_images
-from .labelled_images import TRANSFORM, LabelledImages, to_pixels
-from .latents import DTYPES, SHARD_FORMAT, SHARD_MANIFEST, check_settings
+from .labelled_images import MAX_WORKERS, TRANSFORM, LabelledImages, to_pixels
+from .latents import DTYPES, SHARD_FORMAT, SHARD_MANIFEST, BadImage, check_settings
 from .vision_features import VisionFeatures
 
 
@@ -52,7 +53,11 @@ class EncodingOptions:
         SHARD_SIZE, at_least=1, excludes="streaming", is_free=True, help="Images in a shard, the unit of the work."
     )
     dataloader_num_workers: int = option(
-        0, at_least=0, is_free=True, help="Processes that read images; 0 reads in the process itself."
+        0,
+        at_least=0,
+        at_most=MAX_WORKERS,
+        is_free=True,
+        help="Processes that read images; 0 reads in the process itself.",
     )
     encoding_batch_size: int = option(
         64, at_least=1, excludes="streaming", is_free=True, help="Images that are encoded at a time."
@@ -149,11 +154,22 @@ def _shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.safetensors"
 
 
+class ShardNote(TypedDict):
+    """What the note of a shard has."""
+
+    settings: dict[str, Any]
+    num_samples: Count
+    latent_shape: list[int] | None
+    sha256: Sha256
+    bad_images: list[BadImage]
+    note_sha256: Sha256
+
+
 def read_note(folder: Path, shard: int) -> dict[str, Any] | None:
     """Reads the note of `shard` in `folder`; `None` if the shard is missing, or its note is missing or damaged."""
     path = _shard_path(folder, shard)
-    note = read_object(path.with_suffix(".json")) if path.exists() else None
-    return note if note is not None and note.pop("note_sha256", None) == _hash_note(note) else None
+    note = find_record(path.with_suffix(".json"), ShardNote) if path.exists() else None
+    return note if note is not None and note.pop("note_sha256") == _hash_note(note) else None
 
 
 def _hash_note(note: dict[str, Any]) -> str:

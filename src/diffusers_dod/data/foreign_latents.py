@@ -11,13 +11,15 @@ latents.
   deviation.
 """
 
-import json
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
 
 from ..autoencoders import Autoencoder, latent_statistics
+from ..records import FileName, check_record, read_record
+from ..transformer_dod import MAX_CLASSES
 from .buckets import BUCKETS, BucketedLatents
 from .latents import SHARD_MANIFEST, LatentDataset, Latents, MappedShards
 
@@ -30,8 +32,9 @@ class _ForeignLatents(Latents):
     """Latents that another project encoded, normalised with the statistics of the autoencoder."""
 
     def __init__(self, folder: Path, labels: torch.Tensor, num_views: int, shape: tuple[int, ...], vae: Autoencoder):
-        if len(labels) == 0 or bool((labels < 0).any()):
-            raise ValueError(f"{folder} must hold latents with class ids from 0, got {labels[:5].tolist()}.")
+        if len(labels) == 0 or bool(((labels < 0) | (labels >= MAX_CLASSES)).any()):
+            found = [] if len(labels) == 0 else [int(labels.min()), int(labels.max())]
+            raise ValueError(f"{folder} must hold latents with class ids in [0, {MAX_CLASSES - 1}], got {found}.")
         mean, std = latent_statistics(vae, torch.zeros(1))
         self._mean, self._std = mean[0], std[0]
         if self._mean.shape[0] not in (1, shape[0]):
@@ -77,6 +80,10 @@ class LightningDiTLatents(_ForeignLatents):
         return (latents.float() - self._mean) / self._std, None
 
 
+class _Edm2Index(TypedDict):
+    labels: list[list] | None
+
+
 class Edm2Latents(_ForeignLatents):
     """
     Latents in arrays of EDM2 and REPA.
@@ -91,22 +98,36 @@ class Edm2Latents(_ForeignLatents):
 
     def __init__(self, folder: Path, vae: Autoencoder):
         try:
-            entries = json.loads((folder / EDM2_INDEX).read_text())["labels"] or []
-            self._files = [str(name) for name, _ in entries]
-            labels = torch.tensor([int(label) for _, label in entries], dtype=torch.int64)
-        except (KeyError, TypeError, ValueError) as error:
+            entries = read_record(folder / EDM2_INDEX, _Edm2Index)["labels"] or []
+            self._files = [name for name, _ in entries]
+            check_record(self._files, list[FileName], "labels")
+            check_record([label for _, label in entries], list[int], "labels")
+            labels = torch.tensor([label for _, label in entries], dtype=torch.int64)
+        except (RuntimeError, TypeError, ValueError) as error:  # the first one with an integer beyond 64 bits
             raise ValueError(
                 f"{folder / EDM2_INDEX} must hold `labels`, pairs of a file and a class: {error}"
             ) from error
         if not self._files:
             raise ValueError(f"{folder / EDM2_INDEX} must hold at least one label, got none.")
-        shape = np.load(folder / self._files[0], mmap_mode="r").shape
+        shape = self._open(folder / self._files[0]).shape
         if len(shape) != 3 or shape[0] % 2:
             raise ValueError(f"{folder} must hold arrays (2C, h, w) of mean and deviation, got {shape}.")
         super().__init__(folder, labels, 1, (shape[0] // 2, *shape[1:]), vae)
 
+    @staticmethod
+    def _open(path: Path) -> np.ndarray:
+        """Maps an array into memory, which its file must be long enough for."""
+        try:
+            return np.lib.format.open_memmap(path, mode="r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} must be an undamaged file of NumPy, got {error}.") from error
+
     def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, std = torch.from_numpy(np.load(self.folder / self._files[index])).float().chunk(2)
+        path, (channels, height, width) = self.folder / self._files[index], self.latent_shape
+        array = self._open(path)
+        if array.shape != (2 * channels, height, width):
+            raise ValueError(f"{path} must have shape {(2 * channels, height, width)}, got {array.shape}.")
+        mean, std = torch.from_numpy(np.array(array)).float().chunk(2)
         return (mean - self._mean) / self._std, std / self._std
 
 

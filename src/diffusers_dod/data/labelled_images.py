@@ -552,4 +552,5 @@ def to_pixels(images: torch.Tensor) -> torch.Tensor:
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+MAX_WORKERS = 1024  # processes that read images; more would only fill the machine
 TRANSFORM = "ADM centre crop"

@@ -12,24 +12,66 @@ A shard holds the images of a fixed range of indices, so that any number of proc
 the image, view 1 its mirror image. Shards are mapped into memory: a sample is read on access.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..files import file_sha256, read_object
+from ..checks import shown
+from ..files import file_sha256
+from ..records import Count, FileName, Sha256, check_safetensors_header, find_record, one_of, read_record, within
 from .labelled_images import TRANSFORM, LabelledImages
 from .orders import EpochOrder
 
 
 SHARD_MANIFEST = "manifest.json"
 SHARD_FORMAT = 1
+MAX_SIZE = 1 << 16  # channels, or pixels of a side
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def _check_shape(name: str, value: list[int]) -> None:
+    if len(value) != 3:
+        raise ValueError(f"`{name}` must hold channels, height and width, got {shown(value)}.")
+
+
+Size = Annotated[int, within(1, MAX_SIZE)]
+LatentShape = Annotated[list[Size], _check_shape]
+
+
+class ShardEntry(TypedDict):
+    """What a manifest says of a shard."""
+
+    file: FileName
+    num_samples: Count
+    sha256: Sha256
+
+
+class BadImage(TypedDict):
+    """An image that could not be read: its index among all images, its path, and why."""
+
+    index: Count
+    path: str
+    reason: str
+
+
+class ShardManifest(TypedDict):
+    """What a manifest of latents has, beside the settings that they depend on."""
+
+    format: Annotated[int, one_of(SHARD_FORMAT)]
+    class_names: list[str]
+    num_samples: Count
+    num_views: Annotated[int, one_of(1, 2)]
+    latent_shape: LatentShape
+    bad_images: list[BadImage]
+    shards: list[ShardEntry]
+    latents_dtype: Annotated[str, one_of(*DTYPES)]
+    vision_model: NotRequired[dict | None]
 
 
 def describe_difference(found: Any, expected: Any) -> tuple[str, str]:
@@ -73,13 +115,13 @@ def check_settings(folder: Path, found: dict[str, Any], expected: dict[str, Any]
 
 def is_complete(folder: Path) -> bool:
     """Whether `folder` has a manifest, which is not torn, and all of its shards."""
-    manifest = read_object(folder / SHARD_MANIFEST)
+    manifest = find_record(folder / SHARD_MANIFEST, ShardManifest)
     return manifest is not None and all((folder / shard["file"]).is_file() for shard in manifest["shards"])
 
 
 def find_damaged_shards(folder: Path) -> list[str]:
     """Names of the shards in `folder` that are missing or do not have the hash of the manifest."""
-    shards = json.loads((folder / SHARD_MANIFEST).read_text())["shards"]
+    shards = read_record(folder / SHARD_MANIFEST, ShardManifest)["shards"]
     return [
         shard["file"]
         for shard in shards
@@ -163,6 +205,13 @@ class Latents(ABC):
         return None
 
 
+def _form(part: Any) -> tuple[str, tuple[int, ...]]:
+    """Type and shape of a tensor, or of a slice of a file; both in the words of safetensors."""
+    if isinstance(part, torch.Tensor):
+        return "I64", tuple(part.shape)
+    return part.get_dtype(), tuple(part.get_shape())
+
+
 class MappedShards:
     """
     A row of safetensors files, which each process maps into memory when it needs them.
@@ -170,17 +219,23 @@ class MappedShards:
     Args:
         paths (`Sequence[Path]`): The files.
         latents (`str`): Name of the tensor (n, ...) that each file must hold beside its `labels` (n,), n >= 1.
+        hashes (`Sequence[str]`, *optional*): SHA-256 of each file, which it must have when it is first read.
 
     Raises:
         `ValueError`: a file is damaged, or lacks one of these tensors.
     """
 
-    def __init__(self, paths: Sequence[Path], latents: str):
+    def __init__(self, paths: Sequence[Path], latents: str, hashes: Sequence[str] | None = None):
         self.paths = list(paths)
         self._needed = {latents, "labels"}
         self._slices: dict[int, dict[str, Any]] = {}
         self._sizes: dict[int, int] = {}
-        labels = [self.open(shard)["labels"] for shard in range(len(self.paths))]
+        # The processes of a data loader share it: one of them hashes a file.
+        self._is_hashed = torch.full((len(self.paths),), hashes is None).share_memory_()
+        self._hashes = hashes
+        labels = [self._map(shard)["labels"] for shard in range(len(self.paths))]
+        #: Types and shapes of the tensors of each shard, by name.
+        self.forms = [{name: _form(part) for name, part in self._slices[i].items()} for i in range(len(self.paths))]
         self._starts = np.cumsum([0, *map(len, labels)])
         #: Class ids, (n,).
         self.labels = torch.cat(labels)
@@ -199,7 +254,18 @@ class MappedShards:
         Raises:
             `ValueError`: the file is damaged, or lacks a tensor.
         """
+        if not self._is_hashed[shard]:
+            if file_sha256(self.paths[shard]) != self._hashes[shard]:
+                raise ValueError(
+                    f"{self.paths[shard]} must have the hash that its manifest states, got another: remove it and "
+                    "encode again."
+                )
+            self._is_hashed[shard] = True
+        return self._map(shard)
+
+    def _map(self, shard: int) -> dict[str, Any]:
         if shard not in self._slices:
+            check_safetensors_header(self.paths[shard])
             try:
                 file = safe_open(self.paths[shard], framework="pt")
             except SafetensorError as error:
@@ -245,23 +311,53 @@ class LatentDataset(Latents):
         folder (`Path`): Folder of the latents.
 
     Raises:
-        `ValueError`: there is no manifest, it has another format, or a shard is missing.
+        `ValueError`: there is no manifest, it has another format, a shard is missing or has other shapes, types or
+            classes; or, when a shard is first read, its hash is another.
     """
 
     def __init__(self, folder: Path):
         folder = Path(folder)
         try:
-            manifest = json.loads((folder / SHARD_MANIFEST).read_text())
+            manifest = read_record(folder / SHARD_MANIFEST, ShardManifest)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} must hold latents, with a {SHARD_MANIFEST}, got none: {error}") from error
-        if manifest.get("format") != SHARD_FORMAT:
-            raise ValueError(f"{folder} must hold latents of format {SHARD_FORMAT}, got {manifest.get('format')}.")
+            raise ValueError(f"{folder} must hold latents, with a {SHARD_MANIFEST}: {error}") from error
         shards = manifest["shards"]
         missing = [shard["file"] for shard in shards if not (folder / shard["file"]).is_file()]
         if missing:
             raise ValueError(f"{folder} must hold all shards of its {SHARD_MANIFEST}, got it without {missing}.")
-        self._shards = MappedShards([folder / shard["file"] for shard in shards if shard["num_samples"]], "mean")
+        shards = [shard for shard in shards if shard["num_samples"]]
+        paths, hashes = [folder / shard["file"] for shard in shards], [shard["sha256"] for shard in shards]
+        self._shards = MappedShards(paths, "mean", hashes)
         super().__init__(folder, manifest, self._shards.labels)
+        self._check_shards([shard["num_samples"] for shard in shards])
+
+    def _check_shards(self, num_samples: list[int]) -> None:
+        """Raises unless the shards have the shapes, types and classes of the manifest."""
+        manifest, forms = self.manifest, self._shards.forms
+        dtype = SAFETENSORS_DTYPES[manifest["latents_dtype"]]
+        for path, number, form in zip(self._shards.paths, num_samples, forms, strict=True):
+            expected = {"labels": ("I64", (number,)), "mean": (dtype, (number, self.num_views, *self.latent_shape))}
+            if "std" in forms[0]:
+                expected["std"] = expected["mean"]
+            if "vision_model" in manifest:
+                kind, shape = forms[0].get("features", ("F16", ()))
+                expected["features"] = (kind, (number, self.num_views, *shape[2:]))
+            if form != expected:
+                name = min(name for name in form.keys() | expected if form.get(name) != expected.get(name))
+                raise ValueError(
+                    f"{path} must hold `{name}` as its {SHARD_MANIFEST} says, {expected.get(name)}, "
+                    f"got {form.get(name)}."
+                )
+        num_classes = len(manifest["class_names"])
+        if len(self) != manifest["num_samples"] or len(self) == 0:
+            raise ValueError(
+                f"{self.folder} must hold {manifest['num_samples']} latents, at least 1, got {len(self)}."
+            )
+        if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < num_classes:
+            raise ValueError(
+                f"{self.folder} must hold labels in [0, {num_classes - 1}], got {int(self.labels.min())} to "
+                f"{int(self.labels.max())}."
+            )
 
     def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
         slices, row = self._shards.locate(index)

@@ -21,7 +21,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -36,6 +35,7 @@ from ..metrics.statistics import RunningStatistics, merge_statistics
 from ..metrics.summary import FeatureSummary
 from ..metrics.table import COMPUTED, METRICS
 from ..options import option, parse_options
+from ..records import read_npz_headers
 from ..results import write_results
 from ..seeding import stateless_generator
 from ..tables import format_table
@@ -46,6 +46,7 @@ from .options import device_option
 # Ends of the names of statistics in files, as ADM has them.
 SUFFIXES = {"features": "", "spatial_features": "_s"}
 PUBLISHED_NUM_SAMPLES = 50_000
+MAX_NAME_BYTES = 16384  # of a name of an extractor, in an npz file
 
 
 def outputs_for(metrics: Sequence[str], needs: str) -> set[str]:
@@ -188,11 +189,14 @@ class Reference:
         #: A file that keeps the statistics for other processes with the same images and extractor.
         self.cache: Path | None = None
         self._extractor = (extractor, extractor_sha256)
-        names = _read_names(name) if name.endswith(".npz") else set()
-        has_statistics = bool(names & {"mu", "sigma"})
+        names = _read_headers(name) if name.endswith(".npz") else {}
+        has_statistics = "mu" in names or "sigma" in names
         if has_statistics:
             identity = {"extractor_sha256": extractor_sha256, "extractor": extractor}
             for key in [key for key in identity if key in names][:1]:
+                shape, kind = names[key]
+                if shape != () or kind.kind != "U" or kind.itemsize > MAX_NAME_BYTES:
+                    raise ValueError(f"`reference` must have a text as `{key}`, got {name} with {shape} of {kind}.")
                 with np.load(name) as file:
                     found = str(file[key])
                 if found != identity[key]:
@@ -249,12 +253,11 @@ class Reference:
                 self.prepared[name] = rows[metric.of]
 
 
-def _read_names(path: str) -> set[str]:
+def _read_headers(path: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     try:
-        with np.load(path) as file:
-            return set(file.files)
-    except (ValueError, TypeError, AttributeError, EOFError, BadZipFile) as error:
-        raise ValueError(f"`reference` must be an npz file, got {path}: {error}") from error
+        return read_npz_headers(Path(path))
+    except ValueError as error:
+        raise ValueError(f"`reference` must be an npz file: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

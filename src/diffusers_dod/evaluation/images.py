@@ -1,14 +1,14 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """One interface to images for evaluation, whatever their source, in bounded memory."""
 
-import json
+import math
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -19,11 +19,13 @@ from ..checks import check_at_least
 from ..data.image_folder import IMAGE_SUFFIXES, ImageFolder
 from ..data.labelled_images import TEXTURES, ImageOptions, LabelledImages, load_labelled_images, source_files
 from ..files import file_sha256, folder_sha256
+from ..records import DAMAGED_ZIP, Count, read_npz_headers, read_record
 from ..seeding import stateless_generator
 
 
 # Files beside samples: their manifest, the class id of each PNG file, and the notes of finished chunks.
 SAMPLES_MANIFEST = "manifest.json"
+MAX_PIXELS = 1 << 26  # of an image
 LABELS_FILE = "labels.txt"
 CHUNKS = "chunks"
 TEXTURE_RESOLUTION = 32
@@ -134,25 +136,30 @@ class NpzImages(ImageSource):
     def __init__(self, path: Path):
         self.path = path
         try:
-            with zipfile.ZipFile(path) as archive:
-                with archive.open("arr_0.npy") as file:
-                    self._shape, is_fortran, dtype = self._read_header(file)
-                has_labels = "arr_1.npy" in archive.namelist()
-            labels = None
-            if has_labels:
-                with np.load(path) as arrays:
-                    labels = arrays["arr_1"]
-        except (KeyError, ValueError, zipfile.BadZipFile) as error:
+            headers = read_npz_headers(path)
+            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+                self._shape, is_fortran, dtype = self._read_header(file)
+        except (KeyError, ValueError) as error:
             raise ValueError(f"`path` must be an npz file with `arr_0`, got {path}: {error}") from error
         if len(self._shape) != 4 or self._shape[3] != 3 or dtype != np.uint8 or is_fortran or 0 in self._shape:
             raise ValueError(
                 f"`arr_0` must have shape (n, H, W, 3), be uint8 and in C order, got {self._shape} in {dtype}"
                 f"{' and Fortran order' if is_fortran else ''} from {path}."
             )
-        if labels is not None and (labels.shape != self._shape[:1] or labels.dtype.kind not in "iu"):
+        if math.prod(self._shape[1:3]) > MAX_PIXELS:
             raise ValueError(
-                f"`arr_1` must hold {self._shape[0]} class ids, got {labels.shape} in {labels.dtype} from {path}."
+                f"`arr_0` must have images of at most {MAX_PIXELS} pixels, got {self._shape} from {path}."
             )
+        labels = None
+        if "arr_1" in headers:
+            shape, dtype = headers["arr_1"]
+            if shape != self._shape[:1] or dtype.kind not in "iu":
+                raise ValueError(f"`arr_1` must hold {self._shape[0]} class ids, got {shape} in {dtype} from {path}.")
+            try:
+                with np.load(path) as arrays:
+                    labels = arrays["arr_1"]
+            except (ValueError, EOFError, *DAMAGED_ZIP) as error:
+                raise ValueError(f"`arr_1` of {path} is damaged: {error}") from error
         data: dict[str, Any] = {"sha256": file_sha256(path)}
         manifest = _read_manifest(path.parent)
         if manifest is not None and manifest.get("images") == f"arr_0 of {path.name}":
@@ -187,6 +194,24 @@ class NpzImages(ImageSource):
                 if index in wanted:
                     label = None if self.labels is None else int(self.labels[index])
                     yield np.frombuffer(image, dtype=np.uint8).reshape(shape), label
+
+
+class ImagesManifest(TypedDict, total=False):
+    """What a manifest may say of the images beside it."""
+
+    num_images: Count
+    images: str
+    labels: str | None
+    num_classes: Count | None
+    sha256: str
+
+
+class SamplesManifest(ImagesManifest):
+    """What the manifest of the sampler has of them."""
+
+    sha256: str
+    settings: dict[str, Any]
+    versions: NotRequired[list[dict[str, str | None]]]
 
 
 class FolderImages(ImageSource):
@@ -303,12 +328,9 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(path.read_text())
+        return read_record(path, ImagesManifest)
     except ValueError as error:
-        raise ValueError(f"`{SAMPLES_MANIFEST}` must be JSON, got {path}: {error}") from error
-    if not isinstance(manifest, dict):
-        raise ValueError(f"`{SAMPLES_MANIFEST}` must be a mapping, got {path} with a {type(manifest).__name__}.")
-    return manifest
+        raise ValueError(f"`{SAMPLES_MANIFEST}` must be that of images: {error}") from error
 
 
 def _find_images(folder: Path) -> list[Path]:

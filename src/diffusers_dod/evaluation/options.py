@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from ..data.labelled_images import TRANSFORM, ImageOptions, LabelledImages, load_labelled_images
+from ..data.labelled_images import MAX_WORKERS, TRANSFORM, ImageOptions, LabelledImages, load_labelled_images
 from ..data.latents import DTYPES
 from ..options import option
 from ..pipeline_dod import DoDPipeline
@@ -45,7 +45,7 @@ class ComparisonOptions:
     )
     seed: int = option(0, at_least=0, help="Seed of everything else that is random.")
     batch_size: int = option(64, at_least=1, help="Images at a time.")
-    dataloader_num_workers: int = option(0, at_least=0, help="Processes that read images.")
+    dataloader_num_workers: int = option(0, at_least=0, at_most=MAX_WORKERS, help="Processes that read images.")
     dtype: str = option("float32", choices=DTYPES, help="Data type of the weights.")
     device: str = device_option()
     output_file: Path = option(writes="file", help="JSON file of the results.")

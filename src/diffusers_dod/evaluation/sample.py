@@ -19,7 +19,6 @@ processes must see `output_dir`.
 """
 
 import io
-import json
 import logging
 import shutil
 import zipfile
@@ -27,7 +26,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -42,7 +41,6 @@ from ..files import (
     file_sha256,
     in_use,
     make_folder,
-    read_object,
     remove_unfinished,
     replacing,
     replacing_files,
@@ -52,10 +50,11 @@ from ..guidance_options import GuidanceOptions
 from ..options import option, parse_options, to_argv, to_json, to_values
 from ..pipeline_dod import DoDPipeline
 from ..processes import all_or_none, check_processes, end_processes, end_with_launcher, process_group_timeout
+from ..records import Count, Sha256, find_record, read_record
 from ..results import checkpoint_sha256, describe_versions
 from ..sampling_options import CallOptions
 from ..seeding import stateless_generator
-from .images import CHUNKS, LABELS_FILE, SAMPLES_MANIFEST, NpzImages
+from .images import CHUNKS, LABELS_FILE, SAMPLES_MANIFEST, NpzImages, SamplesManifest
 from .options import DTYPES
 
 
@@ -180,6 +179,14 @@ def sample_settings(options: SamplingOptions, pipeline: DoDPipeline) -> dict[str
     }
 
 
+class ChunkNote(TypedDict):
+    """What the note of a chunk has."""
+
+    num_images: Count
+    sha256: Sha256
+    versions: list[dict[str, str | None]]
+
+
 class SampleFolder:
     """
     Images of one stage on their way to disk, in chunks of fixed ranges of indices.
@@ -219,17 +226,17 @@ class SampleFolder:
         files = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()}
         files.discard(LOCK_FILE)
         is_complete = False
-        manifest = read_object(self.folder / SAMPLES_MANIFEST)
+        manifest = find_record(self.folder / SAMPLES_MANIFEST, SamplesManifest)
         if manifest is not None:
-            found = self._with_settings(manifest.get("settings", {}))
-            is_intact = found._find_sha256() == manifest.get("sha256")
+            found = self._with_settings(manifest["settings"])
+            is_intact = found._find_sha256() == manifest["sha256"]
             is_complete = is_intact and found.settings == self.settings
             if not is_intact:
                 logger.warning(f"{self.folder} does not hold the images of its manifest: what is missing comes again.")
             elif not is_complete:
                 found._unpack(manifest["versions"])
         elif files - {f"{CHUNKS}/{SETTINGS_FILE}"}:  # else nothing has been sampled yet
-            settings = read_object(self._chunks / SETTINGS_FILE)
+            settings = find_record(self._chunks / SETTINGS_FILE, dict[str, Any])
             if settings is None:
                 raise ValueError(f"`output_dir` must be empty or hold samples, got {self.folder} with other files.")
             self._with_settings(settings)
@@ -248,7 +255,7 @@ class SampleFolder:
             note = self._read_note(chunk)
             is_whole = note["num_images"] == len(self.indices(chunk))  # unlike the last chunk of fewer images
             return is_whole and note["sha256"] == file_sha256(*self._chunk_files(chunk))
-        except (OSError, ValueError, KeyError, TypeError):  # missing, or no such file
+        except (OSError, ValueError):  # missing, or no such file
             return False
 
     def write(self, chunk: int, images: np.ndarray, device: torch.device | str) -> None:
@@ -354,7 +361,7 @@ class SampleFolder:
         return self._chunks / f"{chunk:06d}.json"
 
     def _read_note(self, chunk: int) -> dict[str, Any]:
-        return json.loads(self._note(chunk).read_text())
+        return read_record(self._note(chunk), ChunkNote)
 
     def _labels_text(self) -> bytes:
         return "".join(f"{label}\n" for label in self.labels).encode()
@@ -452,7 +459,7 @@ def sample(options: SamplingOptions, accelerator: Accelerator) -> list[dict[str,
                     }
                     for output in outputs.values():
                         output.finish(**details)
-    return [json.loads((folder / SAMPLES_MANIFEST).read_text()) for folder in folders.values()]
+    return [read_record(folder / SAMPLES_MANIFEST, SamplesManifest) for folder in folders.values()]
 
 
 def _sample_chunks(

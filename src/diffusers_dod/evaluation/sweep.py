@@ -20,7 +20,6 @@ embedder both options mean the only stage. Every setting is sampled by [`sample`
 """
 
 import itertools
-import json
 import os
 import shutil
 import sys
@@ -34,6 +33,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from ..checkpoint_manifest import STATE_FOLDER, check_checkpoint
 from ..command_line import run_main
 from ..compute import count_model, has_known_cost, sampling_compute
 from ..files import file_sha256, in_use, replacing, write_json
@@ -43,12 +43,12 @@ from ..metrics.intervals import mean_interval
 from ..metrics.table import METRICS
 from ..options import check_options, option, parse_options, to_argv, to_json, to_values
 from ..pipeline_dod import DoDPipeline
+from ..records import read_record
 from ..results import as_metric, checkpoint_sha256, half_width, read_results, write_results
 from ..sampling_options import CallOptions
 from ..scheduling_dod import DoDFlowMatchScheduler
 from ..tableaus import SOLVERS
 from ..tables import format_table
-from ..training.checkpoints import STATE_FOLDER
 from . import evaluate, sample
 from .evaluate import EvaluationOptions, JudgeOptions
 from .images import open_images
@@ -126,6 +126,7 @@ def write_average(checkpoint: Path, name: str, folder: Path) -> None:
     if not path.is_file():
         found = [PIPELINE] + sorted(file.stem.removeprefix("ema-") for file in state.glob("ema-*.safetensors"))
         raise ValueError(f"`averages` must be among {found} of {checkpoint}, got {name!r}.")
+    check_checkpoint("pretrained_model_name_or_path", checkpoint)
     pipeline = DoDPipeline.from_pretrained(checkpoint)
     DoDJointModel(pipeline.transformer, pipeline.latent_embedder).load_state_dict(load_file(path))
     with replacing(folder) as unfinished:
@@ -207,7 +208,7 @@ class Sweep:
             path = self.checkpoint / STATE_FOLDER / f"ema-{average}.safetensors"
             settings[f"{average}_sha256"] = file_sha256(path) if path.is_file() else None
         path = options.output_dir / "options.json"
-        found = json.loads(path.read_text()) if path.exists() else {}
+        found = read_record(path, dict[str, Any]) if path.exists() else {}
         for name, value in settings.items():
             if found.get(name, value) != value:  # a sweep may continue with more averages
                 raise ValueError(

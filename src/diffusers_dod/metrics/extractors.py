@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
 from ..files import file_sha256
+from ..records import DAMAGED_ZIP, read_npz_headers
 from .inception import load_inception
 
 
@@ -37,6 +37,9 @@ class ImageFeatures:
     features: torch.Tensor
     spatial_features: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+
+
+MAX_FEATURES = 16384  # width of features, whose covariance has the square of it
 
 
 Extractor = Callable[[torch.Tensor], torch.Tensor | ImageFeatures]
@@ -243,19 +246,24 @@ def load_statistics(path: Path, suffix: str = "", argument: str = "fid_reference
     """
     names = [f"mu{suffix}", f"sigma{suffix}"]
     try:
-        with np.load(path) as file:
-            found = sorted(file.files)
-            arrays = [file[name].astype(np.float64) for name in names if name in found]
-    except (ValueError, TypeError, AttributeError, EOFError, BadZipFile) as error:  # a single array is none of them
-        raise ValueError(f"`{argument}` must be an npz file, got {path}: {error}.") from error
-    if len(arrays) < 2:
-        raise ValueError(f"`{argument}` must have `{names[0]}` and `{names[1]}`, got {path} with {found}.")
-    mean, covariance = arrays
-    if mean.ndim != 1 or covariance.shape != mean.shape * 2:
+        headers = read_npz_headers(path)
+    except ValueError as error:  # a single array is none of them
+        raise ValueError(f"`{argument}` must be an npz file: {error}.") from error
+    if not headers.keys() >= set(names):
+        raise ValueError(f"`{argument}` must have `{names[0]}` and `{names[1]}`, got {path} with {sorted(headers)}.")
+    shapes, kinds = zip(*(headers[name] for name in names), strict=True)
+    if len(shapes[0]) != 1 or shapes[1] != shapes[0] * 2 or shapes[0][0] > MAX_FEATURES:
         raise ValueError(
-            f"`{argument}` must have `{names[0]}` (d,) and `{names[1]}` (d, d), got {path} with {mean.shape} and "
-            f"{covariance.shape}."
+            f"`{argument}` must have `{names[0]}` (d,) and `{names[1]}` (d, d), d <= {MAX_FEATURES}, got {path} with "
+            f"{shapes[0]} and {shapes[1]}."
         )
+    if any(kind.kind not in "fiu" for kind in kinds):
+        raise ValueError(f"`{argument}` must have real numbers, got {path} with {kinds[0]} and {kinds[1]}.")
+    try:
+        with np.load(path) as file:
+            mean, covariance = arrays = [file[name].astype(np.float64) for name in names]
+    except (ValueError, EOFError, *DAMAGED_ZIP) as error:
+        raise ValueError(f"`{argument}` must be an undamaged npz file, got {path}: {error}.") from error
     for name, array in zip(names, arrays, strict=True):
         if not np.isfinite(array).all():
             number = int((~np.isfinite(array)).sum())

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from accelerate import Accelerator
@@ -23,20 +24,15 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..checkpoint_manifest import CHECKPOINT_MANIFEST, STATE_FOLDER, find_damage, write_manifest
 from ..files import file_sha256, flush, remove_folder, replacing
 from ..processes import all_or_none, full_tensor, gather_patiently, sharded_like
+from ..records import Count, read_record
 from .ema import averaged_parameters
 from .models import set_learning_rates
 
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINT_MANIFEST = "manifest.json"
-STATE_FOLDER = "training_state"
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKPOINT_MANIFEST)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -48,21 +44,6 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 def checkpoint_step(checkpoint: Path) -> int:
     """The optimizer step in the name of the folder `checkpoint`, `checkpoint-<step>`."""
     return int(checkpoint.name.split("-")[1])
-
-
-def find_damage(checkpoint: Path) -> str | None:
-    """Describes the damage of the folder `checkpoint`; `None` if every file has the hash in its manifest."""
-    try:
-        hashes = dict(json.loads((checkpoint / CHECKPOINT_MANIFEST).read_text())["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"its {CHECKPOINT_MANIFEST} cannot be read ({error})"
-    present = {str(path.relative_to(checkpoint)) for path in _files(checkpoint)}
-    if missing := sorted(set(hashes) - present):
-        return f"files are missing: {', '.join(missing)}"
-    for name, expected in hashes.items():
-        if file_sha256(checkpoint / name) != expected:
-            return f"{name} does not have the hash that the manifest states"
-    return None
 
 
 def find_latest_checkpoint(output_dir: Path) -> Path | None:
@@ -195,8 +176,7 @@ def save_checkpoint(
     with replacing(checkpoint) as unfinished:
         unfinished.mkdir()
         write(unfinished)
-        hashes = {str(path.relative_to(unfinished)): file_sha256(path) for path in _files(unfinished)}
-        (unfinished / CHECKPOINT_MANIFEST).write_text(json.dumps({"step": step, "sha256": hashes}, indent=2) + "\n")
+        write_manifest(unfinished, step)
     if total_limit is not None:
         # The checkpoint just written is known to be valid, so it stays whatever else there is.
         others = [path for path in list_checkpoints(output_dir) if path != checkpoint]
@@ -270,6 +250,25 @@ def save_training_state(folder: Path, tensors: dict[str, dict[str, torch.Tensor]
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
 
+class TrainingState(TypedDict):
+    """What the JSON state of every checkpoint has."""
+
+    step: Count
+    num_nonfinite_steps: NotRequired[Count]
+    nonfinite_in_a_row: NotRequired[Count]
+    average: NotRequired[str]
+    streaming: NotRequired[bool]
+    optimizer: NotRequired[str]
+    gradient_accumulation_steps: NotRequired[Count]
+    gradient_scaler: NotRequired[dict[str, float] | None]
+    metrics: NotRequired[list[dict[str, list[float]]] | None]
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Reads the JSON state of [`save_training_state`] in `checkpoint`; a `ValueError` tells what is wrong in it."""
+    return read_record(checkpoint / STATE_FOLDER / "state.json", TrainingState)
+
+
 def load_training_state(
     checkpoint: Path,
     model: torch.nn.Module,
@@ -329,11 +328,6 @@ def load_training_state(
     for name, tensor in moments.items():
         tensor.copy_(sharded_like(saved[name], tensor))
     return read_state(checkpoint)
-
-
-def read_state(checkpoint: Path) -> dict:
-    """The JSON state in the folder `checkpoint`, see [`save_training_state`]."""
-    return json.loads((checkpoint / STATE_FOLDER / "state.json").read_text())
 
 
 def _create_moments(optimizer: torch.optim.Optimizer) -> None:

@@ -8,12 +8,12 @@ A multiply-add is 2 FLOPs. Matrix products are counted, including attention, and
 on the meta device or fake, so that nothing is computed. docs/training_cost.md explains the model.
 """
 
-import json
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 import diffusers
 import torch
@@ -22,12 +22,18 @@ from ..autoencoders import check_autoencoder, check_image_size, latent_channels,
 from ..checks import check_at_least, check_choice, check_number
 from ..command_line import run_main
 from ..compute import TrainingCost, training_cost
-from ..data.latents import SHARD_MANIFEST
+from ..data.latents import SHARD_MANIFEST, LatentShape
 from ..options import describe, find_given, option, parse_options, read_recipe
 from ..presets import PRESETS, Preset
+from ..records import read_record
 from ..tables import format_table
 from ..training_options import TrainingOptions
 from .encode_latents import find_autoencoder
+
+
+class _LatentsManifest(TypedDict):
+    class_names: list[str]
+    latent_shape: LatentShape
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ def _find_latents(options: TrainingOptions) -> tuple[tuple[int, int, int], int, 
     """Finds shape of latents and number of classes without data, and the assumptions about them."""
     manifest = (options.data.latents_dir or options.output.output_dir / "latents") / SHARD_MANIFEST
     if manifest.is_file():
-        content = json.loads(manifest.read_text())
+        content = read_record(manifest, _LatentsManifest)
         return tuple(content["latent_shape"]), len(content["class_names"]), []
     num_classes = PRESETS[options.model.preset].transformer_config.get("num_classes", 1000)
     assumptions = [f"{num_classes} classes: the data are not looked at"]

@@ -7,7 +7,6 @@ Writes model cards: of a run while it trains, and of models from files that list
 A card goes beside its file, and into the pipeline's folder as `README.md`. docs/model_cards.md says more.
 """
 
-import json
 import logging
 import math
 import os
@@ -20,14 +19,16 @@ import yaml
 from huggingface_hub import ModelCard
 
 from ..cards import CARD, CURVES, fill_card, read_model
-from ..checks import check_at_least
+from ..checkpoint_manifest import CHECKPOINT_MANIFEST, CheckpointManifest
+from ..checks import check_at_least, shown
 from ..command_line import run_main
-from ..files import METRICS_FILE, read_lines, replacing
+from ..files import METRICS_FILE, replacing
 from ..options import build_parser, find_places, from_values, option, parse_options, read_recipe, to_recipe
 from ..presets import PRESETS, Preset
+from ..records import read_lines, read_record, read_yaml
 from ..results import checkpoint_sha256, read_results
 from ..training_options import TrainingOptions
-from .checkpoints import CHECKPOINT_MANIFEST, list_checkpoints
+from .checkpoints import list_checkpoints
 from .cost import find_preset
 from .history import TrainingHistory
 from .plot_metrics import plot_metrics
@@ -160,15 +161,15 @@ def read_sources(path: Path) -> dict[str, Any]:
         `OSError`: the file cannot be read.
     """
     try:
-        sources = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"`path` must be a file of YAML, got {path}: {error}") from error
+        sources = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"`path` must be a file of YAML: {error}") from error
     if not isinstance(sources, dict):
-        raise ValueError(f"`path` must map names to what a card is filled from, got {path} with {sources!r}.")
+        raise ValueError(f"`path` must map names to what a card is filled from, got {path} with {shown(sources)}.")
     for name, value in sources.items():
         if name not in SOURCES or not isinstance(value, SOURCES[name]):
             accepted = ", ".join(f"{key} ({kind.__name__})" for key, kind in SOURCES.items())
-            raise ValueError(f"`path` must have the names {accepted}, got {name!r}: {value!r} in {path}.")
+            raise ValueError(f"`path` must have the names {accepted}, got {shown(name)}: {shown(value)} in {path}.")
     if "recipe" not in sources:
         raise ValueError(f"`recipe` must be given, got {', '.join(sources)} in {path}.")
     if sources.get("results") and "pipeline" not in sources:
@@ -192,7 +193,7 @@ def _check_model(model: Preset, options: TrainingOptions) -> None:
 def _read_step(folder: Path) -> int:
     """Number of training steps after which the pipeline in `folder` was saved."""
     if (folder / CHECKPOINT_MANIFEST).exists():  # a checkpoint
-        return json.loads((folder / CHECKPOINT_MANIFEST).read_text())["step"]
+        return read_record(folder / CHECKPOINT_MANIFEST, CheckpointManifest)["step"]
     lines = read_lines(folder / METRICS_FILE)  # of a run
     if not lines:
         raise ValueError(

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from ..command_line import run_main
-from ..files import METRICS_FILE, read_lines, replacing
+from ..files import METRICS_FILE, replacing
 from ..options import option, parse_options
+from ..records import read_lines
 from .run_metrics import EVALUATIONS
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from ..checkpoint_manifest import STATE_FOLDER, check_checkpoint
 from ..checks import check_at_least, check_number
 from ..command_line import run_main
 from ..files import replacing_contents
 from ..losses import DoDJointModel
 from ..options import option, parse_options
 from ..pipeline_dod import DoDPipeline
-from .checkpoints import STATE_FOLDER, checkpoint_step, list_checkpoints
+from .checkpoints import checkpoint_step, list_checkpoints
 from .ema import reconstruction_weights
 
 
@@ -47,7 +48,8 @@ def reconstruct(run_dir: Path, sigma_rel: float, step: int | None = None) -> tup
         `tuple[DoDPipeline, float]`: The pipeline, and the relative error of its profile.
 
     Raises:
-        `ValueError`: there are no snapshots, or none as late as `step`, or an argument is out of range.
+        `ValueError`: there are no snapshots, or none as late as `step`, a checkpoint is damaged, or an argument is out
+            of range.
     """
     check_number("sigma_rel", sigma_rel, 0, 12**-0.5, open_minimum=True, open_maximum=True)
     snapshots = find_snapshots(run_dir)
@@ -57,6 +59,8 @@ def reconstruct(run_dir: Path, sigma_rel: float, step: int | None = None) -> tup
         step = max(snapshot[0] for snapshot in snapshots)
     check_at_least("step", step, 1)
     weights, rest = reconstruction_weights(list(snapshots), step, sigma_rel)
+    for checkpoint in list_checkpoints(run_dir):
+        check_checkpoint("run_dir", checkpoint)
     total: dict[str, torch.Tensor] = {}
     for weight, path in zip(weights.tolist(), snapshots.values(), strict=True):
         for name, tensor in load_file(path).items():

@@ -20,9 +20,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint_manifest import CHECKPOINT_MANIFEST, STATE_FOLDER
 from ..checks import check_at_least, check_number, check_type
 from . import hub_client
-from .checkpoints import CHECKPOINT_MANIFEST, STATE_FOLDER
 
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..files import read_lines, replacing
+from ..files import replacing
+from ..records import read_lines
 
 
 EVALUATIONS = "evaluations.jsonl"  # beside `METRICS_FILE`: what is computed of samples
