@@ -115,7 +115,9 @@ def _check_classes(feature: Any, label_column: str, class_names: list[str] | Non
         raise ValueError(f"`class_names` must be those of {label_column!r}, {own_names}, got {class_names}.")
     class_names = clean_class_names(class_names if own_names is None else own_names)
     if own_names is None and "string" in feature.dtype and len(set(class_names)) < len(class_names):
-        raise ValueError(f"`class_names` must differ from each other where the labels are names, got {class_names}.")
+        raise ValueError(
+            f"`class_names` must differ from each other where the labels are names, got {list(class_names)}."
+        )
     return class_names
 
 
