@@ -186,7 +186,7 @@ def test_a_deterministic_autoencoder_has_no_standard_deviation(tmp_path, make):
 
 @torch.no_grad()
 def test_a_shard_that_is_cut_while_it_is_read(tmp_path):
-    """Its pages beyond the end would end the process by a signal; one that is removed stays readable."""
+    """Reading beyond the end of a cut shard would kill the process. A removed shard stays readable."""
     latents = write(tmp_path / "cut", textures(64), shard_size=32)
     expected = latents.read(63)[0].clone()  # of what is mapped
     path = tmp_path / "cut" / "shard-00001.safetensors"
