@@ -494,8 +494,11 @@ EMA = {name: weight + 1 for name, weight in SOURCE.items()}
         ({"state_dict": SOURCE, "step": 3}, {None: SOURCE, "model": SOURCE}),
         ({"model": SOURCE, "ema": EMA, "opt": {}}, {None: EMA, "ema": EMA, "model": SOURCE}),
         ({"module": SOURCE, "ema_model": {f"_orig_mod.{n}": w for n, w in EMA.items()}}, {None: EMA, "model": SOURCE}),
+        ({f"_orig_mod.module.{name}": weight for name, weight in SOURCE.items()}, {None: SOURCE}),
+        ({f"module._orig_mod.{name}": weight for name, weight in SOURCE.items()}, {None: SOURCE}),
+        ({"n_averaged": torch.tensor(3), **{f"module.{n}": w for n, w in SOURCE.items()}}, {None: SOURCE}),
     ],
-    ids=["flat", "parallel", "state_dict", "ema", "ema_model"],
+    ids=["flat", "parallel", "state_dict", "ema", "ema_model", "compiled parallel", "parallel compiled", "averaged"],
 )
 @pytest.mark.parametrize("suffix", ["bin", "pt", "pth"])
 def test_pickled_checkpoints(tmp_path, suffix, checkpoint, choices):

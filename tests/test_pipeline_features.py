@@ -585,6 +585,25 @@ def save_lora(pipe: DoDPipeline, folder, **kwargs) -> None:
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def test_the_scale_of_an_adapter_survives_saving(tmp_path):
+    """The scale is `lora_alpha / r`, here 2: it is in the metadata alone."""
+    peft = pytest.importorskip("peft")
+    adapted = make_with_lora(("transformer",), r=4, lora_alpha=8)
+    save_lora(adapted, tmp_path / "whole")
+    layers = peft.get_peft_model_state_dict(adapted.transformer, adapter_name="default_0")
+    with pytest.warns(UserWarning, match="`transformer_lora_adapter_metadata`"):
+        DoDPipeline.save_lora_weights(tmp_path / "bare", transformer_lora_layers=layers)
+    images = {}
+    for name in ("whole", "bare"):
+        pipe = tiny_pipeline()
+        pipe.load_lora_weights(tmp_path / name)
+        images[name] = sample(pipe)
+    assert_near(images["whole"], sample(adapted), atol=1e-6)
+    assert not torch.allclose(images["bare"], images["whole"], atol=1e-4)
+
+
 COMPONENTS = [["transformer"], ["latent_embedder"], ["transformer", "latent_embedder"]]
 every_choice_of_components = pytest.mark.parametrize("components", COMPONENTS, ids=" and ".join)
 

@@ -135,13 +135,23 @@ def test_what_is_missing_gets_no_code(tmp_path):
 
 def test_what_is_no_part_of_a_pipeline_stays_behind(saved, tmp_path):
     source = shutil.copytree(saved, tmp_path / "saved")
-    for name in ("training_state", ".cache"):
-        (source / name).mkdir()
+    for name in ("training_state", ".cache", "latents", "checkpoint-3/transformer"):
+        (source / name).mkdir(parents=True)
         (source / name / "file").write_text("not for others")
+    (source / "metrics.jsonl").write_text("not for others")
     (source / "README.md").write_text("a model card")
     folder = export_remote_code(source, tmp_path / "exported")
     names = {file.name for file in folder.iterdir()}
-    assert "README.md" in names and not names & {"training_state", ".cache"}
+    components = {file.name for file in saved.iterdir() if file.is_dir()}
+    assert names == {"README.md", "model_index.json", "pipeline.py", *components}
+
+
+def test_an_output_within_the_source_is_refused(saved, tmp_path):
+    source = shutil.copytree(saved, tmp_path / "saved")
+    for output_dir in (source / "exported", source / "a" / "b"):
+        with pytest.raises(ValueError, match=says("`output_dir`", "must not be in", str(source))):
+            export_remote_code(source, output_dir)
+    assert {file.name for file in source.iterdir()} == {file.name for file in saved.iterdir()}
 
 
 # -------------------------------------------------------------------------------------------------------- bad input

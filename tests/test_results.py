@@ -162,10 +162,51 @@ def test_another_format_and_a_missing_file_are_refused(tmp_path):
         read_results(tmp_path)
     written = write_results(path, **ARGUMENTS)
     path.write_text(json.dumps({name: value for name, value in written.items() if name != "argv"}))
-    with pytest.raises(ValueError, match=says("`path`", "without argv")):
+    with pytest.raises(ValueError, match=says("`path`", "`argv`", "must be there")):
         read_results(path)
     path.write_text(json.dumps(written | {"format": 7}))
-    with pytest.raises(ValueError, match=says("`path`", f"format {RESULTS_FORMAT}", "of 7")):
+    with pytest.raises(ValueError, match=says("`format` must be 1 or 2", "got 7")):
+        read_results(path)
+
+
+@pytest.mark.parametrize(
+    "change, fragments",
+    [
+        ({"argv": "a string"}, ["`argv`", "list", "'a string'"]),
+        ({"argv": [1, 2]}, ["`argv[0]`", "str", "got 1"]),
+        ({"metrics": {"fid": {"value": "4", "interval": None}}}, ["`metrics.fid.value`", "'4'"]),
+        ({"metrics": {"fid": {"value": 4}}}, ["`metrics.fid.interval`", "must be there"]),
+        ({"checkpoint": {"path": "a"}}, ["`checkpoint.sha256`", "must be there"]),
+        ({"settings": {"seed": 1234}}, ["results.json", "another hash"]),
+        ({"sha256": "0" * 64}, ["results.json", "another hash"]),
+    ],
+)
+def test_other_entries_are_refused_by_name(tmp_path, change, fragments):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(write_results(path, **ARGUMENTS) | change))
+    with pytest.raises(ValueError, match=says("`path`", *fragments)):
+        read_results(path)
+
+
+def test_a_flipped_bit_is_refused_wherever_it_is(tmp_path):
+    path = tmp_path / "results.json"
+    written = write_results(path, **ARGUMENTS)
+    content = path.read_bytes()
+    for index in range(0, len(content), 7):
+        path.write_bytes(content[:index] + bytes([content[index] ^ 1]) + content[index + 1 :])
+        try:
+            assert read_results(path) == written  # a blank between entries is no content
+        except ValueError as error:
+            assert "results.json" in str(error)
+
+
+def test_results_of_format_1_have_no_hash(tmp_path):
+    path = tmp_path / "results.json"
+    old = {name: value for name, value in write_results(path, **ARGUMENTS).items() if name != "sha256"}
+    path.write_text(json.dumps(old | {"format": 1}))
+    assert read_results(path)["metrics"] == old["metrics"]
+    path.write_text(json.dumps(old))
+    with pytest.raises(ValueError, match=says("`path`", "another hash")):
         read_results(path)
 
 

@@ -64,7 +64,8 @@ _FILES = {
     "model": ("model.safetensors", "pytorch_model.bin"),
 }
 _KEYS = {"ema": ("ema", "ema_model"), "model": ("model", "state_dict", "module")}
-_PREFIXES = ("module.", "_orig_mod.")  # added by DistributedDataParallel and torch.compile
+_PREFIXES = ("module.", "_orig_mod.")  # added by DistributedDataParallel and torch.compile, in any order
+_COUNTERS = ("n_averaged",)  # beside the weights, of torch.optim.swa_utils.AveragedModel
 
 # Settings of FiT's configs: the value that a DoD transformer requires, and FiT's default for a missing one.
 _FIT_SETTINGS = {
@@ -372,15 +373,15 @@ def load_fitv2_checkpoint(checkpoint_path: str | os.PathLike, weights: str | Non
                 f"got {str(path)!r} with the keys {abbreviate([str(key) for key in checkpoint], 20)}."
             )
         checkpoint = _choose(found, weights, repr(str(path)))
+    checkpoint = {name: weight for name, weight in checkpoint.items() if name not in _COUNTERS}
     others = [str(name) for name, weight in checkpoint.items() if not isinstance(weight, torch.Tensor)]
     if others:
         raise ValueError(
             f"`checkpoint_path` must hold tensors only as weights, got {str(path)!r} with {abbreviate(others)}."
         )
-    for prefix in _PREFIXES:
-        if checkpoint and all(str(name).startswith(prefix) for name in checkpoint):
-            checkpoint = {name.removeprefix(prefix): weight for name, weight in checkpoint.items()}
-    return dict(checkpoint)
+    while prefix := next((p for p in _PREFIXES if checkpoint and all(str(n).startswith(p) for n in checkpoint)), None):
+        checkpoint = {name.removeprefix(prefix): weight for name, weight in checkpoint.items()}
+    return checkpoint
 
 
 def _load_json(name: str, path: Path) -> dict:

@@ -2,6 +2,7 @@
 """LoRA adapters of a whole pipeline: one file for the backbone, the latent embedder or both."""
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -138,8 +139,11 @@ class DoDLoraLoaderMixin(LoraBaseMixin):
             weight_name (`str`, *optional*): File name, `pytorch_lora_weights.safetensors` by default.
             save_function (`Callable`, *optional*): Writes the file in place of the safetensors library.
             safe_serialization (`bool`, defaults to `True`): Whether to write safetensors.
-            transformer_lora_adapter_metadata (`dict`, *optional*): Configuration of the backbone's adapter.
-            latent_embedder_lora_adapter_metadata (`dict`, *optional*): Configuration of the latent embedder's adapter.
+            transformer_lora_adapter_metadata (`dict`, *optional*):
+                Configuration of the backbone's adapter, `transformer.peft_config["default"].to_dict()`. Without it
+                the scale of the adapter, `lora_alpha / r`, is lost, with a warning.
+            latent_embedder_lora_adapter_metadata (`dict`, *optional*):
+                Configuration of the latent embedder's adapter.
 
         Raises:
             `ValueError`: no adapter was given.
@@ -155,6 +159,12 @@ class DoDLoraLoaderMixin(LoraBaseMixin):
         layers = {name: weights for name, weights in layers.items() if weights}
         if not layers:
             raise ValueError("`transformer_lora_layers` or `latent_embedder_lora_layers` must be given, got neither.")
+        if unknown := [name for name in layers if metadata[name] is None]:
+            warnings.warn(
+                f"`{unknown[0]}_lora_adapter_metadata` is not given: once loaded, the scale of the adapter is 1, "
+                "whatever its `lora_alpha` and `r`.",
+                stacklevel=2,
+            )
         cls._save_lora_weights(
             save_directory=save_directory,
             lora_layers=layers,

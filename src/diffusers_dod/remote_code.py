@@ -18,14 +18,17 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub import snapshot_download
 
 from .command_line import run_main
+from .files import replacing
 from .latent_embedding import LatentEmbeddingModule, VisualPriorMixin, find_visual_prior_class
 from .options import option, parse_options
 from .pipeline_dod import DoDPipeline
+from .records import read_record
 from .scheduling_dod import DoDFlowMatchScheduler
 from .transformer_dod import DoDTransformer2DModel
 
@@ -40,6 +43,7 @@ STAND_INS = {
     DoDFlowMatchScheduler.__name__: SchedulerMixin,
 }
 PACKAGE = __package__
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -218,7 +222,7 @@ def _find_component_classes(source: Path, index: dict) -> dict[str, type]:
 
 def export_remote_code(pretrained_model_name_or_path: str | Path, output_dir: str | Path) -> Path:
     """
-    Copies a saved pipeline and adds the code of its classes, so that `trust_remote_code=True` loads it anywhere.
+    Copies a saved pipeline and its card with the code of its classes, so that `trust_remote_code=True` loads it.
 
     Args:
         pretrained_model_name_or_path (`str` or `Path`): Folder or Hub repository of a saved [`DoDPipeline`].
@@ -229,12 +233,14 @@ def export_remote_code(pretrained_model_name_or_path: str | Path, output_dir: st
 
     Raises:
         `OSError`: there is no such folder or repository.
-        `ValueError`: the source is not a `DoDPipeline` of this package, `output_dir` is not empty, or the class of the
-            latent embedder has not been imported or does not fit into one file.
+        `ValueError`: the source is not a `DoDPipeline` of this package, `output_dir` is not empty or within the
+            source, or the class of the latent embedder has not been imported or does not fit into one file.
     """
     source, output_dir = Path(pretrained_model_name_or_path), Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"`output_dir` must be empty or not exist yet, got {str(output_dir)!r}.")
+    if output_dir.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"`output_dir` must not be in the exported folder {str(source)!r}, got {str(output_dir)!r}.")
     if not source.is_dir():
         try:
             source = Path(snapshot_download(str(pretrained_model_name_or_path)))
@@ -244,7 +250,7 @@ def export_remote_code(pretrained_model_name_or_path: str | Path, output_dir: st
                 f"got {str(pretrained_model_name_or_path)!r}, which is no folder here: {error}"
             ) from error
     index_file = source / DoDPipeline.config_name
-    index = json.loads(index_file.read_text(encoding="utf-8")) if index_file.is_file() else {}
+    index = read_record(index_file, dict[str, Any]) if index_file.is_file() else {}
     if index.get("_class_name") != DoDPipeline.__name__:
         raise ValueError(
             f"`pretrained_model_name_or_path` must hold a saved `{DoDPipeline.__name__}`, "
@@ -253,15 +259,21 @@ def export_remote_code(pretrained_model_name_or_path: str | Path, output_dir: st
     classes = _find_component_classes(source, index)
     sources = {name: self_contained_source(cls) for name, cls in classes.items()}
 
-    shutil.copytree(source, output_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns("training_state", ".*"))
-    for name, cls in classes.items():
-        module_name = Path(inspect.getsourcefile(cls)).stem
-        (output_dir / name / f"{module_name}.py").write_text(sources[name], encoding="utf-8")
-        index[name] = [module_name, cls.__name__]
-    code = self_contained_source(DoDPipeline, STAND_INS)
-    (output_dir / "pipeline.py").write_text(code, encoding="utf-8")
-    index["_class_name"] = ["pipeline", DoDPipeline.__name__]
-    (output_dir / DoDPipeline.config_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    components = [name for name, entry in index.items() if isinstance(entry, list) and (source / name).is_dir()]
+    with replacing(output_dir) as folder:
+        folder.mkdir()
+        for name in components:
+            shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns(".*"))
+        if (source / CARD).is_file():
+            shutil.copyfile(source / CARD, folder / CARD)
+        for name, cls in classes.items():
+            module_name = Path(inspect.getsourcefile(cls)).stem
+            (folder / name / f"{module_name}.py").write_text(sources[name], encoding="utf-8")
+            index[name] = [module_name, cls.__name__]
+        code = self_contained_source(DoDPipeline, STAND_INS)
+        (folder / "pipeline.py").write_text(code, encoding="utf-8")
+        index["_class_name"] = ["pipeline", DoDPipeline.__name__]
+        (folder / DoDPipeline.config_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return output_dir
 
 

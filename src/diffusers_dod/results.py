@@ -2,10 +2,14 @@
 """
 Results as JSON files: each has its numbers, checkpoint, data, settings, versions and command.
 
-    {"format": 1, "task": "evaluate", "argv": [...], "checkpoint": {"path": ..., "sha256": ...}, "data": {...},
-     "settings": {...}, "versions": {...}, "metrics": {"fid": {"value": 4.2, "interval": [4.0, 4.5]}}}
+    {"format": 2, "task": "evaluate", "argv": [...], "checkpoint": {"path": ..., "sha256": ...}, "data": {...},
+     "settings": {...}, "versions": {...}, "metrics": {"fid": {"value": 4.2, "interval": [4.0, 4.5]}},
+     "sha256": ...}
+
+The hash is that of all other entries. Files of format 1 have none.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -14,15 +18,16 @@ import subprocess
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import torch
 from huggingface_hub import snapshot_download
 
 from .files import folder_sha256, write_json
+from .records import Sha256, one_of, read_record
 
 
-RESULTS_FORMAT = 1
+RESULTS_FORMAT = 2
 PACKAGES = ("diffusers-dod", "torch", "diffusers", "transformers", "accelerate", "numpy", "scipy", "Pillow")
 PACKAGES += ("scikit-image",)  # where it is installed
 
@@ -45,7 +50,7 @@ def checkpoint_sha256(path: str | os.PathLike) -> str:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(f"`path` must hold a pipeline, with a model_index.json, got {str(path)!r}.")
-    components = [name for name, value in json.loads(index.read_text()).items() if isinstance(value, list)]
+    components = [name for name, value in read_record(index, dict[str, Any]).items() if isinstance(value, list)]
     files = [index] + [file for name in components for file in (folder / name).rglob("*") if file.is_file()]
     return folder_sha256(folder, sorted(files))
 
@@ -159,8 +164,42 @@ def write_results(
         "versions": describe_versions(device),
         "metrics": metrics,
     }
+    results["sha256"] = _hash_content(results)
     write_json(Path(path), results)
     return results
+
+
+class Metric(TypedDict):
+    """A number in results, see [`as_metric`]."""
+
+    value: float
+    interval: list[float] | None
+
+
+class CheckpointIdentity(TypedDict):
+    """The pipeline that results are of."""
+
+    path: str
+    sha256: Sha256
+
+
+class Results(TypedDict):
+    """What a file of results has."""
+
+    format: Annotated[int, one_of(1, RESULTS_FORMAT)]
+    task: str
+    argv: list[str]
+    metrics: dict[str, Metric]
+    checkpoint: NotRequired[CheckpointIdentity | None]
+    data: NotRequired[dict]
+    settings: NotRequired[dict]
+    versions: NotRequired[dict[str, str | None]]
+    sha256: NotRequired[Sha256]
+
+
+def _hash_content(results: dict[str, Any]) -> str:
+    content = {name: value for name, value in results.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -174,17 +213,12 @@ def read_results(path: Path) -> dict[str, Any]:
         `dict`: The content of the file.
 
     Raises:
-        `ValueError`: it is not a file of results.
+        `ValueError`: it is not a file of results, or it has changed since it was written.
     """
     try:
-        results = json.loads(Path(path).read_text())
-        missing = {"format", "task", "argv", "metrics"} - results.keys()
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"`path` must be a file of results, got {path}: {error}") from error
-    if missing:
-        raise ValueError(f"`path` must be a file of results, got {path} without {', '.join(sorted(missing))}.")
-    if results["format"] != RESULTS_FORMAT:
-        raise ValueError(
-            f"`path` must be a file of results of format {RESULTS_FORMAT}, got {path} of {results['format']!r}."
-        )
+        results = read_record(Path(path), Results)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`path` must be a file of results: {error}") from error
+    if results["format"] > 1 and results.get("sha256") != _hash_content(results):
+        raise ValueError(f"`path` must be a file of results as it was written, got {path} with another hash.")
     return results
