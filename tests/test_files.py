@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """Files: whether they can be written, that they are there whole or not at all, who uses a folder, hashes."""
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -62,6 +63,38 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
         (unfinished / "deep").mkdir(parents=True)
         raise KeyError
     assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_named_with_sizes_and_what_is_kept(tmp_path):
+    path = tmp_path / "weights.bin"
+
+    def write() -> None:
+        with replacing(path) as unfinished:
+            unfinished.write_bytes(b"12345")
+            Path("/dev/full").write_bytes(b"more")
+
+    with pytest.raises(
+        OSError, match=says(str(path), "No space left", "5 bytes written", "free", "not there")
+    ) as full:
+        write()
+    assert full.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
+    path.write_text("old")
+    with pytest.raises(OSError, match=says(str(path), "No space left", "as it was before")):
+        write()
+    assert contents(tmp_path) == {"weights.bin": b"old"}
+
+    class LibraryError(Exception):
+        """An error of a library that has only the text of the system's error."""
+
+    with pytest.raises(OSError, match=says(str(tmp_path), "No space left", "2 bytes")):
+        with replacing_contents(tmp_path, "index") as folder:
+            (folder / "index").parent.mkdir(exist_ok=True)
+            (folder / "index").write_text("ab")
+            raise LibraryError(f"I/O error: {os.strerror(errno.ENOSPC)} (os error 28)")
+    assert contents(tmp_path) == {"weights.bin": b"old"}
+    with pytest.raises(LibraryError, match="another"), replacing(path):
+        raise LibraryError("another")
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):

@@ -29,6 +29,7 @@ _logger = logging.getLogger(__name__)
 UNFINISHED = ".unfinished-"  # how names of files and folders begin that are being written or removed
 LOCK_FILE = ".in-use"  # says which process works in a folder, as long as it does
 NUM_FLUSHES = 16  # at a time
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # on the disk, and within a quota
 METRICS_FILE = "metrics.jsonl"  # metrics of a training run, in its folder
 
 UMASK = os.umask(0)  # read here, since reading it changes it for a moment, which other threads must not see
@@ -150,6 +151,39 @@ def _settle(path: Path) -> None:
 
 
 @contextmanager
+def naming_full_disk(path: Path, unfinished: Path | None = None) -> Iterator[None]:
+    """
+    Context in which the error of a full disk names the file, what it needs and what is still valid.
+
+    Args:
+        path (`Path`): The file or folder that is written.
+        unfinished (`Path`, *optional*): Where it is written until it is whole.
+
+    Raises:
+        `OSError`: the disk is full, or a quota is used up. Other errors pass as they are.
+    """
+    try:
+        yield
+    except Exception as error:  # libraries have their own, with the text of the system
+        code = getattr(error, "errno", None)
+        if code not in FULL_DISK and not any(os.strerror(full) in str(error) for full in FULL_DISK):
+            raise
+        written = unfinished or path
+        files = [file for file in [written, *written.rglob("*")] if file.is_file()]
+        kept = "as it was before" if path.exists() else "not there; files that were finished before are valid"
+        raise OSError(
+            code or errno.ENOSPC,
+            f"{os.strerror(code or errno.ENOSPC)}: it takes more than the {sum(map(_size, files)):,} bytes written so "
+            f"far, and {shutil.disk_usage(path.parent).free:,} bytes are free. It is {kept}",
+            str(path),
+        ) from error
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+@contextmanager
 def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
     """
     Context that writes a file or a folder atomically and durably.
@@ -162,13 +196,17 @@ def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
 
     Returns:
         `Path`: A path of this process alone, with the same suffix.
+
+    Raises:
+        `OSError`: it cannot be written. If the disk is full, the message has the sizes and what is still valid.
     """
     make_folder(path.parent)
     unfinished = _aside(path, folder)
     _remove(unfinished)  # of a process with the same number
     try:
-        yield unfinished
-        _settle(unfinished)
+        with naming_full_disk(path, unfinished):
+            yield unfinished
+            _settle(unfinished)
         old = unfinished.with_name(f"{unfinished.name}-old")
         if unfinished.is_dir() and path.is_dir():  # which cannot be replaced in one step
             os.replace(path, old)
@@ -194,12 +232,16 @@ def replacing_contents(folder: Path, index: str) -> Iterator[Path]:
 
     Returns:
         `Path`: A folder of this process alone.
+
+    Raises:
+        `OSError`: it cannot be written, see [`replacing`].
     """
     make_folder(folder)
     unfinished = _aside(folder / "contents")
     try:
-        yield unfinished
-        _settle(unfinished)
+        with naming_full_disk(folder, unfinished):
+            yield unfinished
+            _settle(unfinished)
         (folder / index).unlink(missing_ok=True)
         flush(folder)
         for path in sorted(unfinished.iterdir(), key=lambda path: path.name == index):

@@ -7,6 +7,8 @@ import torch
 from accelerate import Accelerator
 from helpers import fresh_accelerator
 
+from diffusers_dod.training import run_metrics
+from diffusers_dod.training.plot_metrics import plot_metrics
 from diffusers_dod.training.run_metrics import SUMS, TrainingMetrics
 
 
@@ -45,6 +47,16 @@ def test_means_have_their_names(tmp_path, accelerator):
     assert {name: line[name] for name in expected} == pytest.approx(expected)
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == line
     assert not metrics.sums.any()
+
+
+def test_a_clock_that_stands_still(tmp_path, accelerator, monkeypatch):
+    monkeypatch.setattr(run_metrics.time, "perf_counter", lambda: 7.0)
+    metrics = TrainingMetrics(tmp_path / "metrics.jsonl", accelerator, images_per_step=3)
+    add_step(metrics, [1.0, 2.0, 6.0], num_priors=1)
+    line = metrics.write(1, 1e-3)
+    assert line["images_per_second"] is None and line["data_wait"] is None and line["loss"] == 3.0
+    plot_metrics([tmp_path], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").exists()
 
 
 def test_sums_of_the_step_under_way(tmp_path, accelerator):

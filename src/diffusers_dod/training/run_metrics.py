@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..files import replacing
+from ..files import naming_full_disk, replacing
 from ..records import read_lines
 
 
@@ -126,7 +126,7 @@ class TrainingMetrics:
             learning_rate (`float`): Learning rate of that step.
 
         Returns:
-            `dict`: The line. A value without any sample or step is `None`.
+            `dict`: The line. A value without any sample, step or time is `None`.
         """
         totals = dict(zip(SUMS, self.accelerator.reduce(self.sums).tolist(), strict=True))
         seconds = time.perf_counter() - self.timed_from
@@ -144,8 +144,9 @@ class TrainingMetrics:
             **{name: mean(name) for name in ("alignment", "prior_alignment") if totals[name][1]},
             "grad_norm": mean("grad_norm"),
             "learning_rate": learning_rate,
-            "images_per_second": round(num_steps * self.images_per_step / seconds, 1),
-            "data_wait": round(self.data_seconds / seconds, 4),
+            # A coarse clock stands still between quick steps.
+            "images_per_second": round(num_steps * self.images_per_step / seconds, 1) if seconds > 0 else None,
+            "data_wait": round(self.data_seconds / seconds, 4) if seconds > 0 else None,
         }
         append_line(self.path, line, self.accelerator)
         self.sums.zero_()
@@ -163,7 +164,7 @@ def append_line(path: Path, line: dict[str, Any], accelerator: Accelerator) -> N
         accelerator (`Accelerator`): The processes.
     """
     if accelerator.is_main_process:
-        with open(path, "a") as file:
+        with naming_full_disk(path), open(path, "a") as file:
             file.write(json.dumps(line) + "\n")
     accelerator.log({name: value for name, value in line.items() if value is not None}, step=line["step"])
 
