@@ -11,15 +11,16 @@ import argparse
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from diffusers_dod import DoDPipeline
 from diffusers_dod.data.image_grid import make_grid
+from diffusers_dod.image_reading import center_crop
 
 
 def load(path: Path, side: int) -> Image.Image:
     """The centre of an image at the size of the model."""
-    return ImageOps.fit(Image.open(path).convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+    return Image.fromarray(center_crop(Image.open(path), side))
 
 
 def main(argv: list[str] | None = None) -> None:

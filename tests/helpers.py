@@ -51,6 +51,11 @@ def noise(seed: int, batch_size: int = 2, channels: int = 4, height: int = 8, wi
     return normal(batch_size, channels, height, width, seed=seed)
 
 
+def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    """An image of noise, the same for the same arguments."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """
     Overwrites every parameter with random numbers that keep the activations near unit size.

@@ -253,3 +253,30 @@ def test_statistics_that_no_latents_have_are_refused_at_loading(settings, fragme
     tiny_vae(**{"latents_mean": None, "latents_std": None, **settings}).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=says(*fragments)):
         DoDPipeline(tiny_transformer(), DoDFlowMatchScheduler(), AutoencoderKL.from_pretrained(tmp_path))
+
+
+def overflowing_vae(force_upcast: bool) -> AutoencoderKL:
+    """An autoencoder whose first layers leave the range of float16, and whose norms bring all back."""
+    vae = tiny_vae(force_upcast=force_upcast)
+    with torch.no_grad():
+        for layer in (vae.encoder.conv_in, vae.decoder.conv_in):
+            layer.weight.mul_(5e4)
+            layer.bias.mul_(5e4)
+    return vae
+
+
+@torch.no_grad()
+def test_an_autoencoder_that_overflows_in_float16_is_used_in_float32():
+    vae = overflowing_vae(force_upcast=True)
+    latents, pixels = torch.randn(1, 4, 8, 8), pixels_of(16)
+    expected = decode_pixels(latents, vae), encode_moments(pixels, vae)[0]
+    vae.half()
+    found = decode_pixels(latents, vae), encode_moments(pixels, vae)[0]
+    assert vae.dtype == torch.float16  # again
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, atol=0.05, rtol=0.05)
+    narrow = overflowing_vae(force_upcast=False).half()
+    assert not decode_pixels(latents, narrow).isfinite().all()
+    pipe = DoDPipeline(tiny_transformer(prior_embed_dim=None), DoDFlowMatchScheduler(), narrow)
+    with pytest.raises(FloatingPointError, match=says("Decoded images", "float16")):
+        pipe.decode_latents(latents, "pt")

@@ -3,11 +3,12 @@
 import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
-from helpers import says, table, tiny_latent_embedder, tiny_transformer
+from helpers import says, table, tiny_latent_embedder, tiny_pipeline, tiny_transformer
 
-from diffusers_dod import DoDTransformer2DModel, LatentEmbeddingModule
+from diffusers_dod import DoDFlowMatchScheduler, DoDTransformer2DModel, LatentEmbeddingModule
 
 
 NAN, INF = math.nan, math.inf
@@ -216,3 +217,22 @@ def test_the_smallest_accepted_values():
         mlp_ratio=0.25,
     )
     assert latent_embedder(latents(1, 1, 1, 1)).prior_embeds.shape == (1, 1, 4)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tiny_transformer(num_layers=np.int64(1), num_classes=np.int32(5), mlp_ratio=np.float32(3.0)),
+        lambda: tiny_latent_embedder(num_latent_tokens=np.int64(4), mlp_ratio=np.float64(3.0)),
+        lambda: DoDFlowMatchScheduler(shift=np.float32(2.0), num_train_timesteps=np.int64(100)),
+        lambda: tiny_pipeline(default_num_stages=np.int64(2), default_guidance_scale=np.float32(1.5)),
+    ],
+    ids=["transformer", "latent embedder", "scheduler", "pipeline"],
+)
+def test_numbers_of_numpy_can_be_saved(make, tmp_path):
+    made = make()
+    assert not any(isinstance(value, np.generic) for value in made.config.values())
+    made.save_pretrained(tmp_path)
+    loaded = type(made).from_pretrained(tmp_path)
+    chosen = [name for name, value in made.config.items() if isinstance(value, (int, float))]
+    assert {name: loaded.config[name] for name in chosen} == {name: made.config[name] for name in chosen}

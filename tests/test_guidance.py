@@ -1051,6 +1051,13 @@ def test_a_guider_without_a_latent_embedder_guides_the_only_stage():
     assert torch.equal(sample(pipe, guidance=guider).images, sample(pipe, guidance_scale=3.0).images)
 
 
+def frequency_decoupled_guidance() -> guiders.FrequencyDecoupledGuidance:
+    """The guider without kornia, which its constructor needs."""
+    guider = object.__new__(guiders.FrequencyDecoupledGuidance)
+    guider.guidance_scales = [10.0, 5.0]
+    return guider
+
+
 @pytest.mark.parametrize(
     ("kwargs", "error", "fragments"),
     [
@@ -1062,12 +1069,21 @@ def test_a_guider_without_a_latent_embedder_guides_the_only_stage():
         (
             {"guidance": guiders.AutoGuidance(auto_guidance_layers=[0], dropout=0.1)},
             ValueError,
-            ["`guidance`", "AutoGuidance"],
+            ["`guidance`", "AutoGuidance, which changes the model"],
         ),
         (
             {"guidance": guiders.SkipLayerGuidance(skip_layer_guidance_layers=[0])},
             ValueError,
             ["`guidance`", "conditional and an unconditional", "SkipLayerGuidance"],
+        ),
+        (
+            {"guidance": "frequency decoupled"},
+            ValueError,
+            [
+                "`guidance`",
+                "one `guidance_scale`",
+                "got FrequencyDecoupledGuidance, which has several scales, [10.0, 5",
+            ],
         ),
         (
             {"guidance": guiders.MagnitudeAwareGuidance(guidance_scale=3.0)},
@@ -1078,6 +1094,8 @@ def test_a_guider_without_a_latent_embedder_guides_the_only_stage():
     ids=str,
 )
 def test_what_a_guider_cannot_do_is_refused(idle_pipe, kwargs, error, fragments):
+    if kwargs.get("guidance") == "frequency decoupled":  # which has no text before its constructor has run
+        kwargs = {"guidance": frequency_decoupled_guidance()}
     with pytest.raises(error, match=says(*fragments)):
         idle_pipe([1], **{"guidance": guiders.ClassifierFreeGuidance(guidance_scale=3.0), **kwargs})
     assert not idle_pipe.evaluated

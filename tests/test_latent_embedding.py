@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from helpers import says
 
 from diffusers_dod import LatentEmbeddingModule
 from diffusers_dod.latent_embedding import sincos_pos_embed
@@ -107,3 +108,18 @@ def test_save_and_load(embedder, tmp_path):
     loaded = LatentEmbeddingModule.from_pretrained(tmp_path)
     latents = torch.randn(1, 4, 8, 8)
     torch.testing.assert_close(loaded(latents).prior_embeds, embedder(latents).prior_embeds)
+
+
+@pytest.mark.parametrize(
+    ("call", "fragments"),
+    [
+        (lambda embedder: embedder.decode(None, 8, 8), ["`latent_tokens`", "Tensor", "got None"]),
+        (lambda embedder: embedder.decode(torch.zeros(1, 5, 8).long(), 8, 8), ["`latent_tokens`", "floating-point"]),
+        (lambda embedder: embedder.decode(torch.zeros(1, 5, 8), "8", 8), ["`height`", "int", "got '8'"]),
+        (lambda embedder: embedder.encode([1.0]), ["`latents`", "Tensor", "got [1.0]"]),
+        (lambda embedder: embedder.encode(torch.zeros(1, 4, 8, 8).long()), ["`latents`", "floating-point"]),
+    ],
+)
+def test_arguments_of_other_types(embedder, call, fragments):
+    with pytest.raises(TypeError, match=says(*fragments)):
+        call(embedder)

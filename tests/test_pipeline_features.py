@@ -8,6 +8,7 @@ import torch
 from accelerate.hooks import CpuOffload
 from diffusers import (
     DiffusionPipeline,
+    FasterCacheConfig,
     FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     MagCacheConfig,
@@ -778,3 +779,22 @@ def test_adapters_are_loaded_into_an_offloaded_pipeline(pipe, tmp_path):
     for layer in (pipe.transformer.transformer_blocks[0].attn.to_q, pipe.latent_embedder.encoder_blocks[0].attn.to_q):
         assert hasattr(layer.lora_A["default_0"], "_diffusers_hook")  # the adapter comes and goes like the rest
     assert_near(sample(pipe), sample(adapted))
+
+
+def test_faster_cache_is_refused_where_it_would_split_the_batch(pipe):
+    settings = dict(
+        spatial_attention_block_identifiers=("transformer_blocks",),
+        spatial_attention_timestep_skip_range=(-1, 901),
+        current_timestep_callback=lambda: pipe.current_timestep,
+        tensor_format="BCHW",
+    )
+    with pytest.raises(ValueError, match=says("`is_guidance_distilled`", "True", "got False")):
+        pipe.transformer.enable_cache(FasterCacheConfig(**settings))
+    assert not pipe.transformer.is_cache_enabled
+    pipe.transformer.enable_cache(FasterCacheConfig(is_guidance_distilled=True, **settings))
+    assert sample(pipe, num_inference_steps=4, output_type="pt").isfinite().all()
+
+
+def test_components_and_parameters_make_the_same_pipeline(pipe):
+    other = DoDPipeline(**pipe.components, **pipe.parameters)
+    assert other.id2label == pipe.id2label and dict(other.config) == dict(pipe.config)

@@ -807,3 +807,58 @@ def test_the_adaptive_solver_points_to_solve():
         scheduler.step(VELOCITY, 1000.0, SAMPLE)
     with pytest.raises(ValueError, match=says("`set_timesteps`", others, "'dopri5'", "use `solve`")):
         scheduler.set_timesteps(4)
+
+
+TEXT, SCALAR = "0.5", torch.tensor(1.0)
+ARGUMENTS = tuple(inspect.signature(DoDFlowMatchScheduler).parameters)
+
+
+@pytest.mark.parametrize(
+    ("call", "exception", "fragments"),
+    [
+        (lambda s: s.step(None, 1000, SAMPLE), TypeError, ["`model_output`", "Tensor", "got None"]),
+        (lambda s: s.step(VELOCITY.numpy(), 1000, SAMPLE), TypeError, ["`model_output`", "Tensor"]),
+        (lambda s: s.step(VELOCITY.long(), 1000, SAMPLE), TypeError, ["`model_output`", "floating-point", "int64"]),
+        (lambda s: s.step(VELOCITY, 1000, SAMPLE.tolist()), TypeError, ["`sample`", "Tensor"]),
+        (lambda s: s.step(SCALAR, 1000, SCALAR), ValueError, ["`sample`", "batch dimension"]),
+        (lambda s: s.step(VELOCITY, TEXT, SAMPLE), TypeError, ["`timestep`", "got '0.5'"]),
+        (lambda s: s.step(VELOCITY, torch.ones(2), SAMPLE), ValueError, ["`timestep`", "one", "shape (2,)"]),
+        (lambda s: s.step(VELOCITY, 1000, SAMPLE, generator=3), TypeError, ["`generator`", "got 3"]),
+        (lambda s: s.step(VELOCITY, 1000, SAMPLE, generator=[3, 4]), TypeError, ["`generator`", "got 3"]),
+        (lambda s: s.step(VELOCITY, 1000, SAMPLE, generator=[]), ValueError, ["`generator`", "list of 2", "of 0"]),
+        (lambda s: s.step(VELOCITY, 1000, SAMPLE, variance_noise=3), TypeError, ["`variance_noise`", "got 3"]),
+        (lambda s: s.scale_noise(None, 500, NOISE), TypeError, ["`sample`", "got None"]),
+        (lambda s: s.scale_noise(SAMPLE, 500, 3), TypeError, ["`noise`", "got 3"]),
+        (lambda s: s.scale_noise(SAMPLE, TEXT, NOISE), TypeError, ["`timestep`", "got '0.5'"]),
+        (lambda s: s.scale_noise(SAMPLE, [[1], [2, 3]], NOISE), TypeError, ["`timestep`", "one for each sample"]),
+        (lambda s: s.add_noise(SAMPLE, NOISE, None), TypeError, ["`timestep`", "got None"]),
+        (lambda s: s.solve(3, SAMPLE), TypeError, ["`velocity_fn`", "callable", "got 3"]),
+        (lambda s: s.solve(lambda *_: 3, SAMPLE), TypeError, ["`velocity_fn`", "Tensor", "got 3"]),
+        (lambda s: s.solve(lambda x, *_: x, SAMPLE, callback=3), TypeError, ["`callback`", "callable", "got 3"]),
+        (lambda s: s.solve(lambda x, *_: x, None), TypeError, ["`sample`", "got None"]),
+    ],
+)
+@pytest.mark.parametrize("solver", ["euler", "euler_maruyama"])
+def test_arguments_of_other_types_and_shapes(solver, call, exception, fragments):
+    with pytest.raises(exception, match=says(*fragments)):
+        call(laid_out(solver=solver))
+
+
+def test_an_adaptive_scheduler_has_the_other_methods_of_schedulers(tmp_path):
+    scheduler = DoDFlowMatchScheduler(solver="dopri5")
+    assert torch.equal(scheduler.add_noise(SAMPLE, NOISE, 500.0), (SAMPLE + NOISE) / 2)
+    assert torch.equal(scheduler.scale_noise(SAMPLE, torch.tensor([0.0, 1000.0]), NOISE)[1], NOISE[1])
+    assert scheduler.scale_model_input(SAMPLE, 500.0) is SAMPLE
+    assert scheduler.init_noise_sigma == 1 and scheduler.order == 1 and len(scheduler) == 1000
+    assert len(scheduler.timesteps) == 1000 and len(scheduler.sigmas) == 1001
+    scheduler.set_begin_index(3)
+    assert scheduler.begin_index == 3 and scheduler.step_index is None
+    scheduler.save_pretrained(tmp_path)
+    for loaded in (DoDFlowMatchScheduler.from_pretrained(tmp_path), scheduler.from_config(scheduler.config)):
+        assert {name: loaded.config[name] for name in ARGUMENTS} == {
+            name: scheduler.config[name] for name in ARGUMENTS
+        }
+    assert scheduler.compatibles == [DoDFlowMatchScheduler]
+    for method in (lambda: scheduler.set_timesteps(4), lambda: scheduler.step(VELOCITY, 1000, SAMPLE)):
+        with pytest.raises(ValueError, match=says("'dopri5'", "use `solve`")):
+            method()

@@ -1,9 +1,11 @@
 """Generators as a pure function of integers."""
 
+import numpy as np
 import pytest
 import torch
+from helpers import says
 
-from diffusers_dod.seeding import stateless_generator
+from diffusers_dod.seeding import stateless_generator, stateless_noise
 
 
 def draws(*ids: int, count: int = 16) -> torch.Tensor:
@@ -69,3 +71,24 @@ def test_negative_ids_are_refused(ids):
     with pytest.raises(ValueError) as error:
         stateless_generator(*ids)
     assert "`ids` must be integers >= 0" in str(error.value) and str(ids) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "exception", "fragments"),
+    [
+        (lambda: stateless_generator(), ValueError, ["`ids`", "got none"]),
+        (lambda: stateless_generator(1, 1.5), TypeError, ["`ids`", "int", "got 1.5"]),
+        (lambda: stateless_generator(True), TypeError, ["`ids`", "int", "got True"]),
+        (lambda: stateless_noise((2, 3), "7"), TypeError, ["`ids`", "int", "got '7'"]),
+        (lambda: stateless_noise(5, 7), TypeError, ["`shape`", "tuple", "got 5"]),
+        (lambda: stateless_noise((2, -3), 7), ValueError, ["`shape`", ">= 0", "got -3"]),
+        (lambda: stateless_noise((2, 3.0), 7), TypeError, ["`shape`", "int", "got 3.0"]),
+    ],
+)
+def test_what_is_no_integer_is_refused(call, exception, fragments):
+    with pytest.raises(exception, match=says(*fragments)):
+        call()
+
+
+def test_integers_of_numpy_are_integers():
+    assert torch.equal(stateless_noise((np.int64(2),), np.int64(7)), stateless_noise((2,), 7))

@@ -54,7 +54,7 @@ OUT_OF_RANGE = {
     "shard_size": {0: ">= 1"},
     "dataloader_num_workers": {-1: ">= 0"},
     "encoding_batch_size": {0: ">= 1"},
-    "seed": {-1: ">= 0"},
+    "seed": {-1: "[0, 18446744073709551616)", 2**64: "[0, 18446744073709551616)"},
     "patch_size": {0: ">= 1"},
     "num_latent_tokens": {0: ">= 1"},
     "latent_token_dim": {0: ">= 1"},
@@ -87,7 +87,7 @@ OUT_OF_RANGE = {
     "checkpoints_total_limit": {0: ">= 1"},
     "validation_steps": {0: ">= 1"},
     "validation_guidance_scale": {-0.1: "[0, inf)", math.inf: "[0, inf)"},
-    "validation_seed": {-1: ">= 0"},
+    "validation_seed": {-1: "[0, 18446744073709551616)", 2**64: "[0, 18446744073709551616)"},
     "fid_num_samples": {1: ">= 2"},
     "push_every": {0: ">= 1"},
 }

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from golden_data import CONFIG, SHAPES, golden, golden_model, timestep_of
+from helpers import says
 
 from diffusers_dod import DoDTransformer2DModel
 from diffusers_dod.transformer_dod import patchify, unpatchify
@@ -229,3 +230,25 @@ def test_save_and_load(model, tmp_path):
     half = DoDTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert half.proj_out.weight.dtype == torch.bfloat16
     assert half.time_embed.mlp.linear_2.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("labels", "found"), [([0, 11], "got [11]"), ([-1, 3], "got [-1]"), ([2**40, -5], "-5]")])
+def test_labels_out_of_range_are_refused(model, labels, found):
+    hidden_states, timestep, _ = inputs(2)
+    with pytest.raises(ValueError, match=says("`class_labels`", "[0, 10]", found)):
+        model(hidden_states, timestep, torch.tensor(labels))
+
+
+@pytest.mark.parametrize(
+    ("replaced", "fragments"),
+    [
+        ({"hidden_states": None}, ["`hidden_states`", "Tensor", "got None"]),
+        ({"hidden_states": torch.zeros(2, 4, 8, 8, dtype=torch.long)}, ["`hidden_states`", "floating-point", "int64"]),
+        ({"timestep": "0.5"}, ["`timestep`", "got '0.5'"]),
+        ({"timestep": None}, ["`timestep`", "got None"]),
+    ],
+)
+def test_arguments_of_other_types(model, replaced, fragments):
+    names = ("hidden_states", "timestep", "class_labels")
+    with pytest.raises(TypeError, match=says(*fragments)):
+        model(**{**dict(zip(names, inputs(2), strict=True)), **replaced})

@@ -439,11 +439,17 @@ def test_an_encoder_that_is_not_whole_is_refused():
             super().__init__()
             self.inner_dim = 32
 
-    unfinished = Unfinished()
-    with pytest.raises(TypeError, match=says("`latent_embedder`", "`token_shape`", "Unfinished")):
-        tiny_pipeline(latent_embedder=unfinished)
-    for call in (unfinished.encode, lambda latents: unfinished.decode(latents, 8, 8)):
-        with pytest.raises(NotImplementedError, match="Unfinished must define"):
-            call(noise(0))
+        def encode(self, latents, attention_kwargs=None):
+            return latents
+
+    with pytest.raises(TypeError, match="abstract class Unfinished .*abstract method '?decode"):
+        Unfinished()
+
+    class WithoutShape(Unfinished):
+        def decode(self, latent_tokens, height, width, attention_kwargs=None):
+            return latent_tokens
+
+    with pytest.raises(TypeError, match=says("`latent_embedder`", "`token_shape`", "WithoutShape")):
+        tiny_pipeline(latent_embedder=WithoutShape())
     with pytest.raises(TypeError, match=says("`latent_embedder`", "VisualPriorMixin", "got Linear")):
         tiny_pipeline(latent_embedder=nn.Linear(2, 2))

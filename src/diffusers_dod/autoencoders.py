@@ -2,7 +2,8 @@
 """One interface to Diffusers' autoencoders: pixels in [-1, 1] to normalised latents, and back."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -144,6 +145,21 @@ def denormalize_latents(latents: torch.Tensor, vae: Autoencoder) -> torch.Tensor
     return latents * std + mean
 
 
+@contextmanager
+def _within_range(vae: Autoencoder) -> Iterator[torch.dtype]:
+    """
+    Context in which a float16 autoencoder that overflows there (`force_upcast`) is in float32, as in Diffusers' SDXL.
+    """
+    needs_upcasting = vae.dtype == torch.float16 and bool(vae.config.get("force_upcast"))
+    if needs_upcasting:
+        vae.to(dtype=torch.float32)
+    try:
+        yield vae.dtype
+    finally:
+        if needs_upcasting:
+            vae.to(dtype=torch.float16)
+
+
 def encode_moments(pixels: torch.Tensor, vae: Autoencoder | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     Mean and standard deviation of an autoencoder's posterior of images.
@@ -162,8 +178,9 @@ def encode_moments(pixels: torch.Tensor, vae: Autoencoder | None) -> tuple[torch
     if vae is None:
         return pixels.float(), None
     check_image_size(vae, *pixels.shape[2:])
-    pixels = pixels.to(vae.dtype)
-    encoded = vae.encode(pixels / 2 + 0.5 if _is_rae(vae) else pixels)
+    with _within_range(vae) as dtype:
+        pixels = pixels.to(dtype)
+        encoded = vae.encode(pixels / 2 + 0.5 if _is_rae(vae) else pixels)
     posterior = getattr(encoded, "latent_dist", None)
     if posterior is None:
         (latents,) = encoded.to_tuple()
@@ -186,5 +203,6 @@ def decode_pixels(latents: torch.Tensor, vae: Autoencoder | None) -> torch.Tenso
     """
     if vae is None:
         return latents.float()
-    pixels = vae.decode(denormalize_latents(latents, vae).to(vae.dtype)).sample.float()
+    with _within_range(vae) as dtype:
+        pixels = vae.decode(denormalize_latents(latents, vae).to(dtype)).sample.float()
     return pixels * 2 - 1 if _is_rae(vae) else pixels

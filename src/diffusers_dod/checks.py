@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+import torch
+
 
 class _Repr(reprlib.Repr):
     def __init__(self):
@@ -41,6 +44,11 @@ def check_type(name: str, value: Any, types: type | tuple[type, ...]) -> None:
         names = {Integral: "int", Real: "int or float"}  # NumPy's numbers count as well
         accepted = " or ".join(names.get(type_, type_.__name__) for type_ in types)
         raise TypeError(f"`{name}` must be of type {accepted}, got {shown(value)} of type {type(value).__name__}.")
+
+
+def to_plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Converts NumPy's numbers among the `values` of a config to those of Python, which JSON can hold."""
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
 
 
 def check_at_least(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
@@ -96,6 +104,75 @@ def check_number(
         raise ValueError(
             f"`{name}` must be a finite number in {opening}{minimum}, {maximum}{closing}, got {shown(value)}."
         )
+
+
+def check_tensor(name: str, value: Any, shape: Sequence[int | None] | None = None) -> None:
+    """
+    Raises unless an argument is a tensor of floating-point numbers.
+
+    Args:
+        name (`str`): Name of the argument, for the message.
+        value (`Any`): The value received.
+        shape (`Sequence[int | None]`, *optional*):
+            Lengths of its dimensions; `None` stands for any of at least 1. By default they are not checked.
+
+    Raises:
+        `TypeError`: the value is no tensor, or one of other numbers.
+        `ValueError`: the shape does not match.
+    """
+    check_type(name, value, torch.Tensor)
+    if not value.is_floating_point():
+        raise TypeError(f"`{name}` must hold floating-point numbers, got {value.dtype}.")
+    if shape is None:
+        return
+    lengths = zip(value.shape, shape, strict=False)
+    if value.ndim != len(shape) or any(has == 0 if wants is None else has != wants for has, wants in lengths):
+        wanted = ", ".join("any" if wants is None else str(wants) for wants in shape)
+        raise ValueError(f"`{name}` must have shape ({wanted}), got {tuple(value.shape)}.")
+
+
+def check_latents(name: str, latents: torch.Tensor, in_channels: int, patch_size: int) -> None:
+    """
+    Raises unless an argument is a batch of latents that can be cut into patches.
+
+    Args:
+        name (`str`): Name of the argument, for the message.
+        latents (`torch.Tensor`): The tensor received. Its shape must be `(B, in_channels, H, W)`.
+        in_channels (`int`): Number of channels.
+        patch_size (`int`): Side of a patch. H and W must be positive multiples of it.
+
+    Raises:
+        `TypeError`: the argument is no tensor of floating-point numbers.
+        `ValueError`: the shape does not match.
+    """
+    check_tensor(name, latents)
+    if latents.ndim != 4 or latents.shape[1] != in_channels:
+        raise ValueError(
+            f"`{name}` must have shape (batch, {in_channels}, height, width), got {tuple(latents.shape)}."
+        )
+    height, width = latents.shape[2:]
+    if height == 0 or width == 0 or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"The height and width of `{name}` must be positive multiples of `patch_size` = {patch_size}, "
+            f"got {height} x {width}."
+        )
+
+
+def check_label_ids(name: str, labels: torch.Tensor, num_classes: int) -> None:
+    """
+    Raises unless labels are ids of classes or of the null class; this waits for their device.
+
+    Args:
+        name (`str`): Name of the argument, for the message.
+        labels (`torch.Tensor` of shape `(B,)`): The ids.
+        num_classes (`int`): Number of classes, and the id of the null class.
+
+    Raises:
+        `ValueError`: an id is out of range.
+    """
+    is_bad = (labels < 0) | (labels > num_classes)
+    if bool(is_bad.any()):
+        raise ValueError(f"`{name}` must be in [0, {num_classes}], got {labels[is_bad].tolist()[:5]}.")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

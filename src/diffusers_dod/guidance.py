@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.guiders import BaseGuidance
@@ -177,6 +178,8 @@ class Guidance:
             check_number("prior_scale", self.prior_scale, 0)
         if self.channels is not None:
             check_at_least("channels", self.channels, 1)
+        if isinstance(self.interval, (np.ndarray, torch.Tensor)):
+            object.__setattr__(self, "interval", tuple(self.interval.tolist()) if self.interval.ndim == 1 else ())
         if not isinstance(self.interval, (tuple, list)) or len(self.interval) != 2:
             raise ValueError(f"`interval` must be a pair (low, high) of sigmas, got {self.interval!r}.")
         for end in self.interval:
@@ -292,15 +295,19 @@ def warn_of_idle_arguments(
 
 def _check_guider(guider: BaseGuidance, stages: Sequence[Stage]) -> None:
     # A guider that changes the model or asks for more predictions is for models of another kind.
-    is_plain = type(guider).prepare_models.__qualname__ == "BaseGuidance.prepare_models"
-    if (
-        not is_plain
-        or guider._input_predictions != ["pred_cond", "pred_uncond"]
-        or not hasattr(guider, "guidance_scale")
-    ):
+    if type(guider).prepare_models.__qualname__ != "BaseGuidance.prepare_models":
+        reason = "which changes the model"
+    elif guider._input_predictions != ["pred_cond", "pred_uncond"]:
+        reason = f"which combines {', '.join(guider._input_predictions)}"
+    elif not hasattr(guider, "guidance_scale"):
+        scales = getattr(guider, "guidance_scales", None)
+        reason = "which has no such scale" if scales is None else f"which has several scales, {scales}"
+    else:
+        reason = None
+    if reason is not None:
         raise ValueError(
             "`guidance` must be a guider with one `guidance_scale` that combines a conditional and an unconditional "
-            f"prediction and leaves the model as it is, got {type(guider).__name__}."
+            f"prediction and leaves the model as it is, got {type(guider).__name__}, {reason}."
         )
     if any(is_a(guider, name) for name in FAILING_GUIDERS):
         raise ValueError(

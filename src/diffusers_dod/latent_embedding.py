@@ -6,6 +6,7 @@ The paper's own is the Latent Embedding Module (Section 3.2). Any other [`Visual
 """
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from diffusers.models.normalization import FP32LayerNorm
 from diffusers.utils import BaseOutput, apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from .checks import check_at_least, check_number
+from .checks import check_at_least, check_latents, check_number, check_tensor
 from .modeling_utils import DoDModelMixin
 from .pos_interpolation import PosInterpolationMixin, cached_table, grid_scales, interpolate_frequencies
 from .transformer_dod import (
@@ -29,7 +30,6 @@ from .transformer_dod import (
     MAX_SIZE,
     DoDAttention,
     DoDTransformer2DModel,
-    check_latents,
     patchify,
 )
 
@@ -114,7 +114,7 @@ def _check_attention_kwargs(attention_kwargs: dict[str, Any] | None) -> None:
         raise ValueError(f"`attention_kwargs` must hold nothing but 'scale', got {attention_kwargs}.")
 
 
-class VisualPriorMixin(DoDModelMixin, PeftAdapterMixin):
+class VisualPriorMixin(DoDModelMixin, PeftAdapterMixin, ABC):
     r"""
     Interface of an encoder of visual priors, for the pipeline, training and evaluation.
 
@@ -137,6 +137,7 @@ class VisualPriorMixin(DoDModelMixin, PeftAdapterMixin):
             if name in vars(cls):
                 setattr(cls, name, _apply_offload_hooks(vars(cls)[name]))
 
+    @abstractmethod
     def encode(self, latents: torch.Tensor, attention_kwargs: dict[str, Any] | None = None) -> torch.Tensor:
         """
         Compresses latents into latent tokens (paper, Eq. 6).
@@ -147,12 +148,9 @@ class VisualPriorMixin(DoDModelMixin, PeftAdapterMixin):
 
         Returns:
             `torch.Tensor` of shape `(B, *token_shape)`.
-
-        Raises:
-            `NotImplementedError`: a subclass has left this out.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define `encode`.")
 
+    @abstractmethod
     def decode(
         self, latent_tokens: torch.Tensor, height: int, width: int, attention_kwargs: dict[str, Any] | None = None
     ) -> torch.Tensor:
@@ -167,11 +165,7 @@ class VisualPriorMixin(DoDModelMixin, PeftAdapterMixin):
 
         Returns:
             `torch.Tensor` of shape `(B, T, inner_dim)` with T = height/p * width/p patches, row by row.
-
-        Raises:
-            `NotImplementedError`: a subclass has left this out.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define `decode`.")
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -469,6 +463,7 @@ class LatentEmbeddingModule(VisualPriorMixin, AttentionMixin, PosInterpolationMi
         """
         _check_attention_kwargs(attention_kwargs)
         config = self.config
+        check_tensor("latent_tokens", latent_tokens)
         if latent_tokens.ndim != 3 or tuple(latent_tokens.shape[1:]) != self.token_shape:
             raise ValueError(
                 f"`latent_tokens` must have shape (batch, {self.token_shape[0]}, {self.token_shape[1]}), "

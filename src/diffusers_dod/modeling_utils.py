@@ -13,7 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 
 from .checkpoint_manifest import CHECKPOINT_MANIFEST, check_checkpoint
-from .checks import abbreviate
+from .checks import abbreviate, to_plain
 from .records import StrictConfigMixin
 
 
@@ -132,7 +132,7 @@ class DoDModelMixin(StrictConfigMixin, ModelMixin, ConfigMixin):
         Args:
             kwargs: The entries.
         """
-        super().register_to_config(**kwargs)
+        super().register_to_config(**to_plain(kwargs))
         defaults = self._internal_dict.get("_use_default_values", [])
         if "_use_default_values" not in kwargs and not set(defaults).isdisjoint(kwargs):
             super().register_to_config(_use_default_values=[name for name in defaults if name not in kwargs])

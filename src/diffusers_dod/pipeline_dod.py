@@ -15,8 +15,14 @@ from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import replace_example_docstring
 
-from .autoencoders import Autoencoder, check_image_size, decode_pixels, encode_moments, spatial_factor
-from .checks import check_at_least, check_choice, check_number, check_type
+from .autoencoders import (
+    Autoencoder,
+    decode_pixels,
+    encode_moments,
+    latent_channels,
+    spatial_factor,
+)
+from .checks import check_at_least, check_choice, check_label_ids, check_number, check_tensor, check_type, to_plain
 from .guidance import Guidance, GuidedVelocity, check_guidance, warn_of_idle_arguments
 from .latent_embedding import VisualPriorMixin
 from .lora import DoDLoraLoaderMixin
@@ -28,6 +34,7 @@ from .pipeline_inputs import (
     check_noises,
     check_prior,
     check_replacement,
+    find_image_size,
     invert_id2label,
     preprocess_image,
     to_label_ids,
@@ -37,7 +44,7 @@ from .pipeline_output import DoDPipelineOutput, DoDStageStatistics
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
 from .scheduling_dod import DoDFlowMatchScheduler
 from .seeding import NoiseSource
-from .stages import Stage, check_samples, find_sound, is_a, one_at_a_time, plan_stages
+from .stages import LARGEST, Stage, check_samples, find_sound, is_a, one_at_a_time, plan_stages
 from .transformer_dod import DoDTransformer2DModel
 
 
@@ -109,9 +116,13 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, latent_embedder=latent_embedder)
         self.register_to_config(
             id2label=None if id2label is None else {str(int(key)): name for key, name in id2label.items()},
-            default_guidance_scale=default_guidance_scale,
-            default_num_inference_steps=default_num_inference_steps,
-            default_num_stages=default_num_stages,
+            **to_plain(
+                {
+                    "default_guidance_scale": default_guidance_scale,
+                    "default_num_inference_steps": default_num_inference_steps,
+                    "default_num_stages": default_num_stages,
+                }
+            ),
         )
         #: Class id -> name, in the order of the ids; the config has the ids as strings, in the order of JSON.
         self.id2label: dict[int, str] = names
@@ -119,7 +130,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         self.label2ids: dict[str, list[int]] = invert_id2label(names)
 
         self.vae_scale_factor = spatial_factor(vae) if vae is not None else 1
-        # Sizes are checked here and never changed: no resizing, no rounding.
+        # It only writes images. They are read by `preprocess_image`.
         self.image_processor = VaeImageProcessor(
             vae_scale_factor=self.vae_scale_factor, do_resize=False, do_convert_rgb=True
         )
@@ -212,16 +223,18 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
             check_choice("callback_on_step_end_tensor_inputs", name, tuple(self._callback_tensor_inputs))
 
     @property
-    def _size_multiple(self) -> int:
-        """Divisor, in pixels, of the height and width of images."""
-        return self.vae_scale_factor * self.transformer.config.patch_size
+    def _num_channels(self) -> int:
+        """Number of channels of images."""
+        if self.vae is not None:
+            return self.vae.config.get("in_channels", 3)
+        return 3 if self.transformer is None else self.transformer.config.in_channels
 
-    def _check_image(self, image: PipelineImageInput, num_labels: int | None) -> torch.Tensor:
-        """Converts the images of a visual prior to pixels, see [`preprocess_image`]."""
-        channels = (
-            self.vae.config.get("in_channels", 3) if self.vae is not None else self.transformer.config.in_channels
-        )
-        return preprocess_image(image, num_labels, channels, self._size_multiple)
+    def _read_image(
+        self, image: PipelineImageInput, num_labels: int | None, height: int | None, width: int | None
+    ) -> torch.Tensor:
+        """Reads the images of a visual prior as pixels of a size, see [`preprocess_image`]."""
+        size = find_image_size(height, width, self.transformer, self.vae)
+        return preprocess_image(image, num_labels, (self._num_channels, *size))
 
     def _find_given_prior(
         self,
@@ -229,6 +242,8 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         prior_latents: torch.Tensor | None,
         prior_tokens: torch.Tensor | None,
         num_labels: int,
+        height: int | None,
+        width: int | None,
     ) -> GivenPrior | None:
         """Finds the argument that takes the place of stage 1's sample, if one is given."""
         priors = {"image": image, "prior_latents": prior_latents, "prior_tokens": prior_tokens}
@@ -236,39 +251,11 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         if len(given) > 1:
             raise ValueError(f"Only one of {', '.join(f'`{name}`' for name in priors)} must be given, got {given}.")
         if image is not None:
-            pixels = self._check_image(image, num_labels)
-            return GivenPrior("image", pixels, tuple(pixels.shape[2:]))
+            return GivenPrior("image", self._read_image(image, num_labels, height, width))
         for name in given:
             check_prior(name, priors[name], num_labels, self.latent_embedder)
-        if prior_latents is not None:
-            height, width = prior_latents.shape[2:]
-            return GivenPrior(
-                "prior_latents", prior_latents, (height * self.vae_scale_factor, width * self.vae_scale_factor)
-            )
-        return None if prior_tokens is None else GivenPrior("prior_tokens", prior_tokens)
-
-    def _latent_shape(self, height: int | None, width: int | None, prior: GivenPrior | None) -> tuple[int, int, int]:
-        """Shape of the latents of one image. By default it has the prior's size, else the trained size."""
-        config, factor = self.transformer.config, self.vae_scale_factor
-        sizes = {"height": height, "width": width}
-        for name, size in sizes.items():
-            if size is not None:
-                check_at_least(name, size, 1)
-                if size % self._size_multiple:
-                    raise ValueError(
-                        f"`{name}` must be a multiple of {self._size_multiple} pixels (the autoencoder's factor "
-                        f"{factor} times `patch_size`), got {size}."
-                    )
-        default = (config.sample_size * factor,) * 2
-        if prior is not None and prior.size is not None:
-            default = prior.size
-            for (name, size), side in zip(sizes.items(), prior.size, strict=True):
-                if size not in (None, side):
-                    raise ValueError(f"`{name}` must be None or that of `{prior.name}`, {side}, got {size}.")
-        height, width = default[0] if height is None else height, default[1] if width is None else width
-        if self.vae is not None:
-            check_image_size(self.vae, height, width)
-        return config.in_channels, height // factor, width // factor
+            return GivenPrior(name, priors[name])
+        return None
 
     # ------------------------------------------------------------------------------------------------ sampling
 
@@ -284,7 +271,14 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
 
         Raises:
             `FloatingPointError`: the autoencoder gives numbers that are not finite, or absurdly large.
+            `ValueError`, `TypeError`: the pixels have another type or shape.
         """
+        factor = self.vae_scale_factor
+        check_tensor("pixels", pixels, (None, self._num_channels, None, None))
+        if any(side % factor for side in pixels.shape[2:]):
+            raise ValueError(
+                f"`pixels` must have a height and width that are multiples of {factor}, got {tuple(pixels.shape)}."
+            )
         latents = encode_moments(pixels, self.vae)[0]
         check_samples("Latents of images", find_sound(latents), range(len(latents)))
         return latents
@@ -296,6 +290,8 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         image: PipelineImageInput | None = None,
         latents: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> torch.Tensor:
         """
         Computes the latent tokens of images or latents, for `prior_tokens`.
@@ -303,11 +299,14 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         `torch.lerp` of two of them gives a prior in between.
 
         Args:
-            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
-                Images: arrays (H, W, 3) and tensors (3, H, W), uint8 or in [0, 1].
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str` or a list of them, *optional*):
+                Images of any size, as in a call.
             latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*):
                 Normalised latents in place of images, such as `stage_latents` of [`DoDPipelineOutput`].
             attention_kwargs (`dict`, *optional*): `{"scale": ...}` is the scale of LoRA adapters.
+            height (`int`, *optional*): Height to which images are scaled and cropped, in pixels. By default the
+                trained one.
+            width (`int`, *optional*): Width, likewise.
 
         Returns:
             `torch.Tensor` of shape `(B, num_latent_tokens, latent_token_dim)`.
@@ -324,7 +323,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
             )
         device = self._execution_device
         if latents is None:
-            latents = self.encode_image(self._check_image(image, None).to(device))
+            latents = self.encode_image(self._read_image(image, None, height, width).to(device))
         else:
             check_prior("latents", latents, None, self.latent_embedder)
         tokens = self.latent_embedder.encode(latents.to(device), attention_kwargs=attention_kwargs)
@@ -347,7 +346,14 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
 
         Raises:
             `FloatingPointError`: the autoencoder gives numbers that are not finite, or absurdly large.
+            `ValueError`, `TypeError`: the latents have another type or shape or are not finite, or `output_type` is
+                another one.
         """
+        channels = self._num_channels if self.vae is None else latent_channels(self.vae)
+        check_tensor("latents", latents, (None, channels, None, None))
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        if not bool(find_sound(latents).all()):
+            raise ValueError(f"`latents` must be finite and at most {LARGEST} in size, got others.")
         return self._decode(latents, output_type, "Decoded images", range(len(latents)))
 
     def _decode(
@@ -453,9 +459,10 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
                 Strictly decreasing starts of the intervals in (0, 1], before the scheduler's shift, in place of
                 `num_inference_steps`: one list, the same for all stages.
             num_images_per_label (`int`, defaults to 1): Number of images of each label, >= 1.
-            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
-                One image, or one per label, in place of stage 1's sample: arrays (H, W, 3) and tensors (3, H, W),
-                uint8 or in [0, 1]. Stage 1 is not run, but `num_stages` counts it.
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str` or a list of them, *optional*):
+                One image, or one per label, in place of stage 1's sample: PIL images of any mode, paths, URLs, arrays
+                (H, W) or (H, W, C) and tensors (C, H, W) in uint8 or in [0, 1]. It is read as the trainer reads
+                images, and scaled and cropped to `height` x `width`. Stage 1 is not run, but `num_stages` counts it.
             prior_latents (`torch.Tensor` of shape `(1, C, h, w)` or `(number of labels, C, h, w)`, *optional*):
                 Normalised latents in place of an image, such as `stage_latents` of an earlier call.
             prior_tokens (`torch.Tensor` of shape `(1, N, d_e)` or `(number of labels, N, d_e)`, *optional*):
@@ -464,7 +471,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
                 Number of stage-2 images for each sample of stage 1, or for each given image, >= 1. Later stages
                 continue with all of them.
             height (`int`, *optional*):
-                Height in pixels. By default the height of `image` or `prior_latents`, else the trained height.
+                Height in pixels. By default the height of `prior_latents`, else the trained height.
             width (`int`, *optional*): Width in pixels, with the same default.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of the noise. With one generator an image depends on its place in the batch, as in Diffusers.
@@ -512,7 +519,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if num_stages is None:
             num_stages = self.config.default_num_stages if self.latent_embedder is not None else 1
-        prior = self._find_given_prior(image, prior_latents, prior_tokens, num_labels)
+        prior = self._find_given_prior(image, prior_latents, prior_tokens, num_labels, height=height, width=width)
         self.check_inputs(
             num_stages=num_stages,
             has_prior=prior is not None,
@@ -540,7 +547,9 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         warn_of_idle_arguments(
             stages, num_inference_steps, guidance_scale, guidance, has_priors=self.latent_embedder is not None
         )
-        shape = self._latent_shape(height, width, prior)
+        size = find_image_size(height, width, self.transformer, self.vae, prior)
+        sides = (side // self.vae_scale_factor for side in size)
+        shape = (self.transformer.config.in_channels, *sides)
         images_per_prior = {stage.number: 1 if stage.number == 1 else num_images_per_prior for stage in stages}
         noises = check_noises(latents, [(batch_size * number, *shape) for number in images_per_prior.values()])
         device = self._execution_device
@@ -663,6 +672,8 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
                 for name, tensor in (outputs or {}).items():
                     check_choice("callback_on_step_end", name, tuple(self._callback_tensor_inputs))
                     check_replacement(name, tensor, state[name])
+                    if name == "class_labels" and tensor is not state[name]:
+                        check_label_ids(name, tensor, self.transformer.config.num_classes)
                     state[name] = tensor
             are_sound.append(find_sound(state["latents"]))
             self._step_index += 1

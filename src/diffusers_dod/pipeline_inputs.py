@@ -2,19 +2,20 @@
 """Inputs of the DoD pipeline: components that fit together, class names, images and visual priors, noise."""
 
 import difflib
+import os
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 from diffusers import SchedulerMixin
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 
-from .autoencoders import Autoencoder, check_autoencoder, latent_channels
+from .autoencoders import Autoencoder, check_autoencoder, check_image_size, latent_channels, spatial_factor
 from .checks import check_at_least, check_type
+from .image_reading import cover_and_crop, to_image, to_pixels
 from .latent_embedding import VisualPriorMixin, check_visual_prior
 from .stages import LARGEST, find_sound, is_a
 from .transformer_dod import DoDTransformer2DModel
@@ -171,67 +172,67 @@ def _to_label_id(label: Any, label2ids: dict[str, list[int]], num_classes: int) 
     return int(label)
 
 
-def _to_tensor(image: PIL.Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
-    """Converts one image or a batch of images to an fp32 tensor (n, C, H, W) in [0, 1]."""
-    processor = VaeImageProcessor
-    if isinstance(image, PIL.Image.Image):
-        return processor.numpy_to_pt(processor.pil_to_numpy(processor.convert_to_rgb(image)))
-    if not isinstance(image, (np.ndarray, torch.Tensor)):
-        raise TypeError(
-            "`image` must be a PIL image, an array (H, W, 3), a tensor (3, H, W), a batch or a list of them, "
-            f"got {image!r} of type {type(image).__name__}."
-        )
-    if image.ndim not in (3, 4) or 0 in image.shape:
+def _take_as_it_is(image: Any, shape: tuple[int, int, int]) -> torch.Tensor | None:
+    """Converts an array or a tensor of this shape (C, H, W) to pixels in [-1, 1]; `None` for anything else."""
+    if not isinstance(image, (np.ndarray, torch.Tensor)) or image.ndim != 3:
+        return None
+    tensor = image if isinstance(image, torch.Tensor) else torch.as_tensor(image).permute(2, 0, 1)
+    is_known = tensor.dtype == torch.uint8 or (
+        tensor.is_floating_point() and bool(((tensor >= 0) & (tensor <= 1)).all())
+    )
+    if tuple(tensor.shape) != shape or not is_known:
+        return None
+    return VaeImageProcessor.normalize(tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float())
+
+
+def _read_pixels(image: Any, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Reads one image as pixels of this shape (C, H, W) in [-1, 1]."""
+    if (pixels := _take_as_it_is(image, shape)) is not None:
+        return pixels
+    opened = to_image(image)
+    channels, height, width = shape
+    if channels != 3:
         raise ValueError(
-            "`image` must have the shape (H, W, 3) or (B, H, W, 3) as an array, (3, H, W) or (B, 3, H, W) as a "
-            f"tensor, none of them 0, got {tuple(image.shape)}."
+            f"`image` must be an array or a tensor of {channels} channels and {height} x {width} pixels, in uint8 or "
+            f"in floats in [0, 1], got {image!r}."
         )
-    tensor = torch.as_tensor(image)
-    tensor = tensor[None] if tensor.ndim == 3 else tensor
-    if isinstance(image, np.ndarray):
-        tensor = tensor.permute(0, 3, 1, 2)
-    if tensor.dtype == torch.uint8:
-        return tensor.float() / 255
-    low, high = float(tensor.min()), float(tensor.max())
-    if not tensor.is_floating_point() or not (0 <= low and high <= 1):  # NaN compares false
-        raise ValueError(f"`image` must be uint8 or floats in [0, 1], got {tensor.dtype} in [{low}, {high}].")
-    return tensor.float()
+    try:
+        cropped = cover_and_crop(opened, height, width)
+    except ValueError as error:
+        raise ValueError(f"`image` must be one that can be read and cropped, got another: {error}.") from error
+    return to_pixels(torch.from_numpy(cropped)[None])[0]
 
 
-def preprocess_image(image: PipelineImageInput, batch_size: int | None, channels: int, multiple: int) -> torch.Tensor:
+def preprocess_image(
+    image: PipelineImageInput | str | os.PathLike, batch_size: int | None, shape: tuple[int, int, int]
+) -> torch.Tensor:
     """
-    Converts images of a visual prior to pixels. They are never resized.
+    Converts images of a visual prior to pixels, scaled and cropped as for training by [`cover_and_crop`].
+
+    Numbers that have the shape already are taken as they are, without rounding floats to 8 bits.
 
     Args:
-        image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them): The images.
+        image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str`, `os.PathLike` or a list of them):
+            The images, see [`to_image`]; arrays and tensors may have a first dimension more, for a batch.
         batch_size (`int` or `None`): Number of labels. There must be one image, or as many; `None` accepts any number.
-        channels (`int`): Number of channels that images must have.
-        multiple (`int`): Divisor of height and width.
+        shape (`tuple[int, int, int]`): Channels, height and width of the result. Only 3 channels are scaled.
 
     Returns:
-        `torch.Tensor` of shape `(n, C, H, W)`: Pixels in [-1, 1].
+        `torch.Tensor` of shape `(n, C, H, W)`: Pixels in [-1, 1], on the CPU.
 
     Raises:
-        `TypeError`, `ValueError`: the number of images, or the type, size or range of one, does not fit.
+        `TypeError`, `ValueError`: the number of images, or the type, shape or range of one, does not fit.
+        `OSError`: a file cannot be read.
     """
     entries = list(image) if isinstance(image, (list, tuple)) else [image]
-    if not entries:
+    images: list[Any] = []
+    for entry in entries:
+        is_batch = isinstance(entry, (np.ndarray, torch.Tensor)) and entry.ndim == 4
+        images += list(entry) if is_batch else [entry]
+    if not images or (batch_size is not None and len(images) not in (1, batch_size)):
         number = "at least one image" if batch_size is None else f"1 or {batch_size} images (one per label)"
-        raise ValueError(f"`image` must hold {number}, got {image!r}.")
-    images = [_to_tensor(entry) for entry in entries]  # each (n, C, H, W) in [0, 1]
-    if len({entry.shape[1:] for entry in images}) > 1:
-        shapes = [tuple(entry.shape[1:]) for entry in images]
-        raise ValueError(f"`image` must hold images of one size, got (channels, height, width) {shapes}.")
-    pixels = VaeImageProcessor.normalize(torch.cat(images))
-    height, width = pixels.shape[2:]
-    if pixels.shape[1] != channels or height % multiple or width % multiple:
-        raise ValueError(
-            f"`image` must have {channels} channels and a height and width that are multiples of {multiple}, "
-            f"got {pixels.shape[1]} channels and {height} x {width}."
-        )
-    if batch_size is not None and pixels.shape[0] not in (1, batch_size):
-        raise ValueError(f"`image` must hold 1 or {batch_size} images (one per label), got {pixels.shape[0]}.")
-    return pixels
+        raise ValueError(f"`image` must hold {number}, got {len(images)}.")
+    return torch.stack([_read_pixels(entry, shape).cpu() for entry in images])
 
 
 def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
@@ -290,12 +291,57 @@ class GivenPrior:
     Args:
         name (`str`): Name of the argument: `"image"`, `"prior_latents"` or `"prior_tokens"`.
         value (`torch.Tensor`): Pixels in [-1, 1], latents or latent tokens.
-        size (`tuple[int, int]`, *optional*): Height and width in pixels; tokens have none.
     """
 
     name: str
     value: torch.Tensor
-    size: tuple[int, int] | None = None
+
+
+def find_image_size(
+    height: int | None,
+    width: int | None,
+    transformer: DoDTransformer2DModel,
+    vae: Autoencoder | None,
+    prior: GivenPrior | None = None,
+) -> tuple[int, int]:
+    """
+    Finds the size of the images of a call. By default it is that of given latents, else the trained size.
+
+    Args:
+        height (`int` or `None`): The height asked for, in pixels.
+        width (`int` or `None`): The width asked for.
+        transformer ([`DoDTransformer2DModel`]): The model.
+        vae ([`Autoencoder`] or `None`): The autoencoder.
+        prior ([`GivenPrior`], *optional*): What takes the place of stage 1's sample.
+
+    Returns:
+        `tuple[int, int]`: Height and width in pixels.
+
+    Raises:
+        `TypeError`, `ValueError`: a size is out of range, is not that of given latents, or none that the autoencoder
+            takes.
+    """
+    factor = 1 if vae is None else spatial_factor(vae)
+    multiple = factor * transformer.config.patch_size
+    sizes = {"height": height, "width": width}
+    for name, size in sizes.items():
+        if size is not None:
+            check_at_least(name, size, 1)
+            if size % multiple:
+                raise ValueError(
+                    f"`{name}` must be a multiple of {multiple} pixels (the autoencoder's factor {factor} times "
+                    f"`patch_size`), got {size}."
+                )
+    default = [transformer.config.sample_size * factor] * 2
+    if prior is not None and prior.name == "prior_latents":
+        default = [side * factor for side in prior.value.shape[2:]]
+        for (name, size), side in zip(sizes.items(), default, strict=True):
+            if size not in (None, side):
+                raise ValueError(f"`{name}` must be None or that of `{prior.name}`, {side}, got {size}.")
+    height, width = default[0] if height is None else int(height), default[1] if width is None else int(width)
+    if vae is not None:
+        check_image_size(vae, height, width)
+    return height, width
 
 
 def check_noise_source(
@@ -310,7 +356,8 @@ def check_noise_source(
     Args:
         generator (`torch.Generator`, `list[torch.Generator]` or `None`): One generator, or `batch_size` generators.
         seed (`int` or `None`): Seed of at least 0. It excludes a generator.
-        sample_indices (`Sequence[int]` or `None`): `batch_size` indices of at least 0. They need a seed.
+        sample_indices (`Sequence[int]` or `None`): `batch_size` indices of at least 0, also as an array or a tensor.
+            They need a seed.
         batch_size (`int`): Number of images of the first stage.
 
     Raises:
@@ -323,7 +370,9 @@ def check_noise_source(
     if sample_indices is not None:
         if seed is None:
             raise ValueError(f"`sample_indices` must be None without a `seed`, got {sample_indices!r}.")
-        check_type("sample_indices", sample_indices, (list, tuple, range))
+        check_type("sample_indices", sample_indices, (list, tuple, range, np.ndarray, torch.Tensor))
+        if isinstance(sample_indices, (np.ndarray, torch.Tensor)):
+            sample_indices = np.atleast_1d(np.asarray(sample_indices)).tolist()
         if len(sample_indices) != batch_size:
             raise ValueError(
                 f"`sample_indices` must hold {batch_size} integers (one per image), got {len(sample_indices)}."
@@ -374,8 +423,10 @@ def check_noises(
 
 
 def check_replacement(name: str, tensor: torch.Tensor | None, current: torch.Tensor | None) -> None:
-    """Raises a `ValueError` unless a callback's new `tensor` of this `name` has the shape of the `current` one."""
+    """Raises a `ValueError` unless a callback's new `tensor` of this `name` is like the `current` one."""
     shapes = [None if value is None else tuple(getattr(value, "shape", ())) for value in (tensor, current)]
     if not isinstance(tensor, (torch.Tensor, type(None))) or shapes[0] != shapes[1]:
         received = f"shape {shapes[0]}" if isinstance(tensor, torch.Tensor) else repr(tensor)
         raise ValueError(f"`callback_on_step_end` must return `{name}` of shape {shapes[1]}, got {received}.")
+    if tensor is not None and tensor.is_floating_point() != current.is_floating_point():
+        raise ValueError(f"`callback_on_step_end` must return `{name}` like {current.dtype}, got {tensor.dtype}.")

@@ -4,7 +4,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
+import numpy as np
 import torch
 from diffusers import SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -12,7 +14,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .adaptive import StepCallback, VelocityFunction, integrate_by_batch, integrate_by_sample
-from .checks import check_at_least, check_choice, check_number
+from .checks import check_at_least, check_choice, check_number, check_tensor, check_type, to_plain
 from .records import StrictConfigMixin
 from .rectified_flow import NUM_TRAIN_TIMESTEPS, euler_step, interpolate, shift_sigma
 from .sde import DIFFUSION_FORMS, LAST_STEPS, Diffusion
@@ -41,11 +43,34 @@ class DoDFlowMatchSchedulerOutput(BaseOutput):
     num_rejected: torch.Tensor | None = None
 
 
-def _check_velocity(name: str, velocity: torch.Tensor, sample: torch.Tensor) -> None:
+def _check_like(name: str, velocity: torch.Tensor, sample: torch.Tensor) -> None:
+    check_tensor(name, velocity)
     if velocity.shape != sample.shape:
         raise ValueError(
             f"`{name}` must have the shape of `sample`, {tuple(sample.shape)}, got {tuple(velocity.shape)}."
         )
+
+
+def _check_sample(sample: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> None:
+    """Raises unless there is a batch of samples, and one generator or one for each of them, if any."""
+    check_tensor("sample", sample)
+    if sample.ndim == 0:
+        raise ValueError("`sample` must have a batch dimension, got a scalar.")
+    check_type("generator", generator, (torch.Generator, list, type(None)))
+    if isinstance(generator, list):
+        for entry in generator:
+            check_type("generator", entry, torch.Generator)
+        if len(generator) != len(sample):
+            raise ValueError(
+                f"`generator` must be one generator or a list of {len(sample)}, got a list of {len(generator)}."
+            )
+
+
+def _check_timestep(timestep: float | torch.Tensor) -> None:
+    """Raises unless a time is one number; its value may be on an accelerator, which is not waited for."""
+    check_type("timestep", timestep, (Real, torch.Tensor))
+    if isinstance(timestep, torch.Tensor) and (timestep.numel() != 1 or timestep.is_complex()):
+        raise ValueError(f"`timestep` must be one real number, got {timestep.dtype} of shape {tuple(timestep.shape)}.")
 
 
 def check_starts(
@@ -154,6 +179,10 @@ class DoDFlowMatchScheduler(StrictConfigMixin, SchedulerMixin, ConfigMixin):
         self.num_inference_steps: int | None = None
         # Until `set_timesteps`, the training grid, as in Diffusers' flow-match schedulers.
         self._set_sigmas(torch.linspace(1, 0, num_train_timesteps + 1))
+
+    def register_to_config(self, **kwargs) -> None:
+        """Adds entries `kwargs` to the config as `ConfigMixin.register_to_config` does."""
+        super().register_to_config(**to_plain(kwargs))
 
     def _set_sigmas(
         self,
@@ -287,13 +316,15 @@ class DoDFlowMatchScheduler(StrictConfigMixin, SchedulerMixin, ConfigMixin):
             `torch.Tensor` of shape `(B, ...)`.
 
         Raises:
-            `ValueError`: a timestep is outside the range, or the shapes do not fit.
+            `ValueError`, `TypeError`: a timestep is outside the range, or a type or shape does not fit.
         """
-        if noise.shape != sample.shape:
-            raise ValueError(
-                f"`noise` must have the shape of `sample`, {tuple(sample.shape)}, got {tuple(noise.shape)}."
-            )
-        timestep = torch.as_tensor(timestep, dtype=torch.float32)
+        _check_sample(sample)
+        _check_like("noise", noise, sample)
+        check_type("timestep", timestep, (Real, torch.Tensor, np.ndarray, list, tuple))
+        try:
+            timestep = torch.as_tensor(timestep, dtype=torch.float32)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"`timestep` must be one number or one for each sample, got {timestep!r}.") from error
         if timestep.ndim > 1 or (timestep.ndim == 1 and timestep.shape[0] not in (1, sample.shape[0])):
             raise ValueError(
                 f"`timestep` must be a scalar or of shape ({sample.shape[0]},), got {tuple(timestep.shape)}."
@@ -432,9 +463,11 @@ class DoDFlowMatchScheduler(StrictConfigMixin, SchedulerMixin, ConfigMixin):
                 chooses its own steps.
         """
         self._refuse_adaptive("step")
-        _check_velocity("model_output", model_output, sample)
+        _check_sample(sample, generator)
+        _check_like("model_output", model_output, sample)
+        _check_timestep(timestep)
         if variance_noise is not None:
-            _check_velocity("variance_noise", variance_noise, sample)
+            _check_like("variance_noise", variance_noise, sample)
         is_done = self._step_index is not None and self._step_index >= len(self.timesteps)
         if is_done and self._begin_index is not None:
             raise ValueError(
@@ -504,7 +537,12 @@ class DoDFlowMatchScheduler(StrictConfigMixin, SchedulerMixin, ConfigMixin):
         Raises:
             `ValueError`: the fixed steps were not laid out with `set_timesteps`, or dopri5 meets numbers that are not
                 finite or a tolerance that it cannot reach.
+            `TypeError`: an argument, or what a function returns, has another type.
         """
+        _check_sample(sample, generator)
+        for name, function in (("velocity_fn", velocity_fn), ("callback", callback)):
+            if not callable(function) and not (name == "callback" and function is None):
+                raise TypeError(f"`{name}` must be callable, got {function!r} of type {type(function).__name__}.")
         if self.is_adaptive:
             return self._solve_adaptively(velocity_fn, sample, callback)
         if self.num_inference_steps is None:
@@ -515,7 +553,7 @@ class DoDFlowMatchScheduler(StrictConfigMixin, SchedulerMixin, ConfigMixin):
         num_evaluations = 0
         for timestep in self.timesteps:
             velocity = velocity_fn(sample, timestep, indices)
-            _check_velocity("velocity_fn", velocity, sample)
+            _check_like("velocity_fn", velocity, sample)
             sample = self.step(velocity, timestep, sample, generator=generator).prev_sample
             num_evaluations += 1
             if callback is not None and callback(num_evaluations - 1, timestep, sample) is False:
@@ -538,7 +576,7 @@ class DoDFlowMatchScheduler(StrictConfigMixin, SchedulerMixin, ConfigMixin):
         def velocity(state: torch.Tensor, sigma: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
             timestep = timestep_of(sigma)
             velocity = velocity_fn(state, timestep, indices)
-            _check_velocity("velocity_fn", velocity, state)
+            _check_like("velocity_fn", velocity, state)
             finite = torch.isfinite(velocity).reshape(len(velocity), -1).all(dim=1)
             if not finite.all():  # the error estimate needs finite numbers
                 found = timestep if timestep.ndim == 0 else timestep[~finite][0]

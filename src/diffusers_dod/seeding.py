@@ -3,13 +3,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from .checks import check_at_least, check_type
+
 
 def _seed_sequence(ids: tuple[int, ...]) -> np.random.SeedSequence:
+    if not ids:
+        raise ValueError("`ids` must hold at least one integer, got none.")
+    for number in ids:
+        check_type("ids", number, Integral)
     ids = tuple(int(number) for number in ids)  # those of NumPy have a width
     if not all(0 <= number < 2**64 for number in ids):
         raise ValueError(f"`ids` must be integers >= 0 and < 2**64, got {ids}.")
@@ -29,7 +36,7 @@ def stateless_generator(*ids: int) -> torch.Generator:
         ids (`int`): One or more integers in [0, 2^64 - 1].
 
     Raises:
-        `ValueError`: an id is out of range.
+        `ValueError`, `TypeError`: there is no id, or one is no integer or out of range.
     """
     return torch.Generator().manual_seed(int(_seed_sequence(ids).generate_state(1, np.uint64)[0]))
 
@@ -48,8 +55,11 @@ def stateless_noise(shape: tuple[int, ...], *ids: int) -> torch.Tensor:
         `torch.Tensor` of that shape, in fp32 on the CPU.
 
     Raises:
-        `ValueError`: an id is out of range.
+        `ValueError`, `TypeError`: there is no id, or one, or a length of the shape, is no integer or out of range.
     """
+    check_type("shape", shape, (tuple, list))
+    for length in shape:
+        check_at_least("shape", length, 0)
     generator = np.random.Generator(np.random.Philox(_seed_sequence(ids)))
     return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 

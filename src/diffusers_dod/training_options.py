@@ -105,7 +105,9 @@ class DataOptions:
         help="Folder of the latents; the trainer's default is `latents` in `--output_dir`.",
     )
     encoding: EncodingOptions = field(default_factory=EncodingOptions)
-    seed: int = option(0, at_least=0, help="Seed of procedural images, of the order of data and of initial weights.")
+    seed: int = option(
+        0, at_least=0, below=2**64, help="Seed of procedural images, of the order of data and of initial weights."
+    )
 
     def find_conflicts(self) -> list[str]:
         """Messages about options that do not fit each other."""
@@ -269,7 +271,7 @@ class ValidationOptions:
     validation_guidance_scale: float | None = option(
         None, at_least=0, is_free=True, help="Guidance scale from stage 2 on, the preset's by default."
     )
-    validation_seed: int = option(0, at_least=0, is_free=True, help="Seed of the samples.")
+    validation_seed: int = option(0, at_least=0, below=2**64, is_free=True, help="Seed of the samples.")
     fid_extractor: str | None = option(
         None,
         needs="fid_reference",

@@ -4,11 +4,13 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from diffusers import FasterCacheConfig
 from diffusers.configuration_utils import register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
@@ -23,7 +25,7 @@ from diffusers.models.embeddings import (
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 
-from .checks import check_at_least, check_number, check_type
+from .checks import check_at_least, check_label_ids, check_latents, check_number, check_type
 from .elementwise import GatedSilu, PlainLayerNorm, add_gated, modulate, rotate, split_rows, without_autocast
 from .modeling_utils import DoDModelMixin
 from .pos_interpolation import (
@@ -91,31 +93,6 @@ def unpatchify(tokens: torch.Tensor, patch_size: int, height: int, width: int) -
     rows, columns = height // patch_size, width // patch_size
     tokens = tokens.reshape(tokens.shape[0], rows, columns, -1, patch_size, patch_size)
     return tokens.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, height, width)
-
-
-def check_latents(name: str, latents: torch.Tensor, in_channels: int, patch_size: int) -> None:
-    """
-    Raises unless an argument is a batch of latents that can be cut into patches.
-
-    Args:
-        name (`str`): Name of the argument, for the message.
-        latents (`torch.Tensor`): The tensor received. Its shape must be `(B, in_channels, H, W)`.
-        in_channels (`int`): Number of channels.
-        patch_size (`int`): Side of a patch. H and W must be positive multiples of it.
-
-    Raises:
-        `ValueError`: the shape does not match.
-    """
-    if latents.ndim != 4 or latents.shape[1] != in_channels:
-        raise ValueError(
-            f"`{name}` must have shape (batch, {in_channels}, height, width), got {tuple(latents.shape)}."
-        )
-    height, width = latents.shape[2:]
-    if height == 0 or width == 0 or height % patch_size or width % patch_size:
-        raise ValueError(
-            f"The height and width of `{name}` must be positive multiples of `patch_size` = {patch_size}, "
-            f"got {height} x {width}."
-        )
 
 
 def _is_plain_linear(layer: nn.Module) -> bool:
@@ -533,6 +510,23 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
             model.resize_class_embed(num_classes)
         return loaded
 
+    def enable_cache(self, config: Any) -> None:
+        """
+        Enables one of Diffusers' caches as `CacheMixin.enable_cache` does.
+
+        Args:
+            config (`FirstBlockCacheConfig`, `PyramidAttentionBroadcastConfig`, ...): Settings of the cache.
+
+        Raises:
+            `ValueError`: a `FasterCacheConfig` lacks `is_guidance_distilled=True`.
+        """
+        if isinstance(config, FasterCacheConfig) and not config.is_guidance_distilled:
+            raise ValueError(
+                "`is_guidance_distilled` of a `FasterCacheConfig` must be True, got False: else FasterCache takes one "
+                "half of every batch for unconditional, and here only samples that are guided have such a prediction."
+            )
+        super().enable_cache(config)
+
     def resize_class_embed(self, num_classes: int, source_classes: Sequence[int | None] | None = None) -> None:
         """
         Replaces the label table by one for other classes; the null class keeps its row.
@@ -585,7 +579,6 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
 
     def _check_inputs(self, hidden_states, timestep, class_labels, prior_embeds) -> None:
         config = self.config
-        check_type("hidden_states", hidden_states, torch.Tensor)
         check_type("class_labels", class_labels, torch.Tensor)
         check_type("prior_embeds", prior_embeds, (torch.Tensor, type(None)))
         if class_labels.is_floating_point() or class_labels.is_complex() or class_labels.dtype == torch.bool:
@@ -596,6 +589,11 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
             raise ValueError(f"`timestep` must be a scalar or of shape ({batch_size},), got {tuple(timestep.shape)}.")
         if class_labels.shape != (batch_size,):
             raise ValueError(f"`class_labels` must have shape ({batch_size},), got {tuple(class_labels.shape)}.")
+        # On an accelerator the check would wait for it; pipeline and trainer check labels before they go there. Labels
+        # that are only traced or counted have no values.
+        has_values = not torch.compiler.is_compiling() and type(class_labels) is torch.Tensor
+        if has_values and class_labels.device.type == "cpu":
+            check_label_ids("class_labels", class_labels, config.num_classes)
         if prior_embeds is None:
             return
         if config.prior_embed_dim is None:
@@ -632,7 +630,8 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
             hidden_states (`torch.Tensor` of shape `(B, C, H, W)`): Noisy latents.
             timestep (`float` or `torch.Tensor` of shape `()` or `(B,)`):
                 Time 1000 * sigma in [0, 1000], 0 = data. Kept in fp32.
-            class_labels (`torch.Tensor` of shape `(B,)`): Class ids; `num_classes` is the null class.
+            class_labels (`torch.Tensor` of shape `(B,)`): Class ids in [0, num_classes]; `num_classes` is the null
+                class. Their range is checked on a CPU alone: elsewhere this would wait for the device.
             prior_embeds (`torch.Tensor` of shape `(K, T, prior_embed_dim)`, *optional*):
                 Visual priors of the *first* K samples, 0 <= K <= B, T = H/p * W/p. The other samples get the sample
                 token S.
@@ -646,9 +645,10 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
             [`DoDTransformerOutput`], or the tuple `(sample,)`; with the hidden states, `(sample, hidden_states)`.
 
         Raises:
-            `ValueError`, `TypeError`: a shape or a type does not fit.
+            `ValueError`, `TypeError`: a shape or a type does not fit, or a label is out of range.
         """
         if not isinstance(timestep, torch.Tensor):
+            check_type("timestep", timestep, (Real, torch.Tensor))
             timestep = torch.tensor(timestep, dtype=torch.float32)
         self._check_inputs(hidden_states, timestep, class_labels, prior_embeds)
         batch_size, _, height, width = hidden_states.shape

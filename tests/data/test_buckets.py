@@ -27,18 +27,11 @@ from diffusers_dod.data.buckets import (
 )
 from diffusers_dod.data.encoding import EncodingOptions, Share
 from diffusers_dod.data.image_folder import BadImagesError
-from diffusers_dod.data.labelled_images import (
-    ImageOptions,
-    LabelledImages,
-    center_crop,
-    cover_and_crop,
-    load_labelled_images,
-    to_pixels,
-    to_rgb,
-)
+from diffusers_dod.data.labelled_images import ImageOptions, LabelledImages, load_labelled_images
 from diffusers_dod.data.latents import LatentDataset
 from diffusers_dod.data.sample_stream import PositionSampler, SampleDraws, TrainingSamples, collate_priors_first
 from diffusers_dod.data.vision_features import VisionFeatures
+from diffusers_dod.image_reading import center_crop, cover_and_crop, to_pixels, to_rgb
 from diffusers_dod.losses import DoDJointModel
 
 

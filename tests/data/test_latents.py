@@ -37,12 +37,12 @@ from diffusers_dod.data.labelled_images import (
     ImageOptions,
     LabelledImages,
     load_labelled_images,
-    to_pixels,
 )
 from diffusers_dod.data.latents import SHARD_MANIFEST, LatentDataset, check_settings, find_damaged_shards, is_complete
 from diffusers_dod.data.sample_stream import SampleDraws, TrainingSamples, collate_priors_first
 from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
 from diffusers_dod.files import file_sha256
+from diffusers_dod.image_reading import to_pixels
 from diffusers_dod.options import parse_options
 from diffusers_dod.training import encode_latents as command
 from diffusers_dod.training import train

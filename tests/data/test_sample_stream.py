@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import says
 from torch.utils.data import DataLoader
 
 from diffusers_dod.data.latents import Latents
@@ -286,3 +287,24 @@ def test_time_of_another_distribution():
         normal = torch.logit(plain(position).sigma.double())
         logit = torch.logit(moved(position).sigma.double())
         torch.testing.assert_close(logit, -0.4 + 1.5 * normal + np.log(3.0), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "exception", "fragments"),
+    [
+        ({"num_classes": 0}, ValueError, [">= 1", "got 0"]),
+        ({"num_classes": "2"}, TypeError, ["int", "got '2'"]),
+        ({"seed": -1}, ValueError, [">= 0", "-1"]),
+        ({"seed": 2**64}, ValueError, ["2**64"]),
+        ({"label_dropout_prob": 1.1}, ValueError, ["[0, 1]", "got 1.1"]),
+        ({"prior_dropout_prob": float("nan")}, ValueError, ["[0, 1]", "got nan"]),
+        ({"exact_dropout_size": 0}, ValueError, [">= 1", "got 0"]),
+        ({"logit_mean": float("inf")}, ValueError, ["finite", "got inf"]),
+        ({"logit_std": -1.0}, ValueError, ["[0, inf)", "got -1.0"]),
+        ({"time_shift": 0.0}, ValueError, ["(0, inf)", "got 0.0"]),
+    ],
+)
+def test_settings_of_draws_that_make_no_sense(replaced, exception, fragments):
+    name = "ids" if "seed" in replaced else next(iter(replaced))
+    with pytest.raises(exception, match=says(f"`{name}`", *fragments)):
+        SampleDraws(**{"num_classes": 2, "seed": 0, **replaced})

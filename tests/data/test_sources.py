@@ -12,15 +12,10 @@ import pytest
 from helpers import says
 from PIL import Image
 
-from diffusers_dod.data.labelled_images import (
-    ImageOptions,
-    LabelledImages,
-    center_crop,
-    find_shards,
-    load_labelled_images,
-)
+from diffusers_dod.data.labelled_images import ImageOptions, LabelledImages, find_shards, load_labelled_images
 from diffusers_dod.data.sample_stream import SampleDraws
 from diffusers_dod.data.streaming import ImageStream, open_stream
+from diffusers_dod.image_reading import center_crop
 
 
 def load(folder: Path, **columns: str) -> LabelledImages:

@@ -17,9 +17,10 @@ from helpers import says
 from PIL import Image
 
 from diffusers_dod.data.encoding import EncodingOptions, Share
-from diffusers_dod.data.labelled_images import ImageOptions, center_crop, to_pixels
+from diffusers_dod.data.labelled_images import ImageOptions
 from diffusers_dod.data.sample_stream import PositionSampler, SampleDraws
 from diffusers_dod.data.streaming import ImageStream, build_stream_loader, open_stream
+from diffusers_dod.image_reading import center_crop, to_pixels
 
 
 SHARD_SIZES = (3, 5, 1, 4, 0, 7)

@@ -12,10 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_dod.data.encoding import EncodingOptions, Share, encode_latents, finish_latents, latent_settings
-from diffusers_dod.data.labelled_images import LabelledImages, to_pixels
+from diffusers_dod.data.labelled_images import LabelledImages
 from diffusers_dod.data.latents import LatentDataset, images_of
 from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
 from diffusers_dod.data.vision_features import IMAGENET_MEAN, IMAGENET_STD, VisionFeatures
+from diffusers_dod.image_reading import to_pixels
 from diffusers_dod.losses import DoDJointModel, RepresentationProjector
 from diffusers_dod.training import encode_latents as command
 

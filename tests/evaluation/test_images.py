@@ -16,10 +16,11 @@ from helpers import says
 from PIL import Image
 from torch.utils.data import Subset
 
-from diffusers_dod.data.labelled_images import ImageOptions, center_crop, load_labelled_images
+from diffusers_dod.data.labelled_images import ImageOptions, load_labelled_images
 from diffusers_dod.data.textures import TextureDataset
 from diffusers_dod.evaluation.images import DatasetImages, FolderImages, NpzImages, draw_indices, open_images
 from diffusers_dod.evaluation.options import read_batches
+from diffusers_dod.image_reading import center_crop
 
 
 @pytest.fixture(scope="module")

@@ -541,7 +541,7 @@ def test_samples_that_are_not_finite_are_an_error(tmp_path):
     with torch.no_grad():
         pipeline.transformer.proj_out.bias.fill_(torch.nan)
     pipeline.save_pretrained(tmp_path / "checkpoint")
-    with pytest.raises(ValueError, match=says("finite", "3 of 3")):
+    with pytest.raises(FloatingPointError, match=says("stage", "finite", "3 of 3", "of index 0, 1, 2")):
         run(tmp_path / "checkpoint", tmp_path / "samples")
     assert not (tmp_path / "samples" / "manifest.json").exists()
 

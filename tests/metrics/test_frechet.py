@@ -120,3 +120,25 @@ def test_what_intervals_refuse(rows):
         fid_interval(groups_of(rows, 1), reference)
     with pytest.raises(ValueError, match=says("`confidence`", "got 1")):
         fid_interval(groups_of(rows), reference, confidence=1.0)
+
+
+MEAN, COVARIANCE = np.zeros(2), np.eye(2)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "exception", "fragments"),
+    [
+        ({"mean_1": [0.0, 0.0]}, TypeError, ["`mean_1`", "ndarray", "got [0.0, 0.0]"]),
+        ({"cov_2": None}, TypeError, ["`cov_2`", "ndarray", "got None"]),
+        ({"mean_2": np.array(["a", "b"])}, TypeError, ["`mean_2`", "real numbers"]),
+        ({"cov_1": COVARIANCE * 1j}, TypeError, ["`cov_1`", "real numbers", "complex128"]),
+        ({"cov_1": COVARIANCE * np.nan}, ValueError, ["`cov_1`", "finite"]),
+        ({"mean_1": np.zeros((2, 1)), "mean_2": np.zeros((2, 1))}, ValueError, ["shape (d,)", "(2, 1)"]),
+        ({"mean_1": np.zeros(()), "mean_2": np.zeros(())}, ValueError, ["shape (d,)", "()"]),
+        ({"cov_2": np.eye(3)}, ValueError, ["(d, d)", "(3, 3)"]),
+    ],
+)
+def test_what_are_no_statistics(replaced, exception, fragments):
+    arguments = {"mean_1": MEAN, "cov_1": COVARIANCE, "mean_2": MEAN, "cov_2": COVARIANCE}
+    with pytest.raises(exception, match=says(*fragments)):
+        frechet_distance(**{**arguments, **replaced})

@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 from diffusers_dod import DoDFlowMatchScheduler, DoDTransformer2DModel, Guidance, LatentEmbeddingModule
 from diffusers_dod.conversion import load_fit_config, load_fitv2_checkpoint
 from diffusers_dod.data.buckets import bucket_sizes
-from diffusers_dod.data.labelled_images import Columns, center_crop, read_row
+from diffusers_dod.data.labelled_images import Columns, read_row
 from diffusers_dod.data.latents import LatentDataset
 from diffusers_dod.data.sample_stream import PositionSampler, SampleDraws
 from diffusers_dod.evaluation.images import open_images
+from diffusers_dod.image_reading import center_crop
 from diffusers_dod.metrics.extractors import load_statistics
 from diffusers_dod.metrics.intervals import mean_interval, wilson_interval
 from diffusers_dod.metrics.kernel_distance import kernel_distance

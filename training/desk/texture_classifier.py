@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_dod.data.labelled_images import to_pixels
 from diffusers_dod.data.textures import NUM_ATTRIBUTES, TEXTURE_CLASSES, TextureDataset
+from diffusers_dod.image_reading import to_pixels
 
 
 TRAIN_SEED, HELD_OUT_SEED = 100, 101  # neither is a seed of the generator's own training set

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..autoencoders import Autoencoder
 from ..checks import check_at_least, check_number, check_type
 from ..files import write_json
+from ..image_reading import read_orientation
 from ..options import check_options
 from ..records import Count, FileName, find_record, one_of, read_record
 from .encoding import (
@@ -34,7 +35,7 @@ from .encoding import (
     read_note,
 )
 from .image_folder import check_bad_images
-from .labelled_images import ImageDataset, LabelledImages, read_orientation
+from .labelled_images import ImageDataset, LabelledImages
 from .latents import BadImage, LatentDataset, Latents, LatentShape, Size, check_settings, is_complete
 from .orders import BucketOrder
 from .vision_features import VisionFeatures

@@ -16,10 +16,11 @@ from tqdm.auto import tqdm
 from ..autoencoders import Autoencoder, encode_moments
 from ..checks import check_at_least, check_choice
 from ..files import file_sha256, make_folder, replacing, sha256_of_weights, write_json
+from ..image_reading import to_pixels
 from ..options import check_options, option
 from ..records import Count, Sha256, find_record
 from .image_folder import check_bad_images
-from .labelled_images import MAX_WORKERS, TRANSFORM, LabelledImages, to_pixels
+from .labelled_images import MAX_WORKERS, TRANSFORM, LabelledImages
 from .latents import DTYPES, SHARD_FORMAT, SHARD_MANIFEST, BadImage, check_settings
 from .vision_features import VisionFeatures
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch.utils.data import Dataset
 
+from ..image_reading import cover_and_crop
 from ..options import option
 from .class_names import clean_class_name, clean_class_names, list_classes
 from .image_folder import ImageFolder, LeftOut, check_bad_images
@@ -33,125 +33,6 @@ TRAIN_WORDS = frozenset(("train", "training"))  # in names of files
 OTHER_SPLIT_WORDS = frozenset(("dev", "eval", "test", "testing", "val", "valid", "validation"))
 
 MAX_CLASSES = 1_000_000  # a larger id is no id of a class
-MAX_ASPECT_RATIO = 200  # of an image that is cropped; of a longer one hardly anything would be left
-# What turns an image upright, by its orientation in EXIF.
-TRANSPOSES = {
-    1: None,
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def read_orientation(image: Image.Image) -> int:
-    """
-    Reads the orientation of an image from its EXIF, and no other tag, since other tags are often damaged.
-
-    Args:
-        image (`PIL.Image.Image`): An image. The EXIF of a PNG may lie behind its pixels, so load it before.
-
-    Returns:
-        `int`: The orientation, 1 to 8; 1 if there is none that can be read.
-    """
-    try:
-        # The class's own method would decode a PNG.
-        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-    except MemoryError:
-        raise
-    except Exception:  # damaged EXIF has many ways to fail
-        return 1
-    return orientation if orientation in TRANSPOSES else 1
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """
-    Converts an image to 8-bit RGB.
-
-    It is rotated as its EXIF orientation says, and transparent parts become white. Grey in 16 bits is scaled. Grey in
-    32 bits is scaled from 8 or 16 bits, the fewest that hold its values.
-
-    Args:
-        image (`PIL.Image.Image`): An image of any mode.
-
-    Returns:
-        `PIL.Image.Image` of mode RGB.
-
-    Raises:
-        `ValueError`: the image holds floats, or integers below 0 or above 65535.
-    """
-    if image.mode == "F":
-        raise ValueError("an image of floats has no range that is known")
-    image.load()
-    kind, transpose = image.format, TRANSPOSES[read_orientation(image)]
-    image = image if transpose is None else image.transpose(transpose)
-    if image.mode.startswith("I"):  # Pillow would clip the values at 255
-        image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode, kind))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _to_8_bits(values: np.ndarray, mode: str, kind: str | None) -> np.ndarray:
-    """Scales integers (H, W) of grey to uint8."""
-    smallest, largest = int(values.min()), int(values.max())
-    if smallest < 0 or largest > 65535:
-        raise ValueError(f"an image of integers from {smallest} to {largest} has no range that is known")
-    # The format, not the values, tells 16 bits in modes for 16 bits, and in PNM and PNG.
-    if largest <= 255 and mode == "I" and kind not in ("PPM", "PNG"):
-        return values.astype(np.uint8)
-    return (values.astype(np.float64) / 257).round().astype(np.uint8)
-
-
-def cover_and_crop(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """
-    Scales an image to the smallest size that covers a rectangle, and crops its centre.
-
-    A box filter halves it while it is at least twice as large. The rest is bicubic.
-
-    Args:
-        image (`PIL.Image.Image`): An image of any mode and size, with an aspect ratio of at most 200.
-        height (`int`): Height of the rectangle in pixels.
-        width (`int`): Width of the rectangle in pixels.
-
-    Returns:
-        `np.ndarray` of shape `(height, width, 3)`, uint8 RGB.
-
-    Raises:
-        `ValueError`: one side of the image is more than 200 times the other, or see [`to_rgb`].
-    """
-    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):  # else its long side would be scaled too
-        raise ValueError(
-            f"an image of {image.width} x {image.height} pixels has an aspect ratio above {MAX_ASPECT_RATIO}"
-        )
-    image = to_rgb(image)
-    while image.height >= 2 * height and image.width >= 2 * width:
-        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    scale = max(height / image.height, width / image.width)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return np.array(image.crop((left, top, left + width, top + height)))
-
-
-def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
-    """
-    ADM's centre crop: [`cover_and_crop`] for a square.
-
-    Args:
-        image (`PIL.Image.Image`): An image of any mode and size, with an aspect ratio of at most 200.
-        resolution (`int`): Side of the square in pixels.
-
-    Returns:
-        `np.ndarray` of shape `(resolution, resolution, 3)`, uint8 RGB.
-
-    Raises:
-        `ValueError`: see [`cover_and_crop`].
-    """
-    return cover_and_crop(image, resolution, resolution)
 
 
 @dataclass(frozen=True)
@@ -545,11 +426,6 @@ def _classes(source: datasets.Dataset, label_column: str) -> tuple[list[str], di
             f"with {found}."
         )
     return [str(index) for index in range(max(labels) + 1)], None
-
-
-def to_pixels(images: torch.Tensor) -> torch.Tensor:
-    """Converts `images` (B, H, W, 3) in uint8 to pixels (B, 3, H, W) in [-1, 1], fp32."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 MAX_WORKERS = 1024  # processes that read images; more would only fill the machine

@@ -1,15 +1,17 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """The stream of training samples, a function of (seed, position): random draws and shares of processes."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Dataset, Sampler, default_collate
 
+from ..checks import check_at_least, check_number
+from ..image_reading import to_pixels
 from ..rectified_flow import logit_normal_sigma, shift_sigma
 from ..seeding import stateless_generator
-from .labelled_images import to_pixels
 from .latents import Latents
 
 
@@ -52,6 +54,9 @@ class SampleDraws:
         logit_mean (`float`, defaults to 0.0): Mean of the logit of the time, see [`logit_normal_sigma`].
         logit_std (`float`, defaults to 1.0): Standard deviation of the logit of the time.
         time_shift (`float`, defaults to 1.0): Shift of the time towards noise, see [`shift_sigma`].
+
+    Raises:
+        `ValueError`, `TypeError`: an argument is out of range.
     """
 
     def __init__(
@@ -65,6 +70,15 @@ class SampleDraws:
         logit_std: float = 1.0,
         time_shift: float = 1.0,
     ):
+        check_at_least("num_classes", num_classes, 1)
+        stateless_generator(seed)  # which checks it
+        check_number("label_dropout_prob", label_dropout_prob, 0, 1)
+        check_number("prior_dropout_prob", prior_dropout_prob, 0, 1)
+        if exact_dropout_size is not None:
+            check_at_least("exact_dropout_size", exact_dropout_size, 1)
+        check_number("logit_mean", logit_mean, -math.inf)
+        check_number("logit_std", logit_std, 0)
+        check_number("time_shift", time_shift, 0, open_minimum=True)
         self.num_classes = num_classes
         self.seed = seed
         self.label_dropout_prob = label_dropout_prob

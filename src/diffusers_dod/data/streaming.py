@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..checks import check_at_least
+from ..image_reading import center_crop, to_pixels
 from ..options import check_options
 from ..processes import outlive_stop_signals
 from ..seeding import stateless_generator
@@ -30,12 +31,10 @@ from .labelled_images import (
     TEXTURES,
     Columns,
     ImageOptions,
-    center_crop,
     check_label_column,
     find_shards,
     open_dataset,
     read_row,
-    to_pixels,
 )
 from .sample_stream import SampleDraws, collate_priors_first
 

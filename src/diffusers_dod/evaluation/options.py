@@ -41,9 +41,10 @@ class ComparisonOptions:
     data_seed: int = option(
         1,
         at_least=0,
+        below=2**64,
         help="Seed of that draw, and of procedural images; the trainer's is 0 by default, so these are others.",
     )
-    seed: int = option(0, at_least=0, help="Seed of everything else that is random.")
+    seed: int = option(0, at_least=0, below=2**64, help="Seed of everything else that is random.")
     batch_size: int = option(64, at_least=1, help="Images at a time.")
     dataloader_num_workers: int = option(0, at_least=0, at_most=MAX_WORKERS, help="Processes that read images.")
     dtype: str = option("float32", choices=DTYPES, help="Data type of the weights.")

@@ -30,10 +30,10 @@ from tqdm.auto import tqdm
 from ..command_line import run_main
 from ..data.class_names import clean_class_name
 from ..data.image_grid import make_grid
-from ..data.labelled_images import to_pixels
 from ..files import replacing
 from ..guidance import Guidance
 from ..guidance_options import guidance_option
+from ..image_reading import to_pixels
 from ..metrics.extractors import Extractor, extract, extractor_sha256, load_extractor
 from ..metrics.frechet import frechet_distance
 from ..metrics.intervals import jackknife_interval, mean_interval
@@ -102,7 +102,8 @@ def reconstruct(
         `np.ndarray` of shape `(B, H, W, 3)`, in uint8.
 
     Raises:
-        `ValueError`: the model gives non-finite numbers, or does not take the arguments.
+        `FloatingPointError`: the model gives numbers that are not finite.
+        `ValueError`: the model does not take the arguments.
     """
     if guidance_scale is None:
         latents = pipeline.encode_image(to_pixels(images).to(pipeline.device))
@@ -113,13 +114,13 @@ def reconstruct(
             num_stages=2,
             guidance_scale=guidance_scale,
             image=images.permute(0, 3, 1, 2),
+            height=images.shape[1],
+            width=images.shape[2],
             seed=seed,
             sample_indices=indices,
             output_type="pt",
             **call,
         ).images
-    if not bool(torch.isfinite(outputs).all()):
-        raise ValueError(f"`pipeline` must give finite images, got others among the indices {indices}.")
     return (255 * outputs.float()).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 

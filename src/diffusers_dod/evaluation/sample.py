@@ -415,7 +415,8 @@ def sample(options: SamplingOptions, accelerator: Accelerator) -> list[dict[str,
     Raises:
         `OSError`: there is no such pipeline, or a file cannot be written.
         `RuntimeError`: another process has failed.
-        `ValueError`: the options do not fit the pipeline, the folder holds something else, or samples are not finite.
+        `FloatingPointError`: samples are not finite.
+        `ValueError`: the options do not fit the pipeline, or the folder holds something else.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
     with accelerator.local_main_process_first():  # which downloads what is on the Hub

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.labelled_images import LabelledImages, to_pixels
+from ..data.labelled_images import LabelledImages
 from ..files import replacing
+from ..image_reading import to_pixels
 from ..pipeline_dod import DoDPipeline
 from .options import read_batches
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import check_type
 from ..results import as_metric
 from .intervals import jackknife_interval
 from .statistics import RunningStatistics, merge_statistics
@@ -49,9 +50,17 @@ def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
         `float`: The squared distance, 0 for the same Gaussian.
 
     Raises:
-        `ValueError`: the shapes do not fit.
+        `TypeError`: an argument is no array of real numbers.
+        `ValueError`: the shapes do not fit, or a number is not finite.
     """
-    if mean_1.shape != mean_2.shape or cov_1.shape != cov_2.shape or cov_1.shape != mean_1.shape * 2:
+    for name, value in {"mean_1": mean_1, "cov_1": cov_1, "mean_2": mean_2, "cov_2": cov_2}.items():
+        check_type(name, value, np.ndarray)
+        if value.dtype.kind not in "fiu":
+            raise TypeError(f"`{name}` must hold real numbers, got {value.dtype}.")
+        if not np.isfinite(value).all():
+            raise ValueError(f"`{name}` must be finite, got others.")
+    (d,) = mean_1.shape if mean_1.ndim == 1 else (-1,)
+    if mean_2.shape != (d,) or cov_1.shape != (d, d) or cov_2.shape != (d, d):
         raise ValueError(
             "`mean_1`, `mean_2` must have shape (d,) and `cov_1`, `cov_2` (d, d), got "
             f"{mean_1.shape}, {mean_2.shape}, {cov_1.shape} and {cov_2.shape}."
