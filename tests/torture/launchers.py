@@ -79,6 +79,18 @@ def python(shared: Path) -> Iterator[Try]:
             yield f"{name} in {phase}", lambda folder, phase=phase, name=name: attempt(folder, phase, name)
 
 
+def wait_for_group(group: int, limit_s: float) -> None:
+    """Waits for the processes that outlive their launcher, to save what they have."""
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    raise subprocess.TimeoutExpired("the processes of the launcher", limit_s)
+
+
 class Launched(Training):
     """The same training under a launcher; `TORTURE` says to the script below what to do, and when."""
 
@@ -95,7 +107,9 @@ class Launched(Training):
         environment = {"TORTURE": strike, "HF_DATASETS_CACHE": str(self.shared / "cache")}
         with started([*self.launcher(folder), __file__, *arguments], folder / "output", environment) as process:
             try:
-                return process.wait(TRY_LIMIT_S / 3)
+                code = process.wait(TRY_LIMIT_S / 3)
+                wait_for_group(process.pid, TRY_LIMIT_S / 3)
+                return code
             except subprocess.TimeoutExpired:
                 return -1
 
