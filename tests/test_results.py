@@ -143,6 +143,11 @@ def test_numbers_that_are_not_finite_are_refused(value):
         as_metric(1.0, (0.0, value))
 
 
+def test_what_is_no_number_is_refused():
+    with pytest.raises(TypeError, match=says("`value`", "None")):
+        as_metric(None)
+
+
 @pytest.mark.parametrize(
     "content",
     ["", "{", "[]", "null", "3", "{}", '{"format": 1}', b"\xff\xfe\x00"],

@@ -17,12 +17,14 @@ import platform
 import subprocess
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
 import torch
 from huggingface_hub import snapshot_download
 
+from .checks import check_type
 from .files import folder_sha256, write_json
 from .records import Sha256, one_of, read_record
 
@@ -103,8 +105,10 @@ def as_metric(value: float, interval: tuple[float, float] | None = None, **detai
         `dict`: The entries `value` and `interval`, and the details.
 
     Raises:
+        `TypeError`: the number is none.
         `ValueError`: the number or an end of the interval is not finite.
     """
+    check_type("value", value, Real)
     if not math.isfinite(value):
         raise ValueError(f"`value` must be finite, got {value}.")
     if interval is not None and not all(math.isfinite(end) for end in interval):

@@ -170,6 +170,7 @@ def test_what_results_hold():
         ((rows(12, 2), rows(9, 2), 10), ["`subset_size`", "[2, 9]", "12 samples", "9 reference", "got 10"]),
         ((rows(9, 2), rows(9, 2), 1), ["`subset_size`", ">= 2", "got 1"]),
         ((rows(9, 2), rows(9, 2), 3, -1), ["`seed`", ">= 0", "got -1"]),
+        ((rows(9, 2), rows(9, 2), 3, 2**64), ["`seed`", f"{2**64 - 1}", f"got {2**64}"]),
         ((rows(1, 2), rows(9, 2)), ["`subset_size`", "1 samples"]),
         ((rows(9, 2), rows(9, 3), 9), ["`samples` and `reference`", "as many features", "2 and 3"]),
         ((rows(9, 2) + np.nan, rows(9, 2)), ["`samples`", "finite"]),

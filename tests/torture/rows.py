@@ -168,6 +168,8 @@ def run_row(name: str, limit: int | None = None) -> Outcome:
                 _remove(own)
         except Skipped as reason:
             outcome.skipped = str(reason)
+        except Exception as error:  # of what the tries share
+            outcome.losses.append(f"before the tries: {type(error).__name__}: {error}")
     outcome.seconds = time.monotonic() - start
     return outcome
 

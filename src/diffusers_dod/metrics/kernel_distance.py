@@ -135,7 +135,7 @@ def kernel_distance(
             f"`subset_size` must be in [2, {smaller}], for {len(samples)} samples and {len(reference)} reference "
             f"images, got {subset_size}."
         )
-    check_at_least("seed", seed, 0)
+    check_at_least("seed", seed, 0, 2**64 - 1)
     parts = []
     for number, rows in enumerate((samples, reference)):
         order = torch.randperm(len(rows), generator=stateless_generator(seed, number)).numpy()
