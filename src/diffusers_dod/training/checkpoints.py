@@ -29,6 +29,7 @@ from ..files import file_sha256, flush, remove_folder, replacing
 from ..processes import all_or_none, full_tensor, gather_patiently, sharded_like
 from ..records import Count, read_record
 from .ema import averaged_parameters
+from .history import HistoryRecord
 from .models import set_learning_rates
 
 
@@ -257,9 +258,7 @@ class TrainingState(TypedDict):
     num_nonfinite_steps: NotRequired[Count]
     nonfinite_in_a_row: NotRequired[Count]
     average: NotRequired[str]
-    streaming: NotRequired[bool]
-    optimizer: NotRequired[str]
-    gradient_accumulation_steps: NotRequired[Count]
+    history: NotRequired[HistoryRecord]
     gradient_scaler: NotRequired[dict[str, float] | None]
     metrics: NotRequired[list[dict[str, list[float]]] | None]
 

@@ -3,18 +3,36 @@
 
 import logging
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 from accelerate import Accelerator
 
 from ..data.latents import describe_difference
 from ..options import find_places, list_options, to_json, to_values
+from ..records import Count
 from ..training_options import TrainingOptions
 
 
 logger = logging.getLogger(__name__)
 
 LONGEST_LIST = 8  # that is shown as a whole
+
+
+class Change(TypedDict):
+    """A value that differs between the steps up to `step` and those after it."""
+
+    step: Count
+    name: str
+    before: Any
+    after: Any
+
+
+class HistoryRecord(TypedDict):
+    """What the state of a checkpoint says of its steps, see [`TrainingHistory`]."""
+
+    values: dict[str, Any]
+    num_images: Count | None
+    changes: list[Change]
 
 
 def values_of_steps(options: TrainingOptions, accelerator: Accelerator) -> dict[str, Any]:
@@ -57,7 +75,7 @@ class TrainingHistory:
         #: Values of the next steps, by name.
         self.values: dict[str, Any] = {}
         #: Of each change its `name`, the last `step` before it, and the values `before` and `after`.
-        self.changes: list[dict[str, Any]] = list(recorded.get("changes", []))
+        self.changes: list[Change] = list(recorded.get("changes", []))
         #: Number of images in all finished steps; `None` if the checkpoint does not say it.
         self.num_images: int | None = recorded.get("num_images", None if state else 0)
         if state and not recorded:
@@ -96,7 +114,7 @@ class TrainingHistory:
         if self.num_images is not None:
             self.num_images += num_images
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> HistoryRecord:
         """The history for the state of a checkpoint, ready for JSON."""
         return {"values": self.values, "num_images": self.num_images, "changes": self.changes}
 
