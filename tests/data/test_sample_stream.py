@@ -308,3 +308,12 @@ def test_settings_of_draws_that_make_no_sense(replaced, exception, fragments):
     name = "ids" if "seed" in replaced else next(iter(replaced))
     with pytest.raises(exception, match=says(f"`{name}`", *fragments)):
         SampleDraws(**{"num_classes": 2, "seed": 0, **replaced})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("start_step", -1), ("num_steps", None), ("batch_size", 0), ("accumulation", 0), ("num_processes", 0.5)],
+)
+def test_numbers_of_positions_are_checked(name, value):
+    with pytest.raises((TypeError, ValueError), match=says(f"`{name}`", str(value))):
+        PositionSampler(**{"start_step": 0, "num_steps": 3, "batch_size": 2, name: value})

@@ -190,6 +190,9 @@ class PositionSampler(Sampler[int]):
         accumulation (`int`, defaults to 1): Micro-batches of a process in an optimizer step.
         process_index (`int`, defaults to 0): Index of this process.
         num_processes (`int`, defaults to 1): Number of processes.
+
+    Raises:
+        `ValueError`, `TypeError`: an argument is out of range or no integer.
     """
 
     def __init__(
@@ -201,6 +204,12 @@ class PositionSampler(Sampler[int]):
         process_index: int = 0,
         num_processes: int = 1,
     ):
+        check_at_least("start_step", start_step, 0)
+        check_at_least("num_steps", num_steps, 0)
+        check_at_least("batch_size", batch_size, 1)
+        check_at_least("accumulation", accumulation, 1)
+        check_at_least("num_processes", num_processes, 1)
+        check_at_least("process_index", process_index, 0, num_processes - 1)
         self.start_micro_step = start_step * accumulation
         self.end_micro_step = num_steps * accumulation
         self.batch_size = batch_size
