@@ -36,13 +36,7 @@ def power_of(sigma_rel: float) -> float:
 
 
 class WeightAverage(EMAModel):
-    """
-    Diffusers' `EMAModel`, whose step moves half of the bytes and needs no temporary memory; its values are the same.
-
-    Args:
-        parameters (`Iterable[torch.nn.Parameter]`): The weights to follow.
-        kwargs: Passed on to `EMAModel`.
-    """
+    """Diffusers' `EMAModel` with the same values, whose step moves half of the bytes and needs no temporary memory."""
 
     @torch.no_grad()
     def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
