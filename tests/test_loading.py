@@ -469,3 +469,32 @@ def test_components_elsewhere_are_refused(folder, name):
     (folder / INDEX).write_text(json.dumps(index | {name: index["transformer"]}))
     with pytest.raises(OSError, match=says(INDEX, "same folder", name)):
         DoDPipeline.from_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------ saving
+
+
+def test_whole_weights_over_shards_can_be_loaded(tmp_path):
+    tiny_transformer().save_pretrained(tmp_path, max_shard_size="40KB")
+    assert list(tmp_path.glob("*.index.json"))
+    other = tiny_transformer(seed=9)
+    other.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.index.json"))
+    loaded = DoDTransformer2DModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in other.state_dict().items())
+    other.save_pretrained(tmp_path, max_shard_size="40KB")
+    DoDTransformer2DModel.from_pretrained(tmp_path)
+
+
+def test_a_pipeline_with_adapters_in_its_weights_is_not_saved(tmp_path):
+    peft = pytest.importorskip("peft")
+    pipe = tiny_pipeline()
+    config = peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    pipe.transformer.add_adapter(config, adapter_name="style")
+    pipe.fuse_lora()
+    with pytest.raises(ValueError, match=says("DoDTransformer2DModel", "no adapters", "style", "unload_lora_weights")):
+        pipe.save_pretrained(tmp_path)
+    expected = sample(pipe)
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path)
+    torch.testing.assert_close(sample(DoDPipeline.from_pretrained(tmp_path)), expected)

@@ -3,13 +3,15 @@
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
+from diffusers.models.model_loading_utils import _add_variant
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 
 from .checkpoint_manifest import CHECKPOINT_MANIFEST, check_checkpoint
@@ -136,6 +138,46 @@ class DoDModelMixin(StrictConfigMixin, ModelMixin, ConfigMixin):
         defaults = self._internal_dict.get("_use_default_values", [])
         if "_use_default_values" not in kwargs and not set(defaults).isdisjoint(kwargs):
             super().register_to_config(_use_default_values=[name for name in defaults if name not in kwargs])
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Saves the model as `ModelMixin.save_pretrained` does, such that it can be loaded from the folder.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder. It is made if needed.
+            is_main_process (`bool`, defaults to `True`): Whether this process is the one that writes.
+            save_function (`Callable`, *optional*): Writes a file in place of the library.
+            safe_serialization (`bool`, defaults to `True`): Whether to write safetensors.
+            variant (`str`, *optional*): Part of the names of the files, such as `fp16`.
+            kwargs: Passed on: `max_shard_size`, `push_to_hub`, ...
+
+        Raises:
+            `ValueError`: the model has adapters in its layers, so that its weights have other names.
+        """
+        if adapters := sorted(getattr(self, "peft_config", None) or {}):
+            raise ValueError(
+                f"`{type(self).__name__}` must have no adapters to be saved, got {abbreviate(adapters)}: save them "
+                "alone, or fuse them and call `unload_lora_weights` or `unload_lora`."
+            )
+        if is_main_process:  # the index of shards that were there before would be believed
+            weights = SAFETENSORS_WEIGHTS_NAME if safe_serialization else WEIGHTS_NAME
+            Path(save_directory, _add_variant(f"{weights}.index.json", variant)).unlink(missing_ok=True)
+        super().save_pretrained(
+            save_directory,
+            is_main_process=is_main_process,
+            save_function=save_function,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            **kwargs,
+        )
 
     def save_config(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """
