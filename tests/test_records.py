@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from helpers import says
 
+from diffusers_dod import DoDTransformer2DModel
 from diffusers_dod.metrics.extractors import load_statistics
 from diffusers_dod.records import (
+    MAX_SAFETENSORS_HEADER,
     Count,
     FileName,
     Sha256,
     check_record,
+    check_safetensors_header,
     find_record,
     parse_json,
     read_lines,
@@ -185,3 +188,22 @@ def test_every_published_file_can_be_read():
     for path in files:
         parse_json(path.read_bytes())
     assert len(read_lines(root / "checkpoints" / "dod-desk" / "metrics.jsonl")) > 10
+
+
+def test_a_byte_order_mark_is_no_part_of_json():
+    assert parse_json("\ufeff{}".encode()) == {}
+
+
+def test_headers_of_safetensors_are_of_bounded_size(tmp_path):
+    """Weights too: a header of 300,000 tensors takes most of a minute."""
+    path = tmp_path / "model" / "diffusion_pytorch_model.safetensors"
+    path.parent.mkdir()
+    size = MAX_SAFETENSORS_HEADER + 1
+    path.write_bytes(size.to_bytes(8, "little") + b"{}".ljust(size))
+    (path.parent / "config.json").write_text('{"_class_name": "DoDTransformer2DModel"}')
+    with pytest.raises(ValueError, match=says("with a header of at most 8 MiB, got 8388609 bytes.")):
+        check_safetensors_header(path)
+    with pytest.raises(ValueError, match="with a header of at most 8 MiB"):
+        DoDTransformer2DModel.from_pretrained(path.parent)
+    path.write_bytes(b"no safetensors")
+    check_safetensors_header(path)  # whoever loads it says what is wrong

@@ -29,7 +29,7 @@ from .files import replacing, replacing_contents, write_json
 from .options import find_given, option, parse_options
 from .pipeline_dod import DoDPipeline
 from .presets import PRESETS
-from .records import parse_json, read_yaml
+from .records import check_safetensors_header, parse_json, read_yaml
 from .scheduling_dod import DoDFlowMatchScheduler
 from .transformer_dod import DoDTransformer2DModel
 
@@ -301,7 +301,10 @@ def _load_file(path: Path) -> Any:
     try:
         with open(path, "rb") as file:
             is_zip = file.read(2) == b"PK"  # written by `torch.save`; some of FiT's .safetensors are such files
-        return load_file(path) if path.suffix == ".safetensors" and not is_zip else _load_pickle(path)
+        if path.suffix != ".safetensors" or is_zip:
+            return _load_pickle(path)
+        check_safetensors_header(path)
+        return load_file(path)
     except Exception as error:  # damaged and foreign files fail in many ways
         raise ValueError(
             "`checkpoint_path` must be a readable file of tensors (.safetensors, .bin, .pt or .pth), "

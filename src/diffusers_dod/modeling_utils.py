@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from .checkpoint_manifest import CHECKPOINT_MANIFEST, check_checkpoint
 from .checks import abbreviate, to_plain
-from .records import StrictConfigMixin
+from .records import StrictConfigMixin, check_safetensors_header
 
 
 @contextmanager
@@ -90,6 +90,8 @@ class DoDModelMixin(StrictConfigMixin, ModelMixin, ConfigMixin):
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "").absolute()
         if folder.is_dir() and (folder.parent / CHECKPOINT_MANIFEST).is_file():
             check_checkpoint("pretrained_model_name_or_path", folder.parent, [folder.name])
+        for path in sorted(folder.glob("*.safetensors")):
+            check_safetensors_header(path)
         wants_info = kwargs.pop("output_loading_info", False)
         quantization_config = kwargs.get("quantization_config")
         if quantization_config is not None and cls._skip_quantization_modules:

@@ -8,8 +8,8 @@ Reading of the JSON, JSONL and YAML files of this package: strict, and checked a
 
     read_record(path, CheckpointManifest)  # {"step": 7, "sha256": {...}}, or an error with the file and the field
 
-Libraries for this, msgspec and pydantic, take a key that comes twice, and numbers that become infinite. So they would
-save the fifty lines that compare types, for a dependency.
+Libraries for this, msgspec and pydantic, take a key that comes twice, and pydantic a number that becomes infinite. So
+they would save the fifty lines that compare types, for a dependency.
 """
 
 import json
@@ -112,7 +112,7 @@ def parse_json(content: bytes) -> Any:
     """
     hooks = {"parse_int": _read_integer, "parse_float": _read_float, "parse_constant": _read_float}
     try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_read_pairs, **hooks)
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_read_pairs, **hooks)
     except RecursionError as error:
         raise ValueError("lists or objects that are nested too deep") from error
 
@@ -327,7 +327,7 @@ def check_safetensors_header(path: Path) -> None:
     """
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
-    if size > MAX_SAFETENSORS_HEADER:
+    if MAX_SAFETENSORS_HEADER < size < path.stat().st_size:  # safetensors itself refuses one that ends nowhere
         raise ValueError(
             f"{path} must be a safetensors file with a header of at most {MAX_SAFETENSORS_HEADER >> 20} MiB, "
             f"got {size} bytes."

@@ -18,6 +18,7 @@ from ..data.labelled_images import LabelledImages
 from ..files import replacing
 from ..image_reading import to_pixels
 from ..pipeline_dod import DoDPipeline
+from ..records import check_safetensors_header
 from .options import read_batches
 
 
@@ -131,6 +132,7 @@ def read_tokens(path: Path, settings: dict[str, Any]) -> dict[str, torch.Tensor]
     Raises:
         `ValueError`: the settings differ, and the message names the difference; or the file is damaged.
     """
+    check_safetensors_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             found = json.loads((file.metadata() or {}).get("settings", "{}"))
