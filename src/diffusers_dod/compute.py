@@ -8,8 +8,8 @@ A multiply-add is 2 FLOPs. Models are on the meta device or fake, so that nothin
 import copy
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .checks import check_at_least, check_choice, check_number, check_type
 from .finetuning import TRAINABLE_PARAMETERS, difffit_parameters, freeze_all_but
 from .guidance import Guidance, GuidedVelocity
 from .losses import DoDJointModel
+from .operations import OperationCounter, Work
 from .options import check_options, option
 from .presets import Preset
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
@@ -150,6 +151,11 @@ def count_flops(model: DoDJointModel, latent_shape: tuple[int, int, int], num_pr
     return forward, counter.get_total_flops()
 
 
+def _autocast(mixed_precision: str) -> AbstractContextManager:
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+
+
 def count_kept_bytes(
     model: DoDJointModel, batch: dict[str, torch.Tensor], num_priors: int, mixed_precision: str
 ) -> tuple[int, int]:
@@ -184,15 +190,33 @@ def count_kept_bytes(
             if type(module).__name__ in getattr(part, "_repeated_blocks", ()):
                 hooks.append(module.register_forward_pre_hook(lambda *_: starts.append(total())))
                 hooks.append(module.register_forward_hook(lambda *_: blocks.append(total() - starts.pop())))
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
-    autocast = nullcontext() if dtype is None else torch.autocast("cpu", dtype)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _autocast(mixed_precision):
             loss = model(**batch, num_priors=num_priors).mean()  # noqa: F841 (holds the graph)
     finally:
         for hook in hooks:
             hook.remove()
     return total(), max(blocks)
+
+
+def count_work(model: DoDJointModel, batch: dict[str, torch.Tensor], num_priors: int, mixed_precision: str) -> Work:
+    """
+    Operations of a forward and backward pass.
+
+    Args:
+        model ([`DoDJointModel`]): The model, on the CPU or fake.
+        batch (`dict[str, torch.Tensor]`): Arguments of the model's forward pass.
+        num_priors (`int`): Number of leading samples with a prior.
+        mixed_precision (`str`): `"no"`, `"fp16"` or `"bf16"`.
+
+    Returns:
+        [`Work`].
+    """
+    with OperationCounter() as counter:
+        with _autocast(mixed_precision):
+            loss = model(**batch, num_priors=num_priors).mean()
+        loss.backward()
+    return counter.work
 
 
 OPTIMIZERS = ("adamw", "adamw_8bit")
@@ -272,6 +296,46 @@ def training_cost(
         num_averages=options.num_averages,
         activation_bytes=activations,
     )
+
+
+def training_work(
+    preset: Preset,
+    latent_shape: tuple[int, int, int] = (4, 32, 32),
+    num_classes: int = 1000,
+    options: TrainingStep | None = None,
+) -> Work:
+    """
+    Counts the operations of a micro-batch with the expected number of priors, forward and backward.
+
+    Backbones of one and of two blocks are counted; other blocks are like the second.
+
+    Args:
+        preset ([`Preset`]): The model.
+        latent_shape (`tuple[int, int, int]`, defaults to `(4, 32, 32)`): Shape (C, h, w) of the latents.
+        num_classes (`int`, defaults to 1000): Number of classes.
+        options ([`TrainingStep`], *optional*): The work of a step; the defaults of its fields if not given.
+
+    Returns:
+        [`Work`].
+
+    Raises:
+        `TypeError`, `ValueError`: an argument is of the wrong type or out of range.
+    """
+    options = options or TrainingStep()
+    check_options(options)
+    prior_share = 0.0 if preset.latent_embedder_config is None else 1 - options.prior_dropout_prob
+    num_layers = preset.transformer_config["num_layers"]
+    works = []
+    for depth in range(1, min(num_layers, 2) + 1):
+        shallow = replace(preset, transformer_config={**preset.transformer_config, "num_layers": depth})
+        with FakeTensorMode():
+            model = _joint_model(shallow, latent_shape, num_classes, options.trainable_parameters)
+            if options.gradient_checkpointing:
+                model.enable_gradient_checkpointing()
+            batch = _empty_batch(options.batch_size, latent_shape)
+            num_priors = round(prior_share * options.batch_size)
+            works.append(count_work(model, batch, num_priors, options.mixed_precision))
+    return works[0] if num_layers == 1 else works[0].deepened(works[1], num_layers - 1)
 
 
 @dataclass(frozen=True)
