@@ -97,7 +97,7 @@ def test_an_encoder_that_gives_no_numbers():
 def test_an_adaptive_solver_names_stage_and_sample(pipe):
     pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, solver="dopri5", rtol=0.1, atol=0.1)
     poison(pipe.latent_embedder.proj_out.bias)
-    with pytest.raises(FloatingPointError, match="stage 2 in step 1 .* 2 of 2 samples, of index 7, 9:"):
+    with pytest.raises(FloatingPointError, match="Velocities of stage 2 .* 2 of 2 samples, of index 7, 9:"):
         pipe([1, 3], seed=0, sample_indices=[7, 9], output_type="latent")
 
 

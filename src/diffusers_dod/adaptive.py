@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from .devices import send
 from .tableaus import ButcherTableau, weighted_sum
 
 
@@ -34,6 +35,19 @@ def _check_attempt(attempt: int, sigma: torch.Tensor, length: torch.Tensor, rtol
     )
 
 
+def _check_finite(are_finite: torch.Tensor, sigmas: list[torch.Tensor]) -> None:
+    """Raises unless all evaluations, at (n, b) on the CPU, were finite; the error estimate needs that."""
+    for is_finite, sigma in zip(are_finite, sigmas, strict=True):
+        if not bool(is_finite.all()):
+            found = sigma if sigma.ndim == 0 else sigma[~is_finite][0]
+            raise ValueError(f"`velocity_fn` must return finite numbers, got others at sigma = {found.item():.4g}.")
+
+
+def _are_finite(velocity: torch.Tensor) -> torch.Tensor:
+    """Tells which samples' velocities are finite, (b,), on their device."""
+    return torch.isfinite(velocity).reshape(len(velocity), -1).all(dim=1)
+
+
 def _rms(value: torch.Tensor) -> torch.Tensor:
     """The root mean square of each sample, (b,)."""
     return value.reshape(len(value), -1).to(torch.float64).square().mean(dim=1).sqrt()
@@ -50,50 +64,64 @@ def integrate_by_sample(
     """
     Integrates every sample in steps of its own. The last step lands exactly on sigma = 0.
 
-    The error control is that of Hairer, Norsett and Wanner (Solving ODEs I, II.4).
+    The error control is that of Hairer, Norsett and Wanner (Solving ODEs I, II.4). It runs on the CPU, which reads the
+    errors once for each attempted step.
 
     Args:
         velocity (`Callable`):
             `velocity(sample, sigma, indices)` returns finite velocities (noise - data) in the dtype of `sample` for
-            the samples `indices` (b,) that are left. `sigma` (b,) is fp64.
+            the samples `indices` (b,) that are left. `sigma` (b,) is fp64. Both are on the CPU.
         sample (`torch.Tensor` of shape `(B, ...)`): The noise at sigma = 1.
         tableau (`ButcherTableau`): A method with an error estimate.
         rtol (`float`): Relative tolerance.
         atol (`float`): Absolute tolerance.
         callback (`Callable`, *optional*):
             `callback(index, sigma, sample)` after each step that some sample accepted: its index, the time (B,) where
-            it started, 0 for samples that are done, and the samples it led to. Returning `False` ends the integration.
+            it started, 0 for samples that are done, on the CPU, and the samples it led to. Returning `False` ends the
+            integration.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: The samples at sigma = 0, in their dtype but computed in fp32 at least;
         and their evaluations, accepted steps and rejected steps, (3, B), int64 on the CPU.
 
     Raises:
-        `ValueError`: steps vanish, or there are too many of them.
+        `ValueError`: velocities are not finite, steps vanish, or there are too many of them.
     """
     dtype = sample.dtype if sample.dtype == torch.float64 else torch.float32
     device, batch_size = sample.device, sample.shape[0]
-    counts = torch.zeros(3, batch_size, dtype=torch.int64, device=device)
+    counts = torch.zeros(3, batch_size, dtype=torch.int64)
     num_evaluations, num_accepted, num_rejected = counts
+    unread: list[tuple[torch.Tensor, torch.Tensor]] = []  # evaluations: their times, and whether they are finite
 
     def expand(value: torch.Tensor) -> torch.Tensor:
-        return value.reshape(-1, *[1] * (sample.ndim - 1))
+        """A number of each sample, from the CPU, to be multiplied with the samples."""
+        return send(value, device).reshape(-1, *[1] * (sample.ndim - 1))
 
     def evaluate(state: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         num_evaluations[indices] += 1
-        return velocity(state, sigma, indices)
+        result = velocity(state, sigma, indices)
+        unread.append((sigma, _are_finite(result)))
+        return result
 
-    # For the samples that are left: their indices, their times, and the lengths of their next steps.
-    indices = torch.arange(batch_size, device=device)
+    def read(*values: torch.Tensor) -> list[torch.Tensor]:
+        """Numbers of each sample on the CPU, once it is known that all velocities are finite; this waits."""
+        numbers = torch.stack([*values, *(is_finite.to(torch.float64) for _, is_finite in unread)]).cpu()
+        _check_finite(numbers[len(values) :].bool(), [at for at, _ in unread])
+        unread.clear()
+        return list(numbers[: len(values)])
+
+    # For the samples that are left: their indices, their times, and the lengths of their next steps, on the CPU.
+    indices = torch.arange(batch_size)
     state = sample.to(dtype)
-    sigma = torch.ones(batch_size, dtype=torch.float64, device=device)
-    result, result_sigma = state.clone(), sigma.clone()
+    sigma = torch.ones(batch_size, dtype=torch.float64)
+    result, rows = state.clone(), send(indices, device)
     first = evaluate(state, sigma)
     tolerance = atol + rtol * state.abs()
-    size, slope = _rms(state / tolerance), _rms(first / tolerance)
+    size, slope = read(_rms(state / tolerance), _rms(first / tolerance))
     guess = torch.where((size < 1e-5) | (slope < 1e-5), 1e-6, 0.01 * size / slope).clamp(max=1)
     second = evaluate(state - expand(guess.to(dtype)) * first, sigma - guess)
-    curvature = _rms((second - first) / tolerance) / guess
+    (curvature,) = read(_rms((second - first) / tolerance))
+    curvature = curvature / guess
     largest = torch.maximum(slope, curvature)
     length = torch.where(largest <= 1e-15, (guess * 1e-3).clamp(min=1e-6), (0.01 / largest) ** (1 / tableau.order))
     length = torch.minimum(100 * guess, length)
@@ -103,38 +131,39 @@ def integrate_by_sample(
         length = torch.minimum(length, sigma)
         num_attempts += 1
         _check_attempt(num_attempts, sigma, length, rtol, atol)
-        velocities = [first]
+        velocities, step = [first], expand(length.to(dtype))
         for node, weights in zip(tableau.nodes[1:], tableau.weights[1:], strict=True):
-            stage = state - expand(length.to(dtype)) * weighted_sum(weights, velocities)
+            stage = state - step * weighted_sum(weights, velocities)
             velocities.append(evaluate(stage, torch.lerp(sigma, sigma - length, node)))
-        error = expand(length.to(dtype)) * weighted_sum(tableau.error, velocities)
+        error = step * weighted_sum(tableau.error, velocities)
         # The last evaluation is at the end of the step, `stage`.
         tolerance = atol + rtol * torch.maximum(state.abs(), stage.abs())
-        ratio = _rms(error / tolerance)
+        (ratio,) = read(_rms(error / tolerance))
         accepted = ratio <= 1
         num_accepted[indices] += accepted
         num_rejected[indices] += ~accepted
         started_at = sigma
-        is_last = accepted & (length == sigma)
-        state = torch.where(expand(accepted), stage, state)
-        first = torch.where(expand(accepted), velocities[-1], first)
+        is_left = ~accepted | (length < sigma)
+        is_moved = expand(accepted)
+        state = torch.where(is_moved, stage, state)
+        first = torch.where(is_moved, velocities[-1], first)
         sigma = torch.where(accepted, sigma - length, sigma)
         # At most 10 times longer; after a rejection at most 5 times shorter.
         factor = (0.9 / ratio.clamp(min=1e-10) ** (1 / tableau.order)).clamp(min=0.2, max=10)
         length = length * torch.where(accepted, factor.clamp(min=1), factor)
 
-        result[indices], result_sigma[indices] = state, sigma
+        result[rows] = state
         if callback is not None and bool(accepted.any()):
-            start = torch.zeros_like(result_sigma)
+            start = torch.zeros(batch_size, dtype=torch.float64)
             start[indices] = started_at
             if callback(num_steps, start, result.to(sample.dtype, copy=True)) is False:
                 break
             num_steps += 1
-        if bool(is_last.any()):
-            indices, state, first, sigma, length = (
-                value[~is_last] for value in (indices, state, first, sigma, length)
-            )
-    return result.to(sample.dtype), counts.cpu()
+        if not bool(is_left.all()):
+            kept = send(is_left.nonzero()[:, 0], device)
+            rows, state, first = rows[kept], state[kept], first[kept]
+            indices, sigma, length = indices[is_left], sigma[is_left], length[is_left]
+    return result.to(sample.dtype), counts
 
 
 def integrate_by_batch(
@@ -153,14 +182,14 @@ def integrate_by_batch(
     Args:
         velocity (`Callable`):
             `velocity(sample, sigma, indices)` returns finite velocities (noise - data) in the dtype of `sample`.
-            `sigma` is an fp64 scalar, and `indices` (B,) are all samples.
+            `sigma` is an fp64 scalar, and `indices` (B,) are all samples. Both are on the CPU.
         sample (`torch.Tensor` of shape `(B, ...)`): The noise at sigma = 1.
         method (`str`): Name of an adaptive method of torchdiffeq.
         rtol (`float`): Relative tolerance.
         atol (`float`): Absolute tolerance. Both hold for the root mean square over the whole batch.
         callback (`Callable`, *optional*):
-            `callback(index, sigma, sample)` after each accepted step: its index, the time where it started, and the
-            samples it led to. Returning `False` ends the integration.
+            `callback(index, sigma, sample)` after each accepted step: its index, the time where it started, on the
+            CPU, and the samples it led to. Returning `False` ends the integration.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: The samples at sigma = 0, in their dtype but computed in fp32 at least;
@@ -168,7 +197,7 @@ def integrate_by_batch(
 
     Raises:
         `ImportError`: torchdiffeq is missing.
-        `ValueError`: steps vanish, or there are too many of them.
+        `ValueError`: velocities are not finite, steps vanish, or there are too many of them.
     """
     try:
         from torchdiffeq import odeint
@@ -176,14 +205,17 @@ def integrate_by_batch(
         message = "`error_norm` = 'batch' needs the torchdiffeq library: pip install torchdiffeq."
         raise ImportError(message) from error
 
-    indices = torch.arange(sample.shape[0], device=sample.device)
+    indices = torch.arange(sample.shape[0])
     num_evaluations = num_accepted = num_rejected = 0
     step_start: torch.Tensor | None = None  # time of the latest accepted step, whose end is not known yet
 
     def evaluate(sigma: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         nonlocal num_evaluations
         num_evaluations += 1
-        return velocity(state, sigma.clamp(min=0.0), indices)  # steps past the end see the end's time, as in FiT
+        sigma = sigma.cpu().clamp(min=0.0)  # steps past the end see the end's time, as in FiT
+        result = velocity(state, sigma, indices)
+        _check_finite(_are_finite(result)[None].cpu(), [sigma])
+        return result
 
     def report(end: torch.Tensor) -> None:
         if callback is not None and step_start is not None:
@@ -197,7 +229,7 @@ def integrate_by_batch(
         # torchdiffeq reports a step with the state at its start, which is where the step before it ended.
         nonlocal step_start, num_accepted
         report(state)
-        step_start = sigma
+        step_start = sigma.cpu()
         num_accepted += 1
 
     def rejected(sigma: torch.Tensor, state: torch.Tensor, length: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderRAE, AutoencoderTiny, VQModel
 
 from .checks import check_number
+from .devices import send
 
 
 #: The autoencoders of images that are known; others with the same methods and settings are taken as well.
@@ -121,7 +122,8 @@ def latent_statistics(vae: Autoencoder, latents: torch.Tensor) -> tuple[torch.Te
         mean, std = config.latents_mean, config.latents_std
     else:
         mean, std = [config.get("shift_factor") or 0.0], [1.0 / config.scaling_factor]
-    return tuple(latents.new_tensor(statistic).reshape(1, -1, 1, 1) for statistic in (mean, std))
+    statistics = (torch.as_tensor(statistic, dtype=latents.dtype) for statistic in (mean, std))
+    return tuple(send(statistic, latents.device).reshape(1, -1, 1, 1) for statistic in statistics)
 
 
 def normalize_latents(latents: torch.Tensor, vae: Autoencoder) -> torch.Tensor:

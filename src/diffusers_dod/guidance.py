@@ -18,6 +18,7 @@ from diffusers.guiders import BaseGuidance
 from diffusers.utils import logging
 
 from .checks import check_at_least, check_choice, check_number
+from .devices import send
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
 from .stages import Stage, is_a, is_per_stage, per_stage
 from .transformer_dod import DoDTransformer2DModel
@@ -360,6 +361,13 @@ def wanted_predictions(guidance: Guidance, guidance_scale: float, has_prior: boo
     return [(NULL_CONDITIONS[guidance.null_condition], guidance_scale)]
 
 
+def _spread(timestep: torch.Tensor | float, latents: torch.Tensor) -> torch.Tensor:
+    """The time of each of `latents` (b, ...), (b,) in fp32 on their device, without waiting for it."""
+    if not isinstance(timestep, torch.Tensor) or (timestep.ndim == 0 and timestep.device.type == "cpu"):
+        return torch.full((len(latents),), float(timestep), dtype=torch.float32, device=latents.device)
+    return send(timestep.float(), latents.device).expand(len(latents))
+
+
 @dataclass
 class GuidedVelocity:
     """
@@ -390,6 +398,7 @@ class GuidedVelocity:
         self.num_guided_evaluations = torch.zeros(self.batch_size, dtype=torch.int64)
         self._is_stopped = torch.zeros(self.batch_size, dtype=torch.bool)
         self._layout: tuple[list[int], list[bool]] | None = None
+        self._rows: slice | torch.Tensor = slice(0)  # of the guided samples, in that layout
 
     def rows_to_guide(
         self, timestep: torch.Tensor | float, guidance_scale: float, indices: torch.Tensor | None = None
@@ -398,7 +407,9 @@ class GuidedVelocity:
         Tells which samples need an unconditional prediction at a time.
 
         Args:
-            timestep (`float` or `torch.Tensor` of shape `()` or `(b,)`): Time in [0, 1000], 0 = data.
+            timestep (`float` or `torch.Tensor` of shape `()` or `(b,)`):
+                Time in [0, 1000], 0 = data. One on another device than the CPU is waited for if the guidance has an
+                interval.
             guidance_scale (`float`): The scale.
             indices (`torch.Tensor` of shape `(b,)`, *optional*): Indices of the samples among all B. By default all.
 
@@ -411,7 +422,7 @@ class GuidedVelocity:
         rows = ~is_stopped
         if self._guider is not None:
             rows = rows & (self._guider.num_conditions > 1)
-        if tuple(self.guidance.interval) != (0.0, 1.0):  # a time on an accelerator is waited for only where it matters
+        if tuple(self.guidance.interval) != (0.0, 1.0):
             low, high = self.guidance.interval
             sigma = torch.as_tensor(timestep).double().cpu() / NUM_TRAIN_TIMESTEPS
             rows = rows & (sigma >= low - TIME_ROUNDING) & (sigma <= high + TIME_ROUNDING)
@@ -444,6 +455,9 @@ class GuidedVelocity:
         Samples with a prior come first in that batch. Only they have a modulation per token; for the others it is one
         token wide. The unconditional prediction of a sample that is not guided is not computed.
 
+        With `timestep` and `indices` on the CPU the host does not wait for the device of the latents, unless the
+        guidance has a `cosine_threshold`.
+
         Args:
             latents (`torch.Tensor` of shape `(b, C, H, W)`): Noisy latents.
             timestep (`float` or `torch.Tensor` of shape `()` or `(b,)`): Time in [0, 1000], 0 = data.
@@ -457,40 +471,45 @@ class GuidedVelocity:
         """
         samples = torch.arange(self.batch_size) if indices is None else indices.cpu()
         guided_rows = self.rows_to_guide(timestep, guidance_scale, indices)
-        rows = torch.nonzero(guided_rows)[:, 0].to(latents.device)
         self.num_evaluations[samples] += 1
         self.num_guided_evaluations[samples[guided_rows]] += 1
-        self._drop_stale_caches(samples, guided_rows)
-        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).expand(latents.shape[0])
-        steps = wanted_predictions(self.guidance, guidance_scale, prior_embeds is not None) if len(rows) else []
+        self._lay_out(samples, guided_rows, latents.device)
+        rows, is_guided = self._rows, bool(guided_rows.any())
+        timestep = _spread(timestep, latents)
+        steps = wanted_predictions(self.guidance, guidance_scale, prior_embeds is not None) if is_guided else []
         wanted, scales = [prediction for prediction, _ in steps], [scale for _, scale in steps]
         velocity, others = self._predict(
             wanted, rows, latents, timestep=timestep, class_labels=class_labels, prior_embeds=prior_embeds
         )
         if self._guider is not None and guidance_scale != 1:
             return self._combine_by_guider(velocity, others)
-        if len(rows) == 0:
+        if not is_guided:
             return velocity
         conditional = velocity[rows]
         guided = self._combine([*others, conditional], scales, timestep[rows])
         if self.guidance.cosine_threshold is not None:
             cosine = F.cosine_similarity(conditional.flatten(1), others[0].flatten(1))
             self._is_stopped[samples[guided_rows]] = (cosine >= self.guidance.cosine_threshold).cpu()
-        return guided if len(rows) == len(latents) else velocity.index_copy(0, rows, guided)
+        return guided if isinstance(rows, slice) else velocity.index_copy(0, rows, guided)
 
-    def _drop_stale_caches(self, samples: torch.Tensor, guided_rows: torch.Tensor) -> None:
-        """Resets the models' caches if they come from other samples or from a batch of another shape."""
+    def _lay_out(self, samples: torch.Tensor, guided_rows: torch.Tensor, device: torch.device) -> None:
+        """Finds the rows to guide, and resets the models' caches of other samples or of a batch of another shape."""
         layout = (samples.tolist(), guided_rows.tolist())
-        if layout != self._layout:
-            for model in (self.transformer, self.guidance.transformer):
-                if model is not None:
-                    model._reset_stateful_cache()
-            self._layout = layout
+        if layout == self._layout:
+            return
+        for model in (self.transformer, self.guidance.transformer):
+            if model is not None:
+                model._reset_stateful_cache()
+        self._layout = layout
+        if bool(guided_rows.all()) or not bool(guided_rows.any()):  # all rows or none are no copy
+            self._rows = slice(None if bool(guided_rows.all()) else 0)
+        else:
+            self._rows = send(guided_rows.nonzero()[:, 0], device)
 
     def _predict(
         self,
         wanted: list[Prediction],
-        rows: torch.Tensor,
+        rows: slice | torch.Tensor,
         latents: torch.Tensor,
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
@@ -498,11 +517,12 @@ class GuidedVelocity:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Computes the conditional prediction of all samples and the wanted ones of some; one pass for each model."""
         own = [prediction for prediction in reversed(wanted) if not prediction.is_weak]  # those with a prior first
-        null_labels = torch.full_like(class_labels[rows], self.transformer.config.num_classes)
-        labels = [class_labels, *(class_labels[rows] if entry.has_class else null_labels for entry in own)]
+        some_labels = class_labels[rows]
+        null_labels = torch.full_like(some_labels, self.transformer.config.num_classes)
+        labels = [class_labels, *(some_labels if entry.has_class else null_labels for entry in own)]
         if prior_embeds is not None:
             prior_embeds = torch.cat([prior_embeds, *(prior_embeds[rows] for entry in own if entry.has_prior)])
-        kind = "unguided" if not own else "guided" if len(rows) == len(latents) else "partly_guided"
+        kind = "unguided" if not own else "guided" if isinstance(rows, slice) else "partly_guided"
         with self.transformer.cache_context(f"{self.cache_name}_{kind}"):
             velocities = self.transformer(
                 torch.cat([latents] + [latents[rows]] * len(own)).to(self.transformer.dtype),
@@ -511,12 +531,12 @@ class GuidedVelocity:
                 prior_embeds=prior_embeds,
                 attention_kwargs=self.attention_kwargs,
             ).sample.float()
-        velocity, *others = velocities.split([len(latents)] + [len(rows)] * len(own))
+        velocity, *others = velocities.split([len(latents)] + [len(some_labels)] * len(own))
         by_condition = dict(zip(own, others, strict=True))
         if any(prediction.is_weak for prediction in wanted):
-            some_priors = None if prior_embeds is None else prior_embeds[rows]
+            some_priors = None if prior_embeds is None else prior_embeds[: len(latents)][rows]
             by_condition[Prediction(is_weak=True)] = self._predict_weakly(
-                latents[rows], timestep[rows], class_labels[rows], some_priors
+                latents[rows], timestep[rows], some_labels, some_priors
             )
         return velocity, [by_condition[prediction] for prediction in wanted]
 

@@ -23,6 +23,7 @@ from .autoencoders import (
     spatial_factor,
 )
 from .checks import check_at_least, check_choice, check_label_ids, check_number, check_tensor, check_type, to_plain
+from .devices import send
 from .guidance import Guidance, GuidedVelocity, check_guidance, warn_of_idle_arguments
 from .latent_embedding import VisualPriorMixin
 from .lora import DoDLoraLoaderMixin
@@ -661,7 +662,8 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
             self._current_timestep = time.max()  # that of the slowest sample, where each has its own
             labels, priors = state["class_labels"], state["prior_embeds"]
             if indices is not None and len(indices) < batch_size:
-                labels, priors = labels[indices], None if priors is None else priors[indices]
+                rows = send(indices, latents.device)
+                labels, priors = labels[rows], None if priors is None else priors[rows]
             return guided_velocity(latents, time, labels, priors, self.guidance_scale, indices=indices)
 
         def end_step(timestep: torch.Tensor) -> None:
@@ -682,6 +684,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         if stage.is_adaptive:
             # The model's timestep is 1000 * sigma, whatever a scheduler calls its own.
             num_train_timesteps = scheduler.config.num_train_timesteps
+            has_sound_velocities = torch.ones(batch_size, dtype=torch.bool, device=state["latents"].device)
 
             def model_time(timestep: torch.Tensor) -> torch.Tensor:
                 return timestep / num_train_timesteps * NUM_TRAIN_TIMESTEPS
@@ -689,6 +692,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
             def end_accepted_step(index: int, timestep: torch.Tensor, latents: torch.Tensor) -> bool:
                 state["latents"] = latents
                 end_step(timestep.max())  # that of the slowest sample
+                are_sound[-1] &= has_sound_velocities
                 if state["latents"] is not latents:
                     raise ValueError(
                         "`callback_on_step_end` must not replace `latents` under an adaptive solver, whose error "
@@ -699,14 +703,17 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
 
             def sound_velocity(latents: torch.Tensor, timestep: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
                 predicted = velocity(latents, model_time(timestep), indices)
-                rows = torch.ones(batch_size, dtype=torch.bool, device=latents.device)
-                rows[indices] = find_sound(predicted)
-                check_samples(
-                    f"Velocities of stage {stage.number} in step {len(are_sound) + 1}", rows, source.sample_indices
-                )
+                rows = send(indices, latents.device)
+                has_sound_velocities[rows] = has_sound_velocities[rows] & find_sound(predicted)
                 return predicted
 
-            output = scheduler.solve(sound_velocity, state["latents"], callback=end_accepted_step)
+            try:
+                output = scheduler.solve(
+                    sound_velocity, state["latents"], callback=end_accepted_step, times_on_cpu=True
+                )
+            finally:  # the solver's own error names no samples
+                are_sound.append(has_sound_velocities)
+                check_samples(f"Velocities of stage {stage.number}", torch.stack(are_sound), source.sample_indices)
             state["latents"] = output.prev_sample
             check_samples(f"Samples of stage {stage.number}", find_sound(state["latents"]), source.sample_indices)
             statistics["num_accepted_steps"] = output.num_accepted

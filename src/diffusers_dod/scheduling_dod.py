@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .adaptive import StepCallback, VelocityFunction, integrate_by_batch, integrate_by_sample
 from .checks import check_at_least, check_choice, check_number, check_tensor, check_type, to_plain
+from .devices import send
 from .records import StrictConfigMixin
 from .rectified_flow import NUM_TRAIN_TIMESTEPS, euler_step, interpolate, shift_sigma
 from .sde import DIFFUSION_FORMS, LAST_STEPS, Diffusion
@@ -513,6 +514,7 @@ class DoDFlowMatchScheduler(StrictConfigMixin, SchedulerMixin, ConfigMixin):
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         callback: StepCallback | None = None,
+        times_on_cpu: bool = False,
     ) -> DoDFlowMatchSchedulerOutput:
         """
         Integrates from noise to data.
@@ -530,6 +532,9 @@ class DoDFlowMatchScheduler(StrictConfigMixin, SchedulerMixin, ConfigMixin):
                 dopri5 that some sample accepted: its index, where it started, and the samples it led to. With
                 `error_norm="sample"` the time is of shape (B,), 0 for the samples that are done. Returning `False`
                 stops the integration with these samples.
+            times_on_cpu (`bool`, defaults to `False`):
+                Whether both functions get times and indices on the CPU, where they can be read without waiting for
+                the device of `sample`. By default they are on that device.
 
         Returns:
             [`DoDFlowMatchSchedulerOutput`] with the counts of evaluations, accepted and rejected steps.
@@ -543,15 +548,16 @@ class DoDFlowMatchScheduler(StrictConfigMixin, SchedulerMixin, ConfigMixin):
         for name, function in (("velocity_fn", velocity_fn), ("callback", callback)):
             if not callable(function) and not (name == "callback" and function is None):
                 raise TypeError(f"`{name}` must be callable, got {function!r} of type {type(function).__name__}.")
+        device = torch.device("cpu") if times_on_cpu else sample.device
         if self.is_adaptive:
-            return self._solve_adaptively(velocity_fn, sample, callback)
+            return self._solve_adaptively(velocity_fn, sample, callback, device)
         if self.num_inference_steps is None:
             raise ValueError("`num_inference_steps` is None: call `set_timesteps` before `solve`.")
         self._reset()
         self.set_begin_index(0)
-        indices = torch.arange(sample.shape[0], device=sample.device)
+        indices = torch.arange(sample.shape[0], device=device)
         num_evaluations = 0
-        for timestep in self.timesteps:
+        for timestep in self.timesteps.cpu() if times_on_cpu else self.timesteps:
             velocity = velocity_fn(sample, timestep, indices)
             _check_like("velocity_fn", velocity, sample)
             sample = self.step(velocity, timestep, sample, generator=generator).prev_sample
@@ -564,23 +570,18 @@ class DoDFlowMatchScheduler(StrictConfigMixin, SchedulerMixin, ConfigMixin):
         return DoDFlowMatchSchedulerOutput(sample, *counts)
 
     def _solve_adaptively(
-        self, velocity_fn: VelocityFunction, sample: torch.Tensor, callback: StepCallback | None
+        self, velocity_fn: VelocityFunction, sample: torch.Tensor, callback: StepCallback | None, device: torch.device
     ) -> DoDFlowMatchSchedulerOutput:
-        """Runs a solver that chooses its own steps, with sigma in place of the caller's timesteps."""
+        """Runs a solver that chooses its own steps, on the CPU; times and indices go to the caller on a device."""
         if not bool(torch.isfinite(sample).all()):
             raise ValueError(f"`sample` must be finite for {self.config.solver}, got others.")
 
         def timestep_of(sigma: torch.Tensor) -> torch.Tensor:
-            return (sigma * self.config.num_train_timesteps).to(torch.float32)
+            return send((sigma * self.config.num_train_timesteps).to(torch.float32), device)
 
         def velocity(state: torch.Tensor, sigma: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-            timestep = timestep_of(sigma)
-            velocity = velocity_fn(state, timestep, indices)
+            velocity = velocity_fn(state, timestep_of(sigma), send(indices, device))
             _check_like("velocity_fn", velocity, state)
-            finite = torch.isfinite(velocity).reshape(len(velocity), -1).all(dim=1)
-            if not finite.all():  # the error estimate needs finite numbers
-                found = timestep if timestep.ndim == 0 else timestep[~finite][0]
-                raise ValueError(f"`velocity_fn` must return finite numbers, got others at timestep {float(found)}.")
             return velocity.to(state.dtype)
 
         def report(index: int, sigma: torch.Tensor, sample: torch.Tensor) -> bool | None:

@@ -10,6 +10,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from .checks import check_at_least, check_type
+from .devices import send
 
 
 def _seed_sequence(ids: tuple[int, ...]) -> np.random.SeedSequence:
@@ -113,6 +114,6 @@ class NoiseSource:
             `torch.Tensor` of shape `(batch_size * images_per_prior, *shape)`, in fp32.
         """
         if self.seed is not None:
-            return torch.stack([stateless_noise(tuple(shape), *ids) for ids in self._ids(step)]).to(device)
+            return send(torch.stack([stateless_noise(tuple(shape), *ids) for ids in self._ids(step)]), device)
         shape = (self.batch_size * self.images_per_prior, *shape)
         return randn_tensor(shape, self.generators(step), device=device, dtype=torch.float32)

@@ -134,11 +134,11 @@ class Stage:
 
     @property
     def sigmas(self) -> torch.Tensor:
-        """Times of the steps from [`Stage.lay_out`], in [0, 1], 0 = data."""
+        """Times of the steps from [`Stage.lay_out`], in [0, 1], 0 = data, on the CPU."""
         # Some of Diffusers' schedulers round their timesteps. None rounds its sigmas.
         if self.is_ours:
-            return self.scheduler.timesteps / self.scheduler.config.num_train_timesteps
-        return self.scheduler.sigmas[: len(self.scheduler.timesteps)]
+            return self.scheduler.timesteps.cpu() / self.scheduler.config.num_train_timesteps
+        return self.scheduler.sigmas.cpu()[: len(self.scheduler.timesteps)]
 
     def lay_out(self, device: torch.device | str | None = None) -> int | None:
         """

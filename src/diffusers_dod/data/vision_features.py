@@ -17,6 +17,7 @@ from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..checks import check_at_least
+from ..devices import send
 from ..files import sha256_of_weights
 
 
@@ -143,7 +144,8 @@ class VisionFeatures:
         side = (self.image_size, self.image_size)
         pixels = pixels.to(weight.device).float() / 2 + 0.5
         pixels = F.interpolate(pixels, side, mode="bicubic", antialias=True).clamp(0, 1)  # as Pillow does
-        pixels = (pixels - pixels.new_tensor(self._mean)[:, None, None]) / pixels.new_tensor(self._std)[:, None, None]
+        mean, std = (send(torch.tensor(numbers), pixels.device)[:, None, None] for numbers in (self._mean, self._std))
+        pixels = (pixels - mean) / std
         tokens = self.model(pixel_values=pixels.to(weight.dtype), **self._options).last_hidden_state
         num_patches = self.grid[0] * self.grid[1]
         if tokens.ndim != 3 or tokens.shape[1] < num_patches:
