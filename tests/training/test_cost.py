@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,12 +13,34 @@ from helpers import says, tiny_pipeline, tiny_vae
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusers_dod import DoDTransformer2DModel, LatentEmbeddingModule
-from diffusers_dod.compute import OPTIMIZERS, TrainingCost, TrainingStep, count_flops, count_kept_bytes, training_cost
+from diffusers_dod.compute import (
+    OPTIMIZERS,
+    TrainingCost,
+    TrainingStep,
+    count_flops,
+    count_kept_bytes,
+    training_cost,
+    training_work,
+)
 from diffusers_dod.losses import DoDJointModel
+from diffusers_dod.operations import Operation, Work
 from diffusers_dod.options import parse_options
 from diffusers_dod.presets import PRESETS, Preset
 from diffusers_dod.training import cost
-from diffusers_dod.training.cost import GPUS, describe_run, estimate_run
+from diffusers_dod.training.cost import (
+    BANDWIDTH_SHARE,
+    COMPILED_BYTES,
+    COMPILED_LAUNCHES,
+    GPU,
+    GPUS,
+    LAUNCH_SECONDS,
+    LINK_BANDWIDTH,
+    PEAK_SHARE,
+    StepTime,
+    describe_run,
+    estimate_run,
+    estimate_step,
+)
 from diffusers_dod.training.ema import averaged_parameters
 from diffusers_dod.training.models import build_models, build_optimizer
 from diffusers_dod.training_options import TrainingOptions
@@ -230,28 +253,65 @@ def test_memory_of_several_processes():
 # -------------------------------------------------------------------------------------------------------------- time
 
 
+H100 = GPU(80e9, 1e12 / BANDWIDTH_SHARE, dict.fromkeys(("bf16", "fp16", "tf32", "fp32"), 1e12 / PEAK_SHARE))
+# A second of matrix products that compute, and two of all else, which moves bytes; in 1000 operations.
+WORK = Work({Operation("mm", 10**10, 1, torch.bfloat16): 100, Operation("add", 0, 10**10, torch.bfloat16): 200})
+SIZES_OF_STATES = TrainingCost(10**9, 0, 10**9, 0.0, 0.0, moment_bytes=8 * 10**9, num_averages=2, activation_bytes=0)
+
+
+def test_a_step_is_its_parts():
+    step = estimate_step(WORK, SIZES_OF_STATES, H100, num_micro_batches=2, num_processes=8, data_seconds=0.5)
+    assert (step.products, step.elementwise, step.gpu) == pytest.approx((2, 4, 6))
+    assert step.launching == pytest.approx(600 * LAUNCH_SECONDS)
+    # Reads and writes: 3 by clipping, 7 by AdamW, 3 by each average, 3 by the sum over micro-batches, of 4 GB each.
+    assert step.optimizer == pytest.approx((3 + 7 + 2 * 3 + 3) * 4e-3)
+    assert step.all_reduce == pytest.approx(2 * 7 / 8 * 4e9 / LINK_BANDWIDTH)
+    assert step.total == pytest.approx(6 + step.optimizer)  # the rest is hidden
+    compiled = estimate_step(WORK, SIZES_OF_STATES, H100, is_compiled=True)
+    assert (compiled.products, compiled.elementwise) == pytest.approx((1, 2 * COMPILED_BYTES))
+    assert compiled.launching == pytest.approx(300 * LAUNCH_SECONDS * COMPILED_LAUNCHES)
+    assert compiled.all_reduce == 0
+
+
+def test_the_slowest_part_of_a_step_counts():
+    step = StepTime(products=1.0, elementwise=2.0, launching=0.5)
+    assert step.total == 3
+    assert replace(step, launching=4.0).total == 4
+    assert replace(step, data=1.0).total == 3 and replace(step, data=4.0).total == 4.5
+    assert replace(step, data=4.0, num_workers=2).total == 3 and replace(step, data=8.0, num_workers=2).total == 4
+    assert replace(step, optimizer=1.0).total == 4
+    assert replace(step, all_reduce=2.0).total == 3 and replace(step, all_reduce=2.5).total == 3.5
+
+
+def test_precision_decides_about_the_peak():
+    peaks = {"bf16": 4e12, "fp16": 4e12, "tf32": 2e12, "fp32": 1e12}
+    work = Work({Operation("mm", 10**12, 1, torch.float32): 1})
+    gpu = GPU(80e9, 1e12, peaks)
+    seconds = [estimate_step(work, SIZES_OF_STATES, gpu, precision).products for precision in ("fp32", "tf32", "bf16")]
+    assert seconds == pytest.approx([1 / PEAK_SHARE, 0.5 / PEAK_SHARE, 1 / PEAK_SHARE])
+
+
 def test_time_and_price():
-    run = estimate_run(2e12, 3600e3, num_gpus=4, peak_flops=1e15, utilisation=0.5, price_per_gpu_hour=3)
+    run = estimate_run(0.5, images_per_step=500, num_steps=7200, num_gpus=4, price_per_gpu_hour=3)
     assert run.images_per_second == 1000
-    assert (run.days * 24, run.gpu_hours, run.price) == (1, 4, 12)
+    assert (run.hours, run.gpu_hours, run.price) == (1, 4, 12)
     assert GPUS["H100"].peak_flops["bf16"] == 989e12
-    assert estimate_run(1e12, 1, num_gpus=8).price == pytest.approx(estimate_run(1e12, 1).price)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "accepted"),
     [
+        ("step_seconds", 0, "(0, inf)"),
+        ("step_seconds", float("nan"), "(0, inf)"),
+        ("images_per_step", 0, ">= 1"),
+        ("num_steps", 0, ">= 1"),
         ("num_gpus", 0, ">= 1"),
-        ("training_flops", 0, "(0, inf)"),
-        ("num_images", -1, "(0, inf)"),
-        ("peak_flops", float("nan"), "(0, inf)"),
-        ("utilisation", 1.5, "(0, 1]"),
         ("price_per_gpu_hour", -1, "[0, inf)"),
     ],
 )
 def test_bad_estimates_are_refused(name, value, accepted):
     with pytest.raises(ValueError, match=says(f"`{name}`", accepted, f"got {value}")):
-        estimate_run(**{"training_flops": 1e9, "num_images": 1, name: value})
+        estimate_run(**{"step_seconds": 1.0, "images_per_step": 1, "num_steps": 1, name: value})
 
 
 @pytest.mark.parametrize(
@@ -292,7 +352,14 @@ def test_a_run_is_described_without_data(tmp_path):
     assert f"{24 * found.training_flops / 1e12:.1f} T per step" in report
     assert f"activations {found.activation_bytes / 1e9:.2f}" in report and "2 averages" in report
     assert "3 x H100:" in report and "3 x H200:" in report and "of 141 GB" in report
-    assert "40% of 989 TFLOP/s (bf16, dense), $2.50 per GPU-hour" in report
+    assert "70% of 989 TFLOP/s (bf16, dense), 85% of 3.35 TB/s" in report and "$2.50 per GPU-hour" in report
+    work = training_work(TINY["Tiny"], (3, 8, 8), CLASSES, TrainingStep(batch_size=4))
+    assert f"{work.num_operations:,} operations" in report
+    assert report.count("    eager: ") == report.count("    compiled: ") == 2
+    eager = report.split("3 x H100:")[1].split("eager: ")[1]
+    parallel = {"num_micro_batches": 2, "num_processes": 3}
+    time = estimate_step(work, found, GPUS["H100"], **parallel, data_seconds=8 * (190e-6 + 5e-9 * 192)).total
+    assert f"{24 / time:,.0f} images/s" in eager.splitlines()[0]
     assert "12 classes: the data are not looked at" in report and "Computed, not measured" in report
 
 
@@ -301,7 +368,7 @@ def test_precision_and_processes_are_the_launchers(tmp_path, monkeypatch):
     argv = "--preset Tiny-FiTv2 --resolution 8 --train_batch_size 4".split()
     report = describe_run(options(tmp_path, *argv))
     assert "2 x H100" in report and "latents: 3x8x8, 8 images per step" in report
-    assert "40% of 67 TFLOP/s (fp32, dense)" in report
+    assert "70% of 67 TFLOP/s (fp32, dense)" in report
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     report = describe_run(options(tmp_path, *argv, "--num_processes", 5))
     assert "989 TFLOP/s (bf16, dense)" in report and "5 x H100" in report
@@ -372,7 +439,7 @@ def test_the_tables_of_the_documentation_are_those_of_the_command(monkeypatch, c
     monkeypatch.chdir(ROOT)
     cost.main(["training/recipes/fitv2-b-imagenet256.yaml"])
     printed = rows(capsys.readouterr().out)
-    assert len(printed) == 9 and sum("fitv2-b-imagenet256" in row for row in printed) == 3
+    assert len(printed) == 12 and sum("fitv2-b-imagenet256" in row for row in printed) == 4
     assert [row for row in printed if row not in DOCUMENT.splitlines()] == []
 
 
@@ -390,6 +457,7 @@ def test_the_options_of_the_command(monkeypatch, capsys, tmp_path):
     captured = capsys.readouterr()
     assert "H200 of 141 GB" in captured.out and "20% of 67 TFLOP/s (fp32, dense), $10.00" in captured.out
     assert "| small | 3x8x8 |" in captured.out and "| 4.0 |" in captured.out  # million images
+    assert "hours, 20% utilisation |" in captured.out and "A step on" not in captured.out
     assert "12 classes" in captured.err
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
