@@ -69,12 +69,9 @@ docs: install
 	$(BIN)/python -m pdoc --docformat google --template-directory docs/pdoc --no-show-source \
 		--output-directory outputs/docs src/diffusers_dod/*.py src/diffusers_dod/*/__init__.py
 
+# Times against peers, in one table with the results to compare with; it goes on where it was stopped.
 bench: install
-	$(BIN)/python benchmarks/bench_sampling.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_precision.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_batch_independence.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_training.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_encoding.py --num_images 8
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/bench.py
 
 # The runs, results, tables and plots of docs/study.md: about a day of one core, and resumes where it stopped.
 study: install

@@ -1,7 +1,7 @@
 """
 Measures how much an image depends on its batch: compares latents sampled alone with latents in a batch of 12.
 
-    make bench
+    python benchmarks/bench_batch_independence.py
 
 Both of two stages are guided, with seed 0. Matrix products of other sizes round differently, and nothing else may
 differ. The last column shows how sensitive the model is by itself: it changes the noise by 1e-7, the rounding of fp32.

@@ -1,7 +1,7 @@
 """
 Measures lower precision: the memory of a pipeline's two models, and how far its samples move.
 
-    make bench
+    python benchmarks/bench_precision.py
 
 The same seed is sampled in two stages with weights in fp32, bf16, fp8 (layerwise casting) and, where torchao is
 installed, int8 (weights only). All but fp32 compute in bf16. It takes about a minute on a CPU.

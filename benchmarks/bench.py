@@ -1,0 +1,402 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""
+Times what the package does against peers that do the same, on one thread of a CPU, in one table.
+
+    make bench
+    python benchmarks/bench.py --rows "stage 1 / broadcast, fp32" --repetitions 21
+
+A row is a ratio of two times. Both are measured in turns, so that what else the machine does slows both down, and the
+row has the median of the ratios with their quartiles. A row has moved if its quartiles and those of
+`benchmarks/results.json` do not meet. Rows that `--output_file` has already are not measured again: remove it to start
+anew. `--update` makes what is measured the results to compare with.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiTTransformer2DModel
+from diffusers.training_utils import EMAModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusers_dod import DoDPipeline
+from diffusers_dod.data.encoding import EncodingOptions, encode_latents, finish_latents, latent_settings
+from diffusers_dod.data.labelled_images import LabelledImages
+from diffusers_dod.data.latents import LatentDataset
+from diffusers_dod.data.sample_stream import PositionSampler, SampleDraws, TrainingSamples, collate_priors_first
+from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
+from diffusers_dod.files import write_json
+from diffusers_dod.losses import DoDJointModel
+from diffusers_dod.operations import FLOP_FORMULAS
+from diffusers_dod.presets import PRESETS
+from diffusers_dod.tables import format_table
+from diffusers_dod.training.ema import WeightAverage
+from diffusers_dod.training.models import use_fast_attention
+
+
+ROOT = Path(__file__).parents[1]
+COMMITTED = Path(__file__).with_name("results.json")
+NUM_LAYERS, BATCH_SIZE, DTYPES = 3, 2, {"fp32": torch.float32, "bf16": torch.bfloat16}
+Run = Callable[[], Any]
+
+
+# ------------------------------------------------------------------------------------------------------- the backbone
+
+
+class Backbone:
+    """
+    A few blocks of DoD-S, its inputs, and a DiT of Diffusers of the same size.
+
+    Args:
+        dtype (`torch.dtype`): Dtype of weights and inputs.
+        batch_size (`int`): Number of samples.
+        size (`int`): Side of the latents.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32, batch_size: int = BATCH_SIZE, size: int = 32):
+        torch.manual_seed(0)
+        preset = PRESETS["DoD-S"].override(num_layers=NUM_LAYERS, sample_size=size)
+        self.model = torch.nn.Module.to(preset.build()[0], dtype)  # Diffusers' own warns about the time
+        self.model.time_embed.float()
+        config = self.model.config
+        heads = {"num_attention_heads": config.num_attention_heads, "attention_head_dim": config.attention_head_dim}
+        self.dit = DiTTransformer2DModel(**heads, num_layers=NUM_LAYERS, sample_size=size, attention_bias=True).to(
+            dtype
+        )
+        self.latents = torch.randn(batch_size, 4, size, size, dtype=dtype)
+        self.labels = torch.zeros(batch_size, dtype=torch.int64)
+        self.priors = torch.randn(batch_size, (size // 2) ** 2, config.prior_embed_dim, dtype=dtype)
+
+    def stage_1(self) -> torch.Tensor:
+        """The velocity without priors."""
+        return self.model(self.latents, 500.0, self.labels).sample
+
+    def stage_1_broadcast(self) -> torch.Tensor:
+        """The same with a row of conditioning for each token."""
+        return self.model(self.latents, 500.0, self.labels, prior_embeds=torch.zeros_like(self.priors)).sample
+
+    def mixed(self) -> torch.Tensor:
+        """Twice the samples, the first half with priors: a guided evaluation, or a pass of the training."""
+        latents, labels = torch.cat([self.latents] * 2), torch.cat([self.labels] * 2)
+        return self.model(latents, 500.0, labels, prior_embeds=self.priors).sample
+
+    def mixed_broadcast(self) -> torch.Tensor:
+        """The same with a row of conditioning for each token of all samples."""
+        latents, labels = torch.cat([self.latents] * 2), torch.cat([self.labels] * 2)
+        priors = torch.cat([self.priors, torch.zeros_like(self.priors)])
+        return self.model(latents, 500.0, labels, prior_embeds=priors).sample
+
+    def stage_1_dit(self) -> torch.Tensor:
+        """The prediction of the DiT."""
+        timesteps = torch.full_like(self.labels, 500)
+        return self.dit(self.latents, timestep=timesteps, class_labels=self.labels).sample
+
+
+def without_gradients(run: Run) -> Run:
+    """`run` as in sampling."""
+
+    def sample() -> None:
+        with torch.no_grad():
+            run()
+
+    return sample
+
+
+def with_gradients(model: torch.nn.Module, run: Run) -> Run:
+    """`run` and its backward pass."""
+
+    def train() -> None:
+        model.zero_grad(set_to_none=True)
+        run().float().square().mean().backward()
+
+    return train
+
+
+def flops(run: Run) -> int:
+    """FLOPs of matrix products, including those of attention in plain products."""
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
+
+
+class MatrixProducts(TorchDispatchMode):
+    """Records all matrix products with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[Callable, Sequence[Any], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in FLOP_FORMULAS:
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def products_of(run: Run) -> Run:
+    """The matrix products of `run`, and nothing else."""
+    with MatrixProducts() as recorded:
+        run()
+
+    def repeat() -> None:
+        with torch.no_grad():
+            for func, args, kwargs in recorded.calls:
+                func(*args, **kwargs)
+
+    return repeat
+
+
+# ----------------------------------------------------------------------------------------------------------- the rows
+
+# A row has two runs and the factor on their ratio: of amounts of work, for instance.
+Row = tuple[Run, Run, float]
+
+
+def against_broadcast(kind: str, dtype: str) -> Row:
+    bench = Backbone(DTYPES[dtype])
+    if kind == "stage 1":
+        return without_gradients(bench.stage_1), without_gradients(bench.stage_1_broadcast), 1.0
+    if kind == "guided":
+        return without_gradients(bench.mixed), without_gradients(bench.mixed_broadcast), 1.0
+    use_fast_attention(DoDJointModel(bench.model), torch.device("cpu"))
+    runs = (with_gradients(bench.model, run) for run in (bench.mixed, bench.mixed_broadcast))
+    return *runs, 1.0
+
+
+def against_dit(dtype: str) -> Row:
+    bench = Backbone(DTYPES[dtype])
+    ours, theirs = without_gradients(bench.stage_1), without_gradients(bench.stage_1_dit)
+    return ours, theirs, flops(theirs) / flops(ours)
+
+
+def against_products(dtype: str) -> Row:
+    bench = Backbone(DTYPES[dtype])
+    ours = without_gradients(bench.stage_1)
+    return ours, products_of(ours), 1.0
+
+
+def average() -> Row:
+    parameters = list(Backbone().model.parameters())
+    ours, theirs = (kind(parameters, decay=0.999) for kind in (WeightAverage, EMAModel))
+    return lambda: ours.step(parameters), lambda: theirs.step(parameters), 1.0
+
+
+def optimizer() -> Row:
+    runs = []
+    for is_fused in (True, False):
+        model = Backbone().model
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 0.01)
+        runs.append(torch.optim.AdamW(model.parameters(), fused=is_fused).step)
+    return *runs, 1.0
+
+
+def pipeline_overhead() -> Row:
+    pipe = DoDPipeline.from_pretrained(ROOT / "checkpoints" / "dod-desk")
+    pipe.set_progress_bar_config(disable=True)
+    num_steps, labels = 20, torch.zeros(4, dtype=torch.int64)
+    latents = torch.randn(4, pipe.transformer.config.in_channels, *[pipe.transformer.config.sample_size] * 2)
+
+    def call() -> None:
+        pipe([0] * 4, num_stages=1, num_inference_steps=num_steps, seed=0, output_type="latent")
+
+    def evaluate() -> None:
+        for step in range(num_steps):
+            pipe.transformer(latents, 50.0 * step, labels)
+
+    return call, without_gradients(evaluate), 1.0
+
+
+def in_a_new_process(code: str) -> Run:
+    """Runs `code` in a Python of its own."""
+
+    def run() -> None:
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+
+    return run
+
+
+def importing() -> Row:
+    theirs = "from diffusers import DiTPipeline, AutoencoderKL, FlowMatchEulerDiscreteScheduler"
+    return in_a_new_process("import diffusers_dod; diffusers_dod.DoDPipeline"), in_a_new_process(theirs), 1.0
+
+
+def first_image() -> Row:
+    code = "from diffusers_dod import DoDPipeline; pipe = DoDPipeline.from_pretrained('checkpoints/dod-desk')"
+    call = "pipe('marble', num_inference_steps=1, num_stages=1)"
+    return (
+        in_a_new_process(f"{code}; {call}"),
+        in_a_new_process("from diffusers import DiTPipeline, AutoencoderKL"),
+        1.0,
+    )
+
+
+def _images(num_images: int) -> LabelledImages:
+    return LabelledImages(TextureDataset(num_images, size=64, seed=0), TEXTURE_CLASSES, "benchmark", 64)
+
+
+def _autoencoder() -> AutoencoderKL:
+    torch.manual_seed(0)
+    channels = {"block_out_channels": [32, 64], "down_block_types": ["DownEncoderBlock2D"] * 2}
+    return AutoencoderKL(**channels, up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4).eval()
+
+
+def loading() -> Row:
+    num_samples, batch_size = 256, 32
+    folder = Path(tempfile.mkdtemp())
+    images, options = _images(num_samples), EncodingOptions(random_flip=True)
+    encode_latents(images, None, folder, options)
+    finish_latents(folder, latent_settings(images, None, options))
+    latents = LatentDataset(folder)
+    draws = SampleDraws(num_classes=len(TEXTURE_CLASSES), seed=0, label_dropout_prob=0.1, prior_dropout_prob=0.5)
+    shape = latents.latent_shape
+    plain = TensorDataset(torch.randn(num_samples, *shape), torch.zeros(num_samples, dtype=torch.int64))
+
+    def ours() -> None:
+        positions = PositionSampler(
+            start_step=0, num_steps=8, batch_size=batch_size, accumulation=1, process_index=0, num_processes=1
+        )
+        samples = TrainingSamples(latents, draws, positions.images_per_step, 0, None)
+        loader = DataLoader(samples, batch_size, sampler=positions, collate_fn=collate_priors_first)
+        for _ in loader:
+            pass
+
+    def theirs() -> None:
+        for _, _ in DataLoader(plain, batch_size, shuffle=True):
+            torch.randn(batch_size, *shape)  # the noise
+
+    return ours, theirs, 1.0
+
+
+def encoding() -> Row:
+    num_images, vae = 16, _autoencoder()
+    images = _images(num_images)
+    pixels = torch.stack([torch.as_tensor(images.dataset[index]["image"]) for index in range(num_images)])
+    pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    options = EncodingOptions(random_flip=True, encoding_batch_size=4)
+
+    def ours() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            encode_latents(images, vae, Path(folder), options)
+
+    def theirs() -> None:
+        for batch in pixels.split(4):
+            vae.encode(batch)
+            vae.encode(batch.flip(-1))
+
+    return ours, without_gradients(theirs), 1.0
+
+
+def growth(kind: str) -> Row:
+    small = Backbone()
+    large = Backbone(batch_size=2 * BATCH_SIZE) if kind == "batch" else Backbone(size=64)
+    ours, theirs = without_gradients(large.stage_1), without_gradients(small.stage_1)
+    return ours, theirs, flops(theirs) / flops(ours)
+
+
+# By the name of a row: what makes it, and the goal of its ratio.
+ROWS: dict[str, tuple[Callable[[], Row], float | None]] = {}
+for _dtype, _floor in (("fp32", 1.15), ("bf16", 1.35)):
+    for _kind, _goal in (("stage 1", 0.82), ("guided", 0.92), ("training", None)):
+        ROWS[f"{_kind} / broadcast, {_dtype}"] = (
+            lambda kind=_kind, dtype=_dtype: against_broadcast(kind, dtype),
+            _goal,
+        )
+    ROWS[f"stage 1 / DiT, by FLOP, {_dtype}"] = (lambda dtype=_dtype: against_dit(dtype), 0.95)
+    ROWS[f"stage 1 / its matrix products, {_dtype}"] = (lambda dtype=_dtype: against_products(dtype), _floor)
+ROWS |= {
+    "average / EMAModel": (average, 0.45),
+    "AdamW, fused / not": (optimizer, 0.40),
+    "pipeline / its evaluations": (pipeline_overhead, None),
+    "import / Diffusers'": (importing, None),
+    "first image / Diffusers' import": (first_image, None),
+    "data loader / tensors in memory": (loading, None),
+    "encoding / its autoencoder": (encoding, None),
+    "twice the batch, by FLOP": (lambda: growth("batch"), None),
+    "four times the tokens, by FLOP": (lambda: growth("tokens"), None),
+}
+
+
+# --------------------------------------------------------------------------------------------------------- measuring
+
+
+def measure(row: Row, num_repetitions: int) -> dict[str, float]:
+    """Quartiles of the ratios of times, which are those of this process's CPU, or the wall's where it only waits."""
+    ours, theirs, factor = row
+    ratios = []
+    for repetition in range(num_repetitions + 1):
+        times = []
+        for run in (ours, theirs):
+            gc.collect()
+            start, cpu_start = time.perf_counter(), time.process_time()
+            run()
+            wall, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+            times.append(cpu if cpu > 0.1 * wall else wall)
+        if repetition > 0:  # the first is a warm-up
+            ratios.append(times[0] / times[1] * factor)
+    lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {"lower": round(lower, 4), "median": round(median, 4), "upper": round(upper, 4)}
+
+
+def compare(found: dict[str, float], committed: dict[str, float] | None) -> str:
+    """Says whether a row has moved beyond its noise."""
+    if committed is None:
+        return "new"
+    if found["lower"] > committed["upper"]:
+        return "slower"
+    return "faster" if found["upper"] < committed["lower"] else ""
+
+
+def describe(results: dict[str, dict[str, float]], committed: dict[str, dict[str, float]]) -> str:
+    """The table of `results` beside the `committed` ones."""
+    lines = []
+    for name, found in results.items():
+        goal, before = ROWS[name][1], committed.get(name)
+        lines.append(
+            [
+                name,
+                f"{found['median']:.2f}",
+                f"{found['lower']:.2f} to {found['upper']:.2f}",
+                "" if before is None else f"{before['median']:.2f}",
+                "" if goal is None else f"{goal:.2f}",
+                compare(found, before),
+            ]
+        )
+    return format_table(["ratio of times", "median", "quartiles", "committed", "goal", "moved"], lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command; `argv` defaults to the process's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=[*ROWS], choices=ROWS, metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--output_file", type=Path, default=Path("outputs/bench.json"))
+    parser.add_argument("--update", action="store_true", help="Write the rows to benchmarks/results.json too.")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    committed = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
+    results = json.loads(args.output_file.read_text()) if args.output_file.exists() else {}
+    for name in args.rows:
+        if name not in results:
+            results[name] = measure(ROWS[name][0](), args.repetitions)
+            write_json(args.output_file, results)
+            print(f"{name}: {results[name]}", file=sys.stderr, flush=True)
+    shown = {name: results[name] for name in args.rows}
+    print(describe(shown, committed))
+    if args.update:
+        write_json(COMMITTED, copy.copy(committed) | shown)
+
+
+if __name__ == "__main__":
+    main()

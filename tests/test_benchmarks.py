@@ -1,0 +1,125 @@
+"""Benchmarks run, at tiny size: what they claim to measure is measured, and their results are whole."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import fresh_accelerator
+
+from diffusers_dod.operations import OperationCounter
+from diffusers_dod.tableaus import SOLVERS
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+# -------------------------------------------------------------------------------------------------- the table of times
+
+
+@pytest.fixture(scope="module")
+def bench() -> dict:
+    return runpy.run_path(str(BENCHMARKS / "bench.py"))
+
+
+def test_a_row_has_moved_if_its_quartiles_do_not_meet(bench):
+    before = {"lower": 0.8, "median": 0.9, "upper": 1.0}
+    moved = {
+        (0.7, 0.79): "faster",
+        (0.7, 0.8): "",
+        (0.9, 0.95): "",
+        (1.0, 1.5): "",
+        (1.01, 1.02): "slower",
+    }
+    for (lower, upper), expected in moved.items():
+        assert bench["compare"]({"lower": lower, "median": lower, "upper": upper}, before) == expected
+    assert bench["compare"](before, None) == "new"
+
+
+def test_a_ratio_is_measured_in_turns(bench):
+    calls = []
+    row = (lambda: calls.append("ours"), lambda: calls.append("theirs"), 1.0)
+    found = bench["measure"](row, num_repetitions=3)
+    assert calls == ["ours", "theirs"] * 4  # the first are a warm-up
+    assert 0 < found["lower"] <= found["median"] <= found["upper"]
+
+
+def test_the_products_of_a_run_are_repeated(bench):
+    x = torch.ones(3, 4)
+    repeat = bench["products_of"](lambda: torch.nn.functional.gelu(x @ x.t()) @ x)
+    with OperationCounter() as counter:
+        repeat()
+    found = [(key.name, key.flops) for key in counter.work.elements()]
+    assert found == [("mm", 2 * 3 * 4 * 3), ("mm", 2 * 3 * 3 * 4)]
+
+
+def test_the_command_goes_on_and_compares(bench, tmp_path, capsys):
+    done = {"lower": 0.1, "median": 0.2, "upper": 0.3}
+    output = tmp_path / "bench.json"
+    output.write_text(json.dumps({"stage 1 / DiT, by FLOP, fp32": done}))
+    argv = ["--rows", "stage 1 / DiT, by FLOP, fp32", "AdamW, fused / not", "--repetitions", "2"]
+    bench["main"]([*argv, "--output_file", str(output)])
+    found = json.loads(output.read_text())
+    assert found["stage 1 / DiT, by FLOP, fp32"] == done and found["AdamW, fused / not"]["median"] > 0
+    assert "| stage 1 / DiT, by FLOP, fp32 | 0.20 | 0.10 to 0.30 |" in capsys.readouterr().out
+
+
+def test_every_row_can_be_made(bench):
+    """And its runs run; those of whole models and other processes only once, in the slow test."""
+    committed = json.loads((BENCHMARKS / "results.json").read_text())
+    assert list(committed) == list(bench["ROWS"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["guided / broadcast, bf16", "data loader / tensors in memory", "pipeline / its evaluations"]
+)
+def test_rows_run(bench, name):
+    ours, theirs, factor = bench["ROWS"][name][0]()
+    ours(), theirs()
+    assert factor > 0
+
+
+# ----------------------------------------------------------------------------------------------- the checks of a card
+
+
+def check_gpu(tmp_path, *checks: str) -> dict:
+    """Results of the checks, which must all be right."""
+    main = runpy.run_path(str(BENCHMARKS / "gpu_check.py"))["main"]
+    output = tmp_path / "check.json"
+    with fresh_accelerator():
+        code = main(["--device", "cpu", "--size", "tiny", "--checks", *checks, "--output_file", str(output)])
+    found = json.loads(output.read_text())["checks"]
+    assert (code, list(found)) == (0, list(checks)), found
+    return found
+
+
+@pytest.mark.slow
+def test_the_checks_of_a_card_run_on_a_cpu(tmp_path):
+    found = check_gpu(tmp_path, "correctness", "training", "attention", "waits", "sampling")
+    assert found["correctness"]["training"]["fp32"] == found["correctness"]["samples"] == 0  # the same device
+    assert 0 < found["correctness"]["training"]["bf16"] < 0.1
+    for mode in ("eager", "compiled"):
+        assert found["training"][f"DoD-Desk, {mode}"]["images_per_second"] > 0
+    assert found["attention"]["native"]["error_of_gradients"] == 0
+    assert found["attention"]["_native_math"]["error_of_gradients"] < 0.1
+    assert {"training", *SOLVERS} < set(found["waits"])
+    assert found["sampling"]["seconds"] > found["sampling"]["seconds_of_the_floor"] > 0
+
+
+@pytest.mark.slow
+def test_several_processes_are_checked_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    found = check_gpu(tmp_path, "several")["several"]
+    assert found["num_processes"] == 2 and found["ddp"]["images_per_second"] > 0
+
+
+def test_a_check_that_fails_is_an_entry(tmp_path):
+    """There is no GPU to check here, and nothing of it is silent."""
+    namespace = runpy.run_path(str(BENCHMARKS / "gpu_check.py"))
+    namespace["CHECKS"]["sampling"] = lambda setting: 1 / 0
+    output = tmp_path / "check.json"
+    argv = ["--device", "cpu", "--size", "tiny", "--checks", "sampling", "--output_file", str(output)]
+    assert namespace["main"](argv) == 1
+    assert "ZeroDivisionError" in json.loads(output.read_text())["checks"]["sampling"]["error"]
