@@ -121,3 +121,16 @@ def test_a_compiler_sees_formulas_with_the_same_values(num_priors):
     compiled = torch.compile(block, backend="eager", fullgraph=True)
     assert_same_with_gradients(compiled(*inputs), block(*inputs), inputs[0], inputs[1], inputs[3])
     torch._dynamo.reset()
+
+
+def test_transforms_of_functions_work():
+    x, rows = draw(BATCH_SIZE, NUM_TOKENS, DIM), draw_rows(2, 3)
+    rotation = torch.randn(NUM_TOKENS, DIM // 4, 2, generator=torch.Generator().manual_seed(0)).double()
+    activation = GatedSilu(torch.nn.Linear(DIM, 24)).double()
+
+    def loss(x):
+        shift, scale, gate = split_rows(rows, 2, NUM_TOKENS, 3)
+        x = add_gated(x, modulate(x, shift, scale), gate)
+        return rotate(x.unflatten(-1, (2, -1)), rotation).square().sum() + activation(x).sum()
+
+    torch.testing.assert_close(torch.func.grad(loss)(x), torch.autograd.grad(loss(x), x)[0])

@@ -201,16 +201,17 @@ def test_files_are_replaced_together(tmp_path, monkeypatch):
 
 
 def test_what_a_stopped_command_left_is_removed_but_nothing_in_use(tmp_path):
+    # Processes have numbers up to 2**22, so those in the names do not live.
     for place in ("", "bucket-8x8", "samples", "latents"):
-        (tmp_path / place / ".unfinished-7-folder").mkdir(parents=True)
-        (tmp_path / place / ".unfinished-7-folder" / "0.png").write_text("half")
-        (tmp_path / place / ".unfinished-7-file").write_text("half")
+        (tmp_path / place / ".unfinished-4194307-folder").mkdir(parents=True)
+        (tmp_path / place / ".unfinished-4194307-folder" / "0.png").write_text("half")
+        (tmp_path / place / ".unfinished-4194307-file").write_text("half")
         (tmp_path / place / "kept").write_text("kept")
     with in_use(tmp_path / "latents"):
-        (tmp_path / "latents" / ".unfinished-8-shard").write_text("of the other command")
+        (tmp_path / "latents" / ".unfinished-4194308-shard").write_text("of the other command")
         with in_use(tmp_path):
             names = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob(".unfinished*")]
-            assert names == ["latents/.unfinished-8-shard"]
+            assert names == ["latents/.unfinished-4194308-shard"]
     remove_unfinished(tmp_path)
     assert not list(tmp_path.rglob(".unfinished*")) and len(list(tmp_path.rglob("kept"))) == 4
 
@@ -273,9 +274,9 @@ def test_a_folder_can_be_waited_for(tmp_path, caplog):
 
 
 def test_what_a_stopped_command_left_unfinished_is_removed(tmp_path):
-    (tmp_path / ".unfinished-1-checkpoint-7").mkdir()
-    (tmp_path / ".unfinished-1-checkpoint-7" / "file").write_text("half")
-    (tmp_path / ".unfinished-1-README.md").write_text("half")
+    (tmp_path / ".unfinished-4194305-checkpoint-7").mkdir()
+    (tmp_path / ".unfinished-4194305-checkpoint-7" / "file").write_text("half")
+    (tmp_path / ".unfinished-4194305-README.md").write_text("half")
     (tmp_path / "other").write_text("whole")
     with pytest.raises(KeyError), in_use(tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == {"other", LOCK_FILE}
@@ -301,3 +302,33 @@ def test_the_hash_of_a_file_is_the_usual_one(tmp_path):
     (tmp_path / "next").write_bytes(b"wood")
     both = file_sha256(tmp_path / "file", tmp_path / "next")
     assert both == hashlib.sha256(b"marble" * 100_000 + b"wood").hexdigest()
+
+
+def test_a_folder_that_could_not_be_replaced_stays(tmp_path, monkeypatch):
+    """Also for the next command, if the process was killed between the two renames."""
+    path, replace = tmp_path / "folder", os.replace
+    with replacing(path) as unfinished:
+        unfinished.mkdir()
+        (unfinished / "old").touch()
+
+    def fail(source, target):
+        if Path(target) == path and "-old" not in str(source):
+            raise OSError("no")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no"), replacing(path) as unfinished:
+        unfinished.mkdir()
+    monkeypatch.undo()
+    assert [file.name for file in path.iterdir()] == ["old"]
+    os.replace(path, tmp_path / f".unfinished-{2**22 + 1}-folder-old")  # a process with this number cannot exist
+    remove_unfinished(tmp_path)
+    assert [file.name for file in path.iterdir()] == ["old"] and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_living_process_writes_is_not_removed(tmp_path):
+    with replacing(tmp_path / "out.json") as unfinished:
+        unfinished.write_text("{}")
+        with in_use(tmp_path):
+            pass
+    assert (tmp_path / "out.json").read_text() == "{}"

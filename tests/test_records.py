@@ -11,6 +11,7 @@ import pytest
 from helpers import says
 
 from diffusers_dod import DoDTransformer2DModel
+from diffusers_dod.checks import hide_secrets
 from diffusers_dod.metrics.extractors import load_statistics
 from diffusers_dod.records import (
     MAX_SAFETENSORS_HEADER,
@@ -114,6 +115,7 @@ def test_messages_are_short_and_show_no_token():
     with pytest.raises(TypeError) as error:
         check_record({"step": "hf_AbCdEfGhIjKlMnOp", "parts": [], "hashes": {}}, Record)
     assert "hf_..." in str(error.value) and "AbCd" not in str(error.value)
+    assert hide_secrets("/data/hf_models/api_photos/x.png") == "/data/hf_models/api_photos/x.png"
 
 
 NO_LINES = [*NO_JSON.values(), b"7", b"[]", b"null", b'{"loss": 1}', b'{"step": "2"}', b'{"step": null}']

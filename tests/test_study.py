@@ -125,7 +125,7 @@ def test_results_of_other_options_or_weights_do_not_count(tmp_path, monkeypatch)
     assert not study.has_result(*job)
     _, *argv = study.evaluation_argv(*job)
     for given, weights, expected in ((argv, "these", True), (argv[:-2], "these", False), (argv, "others", False)):
-        checkpoint = {"path": "x", "sha256": weights}
+        checkpoint = {"path": "x", "sha256": "0" * 64}
         if weights == "these":
             checkpoint = study.OUTPUTS / "dod-n2" / "checkpoint-8000"
         write_results(study.result_file(*job[1:]), "linear_probe", given, {}, {}, {}, "cpu", checkpoint)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn as nn
 from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderRAE, AutoencoderTiny, VQModel
 
 from .checks import check_number
@@ -154,12 +155,12 @@ def _within_range(vae: Autoencoder) -> Iterator[torch.dtype]:
     """
     needs_upcasting = vae.dtype == torch.float16 and bool(vae.config.get("force_upcast"))
     if needs_upcasting:
-        vae.to(dtype=torch.float32)
+        nn.Module.to(vae, torch.float32)  # without the warning of Diffusers' `to`
     try:
         yield vae.dtype
     finally:
         if needs_upcasting:
-            vae.to(dtype=torch.float16)
+            nn.Module.to(vae, torch.float16)
 
 
 def encode_moments(pixels: torch.Tensor, vae: Autoencoder | None) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -26,7 +26,7 @@ class _Repr(reprlib.Repr):
 
 def hide_secrets(text: str) -> str:
     """Replaces in a message, `text`, what looks like a token of the Hugging Face Hub or a password in an address."""
-    text = re.sub(r"\b(hf|api)_[A-Za-z0-9_]{3,}", r"\1_...", text)
+    text = re.sub(r"\b(hf|api)_(?=[A-Za-z]*[0-9A-Z])[A-Za-z0-9]{8,}", r"\1_...", text)
     return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:...@", text)
 
 
@@ -98,7 +98,8 @@ def check_number(
     check_type(name, value, Real)
     above = value > minimum if open_minimum else value >= minimum
     below = value < maximum if open_maximum else value <= maximum
-    if not (abs(value) <= sys.float_info.max and above and below):  # `isfinite` takes no integer of 400 digits
+    is_finite = abs(value) <= sys.float_info.max if isinstance(value, int) else math.isfinite(value)
+    if not (is_finite and above and below):
         opening = "(" if open_minimum else "["
         closing = ")" if open_maximum or maximum == math.inf else "]"
         raise ValueError(

@@ -3,6 +3,7 @@
 The elementwise parts of a transformer block, in few passes over memory.
 
 Each function has its formula, which a compiler fuses, and a form for eager execution that moves and keeps fewer bytes.
+The eager form has first derivatives only; `torch.func` and compilers get the formula.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -67,7 +68,7 @@ def split_rows(rows: torch.Tensor, num_priors: int, num_tokens: int, chunks: int
         `list[tuple[torch.Tensor, ...]]`: For each chunk its parts, of shapes `(K, T, d)` and `(B - K, 1, d)`; a part
         without samples is left out.
     """
-    if torch.compiler.is_compiling():
+    if _needs_formula():
         parts = _part_views(rows, num_priors, num_tokens, chunks)
     else:
         views = _SplitRows.apply(rows, num_priors, num_tokens, chunks)
@@ -89,6 +90,10 @@ def without_autocast(device_type: str) -> AbstractContextManager:
     if is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def _needs_formula() -> bool:
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 class PlainLayerNorm(nn.LayerNorm):
@@ -143,7 +148,7 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(B, T, heads, head_dim)`, in the dtype of `x`.
     """
-    if not torch.compiler.is_compiling():
+    if not _needs_formula():
         return _Rotate.apply(x, rotation)
     first, second = x.to(rotation.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rotation[:, None].unbind(-1)
@@ -200,7 +205,7 @@ def modulate(x: torch.Tensor, shift: Parts, scale: Parts) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(B, T, d)`.
     """
-    if not torch.compiler.is_compiling():
+    if not _needs_formula():
         return _Modulate.apply(x, *shift, *scale)
     samples = x.split(_sizes(scale))
     return torch.cat([x_ + x_ * scale_ + shift_ for x_, shift_, scale_ in zip(samples, shift, scale, strict=True)])
@@ -245,7 +250,7 @@ def add_gated(residual: torch.Tensor, x: torch.Tensor, gate: Parts) -> torch.Ten
     Returns:
         `torch.Tensor` of shape `(B, T, d)`.
     """
-    if not torch.compiler.is_compiling():
+    if not _needs_formula():
         return _AddGated.apply(residual, x, *gate)
     samples = x.split(_sizes(gate))
     return residual + torch.cat([x_ * gate_ for x_, gate_ in zip(samples, gate, strict=True)])
@@ -287,7 +292,7 @@ class GatedSilu(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Maps `hidden_states` (..., dim) to `value * SiLU(gate)`, half as wide as the projection."""
         hidden_states = self.proj(hidden_states)
-        if not torch.compiler.is_compiling():
+        if not _needs_formula():
             return _GatedSilu.apply(hidden_states)
         value, gate = hidden_states.chunk(2, dim=-1)
         return value * F.silu(gate)

@@ -27,6 +27,7 @@ except ImportError:  # Windows
 _logger = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished-"  # how names of files and folders begin that are being written or removed
+OLD = "-old"  # how those of folders end that are being replaced
 LOCK_FILE = ".in-use"  # says which process works in a folder, as long as it does
 NUM_FLUSHES = 16  # at a time
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # on the disk, and within a quota
@@ -128,6 +129,25 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _put_back(old: Path) -> None:
+    """Gives a folder that was to be replaced its name again, unless the new one is there."""
+    name = re.fullmatch(rf"{re.escape(UNFINISHED)}\d+-(.+){OLD}", old.name)
+    if name is not None and old.exists() and not (path := old.with_name(name[1])).exists():
+        os.replace(old, path)
+
+
+def _is_being_written(unfinished: Path) -> bool:
+    """Whether the process that writes a file or a folder lives on this machine."""
+    number = re.match(rf"{re.escape(UNFINISHED)}(\d+)-", unfinished.name)
+    try:
+        os.kill(int(number[1]), 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError, TypeError):  # the last one of a name without a number
+        return False
+    return True
+
+
 def _read_umask() -> int:
     """The umask of this process. Only Linux tells it; elsewhere it is that of the import."""
     try:
@@ -203,17 +223,18 @@ def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
     make_folder(path.parent)
     unfinished = _aside(path, folder)
     _remove(unfinished)  # of a process with the same number
+    old = _aside(path).with_name(f"{_aside(path).name}{OLD}")
     try:
         with naming_full_disk(path, unfinished):
             yield unfinished
             _settle(unfinished)
-        old = unfinished.with_name(f"{unfinished.name}-old")
         if unfinished.is_dir() and path.is_dir():  # which cannot be replaced in one step
             os.replace(path, old)
         os.replace(unfinished, path)
         flush(path.parent)
         _remove(old)
     except BaseException:
+        _put_back(old)
         _remove(unfinished)
         raise
 
@@ -285,7 +306,9 @@ def remove_unfinished(folder: Path) -> None:
         found = list(place.glob(f"{UNFINISHED}*"))  # in this order: a lock that comes now has files that come later
         if place == folder or not (place / LOCK_FILE).exists():
             for unfinished in found:
-                _remove(unfinished)
+                if not _is_being_written(unfinished):
+                    _put_back(unfinished)
+                    _remove(unfinished)
 
 
 def remove_folder(folder: Path) -> None:

@@ -260,6 +260,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
 
     # ------------------------------------------------------------------------------------------------ sampling
 
+    @one_at_a_time
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """
         Encodes images by the mean of the autoencoder's posterior; a pixel-space model takes them as they are.
@@ -331,6 +332,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         self.maybe_free_model_hooks()
         return tokens
 
+    @one_at_a_time
     @torch.no_grad()
     def decode_latents(
         self, latents: torch.Tensor, output_type: str
@@ -711,9 +713,12 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
                 output = scheduler.solve(
                     sound_velocity, state["latents"], callback=end_accepted_step, times_on_cpu=True
                 )
-            finally:  # the solver's own error names no samples
+            except ValueError:  # which names no samples
                 are_sound.append(has_sound_velocities)
                 check_samples(f"Velocities of stage {stage.number}", torch.stack(are_sound), source.sample_indices)
+                raise
+            are_sound.append(has_sound_velocities)
+            check_samples(f"Velocities of stage {stage.number}", torch.stack(are_sound), source.sample_indices)
             state["latents"] = output.prev_sample
             check_samples(f"Samples of stage {stage.number}", find_sound(state["latents"]), source.sample_indices)
             statistics["num_accepted_steps"] = output.num_accepted

@@ -97,7 +97,8 @@ def unpatchify(tokens: torch.Tensor, patch_size: int, height: int, width: int) -
 
 def _is_plain_linear(layer: nn.Module) -> bool:
     """Whether a layer is nothing but a product with its weight: no adapter, no quantization and no hook."""
-    return type(layer) is nn.Linear and "forward" not in vars(layer) and not layer._forward_pre_hooks
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return type(layer) is nn.Linear and "forward" not in vars(layer) and not any(hooks)
 
 
 class DoDAttnProcessor:

@@ -25,7 +25,7 @@ from diffusers_dod.metrics.extractors import (
     extractor_sha256,
     load_extractor,
 )
-from diffusers_dod.metrics.frechet import feature_statistics, fid_interval, frechet_distance
+from diffusers_dod.metrics.frechet import as_fid, feature_statistics, frechet_distance
 from diffusers_dod.metrics.inception_score import RunningInceptionScore
 from diffusers_dod.metrics.intervals import wilson_interval
 from diffusers_dod.metrics.kernel_distance import kernel_distance
@@ -91,7 +91,7 @@ def reference_of(world: Path) -> tuple:
 def test_all_metrics_against_what_they_are_made_of(world, capsys):
     results = run(world, *reference_of(world), "--metrics", "fid", "sfid", "kid", "is", "precision_recall")
     metrics = results["metrics"]
-    assert list(metrics) == ["fid", "sfid", "kid", "is", "precision", "recall"]
+    assert list(metrics) == ["fid", "fid_corrected", "sfid", "sfid_corrected", "kid", "is", "precision", "recall"]
     samples, reference = draw(60, 1), draw(80, 2)
     features = [expected_features(images).astype(np.float32) for images in (samples, reference)]
     expected = frechet_distance(*(array for rows in features for array in feature_statistics(rows)))
@@ -131,7 +131,7 @@ def test_all_metrics_against_what_they_are_made_of(world, capsys):
 def test_results_can_be_computed_again(world, tmp_path):
     run(world, *reference_of(world), "--metrics", "fid", "kid", "precision_recall")
     rows = reproduce(world / "results.json", 0.0, tmp_path / "again.json", trust_extractor=True)
-    assert [row["name"] for row in rows] == ["fid", "kid", "precision", "recall"] and all(
+    assert [row["name"] for row in rows] == ["fid", "fid_corrected", "kid", "precision", "recall"] and all(
         row["agrees"] for row in rows
     )
     assert read_results(world / "results.json")["metrics"] == read_results(tmp_path / "again.json")["metrics"]
@@ -153,7 +153,7 @@ def test_some_of_the_samples_are_drawn_at_random(world, tmp_path):
     results = run(world, *reference_of(world), "--num_samples", 25)
     assert results["metrics"] == few and results["data"]["num_samples"] == 25
     assert results["data"]["selection"] == "at random out of 60"
-    assert list(few) == ["fid"]  # the default
+    assert list(few) == ["fid", "fid_corrected"]  # the default
 
 
 def test_samples_that_are_drawn_from_sorted_ones_have_splits_of_all_classes(tmp_path, monkeypatch):
@@ -174,7 +174,9 @@ def test_samples_that_are_drawn_from_sorted_ones_have_splits_of_all_classes(tmp_
     assert summary.inception_score.result().splits == pytest.approx(expected.result().splits)
     assert len(expected.result().splits) == 4 and min(expected.result().splits) > 3
     assert summary.num_correct == 120
-    # All images of a data set are taken in a random order as well.
+    # All images of a file that is sorted by class, or of a data set, are taken in a random order as well.
+    splits = evaluate.compute_features(open_images(str(tmp_path / "sorted.npz")), extractor, 7).inception_score
+    assert min(splits.result().splits) > 3
     rows = [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
     images = DatasetImages("sorted", LabelledImages(rows, tuple("abcd"), "sorted", 4))
     splits = evaluate.compute_features(images, extractor, 7).inception_score.result().splits
@@ -499,7 +501,7 @@ def test_intervals_of_balanced_samples_are_as_wide_as_other_samples_lie_apart():
             parts = [RunningStatistics() for _ in range(10)]
             for group, part in enumerate(parts):
                 part.update(rows[groups == group])
-            low, high = fid_interval(parts, reference)
+            low, high = as_fid("fid", parts, reference, True)["fid"]["interval"]
             of_kind.append((high - low) / 2 / 2.2622)  # Student's t of 9 degrees of freedom
     expected = np.std(distances, ddof=1)
     assert np.mean(halves[True]) == pytest.approx(expected, rel=0.25)

@@ -296,7 +296,7 @@ def test_two_commands_in_one_folder(checkpoint, finished):
 
 def test_what_a_killed_process_was_writing_is_removed(checkpoint, finished, tmp_path):
     (tmp_path / "samples" / "chunks").mkdir(parents=True)
-    (tmp_path / "samples" / "chunks" / ".unfinished-123-000000.npy").write_bytes(b"half")
+    (tmp_path / "samples" / "chunks" / f".unfinished-{2**22 + 1}-000000.npy").write_bytes(b"half")
     run(checkpoint, tmp_path / "samples", "--format", finished.name)
     assert contents(tmp_path / "samples") == contents(finished)
 

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline
+from diffusers_dod.checkpoint_manifest import write_manifest
 from diffusers_dod.compute import sampling_compute
 from diffusers_dod.evaluation import evaluate, sample, sweep
 from diffusers_dod.files import in_use
@@ -47,6 +48,11 @@ def extractor(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("extractor") / "features.py"
     path.write_text(EXTRACTOR)
     return path
+
+
+def fids(metrics: dict) -> list[str]:
+    """Names of the plain FIDs."""
+    return [name for name in metrics if name.startswith("fid/")]
 
 
 def run(folder: Path, checkpoint: Path, extractor: Path, *arguments: object) -> dict:
@@ -94,9 +100,11 @@ def test_every_setting_has_its_numbers(finished):
     labels = {name.split("/", 1)[1] for name in results["metrics"]}
     stages = {1: STAGE_1, 2: STAGE_2}
     assert labels == {f"stage-{n}/pipeline/{steps}/euler/{s}" for n in stages for s in stages[n] for steps in (1, 2)}
-    assert {name.split("/", 1)[0] for name in results["metrics"]} == {"fid", "is", "precision", "recall", "accuracy"}
-    assert len(results["metrics"]) == 5 * len(labels)
-    assert len({metric["value"] for name, metric in results["metrics"].items() if name.startswith("fid")}) == 12
+    assert {name.split("/", 1)[0] for name in results["metrics"]} == {
+        *("fid", "fid_corrected", "is", "precision", "recall", "accuracy")
+    }
+    assert len(results["metrics"]) == 6 * len(labels)
+    assert len({metric["value"] for name, metric in results["metrics"].items() if name.startswith("fid/")}) == 12
     assert not (finished / "samples").exists()
     assert (
         results["data"]["reference"]["name"] == "textures:24:5" and len(results["settings"]["extractor_sha256"]) == 64
@@ -155,7 +163,7 @@ def test_finished_settings_are_not_run_again(finished, checkpoint, extractor, mo
     function = sample.sample
     monkeypatch.setattr(sample, "sample", lambda *args: (calls.append(args[0].call.num_stages), function(*args))[1])
     results = run(finished, checkpoint, extractor, *GRID)
-    assert calls == [] and len(results["metrics"]) == 60
+    assert calls == [] and len(results["metrics"]) == 72
     missing = [finished / "settings" / f"pipeline_1_euler_{name}.json" for name in ("1-1_0_stage-2", "1.5_0_stage-1")]
     contents = [json.loads(path.read_text())["metrics"] for path in missing]
     for path in missing:
@@ -240,7 +248,7 @@ def test_one_stage_has_the_first_scales_only(tmp_path, finished, checkpoint, ext
         "fid",
     ]
     metrics = run(tmp_path / "run", checkpoint, extractor, *options)["metrics"]
-    assert list(metrics) == ["fid/stage-1/pipeline/2/euler/1", "fid/stage-1/pipeline/2/euler/1.5"]
+    assert fids(metrics) == ["fid/stage-1/pipeline/2/euler/1", "fid/stage-1/pipeline/2/euler/1.5"]
     of_both = read_results(finished / "sweep.json")["metrics"]
     assert all(metric["value"] == of_both[name]["seeds"][0] for name, metric in metrics.items())
     # A sweep of more stages goes on from there.
@@ -257,11 +265,11 @@ def test_a_pipeline_without_a_latent_embedder(tmp_path, extractor, capsys):
     tiny_pipeline(latent_embedder=None).save_pretrained(tmp_path / "pipeline")
     folders = {name: tmp_path / name for name in ("guidance_scales", "first_stage_guidance_scales")}
     found = [run(folders[name], tmp_path / "pipeline", extractor, f"--{name}", 1, 2)["metrics"] for name in folders]
-    assert list(found[0]) == ["fid/stage-1/pipeline/2/euler/1", "fid/stage-1/pipeline/2/euler/2"]
+    assert fids(found[0]) == ["fid/stage-1/pipeline/2/euler/1", "fid/stage-1/pipeline/2/euler/2"]
     assert found[0] == found[1]  # both are the scale of the only stage
-    values = [metric["value"] for metric in found[0].values()]
+    values = [found[0][name]["value"] for name in fids(found[0])]
     default = run(tmp_path / "default", tmp_path / "pipeline", extractor)["metrics"]
-    assert {name: metric["value"] for name, metric in default.items()} == {"fid/stage-1/pipeline/2/euler/2": values[1]}
+    assert fids(default) == ["fid/stage-1/pipeline/2/euler/2"] and default[fids(default)[0]]["value"] == values[1]
     with pytest.raises(SystemExit):
         run(tmp_path / "other", tmp_path / "pipeline", extractor, *GRID, "--num_stages", 2)
     message = capsys.readouterr().err
@@ -276,7 +284,7 @@ def test_the_default_solver_is_the_checkpoints(tmp_path, extractor, scheduler):
     tiny_pipeline(scheduler=scheduler).save_pretrained(tmp_path / "pipeline")
     metrics = run(tmp_path / "run", tmp_path / "pipeline", extractor)["metrics"]
     name = scheduler.config.get("solver", "FlowMatchEulerDiscreteScheduler")
-    assert list(metrics) == [f"fid/stage-1/pipeline/2/{name}/1", f"fid/stage-2/pipeline/2/{name}/1:2"]
+    assert fids(metrics) == [f"fid/stage-1/pipeline/2/{name}/1", f"fid/stage-2/pipeline/2/{name}/1:2"]
     assert "GFLOPs" in (tmp_path / "run" / "sweep.md").read_text()
 
 
@@ -303,6 +311,7 @@ def test_another_average_of_a_training_checkpoint(tmp_path, checkpoint, extracto
     (trained / "training_state").mkdir()
     state = {name: 1.5 * tensor for name, tensor in model.state_dict().items()}
     save_file(state, trained / "training_state" / "ema-decay-0.9.safetensors")
+    write_manifest(trained, 1)
     averages = ["--averages", "pipeline", "decay-0.9", "--num_inference_steps", 1, "--metrics", "fid"]
     results = run(tmp_path / "run", trained, extractor, *averages)
     values = {name: metric["value"] for name, metric in results["metrics"].items()}

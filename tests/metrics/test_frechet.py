@@ -7,7 +7,8 @@ import scipy.linalg
 import scipy.stats
 from helpers import says
 
-from diffusers_dod.metrics.frechet import feature_statistics, fid_interval, frechet_distance
+from diffusers_dod.metrics.frechet import as_fid, feature_statistics, frechet_distance
+from diffusers_dod.metrics.intervals import jackknife
 from diffusers_dod.metrics.statistics import RunningStatistics
 
 
@@ -95,31 +96,44 @@ def test_interval_is_the_jackknife_of_plain_loops(rows):
     error = np.sqrt(4 / 5 * ((np.array(distances) - np.mean(distances)) ** 2).sum())
     center = frechet_distance(*feature_statistics(rows), *reference)
     expected = (center - 2.7764451 * error, center + 2.7764451 * error)  # Student's t with 4 degrees of freedom
-    assert fid_interval(groups_of(rows, 5), reference) == pytest.approx(expected, rel=1e-6)
+    found = as_fid("fid", groups_of(rows, 5), reference, True)
+    assert found["fid"]["interval"] == pytest.approx(expected, rel=1e-6)
+    assert found["fid_corrected"]["value"] == pytest.approx(5 * center - 4 * np.mean(distances), rel=1e-6)
+    half_widths = [np.ptp(number["interval"]) / 2 for number in found.values()]
+    assert half_widths == pytest.approx([2.7764451 * error] * 2, rel=1e-6)
+    assert as_fid("fid", groups_of(rows, 5), reference, False) == {
+        "fid": {"value": pytest.approx(center), "interval": None}
+    }
 
 
-def test_intervals_hold_the_expected_distance_as_often_as_they_say():
+def test_intervals_hold_what_they_are_said_to_hold():
+    """The plain one the expected distance of as many samples, and the corrected one the distance of the model."""
     rng = np.random.default_rng(0)
-    drawn = [rng.normal(size=(300, 4)) * [1, 2, 0.5, 1] + 0.3 for _ in range(200)]
+    scales = np.array([1, 2, 0.5, 1])
+    drawn = [rng.normal(size=(300, 4)) * scales + 0.3 for _ in range(200)]
     reference = (np.zeros(4), np.eye(4))
     expected = np.mean([frechet_distance(*feature_statistics(rows), *reference) for rows in drawn])
-    held = [low <= expected <= high for low, high in (fid_interval(groups_of(rows), reference) for rows in drawn)]
-    assert 0.9 < np.mean(held) < 0.99
+    exact = frechet_distance(np.full(4, 0.3), np.diag(scales.astype(float) ** 2), *reference)
+    found = [as_fid("fid", groups_of(rows), reference, True) for rows in drawn]
+    for name, center in (("fid", expected), ("fid_corrected", exact)):
+        held = [low <= center <= high for low, high in (number[name]["interval"] for number in found)]
+        assert 0.9 < np.mean(held) < 0.99
+    bias = expected - exact
+    assert bias > 5 * abs(np.mean([number["fid_corrected"]["value"] for number in found]) - exact)
 
 
-def test_interval_is_never_below_zero_and_grows_with_confidence(rows):
+def test_a_distance_lies_in_its_interval(rows):
     reference = accumulate(rows, 100).result()
-    low, high = fid_interval(groups_of(rows), reference)
-    assert low == 0 < high
-    assert fid_interval(groups_of(rows), reference, confidence=0.99)[1] > high
+    found = as_fid("fid", groups_of(rows), reference, True)["fid"]
+    assert found["interval"][0] == 0 <= found["value"] <= found["interval"][1]
 
 
 def test_what_intervals_refuse(rows):
     reference = (np.zeros(6), np.eye(6))
     with pytest.raises(ValueError, match=says("`len(groups)`", ">= 2", "got 1")):
-        fid_interval(groups_of(rows, 1), reference)
+        as_fid("fid", groups_of(rows, 1), reference, True)
     with pytest.raises(ValueError, match=says("`confidence`", "got 1")):
-        fid_interval(groups_of(rows), reference, confidence=1.0)
+        jackknife([1.0, 2.0], np.mean).interval(confidence=1.0)
 
 
 MEAN, COVARIANCE = np.zeros(2), np.eye(2)

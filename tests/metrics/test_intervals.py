@@ -7,18 +7,21 @@ import scipy.linalg
 import scipy.stats
 from helpers import says
 
-from diffusers_dod.metrics.intervals import jackknife_interval, mean_interval, wilson_interval
+from diffusers_dod.metrics.intervals import jackknife, mean_interval, wilson_interval
 from diffusers_dod.metrics.precision_recall import PrecisionRecall
 
 
 def test_the_jackknife_of_a_mean_is_the_usual_interval():
     values = np.random.default_rng(3).normal(5, 2, size=40)
-    found = jackknife_interval(list(values), lambda part: float(np.mean(part)))
-    assert found == pytest.approx(mean_interval(values), rel=1e-9)
+    found = jackknife(list(values), lambda part: float(np.mean(part)))
+    assert found.interval() == pytest.approx(mean_interval(values), rel=1e-9)
+    assert found.corrected_interval() == pytest.approx(mean_interval(values), rel=1e-9)
+    assert found.corrected == pytest.approx(found.value) == pytest.approx(values.mean())  # a mean has no bias
     margin = 2.0227 * values.std(ddof=1) / 40**0.5  # Student's t of 39 degrees of freedom
     assert mean_interval(values) == pytest.approx((values.mean() - margin, values.mean() + margin), rel=1e-4)
     assert mean_interval([1.0, 3.0]) == pytest.approx((2 - 12.706, 2 + 12.706), rel=1e-4)
-    assert jackknife_interval([-1.0, 0.0, 1.0], lambda part: float(np.mean(part)))[0] == 0
+    square = jackknife(list(values), lambda part: float(np.mean(part)) ** 2)
+    assert square.corrected == pytest.approx(values.mean() ** 2 - values.var(ddof=1) / 40)  # the exact correction
     for values, name in (([1.0], "`len(values)`"), ([], "`len(values)`")):
         with pytest.raises(ValueError, match=says(name, ">= 2")):
             mean_interval(values)

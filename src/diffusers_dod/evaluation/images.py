@@ -39,8 +39,8 @@ def draw_indices(num_available: int, num_images: int | None = None, shuffle: boo
         num_available (`int`): Number of images.
         num_images (`int`, *optional*): Number of images to take.
         shuffle (`bool`, defaults to `False`):
-            Whether to use the random order even if all are taken. Data sets are often sorted by class, and then the
-            splits of an Inception Score would hold a few classes each.
+            Whether to use the random order even if all are taken. If images are sorted by class, as those of data sets
+            often are, the splits of an Inception Score would hold a few classes each.
 
     Returns:
         `np.ndarray` of shape `(num_images,)`: Different indices in that order; if all are taken, from 0 on.

@@ -36,7 +36,7 @@ from ..guidance_options import guidance_option
 from ..image_reading import to_pixels
 from ..metrics.extractors import Extractor, extract, extractor_sha256, load_extractor
 from ..metrics.frechet import frechet_distance
-from ..metrics.intervals import jackknife_interval, mean_interval
+from ..metrics.intervals import jackknife, mean_interval
 from ..metrics.pairs import load_structural_similarity, psnr, ssim
 from ..metrics.statistics import RunningStatistics, merge_statistics
 from ..metrics.table import METRICS
@@ -149,7 +149,7 @@ def _rfid(pairs: list[tuple[RunningStatistics, RunningStatistics]]) -> float:
 
 def rfid_interval(groups: list[tuple[RunningStatistics, RunningStatistics]]) -> tuple[float, float] | None:
     """
-    The [`jackknife_interval`] of the Fréchet distance of images to their own originals.
+    The interval of the Fréchet distance of images to their own originals, by the jackknife.
 
     It leaves out images together with their originals, and says how far the distance would move with as many other
     images.
@@ -164,7 +164,8 @@ def rfid_interval(groups: list[tuple[RunningStatistics, RunningStatistics]]) -> 
     """
     if min(images.num_rows for images, _ in groups) < 2:
         return None
-    return jackknife_interval(groups, _rfid)
+    low, high = jackknife(groups, _rfid).interval()
+    return max(low, 0.0), high
 
 
 def compare(

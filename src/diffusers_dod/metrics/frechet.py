@@ -7,7 +7,7 @@ import numpy as np
 
 from ..checks import check_type
 from ..results import as_metric
-from .intervals import jackknife_interval
+from .intervals import jackknife
 from .statistics import RunningStatistics, merge_statistics
 
 
@@ -68,50 +68,39 @@ def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
     values, vectors = np.linalg.eigh(cov_1)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     trace_root = np.sqrt(np.linalg.eigvalsh(root @ cov_2 @ root).clip(min=0)).sum()
-    return float(((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1) + np.trace(cov_2) - 2 * trace_root)
+    distance = ((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1) + np.trace(cov_2) - 2 * trace_root
+    return max(float(distance), 0.0)  # rounding alone makes it negative
 
 
-def fid_interval(
-    groups: list[RunningStatistics], reference: tuple[np.ndarray, np.ndarray], confidence: float = 0.95
-) -> tuple[float, float]:
+def as_fid(
+    name: str, groups: list[RunningStatistics], reference: tuple[np.ndarray, np.ndarray], has_interval: bool
+) -> dict[str, dict[str, Any]]:
     """
-    The [`jackknife_interval`] of a Fréchet distance.
+    A Fréchet distance as results hold it: plain, and by the jackknife without the bias of few samples.
 
-    It says how far the distance would move with as many other samples of the same model. The reference counts as
-    fixed. The bias of the distance is about a constant divided by the number of samples. The interval is rough if
-    there are hardly more samples than features.
+    The bias is about a constant divided by the number of samples; the constant is that of the samples. Both intervals
+    say how far the distance would move with as many other samples of the same model, and the reference counts as
+    fixed. They are rough if there are hardly more samples than features.
 
     Args:
+        name (`str`): Name of the number.
         groups (`list[RunningStatistics]`): The samples in g >= 2 groups as [`assign_groups`] makes them; 10 is usual.
         reference (`tuple[np.ndarray, np.ndarray]`): Mean and covariance of the reference.
-        confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
+        has_interval (`bool`): Whether there are intervals, and the corrected distance, which needs groups as well.
 
     Returns:
-        `tuple[float, float]`: Lower and upper end; the lower one is at least 0.
-
-    Raises:
-        `ValueError`: there are fewer than two groups, or an argument is out of range.
+        `dict[str, dict]`: [`as_metric`] of the distance, whose interval does not go below 0, and of
+        `<name>_corrected`, which may be negative as the estimate of a small distance.
     """
 
     def distance(part: list[RunningStatistics]) -> float:
         return frechet_distance(*merge_statistics(part).result(), *reference)
 
-    return jackknife_interval(groups, distance, confidence)
-
-
-def as_fid(
-    groups: list[RunningStatistics], reference: tuple[np.ndarray, np.ndarray], has_interval: bool
-) -> dict[str, Any]:
-    """
-    A Fréchet distance as results hold it.
-
-    Args:
-        groups (`list[RunningStatistics]`): The samples, in the groups of the jackknife.
-        reference (`tuple[np.ndarray, np.ndarray]`): Mean and covariance of the reference.
-        has_interval (`bool`): Whether it gets an interval.
-
-    Returns:
-        `dict`: [`as_metric`] of the distance.
-    """
-    interval = fid_interval(groups, reference) if has_interval else None
-    return as_metric(frechet_distance(*merge_statistics(groups).result(), *reference), interval)
+    if not has_interval:
+        return {name: as_metric(distance(groups))}
+    found = jackknife(groups, distance)
+    low, high = found.interval()
+    return {
+        name: as_metric(found.value, (max(low, 0.0), high)),
+        f"{name}_corrected": as_metric(found.corrected, found.corrected_interval()),
+    }

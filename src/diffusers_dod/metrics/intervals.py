@@ -2,6 +2,7 @@
 """Confidence intervals for any number (jackknife), for means (Student's t) and for shares (Wilson)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
@@ -9,34 +10,83 @@ from scipy import stats
 from ..checks import check_at_least, check_number
 
 
-def jackknife_interval(
-    groups: list, estimate: Callable[[list], float], confidence: float = 0.95
-) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Jackknife:
     """
-    Confidence interval of a non-negative number, by the delete-a-group jackknife (Student's t).
+    A number of samples, what it would be without the bias of few samples, and how far both vary.
 
-    It says how far the number would move with as many other samples. The bias of the number, if it has any, is neither
-    removed nor part of the interval. A bootstrap would repeat samples, which adds a bias.
+    Args:
+        value (`float`): The number.
+        corrected (`float`): The number without its bias of order 1 / n (Quenouille, 1956).
+        error (`float`): Standard error of both.
+        num_groups (`int`): Number of groups that were left out in turn.
+    """
+
+    value: float
+    corrected: float
+    error: float
+    num_groups: int
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """
+        Confidence interval of the number's expected value at this number of samples (Student's t).
+
+        Another set of samples gives a number that lies further away: within sqrt(2) times the width as often.
+
+        Args:
+            confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
+
+        Returns:
+            `tuple[float, float]`: Lower and upper end.
+
+        Raises:
+            `ValueError`: the probability is out of range.
+        """
+        return self._around(self.value, confidence)
+
+    def corrected_interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """
+        Confidence interval of what the number would be with any number of samples (Student's t).
+
+        Args:
+            confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
+
+        Returns:
+            `tuple[float, float]`: Lower and upper end.
+
+        Raises:
+            `ValueError`: the probability is out of range.
+        """
+        return self._around(self.corrected, confidence)
+
+    def _around(self, center: float, confidence: float) -> tuple[float, float]:
+        check_number("confidence", confidence, 0, 1, open_minimum=True, open_maximum=True)
+        margin = float(stats.t.ppf((1 + confidence) / 2, self.num_groups - 1)) * self.error
+        return center - margin, center + margin
+
+
+def jackknife(groups: list, estimate: Callable[[list], float]) -> Jackknife:
+    """
+    Leaves out each group of samples in turn (delete-a-group jackknife).
+
+    A bootstrap would repeat samples, which adds a bias.
 
     Args:
         groups (`list`): The samples in g >= 2 random groups of about the same size. Groups that differ more than by
-            chance, for example by class, make the interval too wide.
+            chance, for example by class, make the error too large.
         estimate (`Callable[[list], float]`): Computes the number from all groups or from all but one.
-        confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
 
     Returns:
-        `tuple[float, float]`: Lower and upper end; the lower one is at least 0.
+        [`Jackknife`].
 
     Raises:
-        `ValueError`: there are fewer than two groups, or an argument is out of range.
+        `ValueError`: there are fewer than two groups.
     """
     check_at_least("len(groups)", len(groups), 2)
-    check_number("confidence", confidence, 0, 1, open_minimum=True, open_maximum=True)
-    value = estimate(groups)
-    without = np.array([estimate(groups[:i] + groups[i + 1 :]) for i in range(len(groups))])
-    error = np.sqrt((len(groups) - 1) * without.var())
-    margin = float(stats.t.ppf((1 + confidence) / 2, len(groups) - 1) * error)
-    return max(0.0, value - margin), value + margin
+    value, number = estimate(groups), len(groups)
+    without = np.array([estimate(groups[:i] + groups[i + 1 :]) for i in range(number)])
+    corrected = float(number * value - (number - 1) * without.mean())
+    return Jackknife(value, corrected, float(np.sqrt((number - 1) * without.var())), number)
 
 
 def mean_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> tuple[float, float]:

@@ -73,19 +73,21 @@ class PrecisionRecall:
         return {"precision": as_metric(self.precision, interval), "recall": as_metric(self.recall)}
 
 
-def _squared_distances(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Squared distances (n, m) between rows (n, d) and (m, d), in float64; distances within rounding are zero."""
+ROUNDING = 1e-12  # of a squared distance, relative to the squared norms; float64 has some 1e-14
+
+
+def _squared_distances(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared distances (n, m) between rows (n, d) and (m, d), in float64, and a bound of their rounding (n, m)."""
     norms = rows.square().sum(dim=1)[:, None] + columns.square().sum(dim=1)
-    distances = torch.addmm(norms, rows, columns.T, alpha=-2)
-    return distances.masked_fill_(distances <= 1e-13 * norms, 0)
+    return torch.addmm(norms, rows, columns.T, alpha=-2), ROUNDING * norms
 
 
 class ReferenceManifold:
     """
     The manifold of a reference (Kynkäänniemi et al., 2019): the union of balls around its members.
 
-    The radius of a ball is the distance to the k-th nearest other member, and its surface belongs to it. Any number of
-    samples can be compared with the manifold.
+    The radius of a ball is the distance to the k-th nearest other member. Its surface belongs to it, and so do points
+    that are as close to it as rounding. Any number of samples can be compared with the manifold.
 
     Args:
         reference (`np.ndarray` of shape `(m, d)`): Features of the reference, m > k.
@@ -123,7 +125,7 @@ class ReferenceManifold:
         for place, block in self._blocks(rows):
             nearest = torch.empty(len(block), 0, dtype=torch.float64, device=self.device)
             for _, others in self._blocks(rows):
-                nearest = torch.cat([nearest, _squared_distances(block, others)], dim=1)
+                nearest = torch.cat([nearest, _squared_distances(block, others)[0]], dim=1)
                 nearest = nearest.topk(min(self.num_neighbors + 1, nearest.shape[1]), largest=False).values
             radii[place] = nearest[:, -1]  # beside k others there is itself, at distance 0
         return radii
@@ -158,7 +160,8 @@ class ReferenceManifold:
         is_recalled = torch.zeros(len(self._rows), dtype=torch.bool, device=self.device)
         for place, block in self._blocks(samples):
             for other_place, others in self._blocks(self._rows):
-                distances = _squared_distances(block, others)
+                distances, rounding = _squared_distances(block, others)
+                distances -= 2 * rounding  # that of the distance and of the radius: a point on a surface is within
                 is_precise[place] |= (distances <= self._radii[other_place]).any(dim=1)
                 is_recalled[other_place] |= (distances <= radii[place, None]).any(dim=0)
         return PrecisionRecall(int(is_precise.sum()), len(samples), int(is_recalled.sum()), len(self._rows))

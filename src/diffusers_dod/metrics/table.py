@@ -52,18 +52,16 @@ METRICS = {
         title="FID",
         of="features",
         needs="statistics",
-        compute=lambda samples, reference, interval: {
-            "fid": as_fid(samples.statistics["features"], reference, interval)
-        },
+        compute=lambda samples, *data: as_fid("fid", samples.statistics["features"], *data),
     ),
+    "fid_corrected": Metric(title="FID, corrected"),
     "sfid": Metric(
         title="sFID",
         of="spatial_features",
         needs="statistics",
-        compute=lambda samples, reference, interval: {
-            "sfid": as_fid(samples.statistics["spatial_features"], reference, interval)
-        },
+        compute=lambda samples, *data: as_fid("sfid", samples.statistics["spatial_features"], *data),
     ),
+    "sfid_corrected": Metric(title="sFID, corrected"),
     "kid": Metric(
         title="KID",
         hub_type="kernel_inception_distance",

@@ -23,6 +23,8 @@ from accelerate import Accelerator
 from diffusers import AutoModel
 
 from ..autoencoders import Autoencoder, check_autoencoder, spatial_factor
+from ..checkpoint_manifest import CHECKPOINT_MANIFEST, check_checkpoint
+from ..checks import abbreviate
 from ..command_line import run_main
 from ..data.buckets import bucket_sizes, encode_buckets
 from ..data.encoding import Share, encode_latents, finish_latents, latent_settings
@@ -90,6 +92,8 @@ def load_autoencoder(path: str | None, device: torch.device, pipeline: str | Non
     path, subfolder = found
     if subfolder is not None:
         logger.info(f"The autoencoder is that of {path}, since `pretrained_vae_name_or_path` is not given.")
+    if subfolder is not None and Path(path, CHECKPOINT_MANIFEST).is_file():
+        check_checkpoint("pretrained_model_name_or_path", Path(path), [subfolder])
     vae = AutoModel.from_pretrained(path, subfolder=subfolder)
     check_autoencoder("pretrained_vae_name_or_path", vae)
     return vae.requires_grad_(False).eval().to(device)
@@ -212,9 +216,13 @@ def main(argv: list[str] | None = None) -> None:
     if options.repa_model_name_or_path is not None:
         vision = VisionFeatures(options.repa_model_name_or_path, accelerator.device)
     latents = encode_data(options.data, accelerator, vae, folder, vision)
-    damaged = [part.folder / name for part in latents.parts for name in find_damaged_shards(part.folder)]
-    if accelerator.is_main_process and damaged:
-        raise ValueError(f"{folder} must hold undamaged shards: remove {damaged} and encode again.")
+    with all_or_none():
+        if accelerator.is_main_process:
+            damaged = [str(part.folder / name) for part in latents.parts for name in find_damaged_shards(part.folder)]
+            if damaged:
+                raise ValueError(
+                    f"{folder} must hold undamaged shards: remove {abbreviate(damaged)} and encode again."
+                )
     size = sum(path.stat().st_size for path in folder.rglob("shard-*.safetensors"))
     logger.info(
         f"{folder}: {len(latents):,} images of {len(latents.manifest['class_names'])} classes, "
