@@ -10,6 +10,7 @@ wrong.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -38,6 +39,7 @@ from diffusers_dod.training.cost import GPUS, PEAK_SHARE, estimate_step
 from diffusers_dod.training.models import build_models, build_optimizer, use_fast_attention
 from diffusers_dod.training.train import Trainer, build_accelerator
 from diffusers_dod.training_options import ModelOptions, OptimizerOptions, TrainingOptions
+from diffusers_dod.transformer_dod import DoDAttention
 
 
 ROOT = Path(__file__).parents[1]
@@ -209,6 +211,7 @@ def check_training(setting: Setting) -> dict[str, Any]:
     for preset in setting.presets:
         for is_compiled in (False, True):
             torch._dynamo.reset()
+            gc.collect()  # of the model before, whose memory is not to count
             if setting.is_cuda:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
@@ -252,7 +255,9 @@ def check_attention(setting: Setting) -> dict[str, Any]:
     for backend in BACKENDS:
         model = _model(preset, setting)
         try:
-            model.transformer.set_attention_backend(backend)
+            for module in model.transformer.modules():
+                if isinstance(module, DoDAttention):  # the model's own method would change that of later models too
+                    module.set_attention_backend(backend)
             actual = _loss_and_gradients(model, batch, setting, is_bf16=True)
         except Exception as error:  # this device, or this version of PyTorch, has no such kernel
             found[backend] = {"error": str(error).splitlines()[0]}
