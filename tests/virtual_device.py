@@ -186,6 +186,8 @@ def _run(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> object:
     on_device = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
     on_cpu = [tensor for tensor in tensors if not isinstance(tensor, DeviceTensor)]
     target = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
+    if func.namespace == "c10d":  # collectives: those of GPUs line up behind what computes their operands
+        return args[0], func(*tree_map(_unwrap, args), **kwargs)[1]
     if name == "is_pinned":
         return tensors[0].untyped_storage()._cdata in _pinned
     if name == "_pin_memory":

@@ -128,7 +128,7 @@ class StopSignal:
         self.accelerator = accelerator
         #: Name of the first signal that this process has received.
         self.name: str | None = None
-        self._flag = torch.zeros((), device=accelerator.device)
+        self._asked: tuple[dist.Work, torch.Tensor] | None = None  # the latest question to all processes
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -151,11 +151,27 @@ class StopSignal:
         """Whether this process has received a signal."""
         return self.name is not None
 
-    def is_received(self) -> bool:
-        """Whether any process has received a signal; all must ask, and all get the same answer."""
+    def is_received(self, at_once: bool = True) -> bool:
+        """
+        Whether any process has received a signal; all must ask, and all get the same answer. No GPU waits for that.
+
+        Args:
+            at_once (`bool`, defaults to `True`):
+                Whether to wait for the others. If not, the answer of several processes is that to the question before,
+                which they have had the time to answer.
+
+        Returns:
+            `bool`: The answer.
+        """
         if self.accelerator.num_processes == 1:
             return self.is_noted()
-        return bool(self.accelerator.reduce(self._flag.fill_(self.is_noted())) > 0)
+        before, flag = self._asked, torch.tensor(float(self.is_noted()))
+        self._asked = dist.all_reduce(flag, group=_waiting_group(dist.group.WORLD), async_op=True), flag
+        answered = self._asked if at_once else before
+        if answered is None:
+            return False
+        answered[0].wait()
+        return bool(answered[1] > 0)
 
 
 class OtherProcessError(RuntimeError):

@@ -6,8 +6,10 @@ one process that sees the joint batch.
 
 import contextlib
 import json
+import os
 import re
 import shutil
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from diffusers_dod import DoDTransformer2DModel, LatentEmbeddingModule, processes
 from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.options import from_values
+from diffusers_dod.processes import StopSignal
 from diffusers_dod.training import train as training
 from diffusers_dod.training.train import main
 from diffusers_dod.training_options import TrainingOptions
@@ -108,6 +111,12 @@ def work(folder: Path) -> None:
     # Some ways to launch two processes run one, and a test of one process would pass.
     assert accelerator.num_processes == torch.distributed.get_world_size() == 2
     rank = accelerator.process_index
+    with StopSignal(accelerator) as stop:
+        assert not stop.is_received(at_once=False)
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        answers = [stop.is_received(at_once=False) for _ in range(2)]  # the first is that to the question before
+        assert answers == [False, True] and stop.is_received() and stop.is_noted() == (rank == 0)
     model = accelerator.prepare(tiny_model())
     assert isinstance(model, torch.nn.parallel.DistributedDataParallel) and not model.find_unused_parameters
     for step, kept in enumerate(KEPT):

@@ -21,6 +21,7 @@ from diffusers_dod.training_options import TrainingOptions
 TINY = "--preset DoD-Desk --train_batch_size 4 --logging_steps 1 --learning_rate 1e-2 --adam_epsilon 1e-3 "
 TINY = (TINY + "--dataset_name textures --num_train_samples 16 --resolution 8 --checkpointing_steps 1").split()
 AVERAGES = "--ema_decay 0.5 0.9 --ema_sigma_rel 0.1 0.2".split()
+RARE = ["--checkpointing_steps", 100]
 NAMES = ("decay-0.9", "sigma-rel-0.1", "sigma-rel-0.2")
 
 
@@ -162,6 +163,17 @@ def test_too_many_of_them_end_the_run_with_a_report(tmp_path, spoil):
     assert report["step"] == 4 and report["stream_positions"] == [12, 16]
     assert report["nonfinite_weights"] == []
     assert report["nonfinite_gradients"] == ["transformer.x_embedder.bias"]
+
+
+def test_they_end_the_run_with_the_next_line(tmp_path, spoil):
+    spoil({1, 2})
+    with pytest.raises(
+        FloatingPointError, match=says("2 steps in a row", "up to step 2", "`max_nonfinite_steps` = 1")
+    ):
+        train(tmp_path / "run", "--max_train_steps", 9, "--max_nonfinite_steps", 1, "--logging_steps", 3, *RARE)
+    report = json.loads((tmp_path / "run" / "nonfinite-step-2.json").read_text())
+    assert report["step"] == 2 and report["stream_positions"] == [4, 8]
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
 @pytest.mark.slow

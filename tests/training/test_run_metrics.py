@@ -21,7 +21,7 @@ def accelerator():
 def add_step(metrics: TrainingMetrics, losses: list[float], num_priors: int, is_finite: bool = True) -> None:
     metrics.add_losses(torch.tensor(losses), torch.tensor([0.1, 0.6, 1.0]), num_priors)
     metrics.add_alignment(torch.tensor([0.5, 0.25, 0.0]), torch.tensor([0.125] * num_priors))
-    metrics.end_step(torch.tensor(4.0), is_finite)
+    metrics.end_step(torch.tensor(4.0), torch.tensor(is_finite))
 
 
 def test_means_have_their_names(tmp_path, accelerator):

@@ -2,6 +2,7 @@
 """Models of a training run and their optimizer."""
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
 from ..conversion import add_prior_projection
 from ..finetuning import difffit_parameters, freeze_all_but
@@ -181,6 +182,24 @@ def build_optimizer(options: OptimizerOptions, model: DoDJointModel) -> torch.op
     for group in groups:
         group["lr"] = torch.tensor(group["lr"])  # a number would be compiled into the step
     return AdamW8bit(groups, **settings)
+
+
+def step_optimizer(optimizer: AcceleratedOptimizer, is_finite: torch.Tensor) -> None:
+    """
+    Makes a step of an optimizer, unless its gradients are not finite: then weights and moments stay as they are.
+
+    Fused AdamW leaves the step out on its device, which nothing waits for; others wait for the device. A scaler of
+    gradients leaves it out itself, and learns from it.
+
+    Args:
+        optimizer (`AcceleratedOptimizer`): The optimizer, with gradients.
+        is_finite (`torch.Tensor` of shape `()`): Whether they are finite, on their device.
+    """
+    is_fused = bool(optimizer.param_groups[0].get("fused"))
+    if optimizer.scaler is None and is_fused:
+        optimizer.optimizer.found_inf = (~is_finite).float()
+    if optimizer.scaler is not None or is_fused or bool(is_finite):
+        optimizer.step()
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:

@@ -96,17 +96,16 @@ class TrainingMetrics:
         self._add("alignment", alignment)
         self._add("prior_alignment", prior_alignment)
 
-    def end_step(self, grad_norm: torch.Tensor, is_finite: bool) -> None:
+    def end_step(self, grad_norm: torch.Tensor, is_finite: torch.Tensor) -> None:
         """
         Ends an optimizer step.
 
         Args:
             grad_norm (`torch.Tensor` of shape `()`): Norm of the step's gradients.
-            is_finite (`bool`): Whether the gradients were finite, so that the step was made.
+            is_finite (`torch.Tensor` of shape `()`): Whether the gradients were finite, so that the step was made.
         """
         self._add("grad_norm", grad_norm)
-        if is_finite:
-            self.sums += self.step_sums
+        self.sums += self.step_sums.masked_fill(~is_finite, 0)
         self.step_sums.zero_()
 
     def pause(self, seconds: float) -> None:

@@ -17,6 +17,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -68,7 +69,8 @@ from .ema import PowerFunctionEMA, WeightAverage, averaged_parameters
 from .encode_latents import load_autoencoder
 from .history import TrainingHistory, values_of_steps
 from .model_card import CARD_FILES, write_model_card
-from .models import build_models, build_optimizer, set_learning_rates, use_fast_attention
+from .models import build_models, build_optimizer, set_learning_rates, step_optimizer, use_fast_attention
+from .nonfinite import NonfiniteCounts, NonfiniteSteps
 from .push import HubPusher, remove_snapshots
 from .run_metrics import EVALUATIONS, TrainingMetrics, append_line, drop_metrics_after
 from .training_data import open_training_data
@@ -120,12 +122,11 @@ def build_accelerator(options: TrainingOptions) -> Accelerator:
     if options.optimizer.optimizer != "adamw" and accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
         raise ValueError(f"`optimizer` must be 'adamw' under FSDP and DeepSpeed, got {options.optimizer.optimizer!r}.")
     if is_deepspeed:
-        accelerator.state.deepspeed_plugin.deepspeed_config.update(
-            {
-                "train_micro_batch_size_per_gpu": options.optimizer.train_batch_size,
-                "gradient_clipping": options.optimizer.max_grad_norm,
-            }
-        )
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = options.optimizer.train_batch_size
+        config["gradient_clipping"] = options.optimizer.max_grad_norm
+        # Its own step would apply gradients of bf16 that are not finite.
+        config["bf16"] = {**config.get("bf16", {}), "check_grad_overflow": True}
     elif accelerator.is_fsdp2:
         # Autocast does the rest. FSDP's own casts would round the times of the samples to bf16.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -209,7 +210,8 @@ class Trainer:
         use_fast_attention(self.joint_model, accelerator.device)
         self.emas = self._build_emas()
         self.stop = StopSignal(accelerator)
-        self.saved_step = self.step = self.num_nonfinite_steps = self.nonfinite_in_a_row = 0
+        self.saved_step = self.step = 0
+        self.nonfinite = NonfiniteSteps(accelerator.device)
         if self.checkpoint is not None:
             self._resume(self.checkpoint, state)
         positions = PositionSampler(
@@ -303,8 +305,9 @@ class Trainer:
             for name, parameter in averaged_parameters(self.joint_model).items()
         ]
         self.saved_step = self.step = state["step"]
-        self.num_nonfinite_steps = state["num_nonfinite_steps"]
-        self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
+        in_a_row = state["nonfinite_in_a_row"]
+        counts = NonfiniteCounts(state["num_nonfinite_steps"], in_a_row, latest=self.step if in_a_row else 0)
+        self.nonfinite = NonfiniteSteps(self.accelerator.device, counts)
         for average in self.emas.values():
             average.optimization_step = self.step
         if self.accelerator.scaler is not None and state["gradient_scaler"] is not None:
@@ -376,12 +379,13 @@ class Trainer:
         optimizer = None if is_deepspeed else self.optimizer  # its shards are in no form that could be taken up
         tensors = gather_training_state(self.joint_model, optimizer, self.other_emas, keep=is_main)
         scaler = self.accelerator.scaler
+        self._check_nonfinite_steps()
         state = {
             "step": self.step,
-            "num_nonfinite_steps": self.num_nonfinite_steps,
+            "num_nonfinite_steps": self.nonfinite.known.total,
             "average": next(iter(self.emas)),
             "history": self.history.state(),
-            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "nonfinite_in_a_row": self.nonfinite.known.in_a_row,
             "gradient_scaler": None if scaler is None else scaler.state_dict(),
             "metrics": self.metrics.state(),
             **self.data.state(),
@@ -432,28 +436,29 @@ class Trainer:
             batch = self._next_batch()
             with accelerator.accumulate(self.model):
                 accelerator.backward(self._forward(batch))
-                is_finite = True
                 if accelerator.sync_gradients:
-                    # Clipping would spread what is not finite.
-                    is_last_chance = self.nonfinite_in_a_row == options.optimizer.max_nonfinite_steps
-                    suspects = self._find_nonfinite_gradients() if is_last_chance else []
+                    suspects = self._find_nonfinite_gradients()  # before clipping, which spreads them
                     grad_norm = self._clip_gradients()
-                    is_finite = bool(torch.isfinite(grad_norm))  # the same on all processes, which share gradients
-                if is_finite or accelerator.scaler is not None:  # which leaves such a step out itself, and learns
-                    self.optimizer.step()
+                    is_finite = torch.isfinite(grad_norm)  # the same on all processes, which share gradients
+                    step_optimizer(self.optimizer, is_finite)
                 self.optimizer.zero_grad(set_to_none=True)
         self.learning_rate = float(self.optimizer.param_groups[0]["lr"])  # of this step
         self.lr_scheduler.step()
         self.step += 1
         self.history.add_step(self.images_per_step)
-        parameters = list(averaged_parameters(self.joint_model).values())
-        for average in self.emas.values():
-            average.step(parameters)
-        if is_finite:
-            self.nonfinite_in_a_row = 0
-        else:
-            self._note_nonfinite_step(float(grad_norm), suspects)
+        # The weights of a step that is left out are those before it, but DeepSpeed's may not be.
+        if accelerator.distributed_type.value != "DEEPSPEED" or bool(is_finite):
+            parameters = list(averaged_parameters(self.joint_model).values())
+            for average in self.emas.values():
+                average.step(parameters)
+        self.nonfinite.add(self.step, is_finite)
+        if self._has_line(self.step):
+            self._check_nonfinite_steps(suspects)
         self.metrics.end_step(grad_norm, is_finite)
+
+    def _has_line(self, step: int) -> bool:
+        """Whether a line of metrics is written after a step, for which all wait for their devices."""
+        return step % self.options.output.logging_steps == 0 or step == self.options.optimizer.max_train_steps
 
     def _clip_gradients(self) -> torch.Tensor:
         """Clips the gradients to `--max_grad_norm`, and returns their norm before clipping."""
@@ -463,33 +468,37 @@ class Trainer:
         return full_tensor(norm)
 
     def _find_nonfinite_gradients(self) -> list[str]:
-        """Finds the names of weights with non-finite gradients."""
+        """Finds the weights whose gradients are not finite, by name, if they may end the run in this step."""
+        is_checked = self._has_line(self.step + 1)
+        if not is_checked or self.nonfinite.read_in_a_row() < self.options.optimizer.max_nonfinite_steps:
+            return []
         gradients = {name: p.grad for name, p in self.joint_model.named_parameters() if p.grad is not None}
-        return [name for name, gradient in gradients.items() if not full_tensor(gradient).isfinite().all()]
+        return find_nonfinite(gradients, self.accelerator)
 
-    def _note_nonfinite_step(self, grad_norm: float, suspects: list[str]) -> None:
-        """Counts a step that was left out, and ends the run with a report if there are too many."""
-        self.num_nonfinite_steps += 1
-        self.nonfinite_in_a_row += 1
-        logger.warning(f"Step {self.step} is left out: the norm of its gradients is {grad_norm}.")
-        if self.nonfinite_in_a_row <= self.options.optimizer.max_nonfinite_steps:
+    def _check_nonfinite_steps(self, suspects: Sequence[str] = ()) -> None:
+        """Says how many steps have been left out, and ends the run with a report if too many followed each other."""
+        before, counts = self.nonfinite.known, self.nonfinite.read()
+        if counts.total > before.total:
+            number = counts.total - before.total
+            logger.warning(f"Left out, as gradients are not finite: {number} step(s) up to step {counts.latest}.")
+        if counts.longest <= self.options.optimizer.max_nonfinite_steps:
             return
         report = {
-            "step": self.step,
-            "stream_positions": [(self.step - 1) * self.images_per_step, self.step * self.images_per_step],
+            "step": counts.latest,
+            "stream_positions": [(counts.latest - 1) * self.images_per_step, counts.latest * self.images_per_step],
             **{
                 f"{name}_sum_and_count": [str(value) for value in self.metrics.step_sum(name)]
                 for name in ("loss_with_prior", "loss_without_prior")
             },
             "nonfinite_weights": find_nonfinite(dict(self.joint_model.named_parameters()), self.accelerator),
-            "nonfinite_gradients": suspects,
+            "nonfinite_gradients": list(suspects),
         }
-        path = self.options.output.output_dir / f"nonfinite-step-{self.step}.json"
+        path = self.options.output.output_dir / f"nonfinite-step-{counts.latest}.json"
         if self.accelerator.is_main_process:
             write_json(path, report)
         raise FloatingPointError(
-            f"The gradients of {self.nonfinite_in_a_row} steps in a row are not finite, up to step {self.step}: more "
-            f"than `max_nonfinite_steps` = {self.options.optimizer.max_nonfinite_steps}. See {path}."
+            f"The gradients of {counts.longest} steps in a row are not finite, up to step {counts.latest}: more than "
+            f"`max_nonfinite_steps` = {self.options.optimizer.max_nonfinite_steps}. See {path}."
         )
 
     def validate(self) -> None:
@@ -573,8 +582,8 @@ class Trainer:
                 self.train_step()
                 progress.update()
                 is_last = self.step == options.optimizer.max_train_steps
-                is_stopped = stop.is_received()
-                if self.step % options.output.logging_steps == 0 or is_last:
+                is_stopped = stop.is_received(at_once=False)
+                if self._has_line(self.step):
                     line = self.metrics.write(self.step, self.learning_rate)
                     loss = math.nan if line["loss"] is None else line["loss"]
                     progress.set_postfix(loss=f"{loss:.4f}", images_per_s=line["images_per_second"])

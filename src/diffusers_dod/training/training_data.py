@@ -24,6 +24,7 @@ from ..data.latents import Latents, check_settings, images_of
 from ..data.sample_stream import PositionSampler, SampleDraws, TrainingSamples, collate_priors_first
 from ..data.streaming import ImageStream, build_stream_loader, open_stream
 from ..data.vision_features import VisionFeatures
+from ..devices import send
 from ..processes import outlive_stop_signals
 from ..training_options import TrainingOptions
 from .encode_latents import encode_data, open_labelled_images
@@ -138,7 +139,7 @@ class TrainingData(ABC):
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {
-            name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            name: send(value, self.device) if isinstance(value, torch.Tensor) else value
             for name, value in batch.items()
         }
 
