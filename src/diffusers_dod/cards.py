@@ -399,6 +399,7 @@ def fill_card(
     if run is not None and images_per_step and num_images is None:
         time = _training_time(run / METRICS_FILE, images_per_step)
     drawn = [] if run is None else sorted((run / "samples").glob("step-*.png"))
+    drawn = [path for path in drawn if int(path.stem.removeprefix("step-")) <= step]  # later ones are abandoned
     card = ModelCard.from_template(
         _metadata(options, name, results, texts),
         template_path=TEMPLATE,

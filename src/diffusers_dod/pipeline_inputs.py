@@ -176,7 +176,7 @@ def _take_as_it_is(image: Any, shape: tuple[int, int, int]) -> torch.Tensor | No
     """Converts an array or a tensor of this shape (C, H, W) to pixels in [-1, 1]; `None` for anything else."""
     if not isinstance(image, (np.ndarray, torch.Tensor)) or image.ndim != 3:
         return None
-    tensor = image if isinstance(image, torch.Tensor) else torch.as_tensor(image).permute(2, 0, 1)
+    tensor = image if isinstance(image, torch.Tensor) else torch.tensor(image.copy()).permute(2, 0, 1)
     is_known = tensor.dtype == torch.uint8 or (
         tensor.is_floating_point() and bool(((tensor >= 0) & (tensor <= 1)).all())
     )
