@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 
 from diffusers_dod import DoDPipeline, DoDTransformer2DModel, LatentEmbeddingModule
 from diffusers_dod.checkpoint_manifest import STATE_FOLDER
+from diffusers_dod.data.sample_stream import TrainingSamples
 from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.options import parse_options
 from diffusers_dod.training import posthoc_ema
+from diffusers_dod.training.run_metrics import TrainingMetrics
 from diffusers_dod.training.train import Trainer
 from diffusers_dod.training_options import TrainingOptions
 
@@ -232,6 +234,28 @@ def spoil_average(averaged_pipeline):
 
 
 # -------------------------------------------------------------------------------------------------------------- speed
+
+
+def test_the_next_batch_is_read_before_a_line_is_written(tmp_path, monkeypatch):
+    read, seen, write, getitem = [], [], TrainingMetrics.write, TrainingSamples.__getitem__
+    monkeypatch.setattr(TrainingSamples, "__getitem__", lambda self, i: read.append(i) or getitem(self, i))
+    monkeypatch.setattr(TrainingMetrics, "write", lambda *args: seen.append(len(read)) or write(*args))
+    train(tmp_path / "run", "--max_train_steps", 3, *RARE)
+    assert seen == [8, 12, 12]  # batches of 4
+
+
+def test_an_error_of_the_data_costs_no_checkpoint_before_it(tmp_path, monkeypatch):
+    getitem = TrainingSamples.__getitem__
+
+    def damaged(self, position):
+        if position >= 8:  # the third step
+            raise OSError("damaged")
+        return getitem(self, position)
+
+    monkeypatch.setattr(TrainingSamples, "__getitem__", damaged)
+    with pytest.raises(OSError, match="damaged"):
+        train(tmp_path / "run", "--max_train_steps", 4)
+    assert (tmp_path / "run" / "checkpoint-2").exists()
 
 
 @pytest.mark.slow

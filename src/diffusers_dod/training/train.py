@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -230,6 +231,7 @@ class Trainer:
             self.step,
             state.get("metrics"),
         )
+        self._ahead: dict[str, Any] | Exception | None = None  # what has been read of the next pass
         self.batches = self.data.batches(
             self._build_draws(),
             positions,
@@ -408,11 +410,23 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------- steps
 
+    def _read_ahead(self) -> None:
+        """Reads the next micro-batch, if that is still to be done, and starts its copy to the device."""
+        if self._ahead is not None:
+            return
+        wait_start = time.perf_counter()
+        try:
+            self._ahead = self.data.to_device(next(self.batches))
+        except Exception as error:  # of a step that may come after a checkpoint
+            self._ahead = error
+        self.metrics.data_seconds += time.perf_counter() - wait_start
+
     def _next_batch(self) -> dict[str, torch.Tensor | int]:
         """Arguments of the model's next pass, on its device."""
-        wait_start = time.perf_counter()
-        batch = next(self.batches)
-        self.metrics.data_seconds += time.perf_counter() - wait_start
+        self._read_ahead()
+        batch, self._ahead = self._ahead, None
+        if isinstance(batch, Exception):
+            raise batch
         return self.data.to_inputs(batch)
 
     def _forward(self, batch: dict[str, torch.Tensor | int]) -> torch.Tensor:
@@ -583,6 +597,8 @@ class Trainer:
                 progress.update()
                 is_last = self.step == options.optimizer.max_train_steps
                 is_stopped = stop.is_received(at_once=False)
+                if not is_last and not is_stopped:  # before anything waits for the device
+                    self._read_ahead()
                 if self._has_line(self.step):
                     line = self.metrics.write(self.step, self.learning_rate)
                     loss = math.nan if line["loss"] is None else line["loss"]

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """Training data of a run: latents on disk, or images that are read and encoded while the model trains."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
@@ -88,13 +89,28 @@ class TrainingData(ABC):
             `ValueError`: the data or the state do not fit the other arguments.
         """
 
+    def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """
+        Starts the copy of a micro-batch to the device, which nothing waits for.
+
+        Args:
+            batch (`dict`): A micro-batch from [`TrainingData.batches`].
+
+        Returns:
+            `dict`: The same for [`TrainingData.to_inputs`].
+        """
+        return {
+            name: send(value, self.device) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+
     @abstractmethod
     def to_inputs(self, batch: dict[str, Any]) -> dict[str, torch.Tensor | int]:
         """
         Moves a micro-batch to the device, encodes images if needed, and computes features that are not stored.
 
         Args:
-            batch (`dict`): A micro-batch from [`TrainingData.batches`].
+            batch (`dict`): A micro-batch from [`TrainingData.batches`] or [`TrainingData.to_device`].
 
         Returns:
             `dict`: Arguments of [`DoDJointModel`], with `features` in steps that align tokens.
@@ -102,7 +118,7 @@ class TrainingData(ABC):
 
     def state(self) -> dict[str, Any]:
         """
-        Position of the data behind the last micro-batch; all processes must call it.
+        Position of the data behind the latest micro-batch of [`TrainingData.to_inputs`]; all processes must call it.
 
         Returns:
             `dict`: The state, ready for JSON. It is empty if the step alone gives the position.
@@ -136,12 +152,6 @@ class TrainingData(ABC):
                     f"The latents must have sides that are multiples of the model's patch size {patch_size}, "
                     f"got {shape}."
                 )
-
-    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: send(value, self.device) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-        }
 
 
 class StoredLatents(TrainingData):
@@ -227,7 +237,7 @@ class StoredLatents(TrainingData):
         }
 
     def to_inputs(self, batch: dict[str, Any]) -> dict[str, torch.Tensor | int]:
-        inputs = self._to_device(batch)
+        inputs = self.to_device(batch)
         if "pixels" in inputs:
             inputs["features"] = self.vision(inputs.pop("pixels"))
         return inputs
@@ -313,14 +323,16 @@ class StreamedImages(TrainingData):
         return self._follow(loader, num_aligned_steps * positions.accumulation)
 
     def _follow(self, loader: Iterator[dict[str, Any]], num_aligned: int) -> Iterator[dict[str, Any]]:
-        """Yields the batches of a loader, and moves the state behind each; the first batches are aligned."""
+        """Yields the batches of a loader, with the state behind each; the first batches are aligned."""
+        position = copy.deepcopy(self._position)
         for batch in loader:
-            self._position.update(batch)
-            yield {**batch, "is_aligned": self._position.num_batches <= num_aligned}
+            position.update(batch)
+            yield {**batch, "is_aligned": position.num_batches <= num_aligned, "position": copy.deepcopy(position)}
 
     @torch.no_grad()
     def to_inputs(self, batch: dict[str, Any]) -> dict[str, torch.Tensor | int]:
-        inputs = self._to_device(batch)
+        inputs = self.to_device(batch)
+        self._position = inputs.pop("position")
         pixels, posterior_noise = inputs.pop("pixels"), inputs.pop("posterior_noise")
         mean, std = encode_moments(pixels, self.vae)
         inputs["latents"] = mean if std is None else mean + std * posterior_noise
