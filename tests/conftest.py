@@ -29,6 +29,18 @@ def no_grad():
         yield
 
 
+@pytest.fixture
+def fresh_compiler():
+    """No graphs from other tests, and none for them. One graph more than a model may have is an error."""
+    import torch
+
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory):
     """`datasets` keeps what it has read of a folder; each module has a place of its own for that."""

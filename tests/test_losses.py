@@ -414,3 +414,27 @@ def test_alignment_is_learned():
         history.append(torch.stack([loss, alignment, prior_alignment]).detach())
     first, last = history[0], history[-1]
     assert last[0] < first[0] and (last[1:] < first[1:] - 0.3).all(), (first, last)
+
+
+# ------------------------------------------------------------------------------------------------------- compilation
+
+
+@pytest.mark.slow
+def test_compiled_blocks_have_few_graphs_over_all_batches(fresh_compiler):
+    """Steps with batches of two sizes, any number of priors and latents of four shapes; a graph break is an error."""
+    model = joint_model().train()
+    for part in (model.transformer, model.latent_embedder):
+        part.compile_repeated_blocks(backend="eager", fullgraph=True)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(24):
+        batch_size = (6, 4)[step // 12]
+        num_priors = int(torch.randint(batch_size + 1, (), generator=generator))
+        shape = [(8, 8), (4, 16), (16, 4), (6, 10)][step % 4]
+        latents = torch.randn(batch_size, 4, *shape, generator=generator)
+        labels = torch.zeros(batch_size, dtype=torch.int64)
+        loss = model(latents, torch.randn_like(latents), torch.rand(batch_size), labels, num_priors)
+        loss.mean().backward()
+        assert torch.isfinite(loss).all()
+    # No prior, one, some, all but one or all, before and after the size of the batch is a symbol; one or some of them
+    # in the embedder; and the first ones, whose sizes are numbers.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 18

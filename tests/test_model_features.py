@@ -430,13 +430,6 @@ def test_fused_projections_are_one_layer(name):
 # Compilation
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 @every_case
 @torch.no_grad()
 def test_compiles_as_one_graph_and_only_once(name, fresh_compiler):

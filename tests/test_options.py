@@ -56,6 +56,7 @@ class Source:
     name: str | None = option(None, is_place=True, help="Name of the data.")
     kind: str = option("large", choices=("large", "small"), help="Which images.")
     stream: bool = option(False, help="Stream them.")
+    crop: bool | None = option(None, help="Crop them; by default large ones.")
     classes: Path | None = option(None, needs="stream", help="File of class names.")
     shard_size: int = option(16, at_least=1, excludes="stream", help="Images of a shard.")
 
@@ -250,6 +251,15 @@ def test_a_recipe_gives_options_and_the_command_takes_their_place(tmp_path):
     changed = parse(*argv, "--decays", 0.5, "--kind", "large")
     assert changed.rates == Rates(learning_rate=1e-3, decays=(0.5,), warmup=3) and changed.source.kind == "large"
     assert parse(*write(tmp_path, "stream: false\n")).source.stream is False
+    assert parse(*write(tmp_path, "stream: true\n"), "--no-stream").source.stream is False
+
+
+def test_a_flag_may_be_left_to_the_command(tmp_path, capsys):
+    assert [parse(*argv).source.crop for argv in ([], ["--crop"], ["--no-crop"])] == [None, True, False]
+    assert parse(*write(tmp_path, "crop: false\n")).source.crop is False
+    for argv in ([], ["--crop"], ["--no-crop"]):
+        assert parse_options(Options, to_argv(parse(*argv))) == parse(*argv)
+    assert "--no-kind" in error_of(capsys, *write(tmp_path, "kind: no\n"))  # a word in YAML, if it is not quoted
 
 
 @pytest.mark.parametrize(

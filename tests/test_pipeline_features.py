@@ -1,5 +1,6 @@
 """What Diffusers promises of a pipeline, for one whose stages share a transformer: caches, offloading, LoRA, ..."""
 
+import itertools
 import re
 
 import accelerate
@@ -19,7 +20,8 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
 from helpers import assert_near, says, tiny_latent_embedder, tiny_pipeline, tiny_transformer, tiny_vae
 
-from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline
+from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, Guidance
+from diffusers_dod.guidance import NULL_CONDITIONS
 
 
 LABELS = [1, 3]
@@ -798,3 +800,28 @@ def test_faster_cache_is_refused_where_it_would_split_the_batch(pipe):
 def test_components_and_parameters_make_the_same_pipeline(pipe):
     other = DoDPipeline(**pipe.components, **pipe.parameters)
     assert other.id2label == pipe.id2label and dict(other.config) == dict(pipe.config)
+
+
+# ------------------------------------------------------------------------------------------------------- compilation
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_blocks_have_few_graphs_over_all_calls(pipe, fresh_compiler):
+    """Every guidance, three batches and two sizes, with and without guidance; a graph break is an error."""
+    weak = tiny_transformer(num_layers=1)
+    for part in (pipe.transformer, pipe.latent_embedder, weak):
+        part.compile_repeated_blocks(backend="eager", fullgraph=True)
+    guidances = [
+        *(Guidance(null_condition=name) for name in NULL_CONDITIONS),
+        Guidance(prior_scale=3.0),
+        Guidance(channels=3, power=2.0, rescale=0.5, interval=(0.3, 0.7)),
+        Guidance(cosine_threshold=0.5),
+        Guidance(transformer=weak),
+    ]
+    for labels, side in itertools.product([[1], [1, 3, 5], [0, 1, 2, 3, 4, 5]], [16, 24]):
+        for guidance, scale in [(None, 1.0), *((guidance, [2.0, 2.0]) for guidance in guidances)]:
+            call = {"guidance": guidance, "guidance_scale": scale, "height": side, "width": side}
+            sample(pipe, labels, schedulers="heun", **call)
+        sample(pipe, labels, schedulers="dopri5", height=side, width=side)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 20

@@ -452,13 +452,6 @@ def test_bad_values_are_refused_and_change_nothing(kwargs, error, fragments):
 # ------------------------------------------------------------------------------------------------------- compilation
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @every_mode
 @both_positions
 def test_one_graph_serves_every_larger_grid(positions, mode, fresh_compiler):

@@ -19,7 +19,13 @@ from helpers import fresh_accelerator, says
 from launch import PATIENCE_S, started, tail, torchrun, wait_until
 from torch.utils.data import DataLoader
 
-from diffusers_dod.processes import StopSignal, check_processes, end_with_launcher, outlive_stop_signals
+from diffusers_dod.processes import (
+    StopSignal,
+    check_processes,
+    choose_num_workers,
+    end_with_launcher,
+    outlive_stop_signals,
+)
 from diffusers_dod.training.checkpoints import find_latest_checkpoint
 from diffusers_dod.training.train import main
 
@@ -273,3 +279,14 @@ def test_configurations_are_what_accelerate_reads(path):
 
 def test_all_ways_have_a_configuration():
     assert [path.stem for path in CONFIGS] == ["ddp", "deepspeed_zero2", "fsdp2", "multi_node"]
+
+
+def test_workers_of_a_gpu_share_the_cores(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(24)), raising=False)
+    assert [choose_num_workers(None, cuda, num_processes) for num_processes in (1, 4, 24, 32)] == [8, 6, 1, 0]
+    assert [choose_num_workers(number, cuda, 1) for number in (0, 20)] == [0, 20]
+    assert [choose_num_workers(number, cpu, 1) for number in (None, 3)] == [0, 3]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # of 32 on four machines
+    assert choose_num_workers(None, cuda, 32) == 3

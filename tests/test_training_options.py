@@ -16,10 +16,12 @@ from diffusers_dod.data.labelled_images import ImageOptions
 from diffusers_dod.options import (
     build_parser,
     find_errors,
+    from_values,
     list_options,
     parse_options,
     read_recipe,
     replace_values,
+    to_recipe,
     to_values,
 )
 from diffusers_dod.training_options import DataOptions, OutputOptions, TrainingOptions
@@ -52,7 +54,7 @@ OUT_OF_RANGE = {
     "resolution": {0: ">= 1"},
     "max_aspect_ratio": {0.5: "[1, inf)"},
     "shard_size": {0: ">= 1"},
-    "dataloader_num_workers": {-1: ">= 0"},
+    "dataloader_num_workers": {-1: "[0, 1024]"},
     "encoding_batch_size": {0: ">= 1"},
     "seed": {-1: "[0, 18446744073709551616)", 2**64: "[0, 18446744073709551616)"},
     "patch_size": {0: ">= 1"},
@@ -215,3 +217,14 @@ def test_recipes_without_an_embedder_say_nothing_of_it():
     for name in ("fitv2-b-imagenet256", "fitv2-xl-imagenet256"):
         options = read_recipe(ROOT / f"training/recipes/{name}.yaml")
         assert "--num_latent_tokens" not in options and "--prior_dropout_prob" not in options
+
+
+def test_what_is_left_to_the_device():
+    """On CUDA all is fast that can be; what was asked for stays, and a CPU changes nothing."""
+    undecided = from_values(TrainingOptions, {"output_dir": Path("run")})
+    assert undecided.for_device("cpu") == undecided
+    chosen = undecided.for_device("cuda")
+    assert chosen.precision.compile is True and chosen.dropout.exact_dropout is True
+    off = replace_values(undecided, compile=False, exact_dropout=False)
+    assert off.for_device("cuda") == off
+    assert to_recipe(chosen) == {"compile": True, "exact_dropout": True}  # which another device would not choose

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from golden_data import CONFIG, SHAPES, golden, golden_model, timestep_of
 from helpers import says
 
@@ -142,6 +143,23 @@ def test_a_scalar_timestep_serves_the_whole_batch(model):
     expected = model(latents, torch.full((3,), 250.0), labels).sample
     assert torch.equal(model(latents, 250.0, labels).sample, expected)
     assert torch.equal(model(latents, torch.tensor(250), labels, return_dict=False)[0], expected)
+
+
+def test_the_time_embedding_knows_no_tf32():
+    """Nothing tells on a CPU but the way around it: products of fp64, rounded once."""
+    timesteps = torch.arange(0, 1001, 50, dtype=torch.float32)
+    model = golden_model().time_embed
+    features = get_timestep_embedding(timesteps / 1000, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        embedded = model.mlp.linear_1(features)
+        assert torch.compile(model, backend="eager", fullgraph=True)(timesteps).dtype == torch.float32
+    finally:
+        torch.set_float32_matmul_precision(before)
+    linear = model.mlp.linear_1.double()
+    expected = torch.nn.functional.linear(features.double(), linear.weight, linear.bias)
+    assert torch.equal(embedded, expected.float())
 
 
 def test_the_time_embedding_computes_in_fp32_under_bf16(tmp_path):

@@ -19,6 +19,9 @@ from .checks import abbreviate, to_plain
 from .records import StrictConfigMixin, check_safetensors_header
 
 
+RECOMPILE_LIMIT = 64  # graphs of the blocks of a model
+
+
 @contextmanager
 def without_local_paths(objects: Sequence[ConfigMixin]) -> Iterator[None]:
     """Removes from the configs of `objects`, within the context, the local path that they were loaded from."""
@@ -126,6 +129,20 @@ class DoDModelMixin(StrictConfigMixin, ModelMixin, ConfigMixin):
         given = [given] if isinstance(given, str) else list(given)
         values[name] = list(dict.fromkeys([*given, *cls._skip_quantization_modules]))
         return quantization_config
+
+    def compile_repeated_blocks(self, *args: Any, recompile_limit: int = RECOMPILE_LIMIT, **kwargs: Any) -> None:
+        """
+        Compiles the repeated blocks as `ModelMixin.compile_repeated_blocks` does, for more kinds of batches.
+
+        All blocks of a model share their graphs. Batches without priors, with one, some or all of them have graphs of
+        their own, and so have the first sizes, before sizes become symbols. With PyTorch's own limit of 8, blocks
+        would silently run without compilation from the ninth kind of batch on.
+
+        Args:
+            recompile_limit (`int`, defaults to 64): Number of graphs of the blocks.
+            args, kwargs: Passed on to `torch.compile`.
+        """
+        super().compile_repeated_blocks(*args, recompile_limit=recompile_limit, **kwargs)
 
     def register_to_config(self, **kwargs: Any) -> None:
         """

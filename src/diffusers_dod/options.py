@@ -15,7 +15,8 @@ Options of a command, declared once: a field of a dataclass has type, default, h
     options = parse_options(TrainingOptions)  # --ema_decay 0.9 0.99
     options.average.ema_decay  # (0.9, 0.99)
 
-A field of type `bool` is a flag, a tuple takes several values, and a field whose type is such a dataclass is a group.
+A field of type `bool` is a flag, which `--no-NAME` switches off again; without a default it may also be `None`, for
+what the command decides. A tuple takes several values, and a field whose type is such a dataclass is a group.
 Names of options are those of fields, without that of their group: no two groups of a command share one. A method
 `find_conflicts` of a dataclass may return messages about options that do not fit each other.
 """
@@ -372,7 +373,7 @@ def _add_option(parser: argparse._ActionsContainer, field: OptionField) -> None:
     option = field.option
     arguments: dict[str, Any] = {"help": _help(field)}
     if field.type is bool:
-        arguments["action"] = "store_true"
+        arguments["action"] = argparse.BooleanOptionalAction
     else:
         choices = None if option.choices is None else list(option.choices)
         arguments |= {"type": field.type, "choices": choices, "nargs": field.nargs, "metavar": option.metavar}
@@ -381,7 +382,8 @@ def _add_option(parser: argparse._ActionsContainer, field: OptionField) -> None:
         parser.add_argument(field.name, **arguments)
     else:
         names = [f"--{name}" for name in (field.name, *option.aliases)]
-        parser.add_argument(*names, dest=field.name, required=field.default is MISSING, **arguments)
+        action = parser.add_argument(*names, dest=field.name, required=field.default is MISSING, **arguments)
+        action.default = arguments.get("default", field.default)  # only now, as older Pythons add it to the help
 
 
 def _help(field: OptionField) -> str:
@@ -446,11 +448,11 @@ def to_argv(options: Any) -> list[str]:
     positional: list[str] = []
     named: list[str] = []
     for name, value in find_given(options).items():
-        words = [] if value is True else list(map(str, value if isinstance(value, tuple) else (value,)))
+        words = [] if isinstance(value, bool) else list(map(str, value if isinstance(value, tuple) else (value,)))
         if known[name].option.is_positional:
             positional += words
         else:
-            named += [f"--{name}", *words]
+            named += [f"--no-{name}" if value is False else f"--{name}", *words]
     return positional + named
 
 
@@ -462,7 +464,8 @@ def read_recipe(path: Path) -> list[str]:
     Reads options from a file.
 
     Args:
-        path (`Path`): A YAML file that maps names of options to values; `true` sets a flag, lists are several values.
+        path (`Path`): A YAML file that maps names of options to values; `true` sets a flag and `false`
+            switches it off, lists are several values.
 
     Returns:
         `list[str]`: The same options as arguments of a command.
@@ -484,9 +487,10 @@ def read_recipe(path: Path) -> list[str]:
             raise ValueError(
                 f"`config` must map names of options to values, got {shown(name)}: {shown(value)} in {path}."
             )
-        if value is False:
-            continue
-        argv += [f"--{name}"] if value is True else [f"--{name}", *(str(entry) for entry in values)]
+        if isinstance(value, bool):
+            argv.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            argv += [f"--{name}", *(str(entry) for entry in values)]
     return argv
 
 

@@ -189,6 +189,38 @@ def end_processes(accelerator: Accelerator) -> None:
     _waiting_group.cache_clear()
 
 
+def choose_num_workers(num_workers: int | None, device: torch.device, num_processes: int) -> int:
+    """
+    Chooses how many processes read data for this one.
+
+    Args:
+        num_workers (`int` or `None`): The number that was asked for.
+        device (`torch.device`): Device that waits for the data.
+        num_processes (`int`): Number of processes, all on this machine unless the launcher says otherwise.
+
+    Returns:
+        `int`: That number; without one 0 for a CPU, and for a GPU its share of the cores, up to 8.
+    """
+    if num_workers is not None or device.type == "cpu":
+        return num_workers or 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)))
+
+
+def worker_settings(num_workers: int) -> dict[str, Any]:
+    """
+    Settings of a `DataLoader` whose workers outlive the signals that stop a run.
+
+    Args:
+        num_workers (`int`): Number of workers.
+
+    Returns:
+        `dict`: Arguments by name. Each worker holds four batches ready.
+    """
+    settings: dict[str, Any] = {"num_workers": num_workers, "worker_init_fn": outlive_stop_signals}
+    return settings | ({"persistent_workers": True, "prefetch_factor": 4} if num_workers > 0 else {})
+
+
 def outlive_stop_signals(worker_id: int) -> None:
     """
     Makes a worker of a `DataLoader` ignore the signals that stop a run, unless its own process sends them.

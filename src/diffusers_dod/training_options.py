@@ -10,7 +10,7 @@ from .compute import OPTIMIZERS, TrainingStep
 from .data.encoding import EncodingOptions
 from .data.labelled_images import ImageOptions
 from .finetuning import TRAINABLE_PARAMETERS
-from .options import option
+from .options import option, replace_values
 from .presets import PRESETS
 from .processes import DISTRIBUTED_TYPES
 
@@ -24,6 +24,19 @@ def check_is_file(name: str, path: Path) -> None:
     """Raises a `ValueError` that names the argument `name` unless `path` is a file."""
     if not path.is_file():
         raise ValueError(f"`{name}` must be a file, got {path}.")
+
+
+# Backends of Diffusers with a backward pass that take no code from the Hub.
+ATTENTION_BACKENDS = (
+    "native",
+    "_native_cudnn",
+    "_native_efficient",
+    "_native_flash",
+    "_native_math",
+    "flash",
+    "_flash_3",
+    "flex",
+)
 
 
 def find_mixed_folders(images: ImageOptions, name: str, folder: Path | None) -> list[str]:
@@ -221,8 +234,10 @@ class DropoutOptions:
 
     label_dropout_prob: float = option(0.1, at_least=0, at_most=1, help="Share of samples of the null class.")
     prior_dropout_prob: float = option(0.5, at_least=0, at_most=1, help="Share p_s of samples without a prior.")
-    exact_dropout: bool = option(
-        False, help="Drop exactly these shares of the samples of each optimizer step, not each sample on its own."
+    exact_dropout: bool | None = option(
+        None,
+        help="Drop exactly these shares, of classes in each optimizer step and of priors in each micro-batch, so that "
+        "all processes have equal work; not each sample on its own, as in the paper. By default on CUDA only.",
     )
 
 
@@ -248,7 +263,15 @@ class PrecisionOptions:
         "and bf16 is better.",
     )
     allow_tf32: bool = option(False, help="TF32 matrix products on NVIDIA GPUs.")
-    compile: bool = option(False, help="Compile the repeated blocks of both models.")
+    attention_backend: str | None = option(
+        None,
+        choices=ATTENTION_BACKENDS,
+        help="Diffusers' backend of attention in training; by default PyTorch chooses, on CUDA without cuDNN, which "
+        "makes a plan for each new shape.",
+    )
+    compile: bool | None = option(
+        None, help="Compile the repeated blocks of both models, by default on CUDA only (where it needs Triton)."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +284,11 @@ class ProcessOptions:
 
     num_processes: int | None = option(None, at_least=1, help="Number of processes.")
     distributed_type: str | None = option(None, choices=DISTRIBUTED_TYPES, help="Kind of processes.")
+    gradient_dtype: str = option(
+        "fp32",
+        choices=("fp32", "bf16"),
+        help="Data type in which processes exchange gradients; bf16 is half as much, for slow networks.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -415,6 +443,20 @@ class TrainingOptions:
                 f"`repa_layer` must be at most the {num_layers} blocks of the preset, got {alignment.repa_layer}."
             )
         return found
+
+    def for_device(self, device_type: str) -> "TrainingOptions":
+        """
+        Decides what is left to the device.
+
+        Args:
+            device_type (`str`): Type of the device that trains, such as `"cuda"`.
+
+        Returns:
+            [`TrainingOptions`]: On CUDA, with the values of options that are fast there. On a CPU `None` is off.
+        """
+        values = {"compile": self.precision.compile, "exact_dropout": self.dropout.exact_dropout}
+        undecided = [name for name, value in values.items() if value is None and device_type == "cuda"]
+        return replace_values(self, **dict.fromkeys(undecided, True))
 
     @property
     def training_step(self) -> TrainingStep:

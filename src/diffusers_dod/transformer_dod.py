@@ -257,13 +257,20 @@ class DoDRotaryPosEmbed(nn.Module):
         return torch.cat(parts, dim=1)
 
 
+@torch.compiler.assume_constant_result
+def _is_tf32_allowed() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 class FP32Linear(nn.Linear):
-    """A Linear that computes in at least fp32, whatever the dtype of its weights."""
+    """A Linear that computes in at least fp32, whatever the dtype of its weights, and never in TF32."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Maps `input` (..., in_features) to (..., out_features) in fp32, or in fp64 if the weights are fp64."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return F.linear(input.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        # There is no TF32 in products of fp64, and these are small.
+        exact = torch.float64 if input.device.type in ("cpu", "cuda") and _is_tf32_allowed() else dtype
+        return F.linear(input.to(exact), self.weight.to(exact), self.bias.to(exact)).to(dtype)
 
 
 class DoDTimestepEmbedding(nn.Module):
@@ -665,7 +672,8 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
             pos_interpolation_decoupled=self.config.pos_interpolation_decoupled,
         )
         hidden_states = hidden_states.to(self.x_embedder.weight.dtype)
-        hidden_states = self.x_embedder(patchify(hidden_states, patch_size))  # (B, T, d)
+        # A copy, as compiled blocks would be compiled once more for the view that a Linear returns.
+        hidden_states = self.x_embedder(patchify(hidden_states, patch_size)).clone()  # (B, T, d)
         conditioning = self._conditioning(timestep, class_labels, prior_embeds, hidden_states.dtype)
         global_modulation = self.adaln_global(conditioning)
         num_priors = 0 if prior_embeds is None else prior_embeds.shape[0]

@@ -1,5 +1,6 @@
 """The stream of training samples as a function of (seed, position)."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -250,7 +251,7 @@ def test_a_resumed_sampler_goes_on_where_it_stopped(start_step):
 # Exact shares
 
 
-@pytest.mark.parametrize(("size", "dropped_labels", "dropped_priors"), [(10, 1, 5), (8, 1, 4), (7, 1, 4)])
+@pytest.mark.parametrize(("size", "dropped_labels", "dropped_priors"), [(10, 1, 5), (20, 2, 10), (30, 3, 15)])
 def test_exact_shares_of_each_group_are_dropped(size, dropped_labels, dropped_priors):
     stream = TrainingSamples(NumberedLatents(), SampleDraws(NUM_CLASSES, seed=3, exact_dropout_size=size))
     patterns = set()
@@ -261,6 +262,27 @@ def test_exact_shares_of_each_group_are_dropped(size, dropped_labels, dropped_pr
         assert (sum(labels), sum(priors)) == (dropped_labels, dropped_priors)
         patterns.add((tuple(labels), tuple(priors)))
     assert len(patterns) > 3  # others in each group
+
+
+@pytest.mark.parametrize("micro_batch_size", [2, 3, 6])
+def test_every_micro_batch_of_a_step_drops_as_many_priors(micro_batch_size):
+    """A share that is no whole number is rounded up or down for the whole step, so that it is met on average."""
+    draws = SampleDraws(
+        NUM_CLASSES, 3, prior_dropout_prob=0.4, exact_dropout_size=12, micro_batch_size=micro_batch_size
+    )
+    drops = torch.tensor([draws(position).drops_prior for position in range(12 * 100)])
+    counts = drops.reshape(100, -1, micro_batch_size).sum(dim=2)
+    assert (counts == counts[:, :1]).all()
+    share = 0.4 * micro_batch_size
+    assert set(counts.flatten().tolist()) == {math.floor(share), math.ceil(share)}
+    assert abs(counts.double().mean().item() - share) < 0.15  # 3 standard errors of a fair coin
+    assert len({tuple(row) for row in drops.reshape(-1, micro_batch_size).tolist()}) > 2
+
+
+def test_classes_are_dropped_on_average_where_a_step_is_small():
+    """A tenth of 4 samples, rounded, would be no sample ever."""
+    draws = SampleDraws(NUM_CLASSES, 3, exact_dropout_size=4)
+    assert 0.07 < sum(draws(position).drops_label for position in range(1000)) / 1000 < 0.13
 
 
 def test_exact_shares_change_nothing_else():
@@ -299,6 +321,7 @@ def test_time_of_another_distribution():
         ({"label_dropout_prob": 1.1}, ValueError, ["[0, 1]", "got 1.1"]),
         ({"prior_dropout_prob": float("nan")}, ValueError, ["[0, 1]", "got nan"]),
         ({"exact_dropout_size": 0}, ValueError, [">= 1", "got 0"]),
+        ({"micro_batch_size": 4, "exact_dropout_size": 6}, ValueError, ["divide 6", "got 4"]),
         ({"logit_mean": float("inf")}, ValueError, ["finite", "got inf"]),
         ({"logit_std": -1.0}, ValueError, ["[0, inf)", "got -1.0"]),
         ({"time_shift": 0.0}, ValueError, ["(0, inf)", "got 0.0"]),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import contents, run_trainer, says
+from helpers import contents, run_trainer, says, tiny_latent_embedder, tiny_transformer
 from safetensors.torch import load_file
 
 from diffusers_dod import DoDPipeline, DoDTransformer2DModel, LatentEmbeddingModule
@@ -15,9 +15,11 @@ from diffusers_dod.data.sample_stream import TrainingSamples
 from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.options import parse_options
 from diffusers_dod.training import posthoc_ema
+from diffusers_dod.training.models import use_fast_attention
 from diffusers_dod.training.run_metrics import TrainingMetrics
 from diffusers_dod.training.train import Trainer
 from diffusers_dod.training_options import TrainingOptions
+from diffusers_dod.transformer_dod import DoDAttention
 
 
 TINY = "--preset DoD-Desk --train_batch_size 4 --logging_steps 1 --learning_rate 1e-2 --adam_epsilon 1e-3 "
@@ -276,3 +278,22 @@ def test_tf32_when_asked_for(tmp_path):
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("backend", [None, "_native_efficient"])
+def test_attention_of_a_device(backend):
+    """cuDNN, which makes a plan for each new shape, is no choice on CUDA, and a backend is one for both models."""
+    model = DoDJointModel(tiny_transformer(), tiny_latent_embedder())
+
+    def backends(part: torch.nn.Module) -> set[str]:
+        processors = [module.processor for module in part.modules() if isinstance(module, DoDAttention)]
+        return {processor._attention_backend and processor._attention_backend.value for processor in processors}
+
+    try:
+        use_fast_attention(model, torch.device("cuda"), backend)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert backends(model.transformer) == backends(model.latent_embedder) == {backend}
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    use_fast_attention(model, torch.device("cpu"))
+    assert backends(model.transformer) == {"_native_math"} and backends(model.latent_embedder) == {backend}

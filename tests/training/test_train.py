@@ -580,7 +580,7 @@ def test_curves_of_evaluations_and_alignment(tmp_path, finished):
             assert image.size == (1800, height)
 
 
-def test_exact_shares_of_a_step(tmp_path, data, monkeypatch):
+def test_exact_shares_of_each_micro_batch(tmp_path, data, monkeypatch):
     sizes = []
     forward = DoDJointModel.forward
 
@@ -591,5 +591,4 @@ def test_exact_shares_of_a_step(tmp_path, data, monkeypatch):
     monkeypatch.setattr(DoDJointModel, "forward", record)
     options = ["--gradient_accumulation_steps", 2, "--max_train_steps", 3, "--exact_dropout"]
     train(tmp_path / "run", *data, *options)
-    for step in range(3):
-        assert sum(priors for _, priors in sizes[2 * step : 2 * step + 2]) == 4  # of 8 samples
+    assert sizes == [(4, 2)] * 6

@@ -17,7 +17,8 @@ from diffusers_dod.data.foreign_latents import Edm2Latents
 from diffusers_dod.data.labelled_images import ImageOptions, load_labelled_images
 from diffusers_dod.data.latents import Latents
 from diffusers_dod.data.sample_stream import PositionSampler, SampleDraws
-from diffusers_dod.data.streaming import open_stream
+from diffusers_dod.data.streaming import StreamState, open_stream
+from diffusers_dod.training import training_data
 from diffusers_dod.training.training_data import StoredLatents, StreamedImages, TrainingData
 
 
@@ -132,6 +133,17 @@ def test_a_resumed_run_goes_on(kind, num_workers, shards):
     rest = PositionSampler(3, 20, batch_size=2, accumulation=2)
     resumed = inputs_of(build(), 4, rest, num_workers=num_workers, num_aligned_steps=4, state=state)
     assert_same(resumed, expected[6:])
+
+
+def test_workers_of_a_stream_have_shards_of_their_own(shards, monkeypatch):
+    """By default there are no more workers than shards, and a resumed run has as many as before."""
+    monkeypatch.setattr(training_data, "choose_num_workers", lambda *_: 8)
+    data = streamed(shards)
+    next(data.batches(DRAWS, PositionSampler(0, 20, batch_size=2), num_workers=None))
+    assert data.state()["stream"][0]["num_workers"] == 3
+    state = {"stream": [StreamState(3, 3, 1, 2, 0, 2).state_dict()]}
+    next(data.batches(DRAWS, PositionSampler(0, 20, batch_size=2), num_workers=None, state=state))
+    assert data.state()["stream"][0]["num_workers"] == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

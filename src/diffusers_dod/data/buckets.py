@@ -203,7 +203,7 @@ def encode_buckets(
         is_done = _is_done(folder, settings)
     if not is_done:
         with all_or_none():
-            buckets = split_images(images, sizes, options.dataloader_num_workers)
+            buckets = split_images(images, sizes, options.dataloader_num_workers or 0)
             num_shards = 0
             for size, bucket in buckets.items():
                 start = (share.process_index - num_shards) % share.num_processes  # goes on where the last bucket ended

@@ -53,12 +53,13 @@ class EncodingOptions:
     shard_size: int = option(
         SHARD_SIZE, at_least=1, excludes="streaming", is_free=True, help="Images in a shard, the unit of the work."
     )
-    dataloader_num_workers: int = option(
-        0,
+    dataloader_num_workers: int | None = option(
+        None,
         at_least=0,
         at_most=MAX_WORKERS,
         is_free=True,
-        help="Processes that read images; 0 reads in the process itself.",
+        help="Processes that read images, or latents; 0 reads in the process itself. By default 0 on a CPU; for a GPU "
+        "its share of the cores, up to 8.",
     )
     encoding_batch_size: int = option(
         64, at_least=1, excludes="streaming", is_free=True, help="Images that are encoded at a time."
@@ -234,7 +235,7 @@ def encode_latents(
         DataLoader(
             _Readable(images),
             batch_sampler=batches,
-            num_workers=options.dataloader_num_workers,
+            num_workers=options.dataloader_num_workers or 0,
             collate_fn=list,
         )
     )

@@ -49,8 +49,12 @@ class SampleDraws:
         prior_dropout_prob (`float`, defaults to 0.5):
             The paper's p_s, the probability that a sample is trained without its prior.
         exact_dropout_size (`int`, *optional*):
-            Length of blocks of samples in which exactly these shares are dropped, to the nearest sample. They are
-            chosen at random, for class and prior separately. By default each sample decides alone, as in the paper.
+            Length of blocks of samples in which exactly these shares are dropped: those of an optimizer step. They are
+            chosen at random, for class and prior separately. A share of a block that is no whole number is met on
+            average. By default each sample decides alone, as in the paper.
+        micro_batch_size (`int`, *optional*):
+            Length of shorter blocks, a divisor of `exact_dropout_size`: exact shares of priors are dropped in each of
+            them, as many in all blocks of a step. So all processes have equal work, and batches have one shape.
         logit_mean (`float`, defaults to 0.0): Mean of the logit of the time, see [`logit_normal_sigma`].
         logit_std (`float`, defaults to 1.0): Standard deviation of the logit of the time.
         time_shift (`float`, defaults to 1.0): Shift of the time towards noise, see [`shift_sigma`].
@@ -66,6 +70,7 @@ class SampleDraws:
         label_dropout_prob: float = 0.1,
         prior_dropout_prob: float = 0.5,
         exact_dropout_size: int | None = None,
+        micro_batch_size: int | None = None,
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
         time_shift: float = 1.0,
@@ -76,6 +81,10 @@ class SampleDraws:
         check_number("prior_dropout_prob", prior_dropout_prob, 0, 1)
         if exact_dropout_size is not None:
             check_at_least("exact_dropout_size", exact_dropout_size, 1)
+            micro_batch_size = exact_dropout_size if micro_batch_size is None else micro_batch_size
+            check_at_least("micro_batch_size", micro_batch_size, 1)
+            if exact_dropout_size % micro_batch_size:
+                raise ValueError(f"`micro_batch_size` must divide {exact_dropout_size}, got {micro_batch_size}.")
         check_number("logit_mean", logit_mean, -math.inf)
         check_number("logit_std", logit_std, 0)
         check_number("time_shift", time_shift, 0, open_minimum=True)
@@ -84,18 +93,24 @@ class SampleDraws:
         self.label_dropout_prob = label_dropout_prob
         self.prior_dropout_prob = prior_dropout_prob
         self.exact_dropout_size = exact_dropout_size
+        self.micro_batch_size = micro_batch_size
         self.logit_mean = logit_mean
         self.logit_std = logit_std
         self.time_shift = time_shift
 
     def _is_dropped(self, position: int, uniform: float, probability: float, kind: int) -> bool:
         """Whether a sample lacks its class (`kind` 2) or its prior (3)."""
-        size = self.exact_dropout_size
-        if size is None:
+        if self.exact_dropout_size is None:
             return uniform < probability
+        size = self.micro_batch_size if kind == 3 else self.exact_dropout_size
         group, offset = divmod(position, size)
         rank = torch.randperm(size, generator=stateless_generator(self.seed, kind, group))[offset]
-        return int(rank) < round(probability * size)
+        share = probability * size
+        number = round(share)
+        if abs(share - number) > 1e-9:  # rounded up or down in all blocks of a step together
+            generator = stateless_generator(self.seed, kind, position // self.exact_dropout_size, 1)
+            number = math.floor(share + torch.rand((), generator=generator).item())
+        return int(rank) < number
 
     def __call__(self, position: int) -> SampleDraw:
         """The [`SampleDraw`] of the sample at `position`."""

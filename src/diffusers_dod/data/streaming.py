@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ..checks import check_at_least
 from ..image_reading import center_crop, to_pixels
 from ..options import check_options
-from ..processes import outlive_stop_signals
+from ..processes import worker_settings
 from ..seeding import stateless_generator
 from .class_names import clean_class_names
 from .encoding import EncodingOptions, Share
@@ -229,7 +229,8 @@ class ImageStream(IterableDataset):
         check_options(images)
         check_options(encoding)
         check_at_least("batch_size", batch_size, 1)
-        num_readers = max(encoding.dataloader_num_workers, 1)
+        num_workers = encoding.dataloader_num_workers or 0
+        num_readers = max(num_workers, 1)
         if len(class_names) != draws.num_classes:
             raise ValueError(f"`class_names` must be {draws.num_classes} names, got {len(class_names)}.")
         if stream.num_shards < share.num_processes * num_readers:
@@ -245,7 +246,7 @@ class ImageStream(IterableDataset):
         self.draws = draws
         self.resolution = images.resolution
         self.latent_shape = latent_shape
-        self.num_workers = encoding.dataloader_num_workers
+        self.num_workers = num_workers
         self.random_flip = encoding.random_flip
         self.on_bad_image = encoding.on_bad_image
         #: Position of this process; call [`StreamState.update`] with each batch that is used.
@@ -383,7 +384,6 @@ def build_stream_loader(samples: ImageStream, pin_memory: bool = False) -> DataL
         samples,
         batch_size=samples.state.batch_size,
         collate_fn=collate_priors_first,
-        num_workers=samples.num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=outlive_stop_signals,
+        **worker_settings(samples.num_workers),
     )

@@ -14,7 +14,7 @@ All processes share the work. A run that was stopped continues where it was, on 
 
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +35,14 @@ from ..data.vision_features import VisionFeatures
 from ..files import in_use
 from ..options import option, parse_options
 from ..pipeline_dod import DoDPipeline
-from ..processes import all_or_none, check_processes, end_processes, gather_patiently, process_group_timeout
+from ..processes import (
+    all_or_none,
+    check_processes,
+    choose_num_workers,
+    end_processes,
+    gather_patiently,
+    process_group_timeout,
+)
 from ..training_options import DataOptions
 
 
@@ -146,6 +153,8 @@ def encode_data(
             an image cannot be read.
     """
     images, encoding = open_labelled_images(options, accelerator), options.encoding
+    num_workers = choose_num_workers(encoding.dataloader_num_workers, accelerator.device, accelerator.num_processes)
+    encoding = replace(encoding, dataloader_num_workers=num_workers)
     logger.info(images.describe())
     share = Share(accelerator.process_index, accelerator.num_processes)
     with ExitStack() as stack:

@@ -50,6 +50,7 @@ def values_of_steps(options: TrainingOptions, accelerator: Accelerator) -> dict[
     known = list_options(TrainingOptions)
     values = {name: value for name, value in to_values(options).items() if not known[name].option.is_free}
     values |= {name: "a local folder" for name in find_places(options) if name in values}
+    values |= {name: bool(values[name]) for name in ("compile", "exact_dropout")}  # on a CPU `None` is off
     values["num_processes"] = accelerator.num_processes
     values["distributed_type"] = accelerator.distributed_type.value.lower()
     values["mixed_precision"] = accelerator.mixed_precision

@@ -130,16 +130,29 @@ def with_priors(transformer: DoDTransformer2DModel, prior_embed_dim: int) -> DoD
     return model
 
 
-def use_fast_attention(model: DoDJointModel | DoDPipeline, device: torch.device) -> None:
+def use_fast_attention(model: DoDJointModel | DoDPipeline, device: torch.device, backend: str | None = None) -> None:
     """
-    Gives the backbone of `model` unfused attention if `device` is a CPU.
+    Gives a model the attention that is fast on its device, or another one.
 
-    On a CPU, the backward pass of fused attention takes longer than all the rest of a short sequence's step.
+    On a CPU, the backward pass of fused attention takes longer than all the rest of a short sequence's step, so that
+    the backbone gets unfused attention. On CUDA, cuDNN is left out of PyTorch's choice: it makes a plan for each new
+    shape, which takes up to a second, and the number of priors, sizes of buckets and adaptive solvers bring many.
+
+    Args:
+        model ([`DoDJointModel`] or [`DoDPipeline`]): The model.
+        device (`torch.device`): Its device.
+        backend (`str`, *optional*): One of Diffusers' backends, for backbone and LEM.
     """
-    if device.type == "cpu":
-        for module in model.transformer.modules():
-            if isinstance(module, DoDAttention):  # the models' own method would change other models' default too
-                module.set_attention_backend("_native_math")
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    parts = [model.transformer]
+    if backend is not None and model.latent_embedder is not None:
+        parts.append(model.latent_embedder)
+    if backend is None and device.type == "cpu":
+        backend = "_native_math"
+    for module in (module for part in parts for module in part.modules()):
+        if backend is not None and isinstance(module, DoDAttention):
+            module.set_attention_backend(backend)  # the models' own method would change other models' default too
 
 
 def build_optimizer(options: OptimizerOptions, model: DoDJointModel) -> torch.optim.Optimizer:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -101,7 +101,13 @@ def build_accelerator(options: TrainingOptions) -> Accelerator:
         gradient_accumulation_steps=options.optimizer.gradient_accumulation_steps,
         log_with=options.output.report_to,
         project_dir=options.output.output_dir,
-        kwargs_handlers=[process_group_timeout()],
+        kwargs_handlers=[
+            process_group_timeout(),
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=True,
+                comm_hook=DDPCommunicationHookType[{"fp32": "NO", "bf16": "BF16"}[options.processes.gradient_dtype]],
+            ),
+        ],
     )
     check_processes(accelerator, options.processes.num_processes, options.processes.distributed_type)
     if accelerator.gradient_accumulation_steps != options.optimizer.gradient_accumulation_steps:
@@ -122,6 +128,11 @@ def build_accelerator(options: TrainingOptions) -> Accelerator:
         )
     if options.optimizer.optimizer != "adamw" and accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
         raise ValueError(f"`optimizer` must be 'adamw' under FSDP and DeepSpeed, got {options.optimizer.optimizer!r}.")
+    if options.processes.gradient_dtype != "fp32" and is_deepspeed:
+        raise ValueError(
+            f"`gradient_dtype` must be 'fp32' under DeepSpeed, got {options.processes.gradient_dtype!r}: set "
+            "`communication_data_type` in its configuration."
+        )
     if is_deepspeed:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = options.optimizer.train_batch_size
@@ -130,7 +141,10 @@ def build_accelerator(options: TrainingOptions) -> Accelerator:
         config["bf16"] = {**config.get("bf16", {}), "check_grad_overflow": True}
     elif accelerator.is_fsdp2:
         # Autocast does the rest. FSDP's own casts would round the times of the samples to bf16.
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            reduce_dtype=torch.bfloat16 if options.processes.gradient_dtype == "bf16" else None,
+            cast_forward_inputs=False,
+        )
     return accelerator
 
 
@@ -147,7 +161,7 @@ class Trainer:
     """
 
     def __init__(self, options: TrainingOptions, accelerator: Accelerator):
-        self.options = options
+        self.options = options = options.for_device(accelerator.device.type)
         self.accelerator = accelerator
         self.pusher = None
         self.checkpoint = agree_on_checkpoint(
@@ -208,7 +222,7 @@ class Trainer:
                 model.latent_embedder.compile_repeated_blocks()
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.joint_model: DoDJointModel = accelerator.unwrap_model(self.model)
-        use_fast_attention(self.joint_model, accelerator.device)
+        use_fast_attention(self.joint_model, accelerator.device, options.precision.attention_backend)
         self.emas = self._build_emas()
         self.stop = StopSignal(accelerator)
         self.saved_step = self.step = 0
@@ -270,6 +284,7 @@ class Trainer:
             label_dropout_prob=options.dropout.label_dropout_prob,
             prior_dropout_prob=1.0 if self.joint_model.latent_embedder is None else options.dropout.prior_dropout_prob,
             exact_dropout_size=self.images_per_step if options.dropout.exact_dropout else None,
+            micro_batch_size=options.optimizer.train_batch_size if options.dropout.exact_dropout else None,
             logit_mean=options.times.logit_mean,
             logit_std=options.times.logit_std,
             time_shift=options.times.time_shift,

@@ -26,7 +26,7 @@ from ..data.sample_stream import PositionSampler, SampleDraws, TrainingSamples, 
 from ..data.streaming import ImageStream, build_stream_loader, open_stream
 from ..data.vision_features import VisionFeatures
 from ..devices import send
-from ..processes import outlive_stop_signals
+from ..processes import choose_num_workers, worker_settings
 from ..training_options import TrainingOptions
 from .encode_latents import encode_data, open_labelled_images
 
@@ -69,7 +69,7 @@ class TrainingData(ABC):
         draws: SampleDraws,
         positions: PositionSampler,
         num_aligned_steps: int = 0,
-        num_workers: int = 0,
+        num_workers: int | None = 0,
         state: dict[str, Any] | None = None,
     ) -> Iterator[dict[str, Any]]:
         """
@@ -79,7 +79,8 @@ class TrainingData(ABC):
             draws ([`SampleDraws`]): The random draws.
             positions ([`PositionSampler`]): Positions of the samples of this process.
             num_aligned_steps (`int`, defaults to 0): Number of optimizer steps that align tokens with features.
-            num_workers (`int`, defaults to 0): Processes that read images; 0 reads in this process.
+            num_workers (`int` or `None`, defaults to 0):
+                Processes that read images; 0 reads in this process, and `None` is the default of the device.
             state (`dict`, *optional*): The [`TrainingData.state`] of the step from which the run continues.
 
         Returns:
@@ -208,7 +209,7 @@ class StoredLatents(TrainingData):
         draws: SampleDraws,
         positions: PositionSampler,
         num_aligned_steps: int = 0,
-        num_workers: int = 0,
+        num_workers: int | None = 0,
         state: dict[str, Any] | None = None,
     ) -> Iterator[dict[str, Any]]:
         num_aligned = num_aligned_steps * positions.images_per_step
@@ -219,9 +220,8 @@ class StoredLatents(TrainingData):
                 batch_size=positions.batch_size,
                 sampler=positions,
                 collate_fn=collate_priors_first,
-                num_workers=num_workers,
                 pin_memory=self.device.type == "cuda",
-                worker_init_fn=outlive_stop_signals,
+                **worker_settings(choose_num_workers(num_workers, self.device, positions.num_processes)),
             )
         )
 
@@ -296,10 +296,15 @@ class StreamedImages(TrainingData):
         draws: SampleDraws,
         positions: PositionSampler,
         num_aligned_steps: int = 0,
-        num_workers: int = 0,
+        num_workers: int | None = 0,
         state: dict[str, Any] | None = None,
     ) -> Iterator[dict[str, Any]]:
         states = (state or {}).get("stream")
+        if num_workers is None and states is not None:
+            num_workers = states[0]["num_workers"]  # a stream is exact with these only
+        elif num_workers is None:  # each worker reads shards of its own
+            most = self.stream.num_shards // positions.num_processes
+            num_workers = min(choose_num_workers(None, self.device, positions.num_processes), most)
         samples = ImageStream(
             self.stream,
             self.class_names,
