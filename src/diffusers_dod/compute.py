@@ -78,7 +78,7 @@ class TrainingCost:
         """
         Bytes on each GPU: weights, gradients, moments, averages and activations.
 
-        - `"none"`: nothing is divided. With several processes DDP's buckets hold the gradients a second time.
+        - `"none"`: nothing is divided. With several processes DDP's buckets are the gradients.
         - `"fsdp2"`: all but the activations are divided by the number of processes. The few blocks whose weights are
           gathered at a time are left out.
         - `"zero2"`: as `"fsdp2"`, but all weights stay gathered from the forward to the backward pass.

@@ -478,7 +478,7 @@ class LatentEmbeddingModule(VisualPriorMixin, AttentionMixin, PosInterpolationMi
         rows, columns = height // config.patch_size, width // config.patch_size
         position = self._pos_embed(config.latent_token_dim, rows, columns, latent_tokens)
         mask_tokens = (self.mask_token.to(latent_tokens.dtype) + position).expand(latent_tokens.shape[0], -1, -1)
-        # A copy, as compiled blocks would be compiled once more for the view that a Linear returns.
-        hidden_states = self.from_latent(torch.cat([mask_tokens, latent_tokens], dim=1)).clone()  # (B, T + N, d_l)
+        hidden_states = self.from_latent(torch.cat([mask_tokens, latent_tokens], dim=1))  # (B, T + N, d_l)
+        hidden_states = self._for_blocks(hidden_states)
         hidden_states = self._run_blocks(self.decoder_blocks, hidden_states)
         return self.proj_out(self.decoder_norm(hidden_states[:, : rows * columns]))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.model_loading_utils import _add_variant
 from diffusers.models.modeling_utils import ModelMixin
@@ -53,6 +54,7 @@ class DoDModelMixin(StrictConfigMixin, ModelMixin, ConfigMixin):
     """
 
     _skip_quantization_modules: list[str] = []
+    _has_compiled_blocks = False
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
@@ -139,10 +141,16 @@ class DoDModelMixin(StrictConfigMixin, ModelMixin, ConfigMixin):
         would silently run without compilation from the ninth kind of batch on.
 
         Args:
+            args: Passed on to `torch.compile`.
             recompile_limit (`int`, defaults to 64): Number of graphs of the blocks.
-            args, kwargs: Passed on to `torch.compile`.
+            kwargs: Passed on to `torch.compile`.
         """
         super().compile_repeated_blocks(*args, recompile_limit=recompile_limit, **kwargs)
+        self._has_compiled_blocks = True
+
+    def _for_blocks(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """A copy for compiled blocks, which would be compiled once more for the view that a Linear returns."""
+        return hidden_states.clone() if self._has_compiled_blocks else hidden_states
 
     def register_to_config(self, **kwargs: Any) -> None:
         """

@@ -199,9 +199,9 @@ def choose_num_workers(num_workers: int | None, device: torch.device, num_proces
         num_processes (`int`): Number of processes, all on this machine unless the launcher says otherwise.
 
     Returns:
-        `int`: That number; without one 0 for a CPU, and for a GPU its share of the cores, up to 8.
+        `int`: That number; without one, on CUDA a GPU's share of the cores, up to 8, and else 0.
     """
-    if num_workers is not None or device.type == "cpu":
+    if num_workers is not None or device.type != "cuda":
         return num_workers or 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)))

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """Options of a training run, one dataclass per concern."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -262,6 +263,12 @@ class PrecisionOptions:
         help="Precision of matrix products; the configuration of `accelerate launch` by default. fp16 needs a GPU, "
         "and bf16 is better.",
     )
+    encoder_precision: str | None = option(
+        None,
+        choices=("no", "bf16"),
+        help="Precision of frozen models in a step, the autoencoder of a stream and the vision model. By default bf16 "
+        "on CUDA if `--mixed_precision` is, else no.",
+    )
     allow_tf32: bool = option(False, help="TF32 matrix products on NVIDIA GPUs.")
     attention_backend: str | None = option(
         None,
@@ -457,6 +464,12 @@ class TrainingOptions:
         values = {"compile": self.precision.compile, "exact_dropout": self.dropout.exact_dropout}
         undecided = [name for name, value in values.items() if value is None and device_type == "cuda"]
         return replace_values(self, **dict.fromkeys(undecided, True))
+
+    @property
+    def has_equal_priors(self) -> bool:
+        """Whether every micro-batch has samples with priors, as many on all processes."""
+        dropped = self.dropout.prior_dropout_prob * self.optimizer.train_batch_size
+        return bool(self.dropout.exact_dropout) and math.ceil(dropped - 1e-9) < self.optimizer.train_batch_size
 
     @property
     def training_step(self) -> TrainingStep:

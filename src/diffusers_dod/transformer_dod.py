@@ -672,8 +672,7 @@ class DoDTransformer2DModel(DoDModelMixin, PeftAdapterMixin, CacheMixin, Attenti
             pos_interpolation_decoupled=self.config.pos_interpolation_decoupled,
         )
         hidden_states = hidden_states.to(self.x_embedder.weight.dtype)
-        # A copy, as compiled blocks would be compiled once more for the view that a Linear returns.
-        hidden_states = self.x_embedder(patchify(hidden_states, patch_size)).clone()  # (B, T, d)
+        hidden_states = self._for_blocks(self.x_embedder(patchify(hidden_states, patch_size)))  # (B, T, d)
         conditioning = self._conditioning(timestep, class_labels, prior_embeds, hidden_states.dtype)
         global_modulation = self.adaln_global(conditioning)
         num_priors = 0 if prior_embeds is None else prior_embeds.shape[0]

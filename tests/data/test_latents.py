@@ -955,3 +955,13 @@ def test_a_damaged_note_of_an_unfinished_encoding_is_made_good(tmp_path, monkeyp
     encode_latents(images, None, folder, options)
     finish_latents(folder, latent_settings(images, None, options))
     assert contents(folder) == expected and len(saved) == 1
+
+
+def test_the_manifest_states_tf32(monkeypatch):
+    vae = tiny_vae()
+    with_vae = settings_of(textures(), vae)
+    monkeypatch.setattr(type(vae), "device", torch.device("cuda"))
+    for is_allowed, stated in ((False, {}), (True, {"tf32": True})):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", is_allowed)
+        assert settings_of(textures(), vae) == with_vae | stated
+    assert "tf32" not in settings_of(textures())  # pixels as they are

@@ -11,18 +11,21 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from helpers import fresh_accelerator, quicken_training
 from launch import run_command, torchrun
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from diffusers_dod import DoDTransformer2DModel, LatentEmbeddingModule, processes
@@ -30,6 +33,7 @@ from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.options import from_values
 from diffusers_dod.processes import StopSignal
 from diffusers_dod.training import train as training
+from diffusers_dod.training.accelerator import gather_in_bf16, list_sharded_units
 from diffusers_dod.training.train import main
 from diffusers_dod.training_options import TrainingOptions
 
@@ -38,6 +42,7 @@ from diffusers_dod.training_options import TrainingOptions
 # parameter of the step before raises in the next one, so the kinds of steps follow each other both ways.
 KEPT = [(0, 0), (1, 1), (1, 0), (0, 1), (0, 0), (1, 0), (1, 1)]
 
+ROOT = Path(__file__).parents[2]
 TRAIN = "--preset DoD-Desk --resolution 8 --logging_steps 1".split()
 # With this epsilon Adam's update is a smooth function of the gradient, so that rounding stays rounding.
 TRAIN += "--learning_rate 1e-2 --adam_epsilon 1e-3".split()
@@ -100,7 +105,8 @@ def resume_apart(folder: Path, name: str, sees: list[str | None]) -> None:
     (place / "run").mkdir(parents=True)
     if sees[rank] is not None:
         shutil.copytree(folder / sees[rank] / "checkpoint-2", place / "run" / "checkpoint-2")
-    with contextlib.chdir(place), pytest.raises(ValueError) as error:
+    with contextlib.chdir(place), pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError) as error:
+        patch.setattr(Path, "absolute", lambda self: self)  # one path of two folders, as on two machines
         main([*TRAIN, "--latents_dir", str(folder / "two" / "latents"), "--output_dir", "run", *RESUME])
     (folder / name / f"error-{rank}").write_text(str(error.value))
 
@@ -119,16 +125,27 @@ def work(folder: Path) -> None:
         assert answers == [False, True] and stop.is_received() and stop.is_noted() == (rank == 0)
     model = accelerator.prepare(tiny_model())
     assert isinstance(model, torch.nn.parallel.DistributedDataParallel) and not model.find_unused_parameters
+    assert model.gradient_as_bucket_view
     for step, kept in enumerate(KEPT):
         own = {name: tensor[rank : rank + 1] for name, tensor in draw_samples(step).items()}
         model.zero_grad()
         accelerator.backward(model(**own, num_priors=kept[rank]).mean())
         save_file(gradients(model), folder / f"gradients-{step}-{rank}.safetensors")
-        shard(sharded := tiny_model())
-        sharded(**own, num_priors=kept[rank]).mean().backward()
-        whole_gradients = {name: gradient.full_tensor() for name, gradient in gradients(sharded).items()}
-        save_file(whole_gradients, folder / f"sharded-gradients-{step}-{rank}.safetensors")
 
+    with sharding():
+        accelerator = training.build_accelerator(from_values(TrainingOptions, {"output_dir": folder}))
+        assert accelerator.is_fsdp2 and accelerator.num_processes == 2
+        sharded = prepare_shards(accelerator)
+        for step, kept in enumerate(KEPT):
+            own = {name: tensor[rank : rank + 1] for name, tensor in draw_samples(step).items()}
+            sharded.zero_grad()
+            sharded(**own, num_priors=kept[rank]).mean().backward()
+            whole_gradients = {name: gradient.full_tensor() for name, gradient in gradients(sharded).items()}
+            save_file(whole_gradients, folder / f"sharded-gradients-{step}-{rank}.safetensors")
+    with sharding():
+        in_bf16 = from_values(TrainingOptions, {"output_dir": folder, "mixed_precision": "bf16"})
+        noted = note_dtypes(training.build_accelerator(in_bf16))
+        (folder / f"dtypes-{rank}.json").write_text(json.dumps(noted))
     Accelerator.end_training = lambda self: None  # or the processes could not train again
     quicken_training(pytest.MonkeyPatch())
 
@@ -139,37 +156,69 @@ def work(folder: Path) -> None:
     train("two")
     micro = ["--train_batch_size", "1", "--gradient_accumulation_steps", "2"]  # with no or all priors
     for resumed, whole in (("two-resumed", "two"), ("sharded-resumed", "sharded")):
-        if whole == "sharded":
-            training.Accelerator = ShardedAccelerator
-            train(whole, "--ema_decay", "0.999", "0.9", "--checkpointing_steps", "1")
         averages = ["--ema_decay", "0.999", "0.9"] if whole == "sharded" else []
-        train(resumed, *averages, "--max_train_steps", "1")
-        train(resumed, *averages, "--resume_from_checkpoint", "latest")
-        train(f"{whole}-micro", *micro)
-    training.Accelerator = Accelerator
+        with sharding() if whole == "sharded" else contextlib.nullcontext():
+            if whole == "sharded":
+                train(whole, *averages, "--checkpointing_steps", "1")
+            train(resumed, *averages, "--max_train_steps", "1")
+            train(resumed, *averages, "--resume_from_checkpoint", "latest")
+            train(f"{whole}-micro", *micro)
+    train("two-exact", "--exact_dropout")
+    with pytest.raises(ValueError, match="`gradient_dtype` must be 'fp32' on CPUs.*got 'bf16'"):
+        train("two-exact", "--gradient_dtype", "bf16")
+    with sharding():
+        train("sharded-bf16", "--exact_dropout", "--gradient_dtype", "bf16", "--mixed_precision", "bf16")
     resume_apart(folder, "missing", ["two", None])
     resume_apart(folder, "different", ["two", "two-micro"])
     (folder / f"finished-{rank}").touch()
 
 
-def shard(model: DoDJointModel) -> None:
-    """As training/accelerate/fsdp2.yaml has it done on GPUs; on CPUs accelerate would fall back to copies."""
-    mesh = init_device_mesh("cpu", (2,))
-    for block in model.transformer.transformer_blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+@contextlib.contextmanager
+def sharding() -> Iterator[None]:
+    """accelerate's FSDP2, as training/accelerate/fsdp2.yaml has it; by itself accelerate makes copies on a CPU."""
+    config = yaml.safe_load((ROOT / "training" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
+    wrapped = config.pop("fsdp_transformer_layer_cls_to_wrap")
+    environment = {name.upper(): str(value).lower() for name, value in config.items()}
+    environment |= {name: config[name.lower()] for name in ("FSDP_AUTO_WRAP_POLICY", "FSDP_STATE_DICT_TYPE")}
+    environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_TRANSFORMER_CLS_TO_WRAP": wrapped}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("ACCELERATE_USE_CPU")
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.setattr(PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_GPU))
+        patch.setattr(PartialState, "set_device", lambda self: setattr(self, "device", torch.device("cpu")))
+        AcceleratorState._reset_state(True)
+        yield
+    AcceleratorState._reset_state(True)
 
 
-class ShardedAccelerator(Accelerator):
-    def prepare(self, model, optimizer):
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-        shard(model)
-        shards = dict(model.named_parameters())
-        assert all(isinstance(parameter, DTensor) for parameter in shards.values())
-        for group, own in zip(optimizer.param_groups, groups, strict=True):
-            group["params"] = [shards[name] for name in own]
-        return model, super().prepare(optimizer)
+def prepare_shards(accelerator: Accelerator, has_equal_priors: bool = False) -> DoDJointModel:
+    model = tiny_model()
+    units = list_sharded_units(model, has_equal_priors)
+    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = units
+    model, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return model
+
+
+def note_dtypes(accelerator: Accelerator) -> dict[str, list[str]]:
+    """Data types of some weights as they are gathered, and of all their gradients, in bf16."""
+    model = prepare_shards(accelerator, has_equal_priors=True)
+    gather_in_bf16(model)
+    noted: dict[str, list[str]] = {
+        "units": [name for name, part in model.named_modules() if isinstance(part, FSDPModule)]
+    }
+    for name in ("transformer_blocks.1.ff.net.2", "time_embed.mlp.linear_1", "proj_out"):
+        part = model.get_submodule(f"transformer.{name}")
+        part.register_forward_hook(lambda part, _, output, name=name: noted.update({name: [str(part.weight.dtype)]}))
+    part = model.latent_embedder.decoder_blocks[0].ff.net[2]
+    part.register_forward_hook(lambda part, _, output: noted.update({"embedder": [str(part.weight.dtype)]}))
+    with accelerator.autocast():
+        loss = model(**draw_samples(0), num_priors=1).mean()
+    loss.backward()
+    noted["gradients"] = sorted({str(parameter.grad.dtype) for parameter in model.parameters()})
+    noted["loss"] = [str(loss.dtype)]
+    return noted
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +293,31 @@ def test_shards_and_micro_batches_of_one_sample_change_nothing(folder, kind, nam
     assert ours.keys() == expected.keys()
     for key in expected:
         torch.testing.assert_close(ours[key], expected[key], rtol=1e-4, atol=1e-5, msg=lambda m, k=key: k + m)
+
+
+def test_blocks_are_gathered_in_bf16_and_the_embedding_of_times_in_fp32(folder):
+    blocks = [f"transformer.transformer_blocks.{index}" for index in (0, 1)]
+    blocks += [f"latent_embedder.{part}_blocks.0" for part in ("encoder", "decoder")]
+    for rank in range(2):
+        noted = json.loads((folder / f"dtypes-{rank}.json").read_text())
+        assert set(noted.pop("units")) == {"", *blocks}
+        assert noted == {
+            "transformer_blocks.1.ff.net.2": ["torch.bfloat16"],
+            "embedder": ["torch.bfloat16"],
+            "time_embed.mlp.linear_1": ["torch.float32"],
+            "proj_out": ["torch.float32"],
+            "gradients": ["torch.float32"],
+            "loss": ["torch.float32"],
+        }
+
+
+@pytest.mark.parametrize("name", STATES[:1])
+def test_shards_in_bf16_are_close(folder, name):
+    """As close as bf16 is, and not the same."""
+    ours, expected = weights(folder / "sharded-bf16", name), weights(folder / "two-exact", name)
+    assert any(not torch.equal(ours[key], expected[key]) for key in expected)
+    for key in expected:
+        torch.testing.assert_close(ours[key], expected[key], rtol=0, atol=5e-3, msg=lambda m, k=key: k + m)
 
 
 def test_an_average_of_shards_is_written_as_a_whole(folder):

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from helpers import fresh_accelerator, normal
 
 from diffusers_dod.options import from_values
-from diffusers_dod.training import train as training
+from diffusers_dod.training import accelerator as accelerator_module
 from diffusers_dod.training.models import step_optimizer
 from diffusers_dod.training.nonfinite import NonfiniteCounts, NonfiniteSteps
 from diffusers_dod.training_options import TrainingOptions
@@ -62,7 +62,7 @@ def test_deepspeed_leaves_out_steps_of_bf16(tmp_path, monkeypatch):
         gradient_accumulation_steps=1,
         num_processes=1,
     )
-    monkeypatch.setattr(training, "Accelerator", lambda **options: accelerator)
-    training.build_accelerator(from_values(TrainingOptions, {"output_dir": tmp_path}))
+    monkeypatch.setattr(accelerator_module, "Accelerator", lambda **options: accelerator)
+    accelerator_module.build_accelerator(from_values(TrainingOptions, {"output_dir": tmp_path}))
     assert plugin.deepspeed_config["bf16"] == {"enabled": True, "check_grad_overflow": True}
     assert plugin.deepspeed_config["gradient_clipping"] == 1.0

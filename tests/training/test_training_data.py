@@ -135,6 +135,16 @@ def test_a_resumed_run_goes_on(kind, num_workers, shards):
     assert_same(resumed, expected[6:])
 
 
+def test_frozen_models_in_bf16_give_about_the_same(shards):
+    """Latents and features are in fp32 all the same, and close to what fp32 gives."""
+    vae = tiny_vae()
+    exact, rounded = streamed(shards, vae), streamed(shards, vae)
+    rounded.in_bf16 = True
+    for ours, expected in zip(inputs_of(rounded, 3), inputs_of(exact, 3), strict=True):
+        assert ours["latents"].dtype == torch.float32 and not torch.equal(ours["latents"], expected["latents"])
+        torch.testing.assert_close(ours["latents"], expected["latents"], atol=0.1, rtol=0.02)
+
+
 def test_workers_of_a_stream_have_shards_of_their_own(shards, monkeypatch):
     """By default there are no more workers than shards, and a resumed run has as many as before."""
     monkeypatch.setattr(training_data, "choose_num_workers", lambda *_: 8)

@@ -58,8 +58,8 @@ class EncodingOptions:
         at_least=0,
         at_most=MAX_WORKERS,
         is_free=True,
-        help="Processes that read images, or latents; 0 reads in the process itself. By default 0 on a CPU; for a GPU "
-        "its share of the cores, up to 8.",
+        help="Processes that read images, or latents; 0 reads in the process itself. By default on CUDA a "
+        "GPU's share of the cores, up to 8, and else 0.",
     )
     encoding_batch_size: int = option(
         64, at_least=1, excludes="streaming", is_free=True, help="Images that are encoded at a time."
@@ -127,6 +127,8 @@ def latent_settings(
         "autoencoder": describe_autoencoder(vae),
         "latents_dtype": options.latents_dtype,
     }
+    if vae is not None and vae.device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        settings["tf32"] = True  # in convolutions
     return settings if vision is None else {**settings, "vision_model": vision.describe()}
 
 

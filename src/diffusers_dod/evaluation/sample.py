@@ -419,6 +419,7 @@ def sample(options: SamplingOptions, accelerator: Accelerator) -> list[dict[str,
         `ValueError`: the options do not fit the pipeline, or the folder holds something else.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each shape, of which adaptive steps have many
     with accelerator.local_main_process_first():  # which downloads what is on the Hub
         pipeline = DoDPipeline.from_pretrained(options.pretrained_model_name_or_path, dtype=DTYPES[options.dtype])
         settings = sample_settings(options, pipeline)

@@ -322,7 +322,7 @@ class _Run:
             num_processes=self.num_processes,
             is_compiled=is_compiled,
             data_seconds=sample_seconds * self.images_per_step / self.num_processes,
-            num_workers=self.options.data.encoding.dataloader_num_workers,
+            num_workers=self.options.data.encoding.dataloader_num_workers or 0,  # only those that are named
         )
 
     def estimates(

@@ -204,6 +204,10 @@ class EncodeLatentsOptions:
         None, help="Vision model (folder or Hub id) whose features of the images are stored too, in float16."
     )
 
+    allow_tf32: bool = option(
+        False, help="TF32 products and convolutions on NVIDIA GPUs, which the manifest of the latents states."
+    )
+
     def find_conflicts(self) -> list[str]:
         """Messages about options that do not fit each other."""
         found = self.data.images.find_source_errors()
@@ -216,6 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command; `argv` defaults to the process's arguments. Raises a `ValueError` if they do not fit."""
     options = parse_options(EncodeLatentsOptions, argv, __doc__)
     folder = options.data.latents_dir
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
     accelerator = Accelerator(kwargs_handlers=[process_group_timeout()])
     check_processes(accelerator)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")

@@ -140,7 +140,7 @@ def use_fast_attention(model: DoDJointModel | DoDPipeline, device: torch.device,
 
     Args:
         model ([`DoDJointModel`] or [`DoDPipeline`]): The model.
-        device (`torch.device`): Its device.
+        device (`torch.device`): Device of the model.
         backend (`str`, *optional*): One of Diffusers' backends, for backbone and LEM.
     """
     if device.type == "cuda":

@@ -25,10 +25,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, gather_object
+from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm.auto import tqdm
 
 from ..command_line import run_main
@@ -45,17 +44,16 @@ from ..processes import (
     STOPPED_EXIT_CODE,
     StopSignal,
     all_or_none,
-    check_processes,
     end_processes,
     end_with_launcher,
     find_nonfinite,
     full_tensor,
-    process_group_timeout,
     sharded_like,
 )
 from ..scheduling_dod import DoDFlowMatchScheduler
 from ..training_options import TrainingOptions
 from ..transformer_dod import DoDTransformer2DModel
+from .accelerator import DTYPES, build_accelerator, gather_in_bf16, list_sharded_units
 from .checkpoints import (
     agree_on_checkpoint,
     gather_training_state,
@@ -81,71 +79,6 @@ from .validation import stage_distances, stage_grid
 logger = get_logger(__name__, log_level="INFO")
 
 PUSH_TIMEOUT_S = 3600.0  # longest wait for the upload at the end of a run
-
-
-def build_accelerator(options: TrainingOptions) -> Accelerator:
-    """
-    Sets up the processes of a run, as its launcher and its options ask for.
-
-    Args:
-        options ([`TrainingOptions`]): The run's options.
-
-    Returns:
-        `Accelerator`.
-
-    Raises:
-        `ValueError`: the launcher made other processes, or the options do not fit them.
-    """
-    accelerator = Accelerator(
-        mixed_precision=options.precision.mixed_precision,
-        gradient_accumulation_steps=options.optimizer.gradient_accumulation_steps,
-        log_with=options.output.report_to,
-        project_dir=options.output.output_dir,
-        kwargs_handlers=[
-            process_group_timeout(),
-            DistributedDataParallelKwargs(
-                gradient_as_bucket_view=True,
-                comm_hook=DDPCommunicationHookType[{"fp32": "NO", "bf16": "BF16"}[options.processes.gradient_dtype]],
-            ),
-        ],
-    )
-    check_processes(accelerator, options.processes.num_processes, options.processes.distributed_type)
-    if accelerator.gradient_accumulation_steps != options.optimizer.gradient_accumulation_steps:
-        raise ValueError(
-            "`gradient_accumulation_steps` must be what the launcher is configured for, "
-            f"{accelerator.gradient_accumulation_steps}, got {options.optimizer.gradient_accumulation_steps}."
-        )
-    if accelerator.mixed_precision not in ("no", "fp16", "bf16"):
-        raise ValueError(f"`mixed_precision` must be 'no', 'fp16' or 'bf16', got {accelerator.mixed_precision!r}.")
-    is_deepspeed = accelerator.distributed_type.value == "DEEPSPEED"
-    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None and not is_deepspeed:
-        raise ValueError("`mixed_precision` must be 'no' or 'bf16' where gradients cannot be scaled, got 'fp16'.")
-    if is_deepspeed and options.output.resume_from_checkpoint is not None:
-        raise ValueError(
-            "`resume_from_checkpoint` must not be given under DeepSpeed, whose optimizer is not saved, got "
-            f"{options.output.resume_from_checkpoint!r}: start from a checkpoint's weights with "
-            "`pretrained_model_name_or_path`."
-        )
-    if options.optimizer.optimizer != "adamw" and accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
-        raise ValueError(f"`optimizer` must be 'adamw' under FSDP and DeepSpeed, got {options.optimizer.optimizer!r}.")
-    if options.processes.gradient_dtype != "fp32" and is_deepspeed:
-        raise ValueError(
-            f"`gradient_dtype` must be 'fp32' under DeepSpeed, got {options.processes.gradient_dtype!r}: set "
-            "`communication_data_type` in its configuration."
-        )
-    if is_deepspeed:
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = options.optimizer.train_batch_size
-        config["gradient_clipping"] = options.optimizer.max_grad_norm
-        # Its own step would apply gradients of bf16 that are not finite.
-        config["bf16"] = {**config.get("bf16", {}), "check_grad_overflow": True}
-    elif accelerator.is_fsdp2:
-        # Autocast does the rest. FSDP's own casts would round the times of the samples to bf16.
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            reduce_dtype=torch.bfloat16 if options.processes.gradient_dtype == "bf16" else None,
-            cast_forward_inputs=False,
-        )
-    return accelerator
 
 
 class Trainer:
@@ -220,7 +153,12 @@ class Trainer:
             model.transformer.compile_repeated_blocks()
             if model.latent_embedder is not None and model.latent_embedder._repeated_blocks:
                 model.latent_embedder.compile_repeated_blocks()
+        if accelerator.is_fsdp2:
+            units = list_sharded_units(model, options.has_equal_priors)
+            accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = units
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+            gather_in_bf16(self.model, DTYPES[options.processes.gradient_dtype])
         self.joint_model: DoDJointModel = accelerator.unwrap_model(self.model)
         use_fast_attention(self.joint_model, accelerator.device, options.precision.attention_backend)
         self.emas = self._build_emas()
@@ -446,7 +384,8 @@ class Trainer:
 
     def _forward(self, batch: dict[str, torch.Tensor | int]) -> torch.Tensor:
         """Computes the objective of a micro-batch, and adds its losses to the metrics."""
-        output = self.model(**batch)
+        with self.accelerator.autocast():  # accelerate adds it to all models but those of FSDP2
+            output = self.model(**batch)
         losses = output[0] if "features" in batch else output  # (B,)
         loss = losses.mean()
         if "features" in batch:
@@ -724,6 +663,7 @@ def main(argv: list[str] | None = None, launcher: int | None = None) -> None:
     accelerator = build_accelerator(options)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("diffusers_dod").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    torch.backends.cudnn.allow_tf32 = options.precision.allow_tf32  # of convolutions; PyTorch allows it by default
     if options.precision.allow_tf32:
         torch.set_float32_matmul_precision("high")
     is_finished = False

@@ -45,6 +45,7 @@ class TrainingData(ABC):
         random_flip (`bool`): Whether half of the images are mirrored.
         device (`torch.device`): Device of the inputs.
         vision ([`VisionFeatures`], *optional*): The vision model whose features tokens are aligned with.
+        in_bf16 (`bool`, defaults to `False`): Whether frozen models compute their products in bf16.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class TrainingData(ABC):
         random_flip: bool,
         device: torch.device,
         vision: VisionFeatures | None = None,
+        in_bf16: bool = False,
     ):
         self.class_names = class_names
         self.latent_shape = latent_shape
@@ -62,6 +64,7 @@ class TrainingData(ABC):
         self.random_flip = random_flip
         self.device = device
         self.vision = vision
+        self.in_bf16 = in_bf16
 
     @abstractmethod
     def batches(
@@ -154,6 +157,10 @@ class TrainingData(ABC):
                     f"got {shape}."
                 )
 
+    def _precision(self) -> torch.autocast:
+        """The context in which frozen models compute."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bf16)
+
 
 class StoredLatents(TrainingData):
     """
@@ -166,6 +173,7 @@ class StoredLatents(TrainingData):
         vision ([`VisionFeatures`], *optional*): The vision model whose features tokens are aligned with.
         images (`torch.utils.data.Dataset`, *optional*):
             Dicts with the `image` (H, W, 3), uint8, of each latent, for features that are not stored with the latents.
+        in_bf16 (`bool`, defaults to `False`): Whether the vision model computes its products in bf16.
 
     Raises:
         `ValueError`: the stored features belong to another vision model, or a vision model has neither features nor
@@ -179,6 +187,7 @@ class StoredLatents(TrainingData):
         device: torch.device,
         vision: VisionFeatures | None = None,
         images: Dataset | None = None,
+        in_bf16: bool = False,
     ):
         manifest = latents.manifest
         if vision is not None and "vision_model" in manifest:
@@ -195,6 +204,7 @@ class StoredLatents(TrainingData):
             random_flip=manifest["random_flip"],
             device=device,
             vision=vision,
+            in_bf16=in_bf16,
         )
         self.latents = latents
         self.images = images
@@ -239,7 +249,8 @@ class StoredLatents(TrainingData):
     def to_inputs(self, batch: dict[str, Any]) -> dict[str, torch.Tensor | int]:
         inputs = self.to_device(batch)
         if "pixels" in inputs:
-            inputs["features"] = self.vision(inputs.pop("pixels"))
+            with self._precision():
+                inputs["features"] = self.vision(inputs.pop("pixels"))
         return inputs
 
     def describe(self) -> str:
@@ -258,6 +269,7 @@ class StreamedImages(TrainingData):
         encoding ([`EncodingOptions`]): Whether half of the images are mirrored, and the treatment of bad ones.
         device (`torch.device`): Device of the inputs.
         vision ([`VisionFeatures`], *optional*): The vision model whose features tokens are aligned with.
+        in_bf16 (`bool`, defaults to `False`): Whether autoencoder and vision model compute their products in bf16.
 
     Raises:
         `ValueError`: the autoencoder does not take images of this resolution.
@@ -272,6 +284,7 @@ class StreamedImages(TrainingData):
         encoding: EncodingOptions,
         device: torch.device,
         vision: VisionFeatures | None = None,
+        in_bf16: bool = False,
     ):
         resolution = images.resolution
         channels, factor = (3, 1) if vae is None else (latent_channels(vae), spatial_factor(vae))
@@ -285,6 +298,7 @@ class StreamedImages(TrainingData):
             random_flip=encoding.random_flip,
             device=device,
             vision=vision,
+            in_bf16=in_bf16,
         )
         self.stream = stream
         self.vae = vae
@@ -339,10 +353,13 @@ class StreamedImages(TrainingData):
         inputs = self.to_device(batch)
         self._position = inputs.pop("position")
         pixels, posterior_noise = inputs.pop("pixels"), inputs.pop("posterior_noise")
-        mean, std = encode_moments(pixels, self.vae)
+        if self.in_bf16:  # where convolutions of channels that come last are faster
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        with self._precision():
+            mean, std = encode_moments(pixels, self.vae)
+            if inputs.pop("is_aligned"):
+                inputs["features"] = self.vision(pixels)
         inputs["latents"] = mean if std is None else mean + std * posterior_noise
-        if inputs.pop("is_aligned"):
-            inputs["features"] = self.vision(pixels)
         return inputs
 
     @property
@@ -408,6 +425,9 @@ def open_training_data(
         `ValueError`: the data cannot be opened, a folder has latents of other images or of another autoencoder, or an
             image cannot be read.
     """
+    in_bf16 = options.precision.encoder_precision == "bf16"
+    if options.precision.encoder_precision is None:
+        in_bf16 = accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
     if options.stream.streaming:
         file = options.stream.class_names_file
         names = None if file is None else read_class_names(file)
@@ -424,6 +444,7 @@ def open_training_data(
             encoding=options.data.encoding,
             device=accelerator.device,
             vision=vision,
+            in_bf16=in_bf16,
         )
     latents = _open_latents(options, accelerator, vae)
     images = None
@@ -432,4 +453,4 @@ def open_training_data(
         source = open_labelled_images(options.data, accelerator)
         images = Subset(source.dataset, images_of(latents, source).tolist())
     factor = 1 if vae is None else spatial_factor(vae)
-    return StoredLatents(latents, factor, accelerator.device, vision, images)
+    return StoredLatents(latents, factor, accelerator.device, vision=vision, images=images, in_bf16=in_bf16)
