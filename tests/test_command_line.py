@@ -83,7 +83,8 @@ def test_every_command_starts_here(path, monkeypatch, capsys):
     """The option `--debug` is in the help, and wrong arguments are one block of lines, once for each machine."""
     starts = [path, *(door for door in ROOT.glob("training/*.py") if f".{path.stem} import main" in door.read_text())]
     for start in starts:
-        assert ast.unparse(ast.parse(start.read_text()).body[-1].body[-1]) == "run_main(main)", start
+        call = ast.unparse(ast.parse(start.read_text()).body[-1].body[-1])
+        assert call in ("run_main(main)", "run_main(partial(main, launcher=launcher))"), start
     module = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
     main = importlib.import_module(module).main
     assert run(main, monkeypatch, "--help") == 0 and "--debug" in capsys.readouterr().out

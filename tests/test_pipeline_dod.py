@@ -1095,8 +1095,8 @@ BAD_COMPONENTS = [
     ("id2label", lambda: dict(id2label={0: "owl", "0": "cat"}), ValueError, "each once", "got '0': 'cat'"),
     ("id2label", lambda: dict(id2label={0: "owl, "}), ValueError, "not empty", "got 0: 'owl, '"),
     ("id2label", lambda: dict(id2label={0: 5}), ValueError, "names (str, not empty)", "got 0: 5"),
-    ("default_guidance_scale", lambda: dict(default_guidance_scale=NAN), ValueError, "[0, inf)", "got nan"),
-    ("default_guidance_scale", lambda: dict(default_guidance_scale=-1), ValueError, "[0, inf)", "got -1"),
+    ("default_guidance_scale", lambda: dict(default_guidance_scale=NAN), ValueError, "[0, 1000000]", "got nan"),
+    ("default_guidance_scale", lambda: dict(default_guidance_scale=-1), ValueError, "[0, 1000000]", "got -1"),
     ("default_guidance_scale", lambda: dict(default_guidance_scale="5"), TypeError, "float", "got '5'"),
     ("default_num_inference_steps", lambda: dict(default_num_inference_steps=0), ValueError, ">= 1", "got 0"),
     ("default_num_inference_steps", lambda: dict(default_num_inference_steps=2.5), TypeError, "int", "got 2.5"),
@@ -1256,7 +1256,7 @@ def test_indices_and_intervals_come_in_any_form(pipe, form):
         return pipe([1, 3], num_inference_steps=3, output_type="latent", **settings).images
 
     assert torch.equal(draw(form([7, 2]), form([0.25, 0.75])), draw(range(7, 1, -5), (0.25, 0.75)))
-    assert len({Guidance(interval=form([0.25, 0.75])), Guidance(interval=(0.25, 0.75))}) == 1 or form is list
+    assert len({Guidance(interval=form([0.25, 0.75])), Guidance(interval=(0.25, 0.75))}) == 1
 
 
 @pytest.mark.parametrize("values", [np.array([0.5, 1.5]), torch.tensor([0.5, 1.5])])

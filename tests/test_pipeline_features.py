@@ -173,7 +173,8 @@ def test_every_cache_belongs_to_its_stage_and_its_call(deep_pipe, cache, first_s
     assert evaluations == expected * 2
     assert not torch.allclose(images, plain, atol=1e-3)
     assert torch.equal(sample(deep_pipe, **kwargs), images)
-    assert_near(sample(deep_pipe, [1], latents=[noise[:1] for noise in drawn()], **kwargs), images[:1])
+    single = sample(deep_pipe, [1], latents=[noise[:1] for noise in drawn()], **kwargs)
+    assert_near(single, images[:1], atol=1e-4)  # products of other sizes round otherwise
     assert evaluations == expected * 6
 
     deep_pipe.transformer.disable_cache()

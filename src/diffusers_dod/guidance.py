@@ -179,9 +179,11 @@ class Guidance:
             check_number("prior_scale", self.prior_scale, 0)
         if self.channels is not None:
             check_at_least("channels", self.channels, 1)
+        if isinstance(self.interval, list):
+            object.__setattr__(self, "interval", tuple(self.interval))
         if isinstance(self.interval, (np.ndarray, torch.Tensor)):
             object.__setattr__(self, "interval", tuple(self.interval.tolist()) if self.interval.ndim == 1 else ())
-        if not isinstance(self.interval, (tuple, list)) or len(self.interval) != 2:
+        if not isinstance(self.interval, tuple) or len(self.interval) != 2:
             raise ValueError(f"`interval` must be a pair (low, high) of sigmas, got {self.interval!r}.")
         for end in self.interval:
             check_number("interval", end, 0, 1)

@@ -483,7 +483,7 @@ def test_a_data_set_that_is_not_there_for_all(monkeypatch, reason, hint):
         ),
         ({"process_index": 1}, ["`process_index` must be less than 1, got 1"]),
         ({"batch_size": 0}, ["`batch_size`", ">= 1", "got 0"]),
-        ({"num_workers": -1}, ["`dataloader_num_workers`", ">= 0", "got -1"]),
+        ({"num_workers": -1}, ["`dataloader_num_workers`", "[0, 1024]", "got -1"]),
         ({"on_bad_image": "ignore"}, ["`on_bad_image`", "'error', 'skip'", "got 'ignore'"]),
     ],
 )

@@ -385,5 +385,6 @@ def build_stream_loader(samples: ImageStream, pin_memory: bool = False) -> DataL
         batch_size=samples.state.batch_size,
         collate_fn=collate_priors_first,
         pin_memory=pin_memory,
-        **worker_settings(samples.num_workers),
+        # New workers of a loader that is used again know where the last ones ended.
+        **worker_settings(samples.num_workers) | {"persistent_workers": False},
     )

@@ -140,9 +140,11 @@ def agree_on_checkpoint(output_dir: Path, resume_from_checkpoint: str | None, ac
     with all_or_none():
         if accelerator.is_main_process:
             checkpoint = find_checkpoint(output_dir, resume_from_checkpoint)
-    checkpoint = gather_patiently(checkpoint)[0]
+    checkpoint, main_output_dir = gather_patiently((checkpoint, output_dir))[0]
     if checkpoint is None or accelerator.num_processes == 1:
         return checkpoint
+    if checkpoint.is_relative_to(main_output_dir):  # each process reads its own folder of the run
+        checkpoint = output_dir / checkpoint.relative_to(main_output_dir)
     state = checkpoint / STATE_FOLDER
     try:
         seen = file_sha256(checkpoint / CHECKPOINT_MANIFEST, state / "state.json", state / "model.safetensors")

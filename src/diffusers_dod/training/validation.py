@@ -102,7 +102,8 @@ def stage_grid(
     """
     classes = list(range(min(num_columns, pipeline.transformer.config.num_classes)))
     labels = classes * samples_per_class
-    samples = dict(gather_object(_sample_own(pipeline, labels, seed, accelerator, len(classes), is_stopped, **call)))
+    own = _sample_own(pipeline, labels, seed, accelerator, batch_size=len(classes), is_stopped=is_stopped, **call)
+    samples = dict(gather_object(own))
     rows = []
     for start in range(0, len(labels), len(classes)):
         columns = [samples[start + i] for i in range(len(classes))]
@@ -151,7 +152,7 @@ def stage_distances(
     """
     num_classes = pipeline.transformer.config.num_classes
     labels = [place % num_classes for place in range(num_samples)]
-    own = _sample_own(pipeline, labels, seed, accelerator, batch_size, is_stopped, **call)
+    own = _sample_own(pipeline, labels, seed, accelerator, batch_size=batch_size, is_stopped=is_stopped, **call)
     features: list[tuple[int, list[np.ndarray]]] = []
     for start in range(0, len(own), batch_size):
         if is_stopped():
