@@ -364,3 +364,11 @@ def test_no_label_is_no_class(label):
     settings = dict(image=RGB, seed=3, num_inference_steps=1, output_type="pt")
     assert torch.equal(pipe(*label, **settings).images, pipe([None], **settings).images)
     assert pipe(*label, seed=0, num_inference_steps=1, output_type="pt").images.shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("size", [100, 3000], ids=["in its header", "in its pixels"])
+def test_a_cut_file_is_refused_by_name(tmp_path, size):
+    noise_image(64, 64).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:size])
+    with pytest.raises(ValueError, match=says("`image` must be one that can be read", str(tmp_path / "cut.jpg"))):
+        prior_pixels(image=tmp_path / "cut.jpg")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import SchedulerMixin
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from PIL import Image
 
 from .autoencoders import Autoencoder, check_autoencoder, check_image_size, latent_channels, spatial_factor
 from .checks import check_at_least, check_type
@@ -189,8 +190,14 @@ def _read_pixels(image: Any, shape: tuple[int, int, int]) -> torch.Tensor:
     """Reads one image as pixels of this shape (C, H, W) in [-1, 1]."""
     if (pixels := _take_as_it_is(image, shape)) is not None:
         return pixels
-    opened = to_image(image)
     channels, height, width = shape
+    name = repr(os.fspath(image)) if isinstance(image, (str, os.PathLike)) else "another"
+    try:
+        opened = to_image(image)
+    except (OSError, Image.DecompressionBombError) as error:
+        if getattr(error, "filename", None) is not None:  # of a file that is missing or forbidden
+            raise
+        raise ValueError(f"`image` must be one that can be read, got {name}: {error}") from error
     if channels != 3:
         raise ValueError(
             f"`image` must be an array or a tensor of {channels} channels and {height} x {width} pixels, in uint8 or "
@@ -198,8 +205,8 @@ def _read_pixels(image: Any, shape: tuple[int, int, int]) -> torch.Tensor:
         )
     try:
         cropped = cover_and_crop(opened, height, width)
-    except ValueError as error:
-        raise ValueError(f"`image` must be one that can be read and cropped, got another: {error}.") from error
+    except (ValueError, OSError, Image.DecompressionBombError) as error:  # a file is decoded here
+        raise ValueError(f"`image` must be one that can be read and cropped, got {name}: {error}") from error
     return to_pixels(torch.from_numpy(cropped)[None])[0]
 
 
