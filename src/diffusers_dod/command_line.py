@@ -16,8 +16,8 @@ from .processes import OtherProcessError
 
 ERROR_EXIT_CODE = 2  # that of argparse
 INTERRUPTED_EXIT_CODE = 130  # 128 + 2: the status that shells report for a process that SIGINT has ended
-# What the library, its files and its machine are expected to raise. All else is a fault of the program, and keeps its
-# traceback: a run of days cannot be repeated to see it.
+# What the library, its files and its machine are expected to raise. All else keeps its traceback: a run of days cannot
+# be repeated to see it.
 EXPECTED_ERRORS = (
     ValueError,
     TypeError,
@@ -34,8 +34,7 @@ def run_main(main: Callable[[], None]) -> None:
     Runs a command as a process of its own: an expected error is one block of lines on stderr, with exit code 2.
 
     Of several processes only the first one that fails says why. `--debug` among the arguments of the process shows the
-    traceback, too. An error that is not expected, a fault of the program, has its traceback and exit code 1 in any
-    case.
+    traceback, too. Any other error has its traceback and exit code 1 in any case.
 
     Args:
         main (`Callable`): The command. It reads its arguments from `sys.argv`.

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
@@ -463,3 +464,16 @@ def test_the_options_of_the_command(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit):
         cost.main([])
     assert "`recipes`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("num_processes", "batch_size", "expected"), [(8, 32, 0.10), (64, 4, 0.40)])
+def test_waiting_for_the_process_with_the_most_priors(num_processes, batch_size, expected):
+    """Numbers of docs/training.md: how much longer than the mean of independent micro-batches the longest takes."""
+    model = PRESETS["DoD-B"]
+    plain, with_prior = (
+        training_cost(model, options=TrainingStep(batch_size=1, prior_dropout_prob=p)).training_flops for p in (1, 0)
+    )
+    assert with_prior / plain == pytest.approx(2.3, abs=0.05)
+    num_priors = np.random.default_rng(0).binomial(batch_size, 0.5, size=(20_000, num_processes))
+    flops = (batch_size - num_priors) * plain + num_priors * with_prior
+    assert flops.max(axis=1).mean() / flops.mean() - 1 == pytest.approx(expected, abs=0.01)
