@@ -309,6 +309,7 @@ def read_npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
                 if size > member.file_size or size > member.compress_size * MAX_COMPRESSION:
                     raise ValueError(f"`{member.filename}` of shape {shape} in {dtype}, which its bytes cannot hold")
                 headers[member.filename.removesuffix(".npy")] = (shape, dtype)
+    # What zipfile and NumPy raise for damaged, encrypted and unknown content.
     except (KeyError, TypeError, ValueError, NotImplementedError, RuntimeError, EOFError, *DAMAGED_ZIP) as error:
         raise ValueError(f"{path} is no npz file: {error}") from error
     return headers
