@@ -10,6 +10,7 @@ from .latent_embedding import LatentEmbeddingModule, LatentEmbeddingOutput, Visu
 from .pipeline_dod import DoDPipeline
 from .pipeline_output import DoDPipelineOutput
 from .scheduling_dod import DoDFlowMatchScheduler, DoDFlowMatchSchedulerOutput
+from .shipped import desk_checkpoint
 from .transformer_dod import DoDTransformer2DModel, DoDTransformerOutput
 
 
@@ -28,6 +29,7 @@ __all__ = [
     "ModelMixin",
     "SchedulerMixin",
     "VisualPriorMixin",
+    "desk_checkpoint",
 ]
 
 

@@ -1,0 +1,44 @@
+# Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
+"""
+Files that come with the package: the desk-size checkpoint and its judge, recipes and configurations of accelerate.
+
+They lie at the same paths in the repository and in an installed package, below a folder of its own there (`setup.py`).
+So the commands that are published with results hold in both.
+"""
+
+from pathlib import Path
+
+
+_INSTALLED = Path(__file__).parent / "shipped"
+ROOT = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2]
+RECIPES = Path("training/recipes")
+
+
+def find_shipped(path: str | Path) -> Path:
+    """
+    Finds a file or folder of the user, or else the one of the same relative path that comes with the package.
+
+    Args:
+        path (`str` or `Path`): The path, e.g. `training/desk/texture_features.py`.
+
+    Returns:
+        `Path`: The path itself if something is there, or if nothing comes with the package under that path.
+    """
+    path = Path(path)
+    return path if path.exists() or path.is_absolute() or not (ROOT / path).exists() else ROOT / path
+
+
+def desk_checkpoint() -> Path:
+    """
+    Finds the pipeline that comes with the package: two stages, 12 classes of procedural textures, 32 x 32 pixels.
+
+    Returns:
+        `Path`: Folder of the pipeline, which `DoDPipeline.from_pretrained` takes.
+
+    Raises:
+        `FileNotFoundError`: the package was installed without it.
+    """
+    folder = ROOT / "checkpoints" / "dod-desk"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"The package must have been installed whole, got none of its checkpoints in {ROOT}.")
+    return folder
