@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from diffusers_dod_command import COMMANDS
+
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "options.json"
@@ -37,6 +39,9 @@ def find_commands(text: str) -> Iterator[tuple[str, list[str]]]:
     """Scripts (`training/train_dod.py`) and modules (`diffusers_dod.conversion`) that are called, with arguments."""
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
+        if words[:1] == ["dod"] and words[1:2] and words[1] in COMMANDS:
+            yield f"diffusers_dod.{COMMANDS[words[1]][0]}", words[2:]
+            continue
         launchers = [place for place, word in enumerate(words) if re.fullmatch(r"(.*/)?python|launch", word)]
         if not launchers:
             continue
