@@ -52,6 +52,21 @@ def test_a_split_of_exactly_its_size_leaves_nothing_over():
     assert len(score(np.zeros((200, 3)), split_size=100).splits) == 2
 
 
+def test_scores_of_parts_are_merged_to_that_of_all():
+    logits, places = np.random.default_rng(0).normal(size=(70, 4)), np.random.default_rng(1).permutation(70)
+    parts = [RunningInceptionScore(20) for _ in range(3)]
+    for part, indices in zip(parts, np.array_split(np.arange(70), 3), strict=True):
+        part.update(logits[indices], places[indices])
+    merged = RunningInceptionScore(20)
+    for part in parts:
+        merged.merge(part)
+    assert merged.num_rows == 70
+    ordered = logits[np.argsort(places)]
+    assert merged.result().splits == pytest.approx(score(ordered, split_size=20).splits, rel=1e-12)
+    with pytest.raises(ValueError, match=says("`other`", "20", "got 5000")):
+        merged.merge(RunningInceptionScore())
+
+
 def test_what_scores_refuse():
     running = RunningInceptionScore()
     with pytest.raises(ValueError, match="`logits`.*got none"):

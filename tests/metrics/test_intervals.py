@@ -29,6 +29,23 @@ def test_the_jackknife_of_a_mean_is_the_usual_interval():
         mean_interval([1.0, 2.0], confidence=1)
 
 
+def test_detectable_numbers_are_found_in_eight_of_ten():
+    """Simulated means of normal numbers, and the effect that power tables give for ten differences."""
+    for number in (10, 40):
+        values = np.random.default_rng(0).normal(size=number)
+        found = jackknife(list(values), lambda part: float(np.mean(part)))
+        for power in (0.8, 0.9):
+            effect = found.detectable(power) / found.error
+            rng = np.random.default_rng(1)
+            means, errors = rng.normal(effect, size=100_000), rng.chisquare(number - 1, size=100_000) / (number - 1)
+            share = (np.abs(means) > scipy.stats.t.ppf(0.975, number - 1) * errors**0.5).mean()
+            assert share == pytest.approx(power, abs=0.01)
+    ten = jackknife(list(range(10)), lambda part: float(np.mean(part)))
+    assert ten.detectable() / np.std(range(10), ddof=1) == pytest.approx(0.996, abs=0.002)
+    with pytest.raises(ValueError, match=says("`power`", "got 1")):
+        ten.detectable(power=1)
+
+
 def test_intervals_of_shares():
     """Wilson's, by SciPy, which takes counts."""
     for number, total in ((30, 100), (0, 10), (7, 7), (1, 3)):

@@ -97,14 +97,14 @@ def test_what_precision_and_recall_refuse(sets):
 def test_points_on_surfaces_are_within(block_size):
     """Integer features have many equal distances; plain loops over exact integers say which points are within."""
     rng = np.random.default_rng(0)
-    reference, samples = (rng.integers(0, 4, size=(400, 5)) * 1.0 for _ in range(2))
+    reference, samples = (rng.integers(0, 4, size=(200, 5)) * 1.0 for _ in range(2))
 
     def count(points, members):
         distances = ((members[:, None] - members) ** 2).sum(axis=-1)
         radii = np.sort(distances, axis=1)[:, 3]
         return int((((points[:, None] - members) ** 2).sum(axis=-1) <= radii).any(axis=1).sum())
 
-    expected = PrecisionRecall(count(samples, reference), 400, count(reference, samples), 400)
+    expected = PrecisionRecall(count(samples, reference), 200, count(reference, samples), 200)
     for scale, shift in ((1, 0), (1 / 3, 1000.1)):  # neither is exact in floating point after the shift
         moved = [rows * scale + shift for rows in (reference, samples)]
         assert ReferenceManifold(moved[0], block_size=block_size).compare(moved[1]) == expected

@@ -23,8 +23,10 @@ ROOT = Path(__file__).parents[2]
 def test_numbers_have_names_of_the_table(name):
     """A metric gives numbers that are rows themselves; those of as many other samples lie in intervals of a width."""
     rng, metric = np.random.default_rng(0), METRICS[name]
-    summary = FeatureSummary({}, RunningInceptionScore(10), num_images=40, num_correct=30)
-    summary.inception_score.update(rng.normal(size=(40, 5)))
+    scores = [RunningInceptionScore(10) for _ in range(4)]
+    summary = FeatureSummary(np.repeat(np.arange(4), 10), {}, scores, [8, 8, 7, 7])
+    for score in scores:
+        score.update(rng.normal(size=(10, 5)), np.arange(0, 40, 4))
     summary.rows = {"features": rng.normal(size=(40, 4))}
     for output in ("features", "spatial_features"):
         summary.statistics[output] = [RunningStatistics() for _ in range(4)]

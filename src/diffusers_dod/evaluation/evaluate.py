@@ -110,7 +110,7 @@ def compute_features(
     places = np.argsort(indices)  # in the random order, of the images in the order in which they are read
     known = None if images.labels is None else images.labels[indices[places]]
     groups = assign_groups(len(places), num_groups, known)
-    summary = FeatureSummary({}, RunningInceptionScore(), num_images=len(places))
+    summary = FeatureSummary(groups, {}, [RunningInceptionScore() for _ in range(num_groups)], [0] * num_groups)
     kept: dict[str, list[np.ndarray]] = {name: [] for name in keep}
     start = 0
     progress = tqdm(total=len(places), desc=images.name, unit="images", disable=None)
@@ -127,14 +127,17 @@ def compute_features(
                     )
             now = slice(start, start + len(batch))
             for name in SUFFIXES:
-                if rows[name] is not None:
-                    running = summary.statistics.setdefault(name, [RunningStatistics() for _ in range(num_groups)])
-                    for group in np.unique(groups[now]):
-                        running[group].update(rows[name][groups[now] == group])
-            if rows["logits"] is not None:
-                summary.inception_score.update(rows["logits"], places[now])
-            if rows["logits"] is not None and labels is not None:
-                summary.num_correct += int((rows["logits"].argmax(dim=1) == labels).sum())
+                if rows[name] is not None and name not in summary.statistics:
+                    summary.statistics[name] = [RunningStatistics() for _ in range(num_groups)]
+            for group in np.unique(groups[now]):
+                is_of_group = groups[now] == group
+                for name, running in summary.statistics.items():
+                    running[group].update(rows[name][is_of_group])
+                if rows["logits"] is not None:
+                    logits = rows["logits"][is_of_group]
+                    summary.inception_scores[group].update(logits, places[now][is_of_group])
+                    if labels is not None:
+                        summary.num_correct[group] += int((logits.argmax(dim=1) == labels[is_of_group]).sum())
             for name in keep:
                 kept[name].append(rows[name].numpy())
             start += len(batch)
@@ -379,6 +382,26 @@ class Evaluator:
             `OSError`: a file cannot be read.
             `ValueError`: samples, reference, extractor and metrics do not fit each other, or features are not finite.
         """
+        summary, data = self.summarize(samples, num_samples)
+        if statistics_file is not None:
+            save_statistics(statistics_file, summary, self.options.extractor, self.extractor_sha256)
+        return self.compute(summary, self.options.num_groups > 0), data
+
+    def summarize(self, samples: ImageSource, num_samples: int | None = None) -> tuple[FeatureSummary, dict[str, Any]]:
+        """
+        Computes the features of samples, and those of the reference unless that has been done.
+
+        Args:
+            samples ([`ImageSource`]): The samples.
+            num_samples (`int`, *optional*): Number of samples, drawn by [`draw_indices`]. By default all.
+
+        Returns:
+            `tuple[FeatureSummary, dict]`: The summary, and the identity of the data.
+
+        Raises:
+            `OSError`: a file cannot be read.
+            `ValueError`: samples, reference, extractor and metrics do not fit each other, or features are not finite.
+        """
         options, reference = self.options, self.reference
         num_samples = len(samples) if num_samples is None else num_samples
         minimum = max(
@@ -399,8 +422,6 @@ class Evaluator:
         settings = (self.extractor, options.batch_size, options.device)
         keep = outputs_for(options.wanted_metrics, "features")
         summary = compute_features(samples, *settings, num_samples, max(1, options.num_groups), keep)
-        if statistics_file is not None:
-            save_statistics(statistics_file, summary, options.extractor, self.extractor_sha256)
         if reference is not None:
             reference.prepare(*settings)
         data = {
@@ -410,11 +431,27 @@ class Evaluator:
             "samples": samples.data,
             "reference": None if reference is None else reference.data,
         }
+        return summary, data
+
+    def compute(self, summary: FeatureSummary, has_intervals: bool) -> dict[str, dict[str, Any]]:
+        """
+        Computes the metrics of a summary from [`Evaluator.summarize`], or of a part of its groups.
+
+        Args:
+            summary ([`FeatureSummary`]): The samples.
+            has_intervals (`bool`): Whether the numbers get intervals.
+
+        Returns:
+            `dict[str, dict]`: An [`as_metric`] for each number, by name.
+        """
         metrics: dict[str, dict[str, Any]] = {}
-        for name in options.wanted_metrics:
-            prepared = None if reference is None else reference.prepared.get(name)
-            metrics |= METRICS[name].compute(summary, prepared, options.num_groups > 0)
-        return metrics, data
+        for name in self.options.wanted_metrics:
+            metrics |= METRICS[name].compute(summary, self.prepared(name), has_intervals)
+        return metrics
+
+    def prepared(self, name: str) -> Any:
+        """The data of the reference that the metric `name` takes; `None` if it takes none."""
+        return None if self.reference is None else self.reference.prepared.get(name)
 
     def check(
         self, resolution: tuple[int, int], num_classes: int | None = None, labels: np.ndarray | None = None
@@ -468,7 +505,12 @@ class Evaluator:
                 )
 
     def write(
-        self, path: Path, argv: list[str], metrics: dict[str, dict[str, Any]], data: dict[str, Any]
+        self,
+        path: Path,
+        argv: list[str],
+        metrics: dict[str, dict[str, Any]],
+        data: dict[str, Any],
+        task: str = "evaluate",
     ) -> dict[str, Any]:
         """
         Writes results.
@@ -478,6 +520,7 @@ class Evaluator:
             argv (`list[str]`): The arguments with which the command computes them.
             metrics (`dict`): Numbers from [`Evaluator.evaluate`].
             data (`dict`): Identity of the data from [`Evaluator.evaluate`].
+            task (`str`, defaults to `"evaluate"`): Name of the command, see [`write_results`].
 
         Returns:
             `dict`: The content of the file, see [`write_results`].
@@ -488,7 +531,7 @@ class Evaluator:
         checkpoint = data["samples"].get("manifest", {}).get("checkpoint")
         return write_results(
             path,
-            task="evaluate",
+            task=task,
             argv=argv,
             metrics=metrics,
             data=data,

@@ -26,6 +26,7 @@ from ..metrics.extractors import extractor_file, is_inception
 from ..options import build_parser, list_options, option, parse_options
 from ..results import checkpoint_sha256, read_results
 from . import sample
+from .compare import CompareOptions
 from .compute import ComputeOptions
 from .evaluate import EvaluationOptions
 from .linear_probe import LinearProbeOptions
@@ -37,6 +38,7 @@ from .sweep import SweepOptions
 # Commands whose results can be computed again, and their options.
 TASKS: dict[str, type] = {
     "evaluate": EvaluationOptions,
+    "compare": CompareOptions,
     "reconstruction": ReconstructionOptions,
     "linear_probe": LinearProbeOptions,
     "sweep": SweepOptions,
@@ -95,15 +97,27 @@ def _redirect(argv: list[str], folder: Path) -> list[str]:
     return redirected
 
 
-def _replace_samples(argv: list[str], samples: Path) -> list[str]:
-    """Replaces the samples in arguments of [`evaluate`], and nothing else that has the same spelling."""
-    parser = build_parser(EvaluationOptions)
-    name = parser.parse_args(argv).samples
+def _replace_samples(kind: type, argv: list[str], argument: str, samples: Path) -> list[str]:
+    """Replaces the images of an argument of a command with options `kind`, and nothing else that is spelled alike."""
+    parser = build_parser(kind)
+    name = getattr(parser.parse_args(argv), argument)
     for index in (index for index, word in enumerate(argv) if word == name):
         replaced = [*argv[:index], str(samples), *argv[index + 1 :]]
-        if parser.parse_args(replaced).samples == str(samples):
+        if getattr(parser.parse_args(replaced), argument) == str(samples):
             return replaced
-    raise ValueError(f"`argv` must name the samples in a word of its own, got {argv}.")
+    raise ValueError(f"`argv` must name the {argument} in a word of its own, got {argv}.")
+
+
+def _sample_again(argument: str, argv: list[str], published: dict[str, Any], folder: Path) -> list[str]:
+    """Draws the images of an argument again if a command of this package drew them, and returns the new `argv`."""
+    manifest = published["data"].get(argument, {}).get("manifest")
+    if manifest is None:
+        return argv
+    sample.main(_redirect(manifest["argv"], folder / argument))
+    again = folder / argument / "output_dir"
+    if "--all_stages" in manifest["argv"]:
+        again /= f"stage-{manifest['settings']['stage']}"
+    return _replace_samples(TASKS[published["task"]], argv, argument, again)
 
 
 def _check_code(path: Path, argv: list[str]) -> None:
@@ -182,13 +196,8 @@ def reproduce(
         if "--output_file" not in argv:
             argv += ["--output_file", "results.json"]
         argv = _redirect(argv, folder)
-        samples = published["data"].get("samples", {})
-        if (manifest := samples.get("manifest")) is not None:
-            sample.main(_redirect(manifest["argv"], folder / "samples"))
-            again = folder / "samples" / "output_dir"
-            if "--all_stages" in manifest["argv"]:
-                again /= f"stage-{manifest['settings']['stage']}"
-            argv = _replace_samples(argv, again)
+        for argument in ("samples", "others"):
+            argv = _sample_again(argument, argv, published, folder)
         target = Path(argv[argv.index("--output_file") + 1])
         importlib.import_module(f"{__package__}.{published['task']}").main(argv)
         if output_file is not None:

@@ -113,6 +113,23 @@ class RunningInceptionScore:
                 total + probabilities.sum(dim=0).numpy(),
             )
 
+    def merge(self, other: "RunningInceptionScore") -> None:
+        """
+        Adds the samples of another score, to the same splits.
+
+        Args:
+            other ([`RunningInceptionScore`]): A score of other places, with splits of the same size.
+
+        Raises:
+            `ValueError`: the splits of `other` have another size.
+        """
+        if other.split_size != self.split_size:
+            raise ValueError(f"`other` must have splits of {self.split_size}, got {other.split_size}.")
+        self.num_rows += other.num_rows
+        for split, (number, negative_entropy, total) in other._splits.items():
+            before = self._splits.get(split, (0, 0.0, 0.0))
+            self._splits[split] = (before[0] + number, before[1] + negative_entropy, before[2] + total)
+
     def result(self) -> InceptionScore:
         """
         The score so far, with a warning if the last of several splits is smaller than the others.

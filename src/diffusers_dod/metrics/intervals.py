@@ -59,6 +59,25 @@ class Jackknife:
         """
         return self._around(self.corrected, confidence)
 
+    def detectable(self, power: float = 0.8, confidence: float = 0.95) -> float:
+        """
+        The true number whose interval would exclude 0 with a given probability, at the error found (Student's t).
+
+        Args:
+            power (`float`, defaults to 0.8): That probability, in [0.5, 1).
+            confidence (`float`, defaults to 0.95): Probability that the interval holds, in (0, 1).
+
+        Returns:
+            `float`: The number, without a sign.
+
+        Raises:
+            `ValueError`: a probability is out of range.
+        """
+        check_number("confidence", confidence, 0, 1, open_minimum=True, open_maximum=True)
+        check_number("power", power, 0.5, 1, open_maximum=True)
+        edges = stats.t.ppf([(1 + confidence) / 2, power], self.num_groups - 1)
+        return float(edges.sum()) * self.error
+
     def _around(self, center: float, confidence: float) -> tuple[float, float]:
         check_number("confidence", confidence, 0, 1, open_minimum=True, open_maximum=True)
         margin = float(stats.t.ppf((1 + confidence) / 2, self.num_groups - 1)) * self.error
@@ -83,10 +102,28 @@ def jackknife(groups: list, estimate: Callable[[list], float]) -> Jackknife:
         `ValueError`: there are fewer than two groups.
     """
     check_at_least("len(groups)", len(groups), 2)
-    value, number = estimate(groups), len(groups)
-    without = np.array([estimate(groups[:i] + groups[i + 1 :]) for i in range(number)])
+    without = [estimate(groups[:i] + groups[i + 1 :]) for i in range(len(groups))]
+    return jackknife_of_values(estimate(groups), without)
+
+
+def jackknife_of_values(value: float, without: Sequence[float] | np.ndarray) -> Jackknife:
+    """
+    The [`jackknife`] of numbers that are known.
+
+    Args:
+        value (`float`): The number of all samples.
+        without (`Sequence[float]` or `np.ndarray` of shape `(g,)`): The number without each of g >= 2 groups.
+
+    Returns:
+        [`Jackknife`].
+
+    Raises:
+        `ValueError`: there are fewer than two groups.
+    """
+    number, without = len(without), np.asarray(without)
+    check_at_least("len(without)", number, 2)
     corrected = float(number * value - (number - 1) * without.mean())
-    return Jackknife(value, corrected, float(np.sqrt((number - 1) * without.var())), number)
+    return Jackknife(float(value), corrected, float(np.sqrt((number - 1) * without.var())), number)
 
 
 def mean_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> tuple[float, float]:

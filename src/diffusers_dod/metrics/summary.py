@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..results import as_metric
-from .inception_score import RunningInceptionScore
+from .inception_score import InceptionScore, RunningInceptionScore
 from .intervals import wilson_interval
 from .statistics import RunningStatistics
 
@@ -18,20 +18,47 @@ class FeatureSummary:
     Summary of the features of images. It keeps the features of all images only where a metric needs them.
 
     Args:
+        groups (`np.ndarray` of shape `(n,)`): The group of each image, from 0 on, see [`jackknife`].
         statistics (`dict[str, list[RunningStatistics]]`):
             Mean and covariance of the `features` and of the `spatial_features`, where there are any, by group.
-        inception_score ([`RunningInceptionScore`]): The score of the logits, where there are any.
-        num_images (`int`, defaults to 0): Number of images.
-        num_correct (`int`, defaults to 0): Images whose largest logit is that of their class.
+        inception_scores (`list[RunningInceptionScore]`): The score of the logits, where there are any, by group.
+        num_correct (`list[int]`): Number of images whose largest logit is that of their class, by group.
         rows (`dict[str, np.ndarray]`, defaults to `{}`):
             Outputs of the extractor that are kept, for all images: `features` of shape `(n, d)`, in fp32.
     """
 
+    groups: np.ndarray
     statistics: dict[str, list[RunningStatistics]]
-    inception_score: RunningInceptionScore
-    num_images: int = 0
-    num_correct: int = 0
+    inception_scores: list[RunningInceptionScore]
+    num_correct: list[int]
     rows: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups."""
+        return len(self.inception_scores)
+
+    def inception_score(self) -> InceptionScore:
+        """The score of all images."""
+        merged = RunningInceptionScore(self.inception_scores[0].split_size)
+        for score in self.inception_scores:
+            merged.merge(score)
+        return merged.result()
+
+    def without(self, group: int) -> "FeatureSummary":
+        """The summary of all images but those of the group `group`."""
+        is_kept = self.groups != group
+
+        def drop(values: list) -> list:
+            return values[:group] + values[group + 1 :]
+
+        return FeatureSummary(
+            self.groups[is_kept] - (self.groups[is_kept] > group),
+            {name: drop(groups) for name, groups in self.statistics.items()},
+            drop(self.inception_scores),
+            drop(self.num_correct),
+            {name: rows[is_kept] for name, rows in self.rows.items()},
+        )
 
 
 def as_accuracy(summary: FeatureSummary, has_interval: bool) -> dict[str, Any]:
@@ -45,5 +72,6 @@ def as_accuracy(summary: FeatureSummary, has_interval: bool) -> dict[str, Any]:
     Returns:
         `dict`: [`as_metric`] of the share.
     """
-    share = summary.num_correct / summary.num_images
-    return as_metric(share, wilson_interval(share, summary.num_images) if has_interval else None)
+    number = len(summary.groups)
+    share = sum(summary.num_correct) / number
+    return as_metric(share, wilson_interval(share, number) if has_interval else None)

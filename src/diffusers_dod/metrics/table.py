@@ -33,6 +33,9 @@ class Metric:
         compute (`Callable`, *optional*):
             Takes a [`FeatureSummary`] of samples, the data of the reference, and whether to give intervals. Returns an
             [`as_metric`] for each number, by name.
+        subsets (`Callable`, *optional*):
+            Takes what `compute` takes but the last. Returns the numbers of independent parts of the samples, of which
+            the metric is the mean; the difference of two models is taken from these parts.
         prepare (`Callable`, *optional*):
             Takes the features of the reference and a device. Returns the data that `compute` takes in their place;
             they are made once for any number of sets of samples.
@@ -43,6 +46,7 @@ class Metric:
     of: str | None = None
     needs: str | None = None
     compute: Callable[[FeatureSummary, Any, bool], dict[str, dict[str, Any]]] | None = None
+    subsets: Callable[[FeatureSummary, Any], tuple[float, ...]] | None = None
     prepare: Callable[[np.ndarray, torch.device | str], Any] | None = None
 
 
@@ -70,12 +74,13 @@ METRICS = {
         compute=lambda samples, reference, interval: kernel_distance(samples.rows["features"], reference).as_metrics(
             interval
         ),
+        subsets=lambda samples, reference: kernel_distance(samples.rows["features"], reference).subsets,
     ),
     "is": Metric(
         title="Inception Score",
         hub_type="inception_score",
         of="logits",
-        compute=lambda samples, _, interval: samples.inception_score.result().as_metrics(interval),
+        compute=lambda samples, _, interval: samples.inception_score().as_metrics(interval),
     ),
     "precision_recall": Metric(
         title="precision and recall",
