@@ -1,10 +1,11 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""Improved precision and recall against plain loops."""
+"""Improved precision and recall, density and coverage against plain loops."""
 
 import numpy as np
 import pytest
 from helpers import says
 
+from diffusers_dod.metrics.intervals import mean_interval
 from diffusers_dod.metrics.precision_recall import PrecisionRecall, ReferenceManifold
 
 
@@ -21,6 +22,18 @@ def naive(samples: np.ndarray, reference: np.ndarray, k: int = 3) -> tuple[float
     return share(samples, reference), share(reference, samples)
 
 
+def naive_density_coverage(samples: np.ndarray, reference: np.ndarray, k: int) -> tuple[float, float]:
+    """By the definitions of the paper, one pair of points after the other."""
+    num_pairs, covered = 0, set()
+    for i, center in enumerate(reference):
+        others = [np.linalg.norm(center - other) for j, other in enumerate(reference) if j != i]
+        for point in samples:
+            if np.linalg.norm(center - point) <= sorted(others)[k - 1]:
+                num_pairs += 1
+                covered.add(i)
+    return num_pairs / (k * len(samples)), len(covered) / len(reference)
+
+
 @pytest.fixture(scope="module")
 def sets() -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
@@ -35,6 +48,35 @@ def test_precision_and_recall_against_plain_loops(sets, k):
     assert (ours.precision, ours.recall) == expected
     swapped = precision_recall(*sets[::-1], num_neighbors=k)
     assert (swapped.recall, swapped.precision) == expected
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_density_and_coverage_against_plain_loops(sets, k):
+    expected = naive_density_coverage(*sets, k)
+    assert 0.1 < expected[0] < 2 and 0.1 < expected[1] < 1
+    rng = np.random.default_rng(1)
+    for block_size in (1, 7, 60):
+        shuffled = [rng.permutation(rows) for rows in sets]
+        ours = ReferenceManifold(shuffled[1], k, block_size).density_coverage(shuffled[0])
+        assert (ours.density, ours.coverage) == pytest.approx(expected, rel=1e-12)
+    metrics = ours.as_metrics(True)
+    assert metrics["density"]["interval"] == pytest.approx(mean_interval(ours.num_balls / k))
+    assert metrics["coverage"]["interval"] is None
+
+
+def test_density_and_coverage_of_the_reference_distribution():
+    """Density 1, and coverage 1 - 1/2^k (Naeem et al., 2020, Lemma 2, for many images)."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(20):
+        manifold = ReferenceManifold(rng.normal(size=(300, 4)), 5)
+        found.append(manifold.density_coverage(rng.normal(size=(300, 4))))
+    assert np.mean([each.density for each in found]) == pytest.approx(1, abs=0.03)
+    assert np.mean([each.coverage for each in found]) == pytest.approx(1 - 2**-5, abs=0.01)
+    # An outlier among the samples adds nothing, unlike to recall.
+    samples = rng.normal(size=(300, 4))
+    few = manifold.density_coverage(samples)
+    more = manifold.density_coverage(np.concatenate([samples, [[50.0] * 4]]))
+    assert more.num_covered == few.num_covered and more.num_balls.tolist() == [*few.num_balls, 0]
 
 
 def test_samples_in_turn_with_one_reference(sets):
@@ -93,7 +135,7 @@ def test_what_precision_and_recall_refuse(sets):
         precision_recall(*sets, num_neighbors=0)
 
 
-@pytest.mark.parametrize("block_size", [3, 64, 2048])
+@pytest.mark.parametrize("block_size", [9, 64, 2048])
 def test_points_on_surfaces_are_within(block_size):
     """Integer features have many equal distances; plain loops over exact integers say which points are within."""
     rng = np.random.default_rng(0)
@@ -104,7 +146,13 @@ def test_points_on_surfaces_are_within(block_size):
         radii = np.sort(distances, axis=1)[:, 3]
         return int((((points[:, None] - members) ** 2).sum(axis=-1) <= radii).any(axis=1).sum())
 
+    distances = [((rows[:, None] - reference) ** 2).sum(axis=-1) for rows in (samples, reference)]
+    is_within = distances[0] <= np.sort(distances[1], axis=1)[:, 3]
     expected = PrecisionRecall(count(samples, reference), 200, count(reference, samples), 200)
     for scale, shift in ((1, 0), (1 / 3, 1000.1)):  # neither is exact in floating point after the shift
         moved = [rows * scale + shift for rows in (reference, samples)]
-        assert ReferenceManifold(moved[0], block_size=block_size).compare(moved[1]) == expected
+        manifold = ReferenceManifold(moved[0], block_size=block_size)
+        assert manifold.compare(moved[1]) == expected
+        found = manifold.density_coverage(moved[1])
+        assert found.num_balls.tolist() == is_within.sum(axis=1).tolist()
+        assert found.num_covered == is_within.any(axis=0).sum()

@@ -1,13 +1,14 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-Computes FID, sFID, Inception Score, precision and recall as ADM defines them, KID, and class accuracy:
+Computes FID, sFID, Inception Score, precision and recall as ADM defines them, KID, density and
+coverage, and class accuracy:
 
     python -m diffusers_dod.evaluation.evaluate outputs/samples.npz --reference VIRTUAL_imagenet256_labeled.npz \\
         --extractor inception --metrics fid sfid is precision_recall --output_file outputs/evaluation.json
 
 Samples and reference are `*.npz` with `arr_0`, a folder of the sampler or of PNG files,
 `textures:<number>:<seed>`, or, with `--resolution`, a folder with a sub-folder per class or a data set of the Hub.
-A reference with `mu` and `sigma` is taken as statistics, and its images serve KID, precision and recall only.
+A reference with `mu` and `sigma` is taken as statistics, and its images serve the metrics of all features.
 `accuracy` is the share of samples whose largest logit is that of their own class.
 `--save_statistics` writes statistics of the samples:
 

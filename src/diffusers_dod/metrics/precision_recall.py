@@ -1,5 +1,12 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""Improved precision and recall (Kynkäänniemi et al., 2019) as ADM defines them, in float64 and in bounded memory."""
+"""
+Improved precision and recall (Kynkäänniemi et al., 2019) as ADM defines them, and density and coverage (Naeem et al.,
+2020, arXiv:2002.09797), in float64 and in bounded memory. All count points in balls around the members of a set, whose
+radii are the distances to the k-th nearest other member. With balls around m reference images and n samples
+
+    density = number of pairs of a sample and a ball that it lies in / (k n)
+    coverage = number of balls that a sample lies in / m.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +17,7 @@ import torch
 
 from ..checks import check_at_least
 from ..results import as_metric
-from .intervals import wilson_interval
+from .intervals import mean_interval, wilson_interval
 from .statistics import check_rows
 
 
@@ -71,6 +78,48 @@ class PrecisionRecall:
         """
         interval = self.precision_interval() if has_interval else None
         return {"precision": as_metric(self.precision, interval), "recall": as_metric(self.recall)}
+
+
+@dataclass(frozen=True)
+class DensityCoverage:
+    """
+    Density and coverage (Naeem et al., 2020), as counts.
+
+    Args:
+        num_balls (`np.ndarray` of shape `(n,)`): Number of balls of the reference that each sample lies in.
+        num_covered (`int`): Number of balls of the reference that a sample lies in.
+        num_reference (`int`): Number of all reference images, each of which has a ball.
+        num_neighbors (`int`): The number k of neighbours.
+    """
+
+    num_balls: np.ndarray
+    num_covered: int
+    num_reference: int
+    num_neighbors: int
+
+    @property
+    def density(self) -> float:
+        """Number of balls in which a sample lies on average, divided by k; it may be larger than 1."""
+        return float(self.num_balls.mean() / self.num_neighbors)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the reference images whose balls have a sample."""
+        return self.num_covered / self.num_reference
+
+    def as_metrics(self, has_interval: bool) -> dict[str, dict[str, Any]]:
+        """
+        Turns density and coverage into the metrics of results.
+
+        Args:
+            has_interval (`bool`): Whether density gets an interval, for other samples against the same reference.
+                Coverage has none, as recall has none.
+
+        Returns:
+            `dict[str, dict]`: [`as_metric`] of `density` and `coverage`.
+        """
+        interval = mean_interval(self.num_balls / self.num_neighbors) if has_interval else None
+        return {"density": as_metric(self.density, interval), "coverage": as_metric(self.coverage)}
 
 
 ROUNDING = 1e-12  # of a squared distance, relative to the squared norms; float64 has some 1e-14
@@ -149,19 +198,52 @@ class ReferenceManifold:
         Raises:
             `ValueError`: there are k images or fewer, the shapes do not fit, or a feature is not finite.
         """
-        samples = check_rows("samples", samples, self.num_neighbors + 1)
+        samples = self._check_samples(samples, self.num_neighbors + 1)
+        radii = self._find_radii(samples)
+        is_precise = torch.zeros(len(samples), dtype=torch.bool, device=self.device)
+        is_recalled = torch.zeros(len(self._rows), dtype=torch.bool, device=self.device)
+        for place, other_place, distances in self._distances(samples):
+            is_precise[place] |= (distances <= self._radii[other_place]).any(dim=1)
+            is_recalled[other_place] |= (distances <= radii[place, None]).any(dim=0)
+        return PrecisionRecall(int(is_precise.sum()), len(samples), int(is_recalled.sum()), len(self._rows))
+
+    def density_coverage(self, samples: np.ndarray) -> DensityCoverage:
+        """
+        Computes density and coverage (Naeem et al., 2020), who take k = 5.
+
+        Both use the balls of the reference alone, so that outliers among the samples have no large ones. Samples of
+        the reference's distribution have density 1 and coverage 1 - 2^-k on average, if there are as many of them.
+
+        Args:
+            samples (`np.ndarray` of shape `(n, d)`): Features of the samples, n >= 2.
+
+        Returns:
+            [`DensityCoverage`].
+
+        Raises:
+            `ValueError`: there are fewer than two samples, the shapes do not fit, or a feature is not finite.
+        """
+        samples = self._check_samples(samples, 2)
+        num_balls = torch.zeros(len(samples), dtype=torch.int64, device=self.device)
+        is_covered = torch.zeros(len(self._rows), dtype=torch.bool, device=self.device)
+        for place, other_place, distances in self._distances(samples):
+            is_within = distances <= self._radii[other_place]
+            num_balls[place] += is_within.sum(dim=1)
+            is_covered[other_place] |= is_within.any(dim=0)
+        return DensityCoverage(num_balls.cpu().numpy(), int(is_covered.sum()), len(self._rows), self.num_neighbors)
+
+    def _check_samples(self, samples: np.ndarray, minimum: int) -> np.ndarray:
+        samples = check_rows("samples", samples, minimum)
         if samples.shape[1] != self._rows.shape[1]:
             raise ValueError(
                 "`samples` and `reference` must have as many features, "
                 f"got {samples.shape[1]} and {self._rows.shape[1]}."
             )
-        radii = self._find_radii(samples)
-        is_precise = torch.zeros(len(samples), dtype=torch.bool, device=self.device)
-        is_recalled = torch.zeros(len(self._rows), dtype=torch.bool, device=self.device)
+        return samples
+
+    def _distances(self, samples: np.ndarray) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        """Blocks of squared distances of samples and reference, so much too small that surfaces are within balls."""
         for place, block in self._blocks(samples):
             for other_place, others in self._blocks(self._rows):
                 distances, rounding = _squared_distances(block, others)
-                distances -= 2 * rounding  # that of the distance and of the radius: a point on a surface is within
-                is_precise[place] |= (distances <= self._radii[other_place]).any(dim=1)
-                is_recalled[other_place] |= (distances <= radii[place, None]).any(dim=0)
-        return PrecisionRecall(int(is_precise.sum()), len(samples), int(is_recalled.sum()), len(self._rows))
+                yield place, other_place, distances - 2 * rounding  # that of the distance and of the radius

@@ -89,6 +89,17 @@ METRICS = {
         prepare=lambda features, device: ReferenceManifold(features, device=device),
         compute=lambda samples, manifold, interval: manifold.compare(samples.rows["features"]).as_metrics(interval),
     ),
+    "density_coverage": Metric(
+        title="density and coverage",
+        of="features",
+        needs="features",
+        prepare=lambda features, device: ReferenceManifold(features, num_neighbors=5, device=device),
+        compute=lambda samples, manifold, interval: manifold.density_coverage(samples.rows["features"]).as_metrics(
+            interval
+        ),
+    ),
+    "density": Metric(title="density"),
+    "coverage": Metric(title="coverage"),
     # The Hub's `precision` and `recall` are metrics of classifiers.
     "precision": Metric(title="precision", hub_type="improved_precision"),
     "recall": Metric(title="recall", hub_type="improved_recall"),
