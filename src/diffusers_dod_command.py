@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import importlib
 import io
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from typing import NoReturn
 PACKAGE = "diffusers_dod"
 # Name of a command -> module whose `main` it is, and a line of help.
 COMMANDS = {
+    "sample": ("evaluation.draw", "Draw images of classes, or variations of an image, into a PNG file."),
     "sample-dataset": (
         "evaluation.sample",
         "Write many images for an evaluation, on any number of processes.",
@@ -44,6 +46,7 @@ usage: dod COMMAND [options]
 
 Diffusion on Diffusion: images in stages, with visual priors.
 
+  dod sample marble bricks -o images.png
   dod train --config desk --output_dir outputs/run
   dod train --help
 
@@ -133,6 +136,8 @@ def main(argv: list[str] | None = None) -> None:
         _fail(f"`COMMAND` must be one of {', '.join(COMMANDS)}, got {name!r}.{hint}")
     else:
         sys.argv = [f"dod {name}", *arguments]  # which usage and errors of the command begin with
+        if not sys.stderr.isatty():  # bars of progress would fill a file
+            os.environ.setdefault("TQDM_DISABLE", "1")
         try:
             from diffusers_dod.command_line import run_main
         except KeyboardInterrupt:

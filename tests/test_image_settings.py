@@ -15,7 +15,7 @@ CHECKPOINT = {"path": "folder", "sha256": "0" * 64}
 
 
 def save(path, **options):
-    save_with_settings(noise_image(8, 6), path, "sample", options, CHECKPOINT, "cpu")
+    save_with_settings(noise_image(8, 6), path, "sample", options, checkpoint=CHECKPOINT, device="cpu")
     return path
 
 

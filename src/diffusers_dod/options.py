@@ -64,7 +64,8 @@ class Option:
         excludes (`str`, *optional*): Name of another option, with which this one must not be given.
         nargs (`str`, *optional*): Number of values in the words of `argparse`, if the type does not tell it.
         metavar (`tuple[str, ...]`, *optional*): Names of the values in `--help`.
-        aliases (`tuple[str, ...]`, defaults to `()`): Older names, which commands and recipes may still use.
+        aliases (`tuple[str, ...]`, defaults to `()`): Other names, such as older ones, which commands and recipes may
+            use; one of a single letter has a single dash.
         is_positional (`bool`, defaults to `False`): Whether the value comes without the name.
         is_recipe (`bool`, defaults to `False`): Whether the value is a file of more options, see [`read_recipe`].
         is_private (`bool`, defaults to `False`): Whether published recipes go without it.
@@ -381,7 +382,7 @@ def _add_option(parser: argparse._ActionsContainer, field: OptionField) -> None:
     if option.is_positional:
         parser.add_argument(field.name, **arguments)
     else:
-        names = [f"--{name}" for name in (field.name, *option.aliases)]
+        names = [f"{'-' if len(name) == 1 else '--'}{name}" for name in (field.name, *option.aliases)]
         action = parser.add_argument(*names, dest=field.name, required=field.default is MISSING, **arguments)
         action.default = arguments.get("default", field.default)  # only now, as older Pythons add it to the help
 

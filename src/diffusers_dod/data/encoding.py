@@ -241,7 +241,9 @@ def encode_latents(
             collate_fn=list,
         )
     )
-    progress = tqdm(total=sum(map(len, batches)), desc="Encoding images", disable=share.process_index > 0)
+    progress = tqdm(
+        total=sum(map(len, batches)), desc="Encoding images", disable=True if share.process_index else None
+    )
     for shard in todo:
         parts: dict[str, list[torch.Tensor]] = {"mean": [], "std": [], "labels": [], "features": []}
         bad = []

@@ -347,7 +347,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def pairs(name: str, scale: float | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         batches = read_batches(images, indices, comparison.batch_size, comparison.dataloader_num_workers)
-        progress = tqdm(batches, desc=name, total=-(-len(indices) // comparison.batch_size))
+        progress = tqdm(batches, desc=name, total=-(-len(indices) // comparison.batch_size), disable=None)
         for places, originals, labels in progress:
             yield reconstruct(pipeline, originals, labels, places, scale, **call), originals.numpy()
 

@@ -479,7 +479,7 @@ def _sample_chunks(
         initial=options.num_images - sum(len(first.indices(chunk)) for chunk in missing),
         desc="Sampling",
         unit="images",
-        disable=not accelerator.is_main_process,
+        disable=None if accelerator.is_main_process else True,
     )
     with progress:
         for start in range(0, len(missing), accelerator.num_processes):

@@ -84,7 +84,7 @@ def compute_tokens(
     num_values = math.prod(embedder.token_shape)
     chunks: dict[str, list[torch.Tensor]] = {name: [] for name in (*FEATURES, "labels")}
     batches = read_batches(images, indices, batch_size, num_workers)
-    for _, batch, labels in tqdm(batches, desc="Features", total=-(-len(indices) // batch_size)):
+    for _, batch, labels in tqdm(batches, desc="Features", total=-(-len(indices) // batch_size), disable=None):
         latents = pipeline.encode_image(to_pixels(batch).to(pipeline.device))
         found = (embedder.encode(latents), untrained.encode(latents), pool_latents(latents, num_values), labels)
         for name, values in zip(chunks, found, strict=True):

@@ -540,7 +540,7 @@ class Trainer:
             total=options.optimizer.max_train_steps,
             initial=self.step,
             desc="Training",
-            disable=not accelerator.is_main_process,
+            disable=None if accelerator.is_main_process else True,
         )
         with progress, self.stop as stop:
             if self._is_to_be_validated and not any(gather_object([self._grid_path.exists()])):

@@ -1,0 +1,176 @@
+"""`dod sample`: images as the pipeline draws them, whose files draw them again, and nothing overwritten."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import noise_image, says
+from PIL import Image
+
+from diffusers_dod import DoDPipeline, desk_checkpoint
+from diffusers_dod.evaluation import draw
+from diffusers_dod.evaluation.draw import main
+from diffusers_dod.image_reading import center_crop
+from diffusers_dod.image_settings import read_image_settings, save_with_settings
+
+
+SIDE, GAP, LINE = 32, 4, 16
+QUICK = ["--steps", "1", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def small_grids(monkeypatch):
+    """Images of a grid are not enlarged."""
+    monkeypatch.setattr(draw, "MIN_SIDE", SIDE)
+
+
+def call(*arguments: object) -> None:
+    main([*map(str, arguments)])
+
+
+def read(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def cells(grid: np.ndarray, rows: int, columns: int) -> list[list[np.ndarray]]:
+    """The images of a grid, which lie in its lower right corner."""
+    top, left = (
+        size - number * (SIDE + GAP) + GAP for size, number in zip(grid.shape[:2], (rows, columns), strict=True)
+    )
+    places = [[(top + i * (SIDE + GAP), left + j * (SIDE + GAP)) for j in range(columns)] for i in range(rows)]
+    return [[grid[y : y + SIDE, x : x + SIDE] for y, x in row] for row in places]
+
+
+def change(path: Path, **entries: object) -> Path:
+    """The image with other settings, beside it."""
+    settings = read_image_settings(path)
+    changed = path.with_name(f"changed-{path.name}")
+    with Image.open(path) as image:
+        options = {**settings["options"], **entries.pop("options", {})}
+        checkpoint = {**settings["checkpoint"], **entries.pop("checkpoint", {})}
+        task = entries.get("task", settings["task"])
+        save_with_settings(image, changed, task, options, checkpoint=checkpoint, device="cpu")
+    return changed
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("grid") / "grid.png"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draw, "MIN_SIDE", SIDE)
+        call("marble", "0", "null", "--count", 2, "--seed", 3, "--scale", 1, 2, "--batch_size", 4, *QUICK, "-o", path)
+    return path
+
+
+def test_images_are_those_of_the_pipeline(grid):
+    pipe = DoDPipeline.from_pretrained(desk_checkpoint())
+    ids = pipe.get_label_ids("marble") * 2 + [0] * 2 + [None] * 2
+    settings = {"num_inference_steps": 1, "guidance_scale": [1, 2], "seed": 3, "output_type": "pil"}
+    images = pipe(ids[:4], **settings).images + pipe(ids[4:], sample_indices=[4, 5], **settings).images
+    found = [image for row in cells(read(grid), 3, 2) for image in row]
+    assert all(np.array_equal(image, np.asarray(expected)) for image, expected in zip(found, images, strict=True))
+
+
+def test_a_file_draws_itself_again(grid, tmp_path, capsys):
+    call("--like", grid, "-o", tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == grid.read_bytes()
+    assert capsys.readouterr().out == f"Wrote {tmp_path / 'again.png'}: the pixels of {grid}, bit for bit.\n"
+
+
+def test_stages_and_a_file_for_each_image(tmp_path):
+    folder = tmp_path / "images"
+    arguments = ["marble", "bricks", "--count", 2, "--all-stages", "--batch_size", 3, *QUICK]
+    call(*arguments, "-o", folder)
+    call(*arguments, "-o", folder)  # over its own files
+    names = [f"{i:04d}-{name}-stage-{n}.png" for i, name in enumerate(["marble"] * 2 + ["bricks"] * 2) for n in (1, 2)]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    call(*arguments, "-o", tmp_path / "grid.png")
+    rows = cells(read(tmp_path / "grid.png"), 4, 2)
+    assert all(np.array_equal(rows[n][i], read(folder / names[2 * i + n])) for i in range(2) for n in range(2))
+    assert not np.array_equal(rows[0][0], rows[1][0])
+    for name in (names[6], names[1]):  # of the second batch and of the first
+        call("--like", folder / name, "-o", tmp_path / "one.png")
+        assert (tmp_path / "one.png").read_bytes() == (folder / name).read_bytes()
+
+
+def test_variations_of_an_image(tmp_path):
+    photo, output = tmp_path / "photo.png", tmp_path / "variations.png"
+    noise_image(50, 40).save(photo)
+    call("marble", "--image", photo, "--count", 9, "--all-stages", *QUICK, "-o", output)
+    rows = cells(read(output), 3, 8)
+    assert np.array_equal(rows[0][0], center_crop(Image.open(photo), SIDE))
+    pipe = DoDPipeline.from_pretrained(desk_checkpoint())
+    images = pipe(["marble"] * 9, image=photo, num_inference_steps=1, seed=0).images
+    found = [*rows[1], rows[2][0]]
+    assert all(np.array_equal(image, np.asarray(expected)) for image, expected in zip(found, images, strict=True))
+    call("--like", output, "-o", tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == output.read_bytes()
+    noise_image(50, 40, seed=1).save(photo)
+    with pytest.raises(ValueError, match="an image that is still there"):
+        call("--like", output, "-o", tmp_path / "again.png")
+    photo.write_text("none")
+    with pytest.raises(ValueError, match="`image` must be an image that can be read"):
+        call("marble", "--image", photo, *QUICK, "-o", output)
+
+
+def test_nothing_else_is_overwritten(tmp_path):
+    path, folder = tmp_path / "image.png", tmp_path / "folder"
+    noise_image(8, 8).save(path)
+    with pytest.raises(ValueError, match="`output` must be a PNG file of this package"):
+        call("marble", *QUICK, "-o", path)
+    folder.mkdir()
+    (folder / "notes.txt").touch()
+    with pytest.raises(ValueError, match=says("`output` must be a folder without other files", "notes.txt")):
+        call("marble", *QUICK, "-o", folder)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "image.png"], "`class_labels` must name at least one class"),
+        (["marble", "-o", "image.jpg"], "`output` must be a folder or end with .png"),
+        (
+            ["--like", "image.png", "--seed", "1", "-o", "x.png"],
+            "without other settings, got seed",
+        ),
+        (["marble"], "required: --output/-o"),
+        (["marble", "--count", "0", "-o", "image.png"], "`count` must be an integer >= 1, got 0."),
+    ],
+)
+def test_arguments_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_class_is_named_with_those_like_it(tmp_path):
+    with pytest.raises(ValueError, match=says("'marble'", "got 'marbel'")):
+        call("marbel", *QUICK, "-o", tmp_path / "image.png")
+
+
+def test_what_cannot_be_drawn_again_is_refused(grid, tmp_path):
+    output = ["-o", tmp_path / "again.png"]
+    with pytest.raises(ValueError, match=says("`checkpoint` must be the one", "0" * 64)):
+        call("--like", change(grid, checkpoint={"sha256": "0" * 64}), *output)
+    with pytest.raises(ValueError, match="drawn by `dod sample`, got .* of 'demo'"):
+        call("--like", change(grid, task="demo"), *output)
+    with pytest.raises(ValueError, match="`count` must be an integer >= 1, got 0"):
+        call("--like", change(grid, options={"count": 0}), *output)
+    with pytest.raises(TypeError, match="got new_option"):
+        call("--like", change(grid, options={"new_option": 0}), *output)
+    with pytest.raises(ValueError, match="`output` must be a file"):
+        call("--like", grid, "-o", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_pixels_and_versions_are_said(grid, tmp_path, capsys, monkeypatch):
+    found = draw.describe_versions("cpu")
+    monkeypatch.setattr(draw, "describe_versions", lambda device: {**found, "torch": "2.99"})
+    with pytest.raises(SystemExit) as ended:
+        call("--like", change(grid, options={"seed": 4}), "-o", tmp_path / "again.png")
+    assert ended.value.code == 1
+    lines = capsys.readouterr().err.splitlines()[-2:]
+    assert "its pixels are not those of" in lines[0]
+    assert lines[1] == f"  torch: {found['torch']} there, 2.99 here"
