@@ -29,6 +29,7 @@ COMMANDS = {
     "train": ("training.train", "Train a model, from a recipe by name or by file."),
     "encode": ("training.encode_latents", "Encode images into latents for training."),
     "evaluate": ("evaluation.evaluate", "Compare samples with reference images: FID, IS, precision, recall, ..."),
+    "compare": ("evaluation.compare", "Measure the difference of two sets of samples, with its interval."),
     "sweep": ("evaluation.sweep", "Measure stages, steps and guidance scales in one table."),
     "probe": ("evaluation.linear_probe", "Measure what latent tokens know about classes."),
     "reconstruct": ("evaluation.reconstruction", "Measure what a visual prior keeps of an image."),
