@@ -60,8 +60,8 @@ def find_mixed_folders(images: ImageOptions, name: str, folder: Path | None) -> 
 
 
 def names_code(extractor: str) -> bool:
-    """Whether the name of an `extractor` is that of code, not of Inception."""
-    return extractor.partition(":")[0] != "inception"
+    """Whether the name of an `extractor` is that of code, not of Inception or of a model of `transformers`."""
+    return extractor.partition(":")[0] not in ("inception", "dinov2", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +313,8 @@ class ValidationOptions:
         is_private=True,
         is_free=True,
         names_code=names_code,
-        help="`inception`, `package.module:attribute` or `file.py:attribute`, which turns images (B, 3, H, W) in "
+        help="`inception`, `dinov2`, `transformers:FOLDER_OR_ID`, `package.module:attribute` or "
+        "`file.py:attribute`, which turns images (B, 3, H, W) in "
         "uint8 into features (B, d). With it the Fréchet distance of each stage is computed with every grid.",
     )
     fid_reference: Path | None = option(

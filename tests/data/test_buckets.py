@@ -30,9 +30,9 @@ from diffusers_dod.data.image_folder import BadImagesError
 from diffusers_dod.data.labelled_images import ImageOptions, LabelledImages, load_labelled_images
 from diffusers_dod.data.latents import LatentDataset
 from diffusers_dod.data.sample_stream import PositionSampler, SampleDraws, TrainingSamples, collate_priors_first
-from diffusers_dod.data.vision_features import VisionFeatures
 from diffusers_dod.image_reading import center_crop, cover_and_crop, to_pixels, to_rgb
 from diffusers_dod.losses import DoDJointModel
+from diffusers_dod.vision_features import VisionFeatures
 
 
 SIZES = [(12, 20), (16, 16), (20, 12)]  # those of resolution 16 in steps of 4

@@ -46,7 +46,7 @@ def test_numbers_have_names_of_the_table(name):
 def test_rows_fit_each_other():
     outputs = {field.name for field in dataclasses.fields(ImageFeatures)}
     for name, metric in METRICS.items():
-        assert re.fullmatch("[a-z0-9]+(_recall|_coverage|_corrected)?", name) and metric.title
+        assert re.fullmatch("[a-z0-9-]+(_recall|_coverage|_corrected)?", name) and metric.title
         assert metric.needs in (None, "statistics", "features")
         assert (metric.of in outputs) == (metric.compute is not None), name
         assert metric.compute is not None or metric.needs is metric.prepare is None

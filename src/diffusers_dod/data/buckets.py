@@ -26,6 +26,7 @@ from ..files import write_json
 from ..image_reading import read_orientation
 from ..options import check_options
 from ..records import Count, FileName, find_record, one_of, read_record
+from ..vision_features import VisionFeatures
 from .encoding import (
     EncodingOptions,
     Share,
@@ -38,7 +39,6 @@ from .image_folder import check_bad_images
 from .labelled_images import ImageDataset, LabelledImages
 from .latents import BadImage, LatentDataset, Latents, LatentShape, Size, check_settings, is_complete
 from .orders import BucketOrder
-from .vision_features import VisionFeatures
 
 
 BUCKETS = "buckets.json"

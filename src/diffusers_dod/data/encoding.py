@@ -19,10 +19,10 @@ from ..files import file_sha256, make_folder, replacing, sha256_of_weights, writ
 from ..image_reading import to_pixels
 from ..options import check_options, option
 from ..records import Count, Sha256, find_record
+from ..vision_features import VisionFeatures
 from .image_folder import check_bad_images
 from .labelled_images import MAX_WORKERS, TRANSFORM, LabelledImages
 from .latents import DTYPES, SHARD_FORMAT, SHARD_MANIFEST, BadImage, check_settings
-from .vision_features import VisionFeatures
 
 
 ON_BAD_IMAGE = ("error", "skip")

@@ -20,7 +20,7 @@ import numpy as np
 from ..command_line import run_main
 from ..metrics.intervals import Jackknife, jackknife, jackknife_of_values
 from ..metrics.summary import FeatureSummary
-from ..metrics.table import METRICS
+from ..metrics.table import METRICS, name_by_extractor
 from ..options import option, parse_options
 from ..results import as_metric
 from ..tables import format_table
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluator = Evaluator(options.judge)
     (first, data), (second, other) = [evaluator.summarize(images, options.num_samples) for images in sets]
     references = {name: evaluator.prepared(name) for name in options.judge.wanted_metrics}
-    metrics = compare_summaries(first, second, references)
+    metrics = name_by_extractor(compare_summaries(first, second, references), options.judge.extractor)
     labels = describe_labels(*sets)
     if len(sets[0]) != len(sets[1]):
         labels += " The sets differ in size: their images are drawn independently, not in pairs."

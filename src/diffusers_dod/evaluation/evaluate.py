@@ -34,7 +34,7 @@ from ..metrics.extractors import Extractor, extract, extractor_sha256, is_incept
 from ..metrics.inception_score import RunningInceptionScore
 from ..metrics.statistics import RunningStatistics, merge_statistics
 from ..metrics.summary import FeatureSummary
-from ..metrics.table import COMPUTED, METRICS
+from ..metrics.table import COMPUTED, METRICS, name_by_extractor
 from ..options import option, parse_options
 from ..records import read_npz_headers
 from ..results import write_results
@@ -271,8 +271,8 @@ class JudgeOptions:
 
     reference: str | None = option(None, help="Images or statistics that the samples are compared with.")
     extractor: str = option(
-        help="`inception`, `inception:path/weights.pth`, `package.module:attribute`, `file.py:attribute`, "
-        "or a TorchScript file."
+        help="`inception`, `inception:path/weights.pth`, `dinov2`, `transformers:FOLDER_OR_ID`, "
+        "`package.module:attribute`, `file.py:attribute`, or a TorchScript file."
     )
     trust_extractor: bool = option(False, help="Let a TorchScript file run what it holds.")
     metrics: tuple[str, ...] | None = option(
@@ -448,7 +448,7 @@ class Evaluator:
         metrics: dict[str, dict[str, Any]] = {}
         for name in self.options.wanted_metrics:
             metrics |= METRICS[name].compute(summary, self.prepared(name), has_intervals)
-        return metrics
+        return name_by_extractor(metrics, self.options.extractor)
 
     def prepared(self, name: str) -> Any:
         """The data of the reference that the metric `name` takes; `None` if it takes none."""

@@ -6,7 +6,7 @@ Computes a published number again, from the file that came with it, and says whe
 
 It runs the commands in the file with their arguments. Paths are relative to the current folder, and samples are drawn
 again. The exit code is 1 if a number does not agree. Another checkpoint than the published one is refused. Another
-extractor, other samples and other data give warnings. An extractor other than `inception` is code that the file names;
+extractor, other samples and other data give warnings. An extractor in Python is code that the file names;
 it runs with `--trust_extractor` only.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 
 from ..command_line import run_main
 from ..files import file_sha256
-from ..metrics.extractors import extractor_file, is_inception
+from ..metrics.extractors import extractor_file, has_code
 from ..options import build_parser, list_options, option, parse_options
 from ..results import checkpoint_sha256, read_results
 from . import sample
@@ -122,7 +122,7 @@ def _sample_again(argument: str, argv: list[str], published: dict[str, Any], fol
 
 def _check_code(path: Path, argv: list[str]) -> None:
     """Raises if a command would run code that it names."""
-    found = [value for _, name, value in _read_values(argv) if name == "--extractor" and not is_inception(value)]
+    found = [value for _, name, value in _read_values(argv) if name == "--extractor" and has_code(value)]
     found += [word for word in argv if word.startswith("--trust")]
     if found:
         raise ValueError(

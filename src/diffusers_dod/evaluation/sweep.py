@@ -368,9 +368,11 @@ def draw_plots(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    distance = next((name for name in ("fd-dinov2", "fid") if name in rows[0]), "fid")
+    title = METRICS[distance].title
     plots = {
-        "fid_scale": ("scale", "fid", "guidance scale of the stage", "FID"),
-        "fid_gflops": ("gflops", "fid", "GFLOPs of an image", "FID"),
+        "fid_scale": ("scale", distance, "guidance scale of the stage", title),
+        "fid_gflops": ("gflops", distance, "GFLOPs of an image", title),
         "precision_recall": ("recall", "precision", "recall", "precision"),
     }
     paths = []

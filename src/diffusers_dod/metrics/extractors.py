@@ -16,6 +16,7 @@ import torch
 from ..files import file_sha256
 from ..records import DAMAGED_ZIP, read_npz_headers
 from .inception import load_inception
+from .vision import BUILT_IN_MODELS, DINOV2, VisionExtractor
 
 
 INCEPTION = "inception"
@@ -86,6 +87,11 @@ def is_inception(name: str) -> bool:
     return name.partition(":")[0] == INCEPTION
 
 
+def has_code(name: str) -> bool:
+    """Whether the extractor `name` is code of its own, and none of this package or of `transformers`."""
+    return name.partition(":")[0] not in (INCEPTION, *BUILT_IN_MODELS)
+
+
 class InceptionFeatures(torch.nn.Module):
     """
     [`InceptionV3`] as an extractor, for comparison with ADM's numbers.
@@ -106,7 +112,7 @@ class InceptionFeatures(torch.nn.Module):
     def __init__(self, name: str = INCEPTION, argument: str = "fid_extractor"):
         super().__init__()
         path = None if name == INCEPTION else Path(name.partition(":")[2])
-        self.model, self.weights_sha256 = load_inception(path, argument)
+        self.model, self.sha256 = load_inception(path, argument)
 
     def forward(self, images: torch.Tensor) -> ImageFeatures:
         """The [`ImageFeatures`] of `images`."""
@@ -122,7 +128,8 @@ def load_extractor(
     """
     Loads an extractor by its name.
 
-    `inception` and `inception:path/weights.pth` are [`InceptionFeatures`]. `package.module:attribute` and
+    `inception` and `inception:path/weights.pth` are [`InceptionFeatures`]. `dinov2`, `dinov2:FOLDER` and
+    `transformers:FOLDER_OR_ID` are a [`VisionExtractor`]. `package.module:attribute` and
     `path/file.py:attribute` name any callable that takes images (B, 3, H, W) in uint8 and returns features (B, d) or
     [`ImageFeatures`]. A file `*.pt` or `*.ts` is a TorchScript module that returns features.
 
@@ -144,6 +151,8 @@ def load_extractor(
         extractor = InceptionFeatures(name, argument)
     elif name.endswith(TORCHSCRIPT):
         extractor = _load_torchscript(name, trust, argument)
+    elif not has_code(name):
+        extractor = VisionExtractor(name, argument)
     else:
         extractor = _load_attribute(name, argument)
     if not callable(extractor):
@@ -173,9 +182,10 @@ def _load_attribute(name: str, argument: str) -> Extractor:
         loaded = _import_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
         return getattr(loaded, attribute)
     except (ImportError, OSError, ValueError, TypeError, AttributeError) as error:
+        names = (INCEPTION, f"{INCEPTION}:weights.pth", DINOV2, "transformers:FOLDER_OR_ID")
         raise ValueError(
-            f"`{argument}` must be named as `package.module:attribute`, or `file.py:attribute`, be {INCEPTION!r} or "
-            f"{INCEPTION + ':weights.pth'!r}, or be a TorchScript file, got {name!r}: {error}."
+            f"`{argument}` must be named as `package.module:attribute`, or `file.py:attribute`, be one of "
+            f"{names}, or be a TorchScript file, got {name!r}: {error}."
         ) from error
 
 
@@ -193,8 +203,8 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def extractor_file(name: str) -> Path | None:
-    """Finds the file with the code of the loaded extractor `name`; `None` for Inception."""
-    if is_inception(name):
+    """Finds the file with the code of the loaded extractor `name`; `None` without code of its own."""
+    if not has_code(name):
         return None
     module = name if name.endswith(TORCHSCRIPT) else name.rpartition(":")[0]
     if not module.endswith((".py", *TORCHSCRIPT)):
@@ -206,7 +216,8 @@ def extractor_sha256(name: str, extractor: Extractor) -> str:
     """
     Hash that identifies an extractor: of the file of its code and, if it is a module, of its weights.
 
-    For Inception it is the hash of the file of its weights.
+    For Inception it is the hash of the file of its weights, for models of `transformers` that of the weights and of
+    the preparation of images.
 
     Args:
         name (`str`): Name of the extractor, see [`load_extractor`].
@@ -215,8 +226,8 @@ def extractor_sha256(name: str, extractor: Extractor) -> str:
     Returns:
         `str`: A SHA-256.
     """
-    if isinstance(extractor, InceptionFeatures):
-        return extractor.weights_sha256
+    if isinstance(extractor, (InceptionFeatures, VisionExtractor)):
+        return extractor.sha256
     file = extractor_file(name)
     digest = hashlib.sha256(f"{None if file is None else file_sha256(file)}\n".encode())
     state = extractor.state_dict() if isinstance(extractor, torch.nn.Module) else {}

@@ -5,6 +5,7 @@ The table of metrics. A new metric is a file with its formula, and a row here.
 `evaluate`, `sweep` and model cards read this table. Metrics without `compute` belong to other commands.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from .frechet import as_fid
 from .kernel_distance import kernel_distance
 from .precision_recall import ReferenceManifold
 from .summary import FeatureSummary, as_accuracy
+from .vision import is_dinov2
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ METRICS = {
         compute=lambda samples, *data: as_fid("fid", samples.statistics["features"], *data),
     ),
     "fid_corrected": Metric(title="FID, corrected"),
+    "fd-dinov2": Metric(title="FD-DINOv2"),
+    "fd-dinov2_corrected": Metric(title="FD-DINOv2, corrected"),
     "sfid": Metric(
         title="sFID",
         of="spatial_features",
@@ -116,3 +120,10 @@ METRICS = {
     "knn": Metric(title="k-NN accuracy"),
 }
 COMPUTED = tuple(name for name, metric in METRICS.items() if metric.compute is not None)
+
+
+def name_by_extractor(metrics: dict[str, Any], extractor: str) -> dict[str, Any]:
+    """Names the numbers in `metrics` by the name of their `extractor`: the FID on features of DINOv2 is FD-DINOv2."""
+    if not is_dinov2(extractor):
+        return metrics
+    return {re.sub(r"^fid(?=_|$)", "fd-dinov2", name): metric for name, metric in metrics.items()}

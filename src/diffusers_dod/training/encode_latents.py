@@ -31,7 +31,6 @@ from ..data.encoding import Share, encode_latents, finish_latents, latent_settin
 from ..data.image_folder import check_bad_images
 from ..data.labelled_images import LabelledImages, load_labelled_images
 from ..data.latents import LatentDataset, Latents, check_settings, find_damaged_shards, is_complete
-from ..data.vision_features import VisionFeatures
 from ..files import in_use
 from ..options import option, parse_options
 from ..pipeline_dod import DoDPipeline
@@ -44,6 +43,7 @@ from ..processes import (
     process_group_timeout,
 )
 from ..training_options import DataOptions
+from ..vision_features import VisionFeatures
 
 
 logger = logging.getLogger(__name__)

@@ -33,7 +33,6 @@ from tqdm.auto import tqdm
 from ..command_line import run_main
 from ..data.labelled_images import TEXTURES
 from ..data.sample_stream import PositionSampler, SampleDraws
-from ..data.vision_features import VisionFeatures
 from ..files import METRICS_FILE, flush, in_use, replacing, replacing_contents, write_json
 from ..losses import DoDJointModel
 from ..metrics.extractors import INCEPTION, check_extractor, load_extractor, load_statistics
@@ -53,6 +52,7 @@ from ..processes import (
 from ..scheduling_dod import DoDFlowMatchScheduler
 from ..training_options import TrainingOptions
 from ..transformer_dod import DoDTransformer2DModel
+from ..vision_features import VisionFeatures
 from .accelerator import DTYPES, build_accelerator, gather_in_bf16, list_sharded_units
 from .checkpoints import (
     agree_on_checkpoint,

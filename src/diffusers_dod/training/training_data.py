@@ -24,10 +24,10 @@ from ..data.labelled_images import TRANSFORM, ImageOptions, find_shards
 from ..data.latents import Latents, check_settings, images_of
 from ..data.sample_stream import PositionSampler, SampleDraws, TrainingSamples, collate_priors_first
 from ..data.streaming import ImageStream, build_stream_loader, open_stream
-from ..data.vision_features import VisionFeatures
 from ..devices import send
 from ..processes import choose_num_workers, worker_settings
 from ..training_options import TrainingOptions
+from ..vision_features import VisionFeatures
 from .encode_latents import encode_data, open_labelled_images
 
 

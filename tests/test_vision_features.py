@@ -15,10 +15,10 @@ from diffusers_dod.data.encoding import EncodingOptions, Share, encode_latents, 
 from diffusers_dod.data.labelled_images import LabelledImages
 from diffusers_dod.data.latents import LatentDataset, images_of
 from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
-from diffusers_dod.data.vision_features import IMAGENET_MEAN, IMAGENET_STD, VisionFeatures
 from diffusers_dod.image_reading import to_pixels
 from diffusers_dod.losses import DoDJointModel, RepresentationProjector
 from diffusers_dod.training import encode_latents as command
+from diffusers_dod.vision_features import IMAGENET_MEAN, IMAGENET_STD, VisionFeatures
 
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}

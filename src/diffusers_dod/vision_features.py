@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-Features of a frozen vision model, as targets for tokens (REPA, Yu et al. 2024, arXiv:2410.06940).
+Features of a frozen vision model: of patches, as targets for tokens (REPA, Yu et al. 2024, arXiv:2410.06940), and of
+images, for metrics.
 
 Any vision transformer of `transformers` will do if its last hidden state ends with its patches: ViT, DINOv2 with or
 without registers, and the vision towers of CLIP and SigLIP.
@@ -16,9 +17,9 @@ import torch.nn.functional as F
 from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 
-from ..checks import check_at_least
-from ..devices import send
-from ..files import sha256_of_weights
+from .checks import check_at_least
+from .devices import send
+from .files import sha256_of_weights
 
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,6 @@ class VisionFeatures:
             "image_std": self._std,
         }
 
-    @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """
         Computes the features of images: the last hidden state of the model, without tokens that belong to no patch.
@@ -138,6 +138,27 @@ class VisionFeatures:
         Raises:
             `ValueError`: the pixels have another shape, or the model does not give the tokens of its patches.
         """
+        # Class and register tokens come first.
+        return self._last_hidden_state(pixels)[:, -self.grid[0] * self.grid[1] :].unflatten(1, self.grid)
+
+    def pooled(self, pixels: torch.Tensor) -> torch.Tensor:
+        """
+        Computes one feature vector per image: the class token of the last hidden state.
+
+        Args:
+            pixels (`torch.Tensor` of shape `(B, 3, H, W)`): Pixels in [-1, 1], on any device.
+
+        Returns:
+            `torch.Tensor` of shape `(B, D)`: Features in fp32; the mean of the patches if there is no other token.
+
+        Raises:
+            `ValueError`: the pixels have another shape, or the model does not give the tokens of its patches.
+        """
+        tokens = self._last_hidden_state(pixels)
+        return tokens.mean(dim=1) if tokens.shape[1] == self.grid[0] * self.grid[1] else tokens[:, 0]
+
+    @torch.no_grad()
+    def _last_hidden_state(self, pixels: torch.Tensor) -> torch.Tensor:
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ValueError(f"`pixels` must have shape (batch, 3, height, width), got {tuple(pixels.shape)}.")
         weight = next(self.model.parameters())
@@ -153,4 +174,4 @@ class VisionFeatures:
                 f"The vision model must give a token for each of its {num_patches} patches, got a last hidden state "
                 f"of shape {tuple(tokens.shape)} from a `{type(self.model).__name__}`."
             )
-        return tokens[:, -num_patches:].float().unflatten(1, self.grid)  # class and register tokens come first
+        return tokens.float()
