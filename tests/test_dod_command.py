@@ -70,7 +70,7 @@ def test_bash_completes_commands_and_options(tmp_path):
         done = subprocess.run(["bash", "-c", call, "bash", *words], capture_output=True, text=True, check=True)
         return done.stdout.split()
 
-    assert complete("dod", "ev") == ["evaluate"] and complete("dod", "comp") == ["compute", "completion"]
+    assert complete("dod", "ev") == ["evaluate"] and complete("dod", "sam") == ["sample", "sample-dataset"]
     assert complete("dod", "cost", "--g") == ["--gpu"]
     assert complete("dod", "cost", "") == []  # files, then
 
