@@ -126,7 +126,7 @@ class StopSignal:
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        #: Name of the first signal that this process has received.
+        #: Name of the first signal that this process has received, or another reason to stop.
         self.name: str | None = None
         self._asked: tuple[dist.Work, torch.Tensor] | None = None  # the latest question to all processes
         self._previous: dict[int, Any] = {}
@@ -143,12 +143,16 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.name = self.name or signal.Signals(number).name
+        self.note(signal.Signals(number).name)
         if number == signal.SIGINT:
             signal.signal(number, self._previous[number])
 
+    def note(self, name: str) -> None:
+        """Stops the processes as a signal would, for the reason `name`."""
+        self.name = self.name or name
+
     def is_noted(self) -> bool:
-        """Whether this process has received a signal."""
+        """Whether this process has received a signal, or another reason to stop."""
         return self.name is not None
 
     def is_received(self, at_once: bool = True) -> bool:

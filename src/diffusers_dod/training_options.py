@@ -351,6 +351,12 @@ class OutputOptions:
     checkpoints_total_limit: int | None = option(
         None, at_least=1, is_free=True, help="Keep only the newest so many checkpoints."
     )
+    async_checkpoints: bool = option(
+        True,
+        is_free=True,
+        help="Write checkpoints in a thread, from copies in memory of the host, while the training goes on. The last "
+        "one, and those of FSDP2 and DeepSpeed, are waited for.",
+    )
     resume_from_checkpoint: str | None = option(
         None, is_private=True, is_free=True, help="A checkpoint folder, or `latest` for the newest valid one."
     )

@@ -1,6 +1,7 @@
 """Commands that faults meet: each can be started, started again after a fault, and judged."""
 
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -94,7 +95,7 @@ def on_change(folder: Path, tell: Callable[[int, str], None]) -> None:
     """Calls `tell` with number and path before every file of a folder is opened for writing, moved or removed."""
     import safetensors.torch
 
-    count, root = [0], str(folder)
+    numbers, root = itertools.count(), str(folder)  # counted as one, as a thread may write too
 
     def hear(event: str, arguments: tuple) -> None:
         if event == "open":
@@ -105,8 +106,7 @@ def on_change(folder: Path, tell: Callable[[int, str], None]) -> None:
         else:
             return
         if is_change and isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(root):
-            number, count[0] = count[0], count[0] + 1
-            tell(number, os.fspath(path))
+            tell(next(numbers), os.fspath(path))
 
     serialize = safetensors.torch.serialize_file  # which opens files out of sight of Python
 

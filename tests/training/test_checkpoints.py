@@ -1,15 +1,18 @@
 """Checkpoints: bit-identical, never half written, damage is found, and the last valid one stays."""
 
 import json
+import threading
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import contents, says
+from launch import PATIENCE_S, wait_until
 
 from diffusers_dod.checkpoint_manifest import CHECKPOINT_MANIFEST, STATE_FOLDER, find_damage
 from diffusers_dod.training.checkpoints import (
+    CheckpointWriter,
     checkpoint_step,
     find_latest_checkpoint,
     gather_training_state,
@@ -344,6 +347,47 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
     truncate(save(tmp_path, 20))
     checkpoint = save(tmp_path, 20)
     assert find_damage(checkpoint) is None and find_latest_checkpoint(tmp_path) == checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a thread
+
+
+def test_copies_keep_the_values_of_their_step():
+    model, optimizer = model_and_optimizer(seed=0)
+    train(model, optimizer, steps=1)
+    writer = CheckpointWriter(torch.device("cpu"))
+    tensors = gather_training_state(model, optimizer)
+    expected = {file: {name: t.clone() for name, t in entries.items()} for file, entries in tensors.items()}
+    copies = writer.copy(tensors)
+    train(model, optimizer, steps=1)
+    assert_identical(copies, expected)
+    again = writer.copy(gather_training_state(model, optimizer))
+    assert_identical(again, gather_training_state(model, optimizer))
+    places = [{t.data_ptr() for entries in copy.values() for t in entries.values()} for copy in (copies, again)]
+    assert places[0] == places[1]  # the memory of the first copy is used again
+
+
+def test_a_checkpoint_is_taken_once(tmp_path):
+    writer = CheckpointWriter(torch.device("cpu"))
+    assert writer.take() is None and not writer.is_whole
+    writer.start(lambda: save(tmp_path, 10))
+    wait_until(lambda: writer.is_whole)
+    assert writer.take() == tmp_path / "checkpoint-10" and find_damage(tmp_path / "checkpoint-10") is None
+    assert writer.take() is None and not writer.is_whole
+
+
+def test_who_takes_a_checkpoint_gets_its_error(tmp_path, caplog):
+    failed = threading.Event()
+    writer = CheckpointWriter(torch.device("cpu"), on_error=failed.set)
+    writer.start(lambda: save_checkpoint(tmp_path, 20, write_half))
+    assert failed.wait(PATIENCE_S) and not writer.is_whole
+    with pytest.raises(Crash):
+        writer.take()
+    assert not list(tmp_path.iterdir())
+    writer.start(lambda: save_checkpoint(tmp_path, 20, write_half))
+    writer.finish()
+    assert "A checkpoint could not be written: " in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -164,6 +164,7 @@ def work(folder: Path) -> None:
             train(resumed, *averages, "--resume_from_checkpoint", "latest")
             train(f"{whole}-micro", *micro)
     train("two-exact", "--exact_dropout")
+    fail_to_write(folder, train)
     with pytest.raises(ValueError, match="`gradient_dtype` must be 'fp32' on CPUs.*got 'bf16'"):
         train("two-exact", "--gradient_dtype", "bf16")
     with sharding():
@@ -171,6 +172,19 @@ def work(folder: Path) -> None:
     resume_apart(folder, "missing", ["two", None])
     resume_apart(folder, "different", ["two", "two-micro"])
     (folder / f"finished-{rank}").touch()
+
+
+def fail_to_write(folder: Path, train: Callable[..., None]) -> None:
+    """The first process cannot write the checkpoint of step 1, while both go on: both stop, and say why."""
+    rank = torch.distributed.get_rank()
+
+    def refuse(*arguments) -> None:
+        raise OSError("no such disk")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Exception, match="no such disk") as error:
+        patch.setattr(training, "save_checkpoint", refuse)
+        train("unwritten", "--max_train_steps", "1000", "--checkpointing_steps", "1")
+    (folder / f"unwritten-{rank}").write_text(type(error.value).__name__)
 
 
 @contextlib.contextmanager
@@ -309,6 +323,12 @@ def test_blocks_are_gathered_in_bf16_and_the_embedding_of_times_in_fp32(folder):
             "gradients": ["torch.float32"],
             "loss": ["torch.float32"],
         }
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_both(folder):
+    names = [(folder / f"unwritten-{rank}").read_text() for rank in range(2)]
+    assert names == ["OSError", "OtherProcessError"]
+    assert not list((folder / "unwritten").glob("checkpoint-*"))
 
 
 @pytest.mark.parametrize("name", STATES[:1])

@@ -217,8 +217,7 @@ def test_weights_that_are_not_finite_reach_no_checkpoint(tmp_path, monkeypatch, 
 
 def test_a_checkpoint_that_is_not_finite_is_not_resumed(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_check_weights", lambda self: None)
-        patch.setattr(Trainer, "averaged_pipeline", spoil_average(Trainer.averaged_pipeline))
+        patch.setattr(Trainer, "_check_weights", spoil_average)
         run = train(tmp_path / "run", "--max_train_steps", 1)
     again = ["--max_train_steps", 1, "--resume_from_checkpoint"]
     with pytest.raises(FloatingPointError, match=says("not finite", "transformer.", "decay-", "checkpoint-1")):
@@ -227,12 +226,8 @@ def test_a_checkpoint_that_is_not_finite_is_not_resumed(tmp_path, monkeypatch):
         train(run, *again, "latest")
 
 
-def spoil_average(averaged_pipeline):
-    def spoiled(self):
-        self.ema.shadow_params[0].view(-1)[0] = float("inf")
-        return averaged_pipeline(self)
-
-    return spoiled
+def spoil_average(trainer: Trainer) -> None:
+    trainer.ema.shadow_params[0].view(-1)[0] = float("inf")
 
 
 # -------------------------------------------------------------------------------------------------------------- speed

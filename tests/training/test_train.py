@@ -1,10 +1,14 @@
 """The trainer as it is called: what it computes, writes and refuses, and that a resumed run is the same run."""
 
+import errno
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
+import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import contents, run_trainer, says, write_images
+from launch import PATIENCE_S, wait_until
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -25,6 +30,7 @@ from diffusers_dod.evaluation.sample import SamplingOptions
 from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.options import parse_options
 from diffusers_dod.presets import PRESETS
+from diffusers_dod.training import train as train_module
 from diffusers_dod.training.train import Trainer, main
 
 
@@ -205,6 +211,7 @@ def test_a_run_does_not_depend_on_names_links_and_the_working_folder(tmp_path, i
         def train_step(self):
             os.chdir(elsewhere)
             if self.step == 1:
+                self.finish_saving()
                 shutil.move(run / "checkpoint-1", elsewhere)
                 (run / "checkpoint-1").symlink_to(elsewhere / "checkpoint-1")
             super().train_step()
@@ -216,6 +223,121 @@ def test_a_run_does_not_depend_on_names_links_and_the_working_folder(tmp_path, i
     assert {"checkpoint-2", "metrics.jsonl", "samples", "model_index.json"} <= names and "checkpoint-1" not in names
     assert (elsewhere / "checkpoint-1" / "model_index.json").exists() and len(list(elsewhere.iterdir())) == 1
     DoDPipeline.from_pretrained(run)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints that are written while the training goes on
+
+
+EVERY_SECOND = ["--max_train_steps", 6, "--checkpointing_steps", 2, *EMA, "--ema_sigma_rel", 0.1]
+
+
+class HeldWriter:
+    """Holds back the writing of the first checkpoint of a run, which is that of step 2, and may make it fail."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, error: Exception | None = None):
+        self.is_free = threading.Event()
+        self.num_at_work, self.most_at_work = 0, 0
+        self.error = error
+        self.save_checkpoint, self.train_step = train_module.save_checkpoint, Trainer.train_step
+        patch.setattr(train_module, "save_checkpoint", self._save)
+
+    def _save(self, output_dir, step, *args):
+        self.num_at_work += 1
+        self.most_at_work = max(self.most_at_work, self.num_at_work)
+        try:
+            if step == 2:
+                assert self.is_free.wait(PATIENCE_S)
+                if self.error is not None:
+                    raise self.error
+            return self.save_checkpoint(output_dir, step, *args)
+        finally:
+            self.num_at_work -= 1
+
+    def at_step(self, patch: pytest.MonkeyPatch, step: int, act: Callable[[Trainer], None]) -> None:
+        """Calls `act` behind a step."""
+
+        def train_step(trainer):
+            self.train_step(trainer)
+            if trainer.step == step:
+                act(trainer)
+
+        patch.setattr(Trainer, "train_step", train_step)
+
+
+@pytest.fixture(scope="module")
+def waited_for(tmp_path_factory, data) -> Path:
+    """Six steps that wait for their three checkpoints; read only."""
+    return train(tmp_path_factory.mktemp("waited") / "run", *data, *EVERY_SECOND, "--no-async_checkpoints")
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_steps_go_on_while_a_checkpoint_is_written(tmp_path, data, waited_for, monkeypatch, step):
+    """The checkpoint has the bits of its own step, and the next one waits until it is whole."""
+    writer = HeldWriter(monkeypatch)
+    writer.at_step(monkeypatch, step, lambda trainer: writer.is_free.set())
+    run = train(tmp_path / "run", *data, *EVERY_SECOND)
+    assert writer.most_at_work == 1
+    for number in (2, 4, 6):
+        assert hashes(run, number) == hashes(waited_for, number)
+    assert without_speed(read_metrics(run)) == without_speed(read_metrics(waited_for))
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path, data, monkeypatch):
+    writer = HeldWriter(monkeypatch, OSError(errno.ENOSPC, "No space left on device", "checkpoint-2"))
+    steps = []
+
+    def fail(trainer):
+        writer.is_free.set()
+        wait_until(trainer.stop.is_noted)
+        steps.append(trainer)
+
+    writer.at_step(monkeypatch, 3, fail)
+    with pytest.raises(OSError, match="No space left on device: 'checkpoint-2'"):
+        train(tmp_path / "run", *data, *EVERY_SECOND)
+    assert [trainer.step for trainer in steps] == [3]  # and not the next checkpoint's
+    assert not [path.name for path in (tmp_path / "run").iterdir() if "checkpoint" in path.name]
+    assert not (tmp_path / "run" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("fails_too", [False, True])
+def test_an_error_of_a_step_waits_for_the_checkpoint(tmp_path, data, waited_for, monkeypatch, caplog, fails_too):
+    writer = HeldWriter(monkeypatch, OSError("no such disk") if fails_too else None)
+
+    def fail(trainer):
+        writer.is_free.set()
+        raise RuntimeError("out of memory")
+
+    writer.at_step(monkeypatch, 3, fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(tmp_path / "run", *data, *EVERY_SECOND)
+    if fails_too:
+        assert "A checkpoint could not be written: no such disk" in caplog.text
+    else:
+        assert hashes(tmp_path / "run", 2) == hashes(waited_for, 2)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process by SIGTERM at once")
+def test_a_signal_waits_for_the_checkpoint(tmp_path, data, waited_for, monkeypatch):
+    writer = HeldWriter(monkeypatch)
+
+    def stop(trainer):
+        os.kill(os.getpid(), signal.SIGTERM)
+        writer.is_free.set()
+
+    writer.at_step(monkeypatch, 3, stop)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run", *data, *EVERY_SECOND)
+    monkeypatch.undo()
+    run = tmp_path / "run"
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert hashes(run, 2) == hashes(waited_for, 2)
+    train(run, *data, *EVERY_SECOND, "--resume_from_checkpoint", "latest")
+    assert hashes(run, 6) == hashes(waited_for, 6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run writes, continued
 
 
 def test_latents_alone_are_described_too(tmp_path, finished, caplog):

@@ -3,6 +3,8 @@
 
 import json
 import logging
+import re
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -108,6 +110,39 @@ def test_a_run_is_pushed_and_goes_on_from_its_repository(hub, wait, images, tmp_
     assert manifests[0] == manifests[1]
     assert at_the_root(hub) == PIPELINE | CARD
     assert hub.repos[REPO].messages[len(messages) :] == ["Start of training", "End of training"]
+
+
+def test_the_card_of_a_push_is_that_of_its_checkpoint(hub, images, tmp_path, monkeypatch):
+    """The push starts when the checkpoint is whole, some steps later."""
+    pushed, is_free, save = {}, threading.Event(), train.save_checkpoint
+
+    def push(pusher, checkpoint, others, message, with_training_state):
+        card = (checkpoint.parent / "README.md").read_text()
+        assert find_damage(checkpoint) is None and is_free.is_set()
+        pushed[message] = (
+            checkpoint.name,
+            re.findall(r"([\d,]+(?: of \d+)?) steps of 4 images \(([\d,]+) in all\)", card),
+        )
+
+    def step(trainer):
+        train_step(trainer)
+        if trainer.step == 3:
+            is_free.set()
+            wait_until(lambda: trainer.writer.is_whole)
+
+    def save_held_back(*args):
+        assert is_free.wait(PATIENCE_S)
+        return save(*args)
+
+    train_step = train.Trainer.train_step
+    monkeypatch.setattr(train.Trainer, "train_step", step)
+    monkeypatch.setattr(train, "save_checkpoint", save_held_back)
+    monkeypatch.setattr(HubPusher, "push", push)
+    run(tmp_path / "run", "--train_data_dir", images, *PUSH, "--max_train_steps", 4, "--checkpointing_steps", 2)
+    assert pushed == {
+        "Step 2": ("checkpoint-2", [("2 of 4", "8")]),
+        "End of training": ("checkpoint-4", [("4", "16")]),
+    }
 
 
 @pytest.mark.slow

@@ -2,9 +2,9 @@
 """
 Training checkpoints: safetensors and JSON only, never half written.
 
-A checkpoint is written into a hidden folder, hashed, flushed to disk and renamed. A checkpoint whose hashes do not
-match is never resumed. `checkpoint-<step>/` is a `DoDPipeline` folder with the EMA weights, and also holds
-`training_state/`.
+A checkpoint is written into a hidden folder, hashed, flushed to disk and renamed, by a thread if that is asked for. A
+checkpoint whose hashes do not match is never resumed. `checkpoint-<step>/` is a `DoDPipeline` folder with the EMA
+weights, and also holds `training_state/`.
 """
 
 import itertools
@@ -12,7 +12,9 @@ import json
 import logging
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -21,6 +23,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -189,6 +192,86 @@ def save_checkpoint(
             except OSError as error:
                 logger.warning(f"{old} is in the way of `checkpoints_total_limit` and cannot be removed: {error}.")
     return checkpoint
+
+
+class CheckpointWriter:
+    """
+    Writes one checkpoint at a time in a thread, from copies of the tensors in memory of the host.
+
+    The thread ends with the process, of which it leaves what a kill leaves: the whole checkpoint or none.
+
+    Args:
+        device (`torch.device`): Device of the tensors. From CUDA they are copied into pinned memory.
+        on_error (`Callable`, *optional*): Is called in the thread if a checkpoint cannot be written.
+    """
+
+    def __init__(self, device: torch.device, on_error: Callable[[], None] | None = None):
+        is_cuda = device.type == "cuda"
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=is_cuda,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=is_cuda,
+            )
+        )
+        self._on_error = on_error
+        self._writing: Future[Path] | None = None
+
+    def copy(self, tensors: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+        """
+        Copies tensors to memory of the host, which the next copies of the same tensors use again.
+
+        Args:
+            tensors (`dict[str, dict[str, torch.Tensor]]`): Tensors from [`gather_training_state`].
+
+        Returns:
+            `dict[str, dict[str, torch.Tensor]]`: The copies. No checkpoint may be under way that needs earlier ones.
+        """
+        return self._stager.stage(tensors)
+
+    def start(self, write: Callable[[], Path]) -> None:
+        """
+        Starts to write a checkpoint. The one before must have been taken.
+
+        Args:
+            write (`Callable`): Writes a checkpoint and returns its folder.
+        """
+        self._writing = Future()
+        threading.Thread(target=self._write, args=(write, self._writing), name="CheckpointWriter", daemon=True).start()
+
+    def _write(self, write: Callable[[], Path], writing: "Future[Path]") -> None:
+        try:
+            writing.set_result(write())
+        except BaseException as error:
+            writing.set_exception(error)
+            if self._on_error is not None:
+                self._on_error()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a checkpoint is whole that has not been taken."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is None
+
+    def take(self) -> Path | None:
+        """
+        Waits until the checkpoint that is being written is whole.
+
+        Returns:
+            `Path | None`: The folder of the checkpoint; `None` if there is none to wait for.
+
+        Raises:
+            `Exception`: what has kept it from being written.
+        """
+        writing, self._writing = self._writing, None
+        return None if writing is None else writing.result()
+
+    def finish(self) -> None:
+        """Waits as [`CheckpointWriter.take`], where another error ends the run: one of the writer is logged."""
+        try:
+            self.take()
+        except Exception as error:
+            logger.error(f"A checkpoint could not be written: {error}")
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:

@@ -11,7 +11,8 @@ from ..losses import DoDJointModel, RepresentationProjector
 from ..options import find_given
 from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS, Preset
-from ..training_options import AlignmentOptions, ModelOptions, OptimizerOptions
+from ..scheduling_dod import DoDFlowMatchScheduler
+from ..training_options import AlignmentOptions, ModelOptions, OptimizerOptions, TrainingOptions
 from ..transformer_dod import DoDAttention, DoDTransformer2DModel
 
 
@@ -128,6 +129,39 @@ def with_priors(transformer: DoDTransformer2DModel, prior_embed_dim: int) -> DoD
     model = DoDTransformer2DModel.from_config({**transformer.config, "prior_embed_dim": prior_embed_dim})
     model.load_state_dict(add_prior_projection(transformer.state_dict(), prior_embed_dim))
     return model
+
+
+def build_pipeline(
+    model: DoDJointModel, weights: dict[str, torch.Tensor], options: TrainingOptions, **components
+) -> DoDPipeline:
+    """
+    Builds the pipeline of a run from averaged weights, sharing their memory.
+
+    Args:
+        model ([`DoDJointModel`]): The model that is trained, whose parts have the form of the pipeline's.
+        weights (`dict[str, torch.Tensor]`): The weights of all parts, by their names in that model.
+        options ([`TrainingOptions`]): The run's options.
+        components: Passed on to the pipeline: `vae`, `id2label`.
+
+    Returns:
+        [`DoDPipeline`]: The pipeline, without a progress bar.
+    """
+    for part in ("transformer", "latent_embedder"):
+        trained = getattr(model, part)
+        components[part] = None
+        if trained is not None:
+            with torch.device("meta"):
+                components[part] = averaged = type(trained).from_config(trained.config)
+            own = {name.removeprefix(f"{part}."): w for name, w in weights.items() if name.startswith(f"{part}.")}
+            averaged.load_state_dict(own, assign=True)
+            averaged.requires_grad_(False).eval()
+    pipeline = DoDPipeline(
+        scheduler=DoDFlowMatchScheduler(shift=options.times.time_shift),
+        **components,
+        **PRESETS[options.model.preset].pipeline_config,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def use_fast_attention(model: DoDJointModel | DoDPipeline, device: torch.device, backend: str | None = None) -> None:

@@ -17,8 +17,9 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,6 @@ from ..losses import DoDJointModel
 from ..metrics.extractors import INCEPTION, check_extractor, load_extractor, load_statistics
 from ..options import describe, parse_options, replace_values
 from ..pipeline_dod import DoDPipeline
-from ..presets import PRESETS
 from ..processes import (
     STOPPED_EXIT_CODE,
     StopSignal,
@@ -49,13 +49,14 @@ from ..processes import (
     full_tensor,
     sharded_like,
 )
-from ..scheduling_dod import DoDFlowMatchScheduler
 from ..training_options import TrainingOptions
 from ..transformer_dod import DoDTransformer2DModel
 from ..vision_features import VisionFeatures
 from .accelerator import DTYPES, build_accelerator, gather_in_bf16, list_sharded_units
 from .checkpoints import (
+    CheckpointWriter,
     agree_on_checkpoint,
+    checkpoint_step,
     gather_training_state,
     load_training_state,
     read_state,
@@ -68,7 +69,14 @@ from .ema import PowerFunctionEMA, WeightAverage, averaged_parameters
 from .encode_latents import load_autoencoder
 from .history import TrainingHistory, values_of_steps
 from .model_card import CARD_FILES, write_model_card
-from .models import build_models, build_optimizer, set_learning_rates, step_optimizer, use_fast_attention
+from .models import (
+    build_models,
+    build_optimizer,
+    build_pipeline,
+    set_learning_rates,
+    step_optimizer,
+    use_fast_attention,
+)
 from .nonfinite import NonfiniteCounts, NonfiniteSteps
 from .push import HubPusher, remove_snapshots
 from .run_metrics import EVALUATIONS, TrainingMetrics, append_line, drop_metrics_after
@@ -163,6 +171,7 @@ class Trainer:
         use_fast_attention(self.joint_model, accelerator.device, options.precision.attention_backend)
         self.emas = self._build_emas()
         self.stop = StopSignal(accelerator)
+        self.writer = CheckpointWriter(accelerator.device, lambda: self.stop.note("a failed checkpoint"))
         self.saved_step = self.step = 0
         self.nonfinite = NonfiniteSteps(accelerator.device)
         if self.checkpoint is not None:
@@ -279,30 +288,13 @@ class Trainer:
         for change in self.history.describe_changes():
             logger.info(change)
 
-    def averaged_pipeline(self) -> DoDPipeline:
-        """Builds the pipeline of the averaged weights, sharing their memory; all processes must call it."""
-        names = averaged_parameters(self.joint_model)
-        weights = {name: full_tensor(tensor) for name, tensor in zip(names, self.ema.shadow_params, strict=True)}
-        models = {}
-        for part in ("transformer", "latent_embedder"):
-            model = getattr(self.joint_model, part)
-            if model is None:
-                models[part] = None
-                continue
-            with torch.device("meta"):
-                models[part] = type(model).from_config(model.config)
-            own = {name.removeprefix(f"{part}."): w for name, w in weights.items() if name.startswith(f"{part}.")}
-            models[part].load_state_dict(own, assign=True)
-            models[part].requires_grad_(False).eval()
-        pipeline = DoDPipeline(
-            **models,
-            scheduler=DoDFlowMatchScheduler(shift=self.options.times.time_shift),
-            vae=self.vae,
-            id2label=dict(enumerate(self.data.class_names)),
-            **PRESETS[self.options.model.preset].pipeline_config,
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+    def averaged_pipeline(self, weights: dict[str, torch.Tensor] | None = None) -> DoDPipeline:
+        """Builds the pipeline of the average, sharing its memory; without its `weights` all processes must call it."""
+        if weights is None:
+            names = averaged_parameters(self.joint_model)
+            weights = {name: full_tensor(tensor) for name, tensor in zip(names, self.ema.shadow_params, strict=True)}
+        id2label = dict(enumerate(self.data.class_names))
+        return build_pipeline(self.joint_model, weights, self.options, vae=self.vae, id2label=id2label)
 
     def _check_weights(self) -> None:
         """Raises a `FloatingPointError` unless weights and averages are finite; all processes must call it."""
@@ -319,26 +311,31 @@ class Trainer:
                 "good one with a smaller `learning_rate`."
             )
 
-    def save(self) -> None:
+    def save(self, is_end: bool = False) -> None:
         """
-        Writes a checkpoint of the current step; all processes must call it.
+        Writes a checkpoint of the current step, or starts to; all processes must call it.
+
+        Args:
+            is_end (`bool`, defaults to `False`): Whether no step follows. Then the checkpoint is waited for.
 
         Raises:
             `FloatingPointError`: weights or averages are not finite. Earlier checkpoints stay.
         """
         start = time.perf_counter()
+        self.finish_saving(is_end)  # of the one before
         self._check_weights()
         is_main = self.accelerator.is_main_process
-        pipeline = self.averaged_pipeline()
+        is_sharded = self.accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
         is_deepspeed = self.accelerator.distributed_type.value == "DEEPSPEED"
         optimizer = None if is_deepspeed else self.optimizer  # its shards are in no form that could be taken up
-        tensors = gather_training_state(self.joint_model, optimizer, self.other_emas, keep=is_main)
+        tensors = gather_training_state(self.joint_model, optimizer, self.emas, keep=is_main)
         scaler = self.accelerator.scaler
         self._check_nonfinite_steps()
+        first = next(iter(self.emas))
         state = {
             "step": self.step,
             "num_nonfinite_steps": self.nonfinite.known.total,
-            "average": next(iter(self.emas)),
+            "average": first,
             "history": self.history.state(),
             "nonfinite_in_a_row": self.nonfinite.known.in_a_row,
             "gradient_scaler": None if scaler is None else scaler.state_dict(),
@@ -346,20 +343,51 @@ class Trainer:
             **self.data.state(),
         }
 
-        def write(folder: Path) -> None:
-            pipeline.save_pretrained(folder)
-            save_training_state(folder, tensors, state)
-
         self.saved_step = self.step
+        is_waited_for = is_end or is_sharded or not self.options.output.async_checkpoints
         with all_or_none():
             if is_main:
-                for name in (METRICS_FILE, EVALUATIONS):  # lines up to this step, which no resumed run writes again
-                    if (path := self.options.output.output_dir / name).exists():
-                        flush(path)
-                self.checkpoint = save_checkpoint(
-                    self.options.output.output_dir, self.step, write, self.options.output.checkpoints_total_limit
-                )
-                logger.info(f"Checkpoint written: {self.checkpoint} ({time.perf_counter() - start:.1f} s)")
+                if not is_waited_for:
+                    tensors = self.writer.copy(tensors)
+                pipeline = self.averaged_pipeline(tensors.pop(f"ema-{first}"))
+
+                def write(folder: Path) -> None:
+                    pipeline.save_pretrained(folder)
+                    save_training_state(folder, tensors, state)
+
+                self.writer.start(partial(self._write_checkpoint, state["step"], write, start))
+        if is_waited_for:
+            self.finish_saving(is_end)
+
+    def _write_checkpoint(self, step: int, write: Callable[[Path], None], start: float) -> Path:
+        output = self.options.output
+        for name in (METRICS_FILE, EVALUATIONS):  # lines up to this step, which no resumed run writes again
+            if (path := output.output_dir / name).exists():
+                flush(path)
+        checkpoint = save_checkpoint(output.output_dir, step, write, output.checkpoints_total_limit)
+        logger.info(f"Checkpoint written: {checkpoint} ({time.perf_counter() - start:.1f} s)")
+        return checkpoint
+
+    def finish_saving(self, is_end: bool = False) -> None:
+        """
+        Waits until the latest checkpoint is whole; all processes must call it.
+
+        Args:
+            is_end (`bool`, defaults to `False`): Whether no step follows. If one does, the upload starts if it is due.
+
+        Raises:
+            `OSError`: it cannot be written, in the main process; the others raise [`OtherProcessError`].
+        """
+        with all_or_none():
+            self._take_checkpoint(is_end)
+
+    def _take_checkpoint(self, is_end: bool = False) -> None:
+        """Waits for the checkpoint that is being written, if there is one, and starts its upload if it is due."""
+        checkpoint = self.writer.take()
+        if checkpoint is not None:
+            self.checkpoint = checkpoint
+            if not is_end:
+                self._push_checkpoint()
 
     # ------------------------------------------------------------------------------------------------------- steps
 
@@ -558,42 +586,38 @@ class Trainer:
                     loss = math.nan if line["loss"] is None else line["loss"]
                     progress.set_postfix(loss=f"{loss:.4f}", images_per_s=line["images_per_second"])
                 pause = time.perf_counter()
+                if self.writer.is_whole:
+                    self._take_checkpoint(is_last or is_stopped)
                 if self.step % options.output.checkpointing_steps == 0 or is_last or is_stopped:
-                    self.save()
-                    if not is_last and not is_stopped:
-                        self._push_checkpoint()
+                    self.save(is_last or is_stopped)
                 if self._is_to_be_validated and not is_stopped:
                     self.validate()
                     is_stopped = stop.is_received()
                     if is_stopped and self.saved_step < self.step:
-                        self.save()
+                        self.save(is_end=True)
                 self.metrics.pause(time.perf_counter() - pause)
+            self.finish_saving(is_end=True)
             if is_stopped:
                 logger.warning(f"Stopped by {stop.name or 'a signal'} after step {self.step}, with a checkpoint.")
         return not is_stopped
 
     def _push_checkpoint(self) -> None:
-        """Starts the upload of the latest checkpoint if it is due."""
-        every = self.options.hub.push_every
-        if (
-            self.pusher is not None
-            and every is not None
-            and self.step // self.options.output.checkpointing_steps % every == 0
-        ):
-            self._push(f"Step {self.step}")
+        """Starts the upload of the latest checkpoint, with the card of its step, if it is due."""
+        every, step = self.options.hub.push_every, checkpoint_step(self.checkpoint)
+        number = step // self.options.output.checkpointing_steps
+        if self.pusher is not None and every is not None and number % every == 0:
+            self._push(f"Step {step}", step, TrainingHistory(read_state(self.checkpoint)))
 
     def _resolved_options(self) -> TrainingOptions:
         """The run's options with the settings of latents on disk."""
         return replace_values(self.options, resolution=self.data.resolution, random_flip=self.data.random_flip)
 
-    def _write_card(self) -> None:
-        write_model_card(
-            self._resolved_options(), self.data.class_names, self.images_per_step, self.step, self.history
-        )
+    def _write_card(self, step: int, history: TrainingHistory) -> None:
+        write_model_card(self._resolved_options(), self.data.class_names, self.images_per_step, step, history)
 
-    def _push(self, message: str) -> None:
+    def _push(self, message: str, step: int, history: TrainingHistory) -> None:
         folder = self.options.output.output_dir
-        self._write_card()
+        self._write_card(step, history)
         names = ("README.md", METRICS_FILE, EVALUATIONS, "samples", *CARD_FILES)
         self.pusher.push(
             self.checkpoint, [folder / name for name in names], message, self.options.hub.push_training_state
@@ -607,10 +631,10 @@ class Trainer:
             if self.accelerator.is_main_process:
                 with replacing_contents(options.output.output_dir, DoDPipeline.config_name) as unfinished:
                     pipeline.save_pretrained(unfinished)
-                self._write_card()
+                self._write_card(self.step, self.history)
                 logger.info(describe_end(options, self.data.resolution))
                 if self.pusher is not None:
-                    self._push("End of training")
+                    self._push("End of training", self.step, self.history)
 
 
 def describe_end(options: TrainingOptions, resolution: int) -> str:
@@ -676,6 +700,9 @@ def main(argv: list[str] | None = None, launcher: int | None = None) -> None:
             if trainer.train():
                 trainer.finish()
                 is_finished = True
+        except Exception:  # not a second SIGINT, which ends the process at once
+            trainer.writer.finish()
+            raise
         finally:
             if trainer.pusher is not None:  # a run that fails or is stopped gives up a running upload
                 trainer.pusher.finish(PUSH_TIMEOUT_S if is_finished else 0.0)
