@@ -816,6 +816,11 @@ BAD_CALLS = [
     ("class_labels", dict(class_labels=[[1, 2], [3]]), TypeError, "integers or names", "got [1, 2]"),
     ("num_images_per_label", dict(num_images_per_label=0), ValueError, ">= 1", "got 0"),
     ("num_images_per_label", dict(num_images_per_label=1.5), TypeError, "int", "got 1.5"),
+    ("num_images_per_label", dict(num_images_per_label=10**12), ValueError, "[1, 1000000]", "got 1000000000000"),
+    ("num_images_per_prior", dict(num_images_per_prior=10**12), ValueError, "[1, 1000000]", "got 1000000000000"),
+    ("num_inference_steps", dict(num_inference_steps=10**9), ValueError, "[1, 1000000]", "got 1000000000"),
+    ("height", dict(height=10**6, width=10**6), ValueError, "[1, 65536]", "got 1000000"),
+    ("class_labels", dict(class_labels=10**400), ValueError, "[0, 9]", "an integer of 1329 bits"),
     ("class_labels", dict(class_labels=np.array(["goldfish"])), (TypeError, ValueError), "got"),
     ("num_stages", dict(num_stages=0), ValueError, ">= 1", "got 0"),
     ("num_stages", dict(num_stages=-1), ValueError, ">= 1", "got -1"),
@@ -863,7 +868,7 @@ BAD_CALLS = [
     ("latents", dict(latents=torch.zeros(1, 4, 8, 8)), ValueError, "(2, 4, 8, 8)", "got (1, 4, 8, 8)"),
     ("latents", dict(latents=[noise(0), noise(1)[:1]]), ValueError, "(2, 4, 8, 8)", "got (1, 4, 8, 8)"),
     ("latents", dict(latents=noise(0) * NAN), ValueError, "finite", "nan"),
-    ("latents", dict(latents=noise(0).long()), ValueError, "floating-point", "got torch.int64"),
+    ("latents", dict(latents=noise(0).long()), TypeError, "floating-point", "got torch.int64"),
     ("latents", dict(latents=[noise(0)]), ValueError, "a list of 2", "got a list of 1"),
     ("latents", dict(latents=[noise(0, width=4)] * 2, image=IMAGE), ValueError, "list of 1", "got a list of 2"),
     ("latents", dict(latents=[]), ValueError, "a list of 2", "got a list of 0"),
@@ -917,7 +922,7 @@ BAD_CALLS = [
         ]
     ],
     ("prior_latents", dict(prior_latents=noise(0) * NAN), ValueError, "finite", "nan"),
-    ("prior_latents", dict(prior_latents=noise(0).long()), ValueError, "floating-point", "got torch.int64"),
+    ("prior_latents", dict(prior_latents=noise(0).long()), TypeError, "floating-point", "got torch.int64"),
     ("prior_latents", dict(prior_latents=noise(0).numpy()), TypeError, "Tensor", "got array"),
     ("num_stages", dict(num_stages=1, prior_latents=noise(0)), ValueError, ">= 2", "`prior_latents`", "got 1"),
     ("height", dict(height=8, prior_latents=noise(0)), ValueError, "`prior_latents`, 16", "got 8"),
@@ -1089,6 +1094,7 @@ BAD_COMPONENTS = [
     ("id2label", lambda: dict(id2label=["tench"]), TypeError, "dict", "got ['tench']"),
     ("id2label", lambda: dict(id2label={10: "owl"}), ValueError, "[0, 9]", "got 10: 'owl'"),
     ("id2label", lambda: dict(id2label={-1: "owl"}), ValueError, "[0, 9]", "got -1: 'owl'"),
+    ("id2label", lambda: dict(id2label={"9" * 5000: "owl"}), ValueError, "[0, 9]", "...", "'owl'"),
     ("id2label", lambda: dict(id2label={"a": "owl"}), ValueError, "[0, 9]", "got 'a': 'owl'"),
     ("id2label", lambda: dict(id2label={0.5: "owl"}), ValueError, "[0, 9]", "got 0.5: 'owl'"),
     ("id2label", lambda: dict(id2label={True: "owl"}), ValueError, "[0, 9]", "got True: 'owl'"),
@@ -1257,6 +1263,15 @@ def test_indices_and_intervals_come_in_any_form(pipe, form):
 
     assert torch.equal(draw(form([7, 2]), form([0.25, 0.75])), draw(range(7, 1, -5), (0.25, 0.75)))
     assert len({Guidance(interval=form([0.25, 0.75])), Guidance(interval=(0.25, 0.75))}) == 1
+
+
+@pytest.mark.parametrize("index", [np.array(7), torch.tensor(7)], ids=["array", "tensor"])
+def test_an_index_without_dimensions(pipe, index):
+    def draw(indices):
+        settings = dict(num_inference_steps=2, output_type="latent", seed=1, sample_indices=indices)
+        return pipe([1], num_stages=1, **settings).images
+
+    assert torch.equal(draw(index), draw([7]))
 
 
 @pytest.mark.parametrize("values", [np.array([0.5, 1.5]), torch.tensor([0.5, 1.5])])

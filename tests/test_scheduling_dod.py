@@ -120,6 +120,14 @@ def test_device_is_that_of_the_timesteps():
     scheduler.set_timesteps(4, device="meta")
     assert scheduler.timesteps.device.type == "meta"
     assert scheduler.sigmas.device.type == "cpu"  # read by `step` without waiting for a device
+    for device in ("nodevice", 1.5):
+        with pytest.raises(ValueError, match=says("`device`", f"got {device!r}")):
+            scheduler.set_timesteps(4, device=device)
+
+
+def test_too_many_steps_are_refused():
+    with pytest.raises(ValueError, match=says("`num_inference_steps`", "[1, 1000000]", "got 1000000000000")):
+        DoDFlowMatchScheduler().set_timesteps(10**12)
 
 
 def test_constants():

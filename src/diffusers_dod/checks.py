@@ -13,6 +13,14 @@ import numpy as np
 import torch
 
 
+# Upper ends of arguments that have no natural one: beyond them a call would run out of memory, or never end.
+MAX_SIZE = 32768  # widths, sides in latents, and numbers of tokens
+MAX_SIDE = 65536  # pixels of a side of an image
+MAX_CLASSES = 1_000_000
+MAX_STEPS = 1_000_000  # of a solver
+MAX_IMAGES = 1_000_000  # of a call
+
+
 class _Repr(reprlib.Repr):
     def __init__(self):
         super().__init__()
@@ -174,6 +182,15 @@ def check_label_ids(name: str, labels: torch.Tensor, num_classes: int) -> None:
     is_bad = (labels < 0) | (labels > num_classes)
     if bool(is_bad.any()):
         raise ValueError(f"`{name}` must be in [0, {num_classes}], got {labels[is_bad].tolist()[:5]}.")
+
+
+def check_device(name: str, value: Any) -> None:
+    """Raises a `ValueError` that names the argument `name` unless `value` names a kind of device, or is `None`."""
+    try:
+        torch.device("cpu" if value is None else value)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"`{name}` must be a device of PyTorch, got {shown(value)}: {reason}") from error
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

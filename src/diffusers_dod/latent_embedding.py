@@ -21,13 +21,12 @@ from diffusers.models.normalization import FP32LayerNorm
 from diffusers.utils import BaseOutput, apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from .checks import check_at_least, check_latents, check_number, check_tensor
+from .checks import MAX_SIZE, check_at_least, check_latents, check_number, check_tensor
 from .modeling_utils import DoDModelMixin
 from .pos_interpolation import PosInterpolationMixin, cached_table, grid_scales, interpolate_frequencies
 from .transformer_dod import (
     MAX_LAYERS,
     MAX_RATIO,
-    MAX_SIZE,
     DoDAttention,
     DoDTransformer2DModel,
     patchify,

@@ -22,7 +22,17 @@ from .autoencoders import (
     latent_channels,
     spatial_factor,
 )
-from .checks import check_at_least, check_choice, check_label_ids, check_number, check_tensor, check_type, to_plain
+from .checks import (
+    MAX_IMAGES,
+    MAX_STEPS,
+    check_at_least,
+    check_choice,
+    check_label_ids,
+    check_number,
+    check_tensor,
+    check_type,
+    to_plain,
+)
 from .devices import send
 from .guidance import Guidance, GuidedVelocity, check_guidance, warn_of_idle_arguments
 from .latent_embedding import VisualPriorMixin
@@ -111,7 +121,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         super().__init__()
         check_components(transformer, scheduler, vae, latent_embedder)
         check_number("default_guidance_scale", default_guidance_scale, 0, 1_000_000)
-        check_at_least("default_num_inference_steps", default_num_inference_steps, 1, 1_000_000)
+        check_at_least("default_num_inference_steps", default_num_inference_steps, 1, MAX_STEPS)
         check_at_least("default_num_stages", default_num_stages, 1, MAX_STAGES)
         names = check_id2label(id2label, None if transformer is None else transformer.config.num_classes)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, latent_embedder=latent_embedder)
@@ -513,8 +523,8 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         if self.transformer is None:
             raise ValueError("`transformer` must be loaded to generate images, got None.")
         label_ids = self.get_label_ids(class_labels)
-        check_at_least("num_images_per_label", num_images_per_label, 1)
-        check_at_least("num_images_per_prior", num_images_per_prior, 1)
+        check_at_least("num_images_per_label", num_images_per_label, 1, MAX_IMAGES)
+        check_at_least("num_images_per_prior", num_images_per_prior, 1, MAX_IMAGES)
         num_labels = len(label_ids)
         label_ids = [label for label in label_ids for _ in range(num_images_per_label)]
         batch_size = len(label_ids)
@@ -533,7 +543,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         )
         if num_images_per_prior > 1 and num_stages == 1:
             raise ValueError(f"`num_images_per_prior` must be 1 with one stage, got {num_images_per_prior}.")
-        check_noise_source(generator, seed, sample_indices, batch_size)
+        sample_indices = check_noise_source(generator, seed, sample_indices, batch_size)
         guidance = Guidance() if guidance is None else guidance
         stages = plan_stages(
             range(1 if prior is None else 2, num_stages + 1),
@@ -575,7 +585,6 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         self._step_index = 0  # over all stages
         self._interrupt = False
         results, statistics = [], []  # of each stage
-        sample_indices = range(batch_size) if sample_indices is None else sample_indices
 
         # 3. Stage by stage (paper, Eq. 4)
         for stage, noise in zip(stages, noises, strict=True):

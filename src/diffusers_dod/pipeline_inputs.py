@@ -15,9 +15,10 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from PIL import Image
 
 from .autoencoders import Autoencoder, check_autoencoder, check_image_size, latent_channels, spatial_factor
-from .checks import check_at_least, check_type
+from .checks import MAX_CLASSES, MAX_SIDE, check_at_least, check_tensor, check_type, shown
 from .image_reading import cover_and_crop, to_image, to_pixels
 from .latent_embedding import VisualPriorMixin, check_visual_prior
+from .records import MAX_DIGITS
 from .stages import LARGEST, find_sound, is_a
 from .transformer_dod import DoDTransformer2DModel
 
@@ -83,13 +84,14 @@ def check_id2label(id2label: dict | None, num_classes: int | None) -> dict[int, 
         return {}
     check_type("id2label", id2label, dict)
     checked: dict[int, str] = {}
+    end = MAX_CLASSES if num_classes is None else num_classes
     for key, name in id2label.items():
-        known = str(key).isdecimal() and int(key) not in checked
-        known = known and (num_classes is None or int(key) < num_classes)
+        text = str(key)
+        known = text.isdecimal() and len(text) <= MAX_DIGITS and int(text) < end and int(text) not in checked
         if not known or not isinstance(name, str) or not all(part.strip() for part in name.split(",")):
             raise ValueError(
-                f"`id2label` must map ids {'>= 0' if num_classes is None else f'in [0, {num_classes - 1}]'}, each "
-                f"once, to names (str, not empty), got {key!r}: {name!r}."
+                f"`id2label` must map ids in [0, {end - 1}], each once, to names (str, not empty), "
+                f"got {shown(key)}: {shown(name)}."
             )
         checked[int(key)] = name
     return dict(sorted(checked.items()))
@@ -140,10 +142,10 @@ def to_label_ids(
     elif not isinstance(class_labels, (list, tuple)):
         raise TypeError(
             "`class_labels` must be an int, a str, None (the null class), a list of them or a tensor, "
-            f"got {class_labels!r} of type {type(class_labels).__name__}."
+            f"got {shown(class_labels)} of type {type(class_labels).__name__}."
         )
     if len(class_labels) == 0:
-        raise ValueError(f"`class_labels` must hold at least one label, got {class_labels!r}.")
+        raise ValueError(f"`class_labels` must hold at least one label, got {shown(class_labels)}.")
     return [_to_label_id(label, label2ids, num_classes) for label in class_labels]
 
 
@@ -153,12 +155,14 @@ def _to_label_id(label: Any, label2ids: dict[str, list[int]], num_classes: int) 
     if isinstance(label, str):
         ids = label2ids.get(unicodedata.normalize("NFC", label), [])
         if len(ids) > 1:
-            raise ValueError(f"`class_labels` has the name {label!r}, which fits the ids {ids}: pass one of them.")
+            raise ValueError(
+                f"`class_labels` has the name {shown(label)}, which fits the ids {ids}: pass one of them."
+            )
         if not ids:
             close = difflib.get_close_matches(label, label2ids, n=5, cutoff=0.4) or list(label2ids)[:5]
             raise ValueError(
                 f"`class_labels` must be among the {len(label2ids)} names in `label2ids`"
-                f"{', such as ' + ', '.join(map(repr, close)) if close else ''}, got {label!r}."
+                f"{', such as ' + ', '.join(map(repr, close)) if close else ''}, got {shown(label)}."
             )
         return ids[0]
     if isinstance(label, (torch.Tensor, np.ndarray)) and label.ndim == 0:
@@ -166,10 +170,12 @@ def _to_label_id(label: Any, label2ids: dict[str, list[int]], num_classes: int) 
     elif isinstance(label, (list, tuple)) and len(label) == 1:  # a column of labels
         return _to_label_id(label[0], label2ids, num_classes)
     if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
-        raise TypeError(f"`class_labels` must be integers or names, got {label!r} of type {type(label).__name__}.")
+        raise TypeError(
+            f"`class_labels` must be integers or names, got {shown(label)} of type {type(label).__name__}."
+        )
     if not 0 <= label < num_classes:
         null = " (the null class, `None` in a list)" if label == num_classes else ""
-        raise ValueError(f"`class_labels` must be in [0, {num_classes - 1}], got {label}{null}.")
+        raise ValueError(f"`class_labels` must be in [0, {num_classes - 1}], got {shown(label)}{null}.")
     return int(label)
 
 
@@ -201,7 +207,7 @@ def _read_pixels(image: Any, shape: tuple[int, int, int]) -> torch.Tensor:
     if channels != 3:
         raise ValueError(
             f"`image` must be an array or a tensor of {channels} channels and {height} x {width} pixels, in uint8 or "
-            f"in floats in [0, 1], got {image!r}."
+            f"in floats in [0, 1], got {shown(image)}."
         )
     try:
         cropped = cover_and_crop(opened, height, width)
@@ -242,15 +248,11 @@ def preprocess_image(
     return torch.stack([_read_pixels(entry, shape).cpu() for entry in images])
 
 
-def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    check_type(name, tensor, torch.Tensor)
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"`{name}` must have shape {shape}, got {tuple(tensor.shape)}.")
-    if not tensor.is_floating_point() or not bool(find_sound(tensor).all()):
-        raise ValueError(
-            f"`{name}` must be finite floating-point numbers of at most {LARGEST} in size, "
-            f"got {tensor.dtype} with {tensor}."
-        )
+def _check_sound_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    check_tensor(name, tensor, shape)
+    if not bool(find_sound(tensor).all()):
+        bad = tensor[~(tensor.abs() <= LARGEST)][:5].tolist()  # NaN compares false
+        raise ValueError(f"`{name}` must hold finite numbers of at most {LARGEST} in size, got {bad}.")
 
 
 def check_prior(
@@ -287,7 +289,7 @@ def check_prior(
         raise ValueError(
             f"`{name}` must have shape (1 or {num_labels}, {', '.join(map(str, expected))}), got {tuple(prior.shape)}."
         )
-    _check_tensor(name, prior, (prior.shape[0], *expected))
+    _check_sound_tensor(name, prior, (prior.shape[0], *expected))
 
 
 @dataclass(frozen=True)
@@ -333,7 +335,7 @@ def find_image_size(
     sizes = {"height": height, "width": width}
     for name, size in sizes.items():
         if size is not None:
-            check_at_least(name, size, 1)
+            check_at_least(name, size, 1, MAX_SIDE)
             if size % multiple:
                 raise ValueError(
                     f"`{name}` must be a multiple of {multiple} pixels (the autoencoder's factor {factor} times "
@@ -356,9 +358,9 @@ def check_noise_source(
     seed: int | None,
     sample_indices: Sequence[int] | None,
     batch_size: int,
-) -> None:
+) -> Sequence[int]:
     """
-    Raises unless the arguments that determine the noise are in range and fit together.
+    Checks the arguments that determine the noise: they must be in range and fit together.
 
     Args:
         generator (`torch.Generator`, `list[torch.Generator]` or `None`): One generator, or `batch_size` generators.
@@ -367,19 +369,22 @@ def check_noise_source(
             They need a seed.
         batch_size (`int`): Number of images of the first stage.
 
+    Returns:
+        `Sequence[int]`: The index of each image; 0, 1, ... by default.
+
     Raises:
         `TypeError`, `ValueError`: an argument has another type or value.
     """
     if seed is not None:
         check_at_least("seed", seed, 0)
         if generator is not None:
-            raise ValueError(f"Only one of `generator` and `seed` must be given, got {generator} and {seed}.")
+            raise ValueError(f"Only one of `generator` and `seed` must be given, got {generator} and {shown(seed)}.")
     if sample_indices is not None:
         if seed is None:
-            raise ValueError(f"`sample_indices` must be None without a `seed`, got {sample_indices!r}.")
+            raise ValueError(f"`sample_indices` must be None without a `seed`, got {shown(sample_indices)}.")
         check_type("sample_indices", sample_indices, (list, tuple, range, np.ndarray, torch.Tensor))
         if isinstance(sample_indices, (np.ndarray, torch.Tensor)):
-            sample_indices = np.atleast_1d(np.asarray(sample_indices)).tolist()
+            sample_indices = sample_indices.tolist() if sample_indices.ndim > 0 else [sample_indices.item()]
         if len(sample_indices) != batch_size:
             raise ValueError(
                 f"`sample_indices` must hold {batch_size} integers (one per image), got {len(sample_indices)}."
@@ -388,7 +393,7 @@ def check_noise_source(
             check_at_least("sample_indices", index, 0)
     for name, values in (("seed", [seed or 0]), ("sample_indices", sample_indices or [])):
         if max(values, default=0) >= 2**64:
-            raise ValueError(f"`{name}` must be an integer >= 0 and < 2**64, got {max(values)}.")
+            raise ValueError(f"`{name}` must be an integer >= 0 and < 2**64, got {shown(max(values))}.")
     if generator is not None:
         for entry in generator if isinstance(generator, list) else [generator]:
             check_type("generator", entry, torch.Generator)
@@ -397,6 +402,7 @@ def check_noise_source(
                 f"`generator` must be one generator or a list of {batch_size} (one per label), "
                 f"got a list of {len(generator)}."
             )
+    return range(batch_size) if sample_indices is None else sample_indices
 
 
 def check_noises(
@@ -425,7 +431,7 @@ def check_noises(
             f"got a list of {len(latents)}."
         )
     for entry, shape in zip(latents, shapes, strict=False):
-        _check_tensor("latents", entry, shape)
+        _check_sound_tensor("latents", entry, shape)
     return list(latents) + [None] * (len(shapes) - len(latents))
 
 

@@ -26,7 +26,7 @@ from huggingface_hub import snapshot_download
 
 from .checks import check_type
 from .files import folder_sha256, write_json
-from .records import Sha256, one_of, read_record
+from .records import Count, Sha256, one_of, read_record
 
 
 RESULTS_FORMAT = 2
@@ -187,6 +187,31 @@ class CheckpointIdentity(TypedDict):
     sha256: Sha256
 
 
+class SampledSettings(TypedDict):
+    """What the settings of samples have; see `evaluation.sample`."""
+
+    stage: Count
+
+
+class SampledBy(TypedDict):
+    """How samples were drawn."""
+
+    argv: list[str]
+    settings: SampledSettings
+
+
+class SamplesIdentity(TypedDict):
+    """The samples that results are of; only those of this package's sampler have a manifest."""
+
+    manifest: NotRequired[SampledBy | None]
+
+
+class ResultsData(TypedDict):
+    """The data that results are of."""
+
+    samples: NotRequired[SamplesIdentity]
+
+
 class Results(TypedDict):
     """What a file of results has."""
 
@@ -195,8 +220,8 @@ class Results(TypedDict):
     argv: list[str]
     metrics: dict[str, Metric]
     checkpoint: NotRequired[CheckpointIdentity | None]
-    data: NotRequired[dict]
-    settings: NotRequired[dict]
+    data: ResultsData
+    settings: dict
     versions: NotRequired[dict[str, str | None]]
     sha256: NotRequired[Sha256]
 

@@ -14,7 +14,16 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .adaptive import StepCallback, VelocityFunction, integrate_by_batch, integrate_by_sample
-from .checks import check_at_least, check_choice, check_number, check_tensor, check_type, to_plain
+from .checks import (
+    MAX_STEPS,
+    check_at_least,
+    check_choice,
+    check_device,
+    check_number,
+    check_tensor,
+    check_type,
+    to_plain,
+)
 from .devices import send
 from .records import StrictConfigMixin
 from .rectified_flow import NUM_TRAIN_TIMESTEPS, euler_step, interpolate, shift_sigma
@@ -166,7 +175,7 @@ class DoDFlowMatchScheduler(StrictConfigMixin, SchedulerMixin, ConfigMixin):
         last_step: str = "mean",
         last_step_size: float = 0.04,
     ):
-        check_at_least("num_train_timesteps", num_train_timesteps, 1, 1_000_000)
+        check_at_least("num_train_timesteps", num_train_timesteps, 1, MAX_STEPS)
         check_choice("solver", solver, tuple(SOLVERS))
         check_number("shift", shift, 0, 1000, open_minimum=True)
         check_number("rtol", rtol, 0, 1, open_minimum=True)
@@ -375,6 +384,7 @@ class DoDFlowMatchScheduler(StrictConfigMixin, SchedulerMixin, ConfigMixin):
             `ValueError`, `TypeError`: an argument is out of range, or the solver chooses its own steps.
         """
         self._refuse_adaptive("set_timesteps")
+        check_device("device", device)
         if sigmas is not None and timesteps is not None:
             raise ValueError(f"Only one of `sigmas` and `timesteps` must be given, got {sigmas!r} and {timesteps!r}.")
         shift = self.config.shift
@@ -387,7 +397,7 @@ class DoDFlowMatchScheduler(StrictConfigMixin, SchedulerMixin, ConfigMixin):
             starts, shift = timesteps / maximum, 1.0
             timesteps = torch.cat([timesteps, torch.zeros(1)])
         else:
-            check_at_least("num_inference_steps", num_inference_steps, 2 if has_last_step else 1)
+            check_at_least("num_inference_steps", num_inference_steps, 2 if has_last_step else 1, MAX_STEPS)
             starts = torch.linspace(1, 0, num_inference_steps + 1)[:-1]
             if has_last_step:
                 last = self.config.last_step_size

@@ -15,7 +15,7 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import is_compiled_module
 
-from .checks import abbreviate, check_at_least, check_number, check_type
+from .checks import MAX_STEPS, abbreviate, check_at_least, check_number, check_type
 from .scheduling_dod import check_starts
 
 
@@ -321,7 +321,7 @@ def plan_stages(
         steps = default_num_inference_steps if steps is None else steps
         scale = default_guidance_scale if scale is None and not is_unguided else scale
         try:
-            check_at_least("num_inference_steps", steps, 1)
+            check_at_least("num_inference_steps", steps, 1, MAX_STEPS)
             check_number("guidance_scale", 1.0 if scale is None else scale, 0)
             found = _find_scheduler(scheduler, given)
         except (TypeError, ValueError) as error:

@@ -25,7 +25,7 @@ from diffusers.models.embeddings import (
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 
-from .checks import check_at_least, check_label_ids, check_latents, check_number, check_type
+from .checks import MAX_CLASSES, MAX_SIZE, check_at_least, check_label_ids, check_latents, check_number, check_type
 from .elementwise import GatedSilu, PlainLayerNorm, add_gated, modulate, rotate, split_rows, without_autocast
 from .modeling_utils import DoDModelMixin
 from .pos_interpolation import (
@@ -40,8 +40,6 @@ from .rectified_flow import NUM_TRAIN_TIMESTEPS
 
 # Limits of configs, far beyond any model: a file cannot make a program allocate or loop for minutes.
 MAX_LAYERS = 1000
-MAX_SIZE = 32768  # widths, sides and numbers of tokens
-MAX_CLASSES = 1_000_000
 MAX_RATIO = 64
 
 

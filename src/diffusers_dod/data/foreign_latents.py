@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from ..autoencoders import Autoencoder, latent_statistics
+from ..checks import MAX_CLASSES
 from ..records import FileName, check_record, read_record
-from ..transformer_dod import MAX_CLASSES
 from .buckets import BUCKETS, BucketedLatents
 from .latents import SHARD_MANIFEST, LatentDataset, Latents, MappedShards
 

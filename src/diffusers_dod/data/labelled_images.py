@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ..checks import MAX_CLASSES
 from ..image_reading import cover_and_crop
 from ..options import option
 from .class_names import clean_class_name, clean_class_names, list_classes
@@ -31,8 +32,6 @@ TEXTURES = "textures"
 SHARD_SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}  # by builder of `datasets`
 TRAIN_WORDS = frozenset(("train", "training"))  # in names of files
 OTHER_SPLIT_WORDS = frozenset(("dev", "eval", "test", "testing", "val", "valid", "validation"))
-
-MAX_CLASSES = 1_000_000  # a larger id is no id of a class
 
 
 @dataclass(frozen=True)

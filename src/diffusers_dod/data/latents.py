@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..checks import shown
+from ..checks import MAX_SIDE, shown
 from ..files import file_sha256
 from ..records import Count, FileName, Sha256, check_safetensors_header, find_record, one_of, read_record, within
 from .labelled_images import TRANSFORM, LabelledImages
@@ -30,7 +30,6 @@ from .orders import EpochOrder
 
 SHARD_MANIFEST = "manifest.json"
 SHARD_FORMAT = 1
-MAX_SIZE = 1 << 16  # channels, or pixels of a side
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -40,7 +39,7 @@ def _check_shape(name: str, value: list[int]) -> None:
         raise ValueError(f"`{name}` must hold channels, height and width, got {shown(value)}.")
 
 
-Size = Annotated[int, within(1, MAX_SIZE)]
+Size = Annotated[int, within(1, MAX_SIDE)]
 LatentShape = Annotated[list[Size], _check_shape]
 
 

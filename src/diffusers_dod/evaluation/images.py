@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -211,7 +211,7 @@ class SamplesManifest(ImagesManifest):
 
     sha256: str
     settings: dict[str, Any]
-    versions: NotRequired[list[dict[str, str | None]]]
+    versions: list[dict[str, str | None]]
 
 
 class FolderImages(ImageSource):

@@ -133,10 +133,10 @@ def _check_code(path: Path, argv: list[str]) -> None:
 
 def _check_extractor(published: dict[str, Any], measured: dict[str, Any]) -> None:
     """Warns if the extractor is not the published one; in older results its hash is that of its file alone."""
-    wanted, found = (results.get("settings", {}).get("extractor_sha256") for results in (published, measured))
+    wanted, found = (results["settings"].get("extractor_sha256") for results in (published, measured))
     if wanted != found and wanted is not None:
-        name = published["settings"]["extractor"]
-        file = extractor_file(name)
+        name = published["settings"].get("extractor")
+        file = None if name is None else extractor_file(str(name))
         if file is None or file_sha256(file) != wanted:
             warnings.warn(f"The extractor {name!r} is not the published one.", stacklevel=3)
 

@@ -340,11 +340,11 @@ class TrainingState(TypedDict):
     """What the JSON state of every checkpoint has."""
 
     step: Count
-    num_nonfinite_steps: NotRequired[Count]
-    nonfinite_in_a_row: NotRequired[Count]
-    average: NotRequired[str]
+    num_nonfinite_steps: Count
+    nonfinite_in_a_row: Count
+    average: str
     history: NotRequired[HistoryRecord]
-    gradient_scaler: NotRequired[dict[str, float] | None]
+    gradient_scaler: dict[str, float] | None
     metrics: NotRequired[list[dict[str, list[float]]] | None]
 
 
