@@ -27,6 +27,8 @@ from diffusers_dod.training.checkpoints import (
 # ---------------------------------------------------------------------------------------------------------------------
 # The training state
 
+STATE = {"step": 0, "num_nonfinite_steps": 0, "nonfinite_in_a_row": 0, "average": "0.9", "gradient_scaler": None}
+
 
 def model_and_optimizer(seed: int) -> tuple[torch.nn.Module, torch.optim.AdamW]:
     torch.manual_seed(seed)
@@ -57,7 +59,7 @@ def assert_identical(first, second, where: str = "") -> None:
 def test_round_trip_is_bit_identical(tmp_path):
     model, optimizer = model_and_optimizer(seed=0)
     train(model, optimizer, steps=3)
-    state = {"step": 3, "lr_scheduler": {"last_epoch": 3, "_last_lr": [0.1, 1 / 3]}}
+    state = STATE | {"step": 3, "lr_scheduler": {"last_epoch": 3, "_last_lr": [0.1, 1 / 3]}}
     save_training_state(tmp_path, gather_training_state(model, optimizer), state)
 
     other_model, other_optimizer = model_and_optimizer(seed=1)
@@ -76,7 +78,7 @@ def test_the_groups_are_those_of_the_run(tmp_path):
     """A run may be resumed with another learning rate."""
     model, optimizer = model_and_optimizer(seed=0)
     train(model, optimizer, steps=1)
-    save_training_state(tmp_path, gather_training_state(model, optimizer), {"step": 0})
+    save_training_state(tmp_path, gather_training_state(model, optimizer), STATE)
     other_model, other_optimizer = model_and_optimizer(seed=0)
     other_optimizer.param_groups[0]["lr"] = 0.5
     load_training_state(tmp_path, other_model, other_optimizer)
@@ -86,9 +88,9 @@ def test_the_groups_are_those_of_the_run(tmp_path):
 
 def test_a_state_before_the_first_step(tmp_path):
     model, optimizer = model_and_optimizer(seed=0)
-    save_training_state(tmp_path, gather_training_state(model, optimizer), {"step": 0})
+    save_training_state(tmp_path, gather_training_state(model, optimizer), STATE)
     other_model, other_optimizer = model_and_optimizer(seed=1)
-    assert load_training_state(tmp_path, other_model, other_optimizer) == {"step": 0}
+    assert load_training_state(tmp_path, other_model, other_optimizer) == STATE
     assert_identical(dict(other_model.state_dict()), dict(model.state_dict()))
     assert other_optimizer.state_dict()["state"] == {}
 
@@ -96,7 +98,7 @@ def test_a_state_before_the_first_step(tmp_path):
 def test_moments_of_another_optimizer_are_refused(tmp_path):
     model, optimizer = model_and_optimizer(seed=0)
     train(model, optimizer, steps=1)
-    save_training_state(tmp_path, gather_training_state(model, optimizer), {"step": 0})
+    save_training_state(tmp_path, gather_training_state(model, optimizer), STATE)
     plain = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(ValueError, match=says("`resume_from_checkpoint`", str(tmp_path), "0.exp_avg is left over")):
         load_training_state(tmp_path, model, plain)
@@ -109,7 +111,7 @@ def test_loading_leaves_the_weights_as_saved_under_weight_decay(tmp_path):
     """Loading makes an optimizer step to create the moments; it must change nothing."""
     model, optimizer = model_and_optimizer(seed=0)
     train(model, optimizer, steps=1)
-    save_training_state(tmp_path, gather_training_state(model, optimizer), {"step": 0})
+    save_training_state(tmp_path, gather_training_state(model, optimizer), STATE)
     other, _ = model_and_optimizer(seed=1)
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=0.3, weight_decay=0.5, fused=True)
     load_training_state(tmp_path, other, other_optimizer)
@@ -121,7 +123,7 @@ def test_loading_leaves_the_weights_as_saved_under_weight_decay(tmp_path):
 def test_no_pickles(tmp_path):
     model, optimizer = model_and_optimizer(seed=0)
     train(model, optimizer, steps=1)
-    save_training_state(tmp_path, gather_training_state(model, optimizer), {"step": 1})
+    save_training_state(tmp_path, gather_training_state(model, optimizer), STATE | {"step": 1})
     names = sorted(path.name for path in (tmp_path / STATE_FOLDER).iterdir())
     assert names == ["model.safetensors", "optimizer.safetensors", "state.json"]
 
@@ -429,3 +431,12 @@ def test_the_last_valid_checkpoint_is_never_removed(tmp_path, step, limit):
     saved = save(tmp_path, step, total_limit=limit)
     assert saved.exists() and find_damage(saved) is None
     assert find_latest_checkpoint(tmp_path) == saved
+
+
+@pytest.mark.parametrize("name", sorted(STATE))
+def test_a_state_that_lacks_an_entry_is_refused_by_name(tmp_path, name):
+    model, optimizer = model_and_optimizer(seed=0)
+    state = {key: value for key, value in STATE.items() if key != name}
+    save_training_state(tmp_path, gather_training_state(model, optimizer), state)
+    with pytest.raises(ValueError, match=says("state.json", f"`{name}` must be there")):
+        load_training_state(tmp_path, model, optimizer)
