@@ -132,7 +132,7 @@ def summarize(rows: np.ndarray, groups: np.ndarray) -> FeatureSummary:
     for group, part in enumerate(parts):
         part.update(rows[groups == group])
     scores = [RunningInceptionScore() for _ in range(10)]
-    return FeatureSummary(groups, {"features": parts}, scores, [0] * 10, {"features": rows})
+    return FeatureSummary(groups, {"features": parts}, scores, rows={"features": rows})
 
 
 def test_intervals_hold_the_mean_difference_of_further_sets():

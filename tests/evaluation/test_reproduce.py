@@ -215,5 +215,5 @@ def test_files_of_something_else_are_refused(tmp_path):
 
 
 def test_everything_that_a_command_writes_is_redirected():
-    names = ("output_file", "output_dir", "cache_dir", "save_statistics", "grid_file")
+    names = ("output_file", "output_dir", "cache_dir", "save_statistics", "grid_file", "nearest_grid")
     assert reproduce.OUTPUTS == {f"--{name}" for name in names}

@@ -7,7 +7,7 @@ import scipy.linalg
 import scipy.stats
 from helpers import says
 
-from diffusers_dod.metrics.frechet import as_fid, feature_statistics, frechet_distance
+from diffusers_dod.metrics.frechet import as_fid, feature_statistics, fid_infinity, frechet_distance
 from diffusers_dod.metrics.intervals import jackknife
 from diffusers_dod.metrics.statistics import RunningStatistics
 
@@ -120,6 +120,40 @@ def test_intervals_hold_what_they_are_said_to_hold():
         assert 0.9 < np.mean(held) < 0.99
     bias = expected - exact
     assert bias > 5 * abs(np.mean([number["fid_corrected"]["value"] for number in found]) - exact)
+
+
+def test_the_extrapolated_distance_by_plain_loops(rows):
+    reference = (np.zeros(6), np.eye(6))
+    groups = [rows[i::5] for i in range(5)]
+    points = []
+    for size in (3, 4):
+        chosen = [np.concatenate([groups[(start + i) % 5] for i in range(size)]) for start in range(5)]
+        distances = [frechet_distance(*feature_statistics(part), *reference) for part in chosen]
+        points.append((np.mean([1 / len(part) for part in chosen]), np.mean(distances)))
+    points.append((1 / len(rows), frechet_distance(*feature_statistics(rows), *reference)))
+    x, y = np.array(points).T
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
+    assert fid_infinity(groups_of(rows, 5), reference) == pytest.approx(y.mean() - slope * x.mean(), rel=1e-6)
+    with pytest.raises(ValueError, match=says("`len(groups)`", ">= 2", "got 1")):
+        fid_infinity(groups_of(rows, 1), reference)
+
+
+def test_the_extrapolated_distance_agrees_with_the_corrected_one():
+    """Gaussians with a known distance, of which the plain one of 200 samples is far too large."""
+    rng = np.random.default_rng(0)
+    scales = np.linspace(0.5, 1.5, 10)
+    reference = (np.zeros(10), np.eye(10), np.eye(10))
+    exact = 10 * 0.1**2 + ((scales - 1) ** 2).sum()
+    found = []
+    for _ in range(12):
+        groups = groups_of(rng.normal(size=(200, 10)) * scales + 0.1)
+        numbers = as_fid("fid", groups, reference, True)
+        found.append([fid_infinity(groups, reference), *(number["value"] for number in numbers.values())])
+    infinity, plain, corrected = np.mean(found, axis=0)
+    error = np.std(found, axis=0)[2] / 12**0.5
+    assert plain - exact > 4 * error
+    assert abs(infinity - exact) < 3 * error and abs(corrected - exact) < 3 * error
+    assert abs(infinity - corrected) < 0.1 * (plain - exact)
 
 
 def test_a_distance_lies_in_its_interval(rows):

@@ -79,6 +79,39 @@ def test_density_and_coverage_of_the_reference_distribution():
     assert more.num_covered == few.num_covered and more.num_balls.tolist() == [*few.num_balls, 0]
 
 
+def test_authentic_samples_by_the_definition(sets):
+    """The samples that are further from their nearest reference image than that is from its own nearest one."""
+
+    def is_authentic(point):
+        distances = [np.linalg.norm(point - member) for member in reference]
+        nearest = int(np.argmin(distances))
+        others = [np.linalg.norm(reference[nearest] - member) for member in np.delete(reference, nearest, axis=0)]
+        return min(others) < distances[nearest]
+
+    samples, reference = (rows.astype(np.float64) for rows in sets)
+    expected = sum(map(is_authentic, samples))
+    assert 10 < expected < 55
+    for block_size in (1, 7, 60):
+        assert ReferenceManifold(reference, 1, block_size).count_authentic(samples) == expected
+    copies = np.concatenate([samples, reference, reference[:3] + 1e-9])
+    assert ReferenceManifold(reference, 1).count_authentic(copies) == expected
+    # Halfway between a close pair and a lone image: a copy of the lone one, however the tie is broken.
+    line = np.array([[0.0], [1.0], [21.0], [400.0]])
+    for shift in (0.0, 1e5 / 3):
+        assert ReferenceManifold(line + shift, 1).count_authentic(np.array([[11.0], [0.5]]) + shift) == 0
+
+
+def test_nearest_images_by_sorting(sets):
+    samples, reference = sets
+    distances = np.linalg.norm(samples[:, None].astype(np.float64) - reference, axis=2)
+    for block_size in (2, 7, 60):
+        found, indices = ReferenceManifold(reference, 1, block_size).find_nearest(samples, 5)
+        np.testing.assert_array_equal(indices, np.argsort(distances, axis=1)[:, :5])
+        np.testing.assert_allclose(found, np.sort(distances, axis=1)[:, :5], rtol=1e-6)
+    with pytest.raises(ValueError, match=says("`number`", "45", "got 46")):
+        ReferenceManifold(reference, 1).find_nearest(samples, 46)
+
+
 def test_samples_in_turn_with_one_reference(sets):
     manifold = ReferenceManifold(sets[1])
     for samples in (sets[0], sets[0][:30], sets[0]):

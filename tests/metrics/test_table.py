@@ -24,7 +24,7 @@ def test_numbers_have_names_of_the_table(name):
     """A metric gives numbers that are rows themselves; those of as many other samples lie in intervals of a width."""
     rng, metric = np.random.default_rng(0), METRICS[name]
     scores = [RunningInceptionScore(10) for _ in range(4)]
-    summary = FeatureSummary(np.repeat(np.arange(4), 10), {}, scores, [8, 8, 7, 7])
+    summary = FeatureSummary(np.repeat(np.arange(4), 10), {}, scores, is_correct=np.arange(40) < 30)
     for score in scores:
         score.update(rng.normal(size=(10, 5)), np.arange(0, 40, 4))
     summary.rows = {"features": rng.normal(size=(40, 4))}
@@ -35,18 +35,21 @@ def test_numbers_have_names_of_the_table(name):
     features = rng.normal(size=(50, 4))
     reference = {None: None, "statistics": (features.mean(axis=0), np.cov(features, rowvar=False))}.get(metric.needs)
     if metric.needs == "features":
-        reference = features if metric.prepare is None else metric.prepare(features, "cpu")
+        reference = features
+    if metric.prepare is not None:
+        reference = metric.prepare(reference, "cpu")
     for has_interval in (True, False):
         found = metric.compute(summary, reference, has_interval)
         assert set(found) <= METRICS.keys()
         assert all(np.isfinite(number["value"]) for number in found.values())
-        assert any(number["interval"] is not None for number in found.values()) == has_interval
+        has_any = has_interval and name != "fid_infinity"
+        assert any(number["interval"] is not None for number in found.values()) == has_any
 
 
 def test_rows_fit_each_other():
     outputs = {field.name for field in dataclasses.fields(ImageFeatures)}
     for name, metric in METRICS.items():
-        assert re.fullmatch("[a-z0-9-]+(_recall|_coverage|_corrected)?", name) and metric.title
+        assert re.fullmatch("[a-z0-9-]+(_recall|_coverage|_corrected|_infinity)?", name) and metric.title
         assert metric.needs in (None, "statistics", "features")
         assert (metric.of in outputs) == (metric.compute is not None), name
         assert metric.compute is not None or metric.needs is metric.prepare is None

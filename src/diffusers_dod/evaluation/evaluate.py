@@ -41,6 +41,7 @@ from ..results import write_results
 from ..seeding import stateless_generator
 from ..tables import format_table
 from .images import DatasetImages, ImageSource, draw_indices, open_images
+from .inspection import accuracy_by_class, draw_nearest, recall_by_class
 from .options import device_option
 
 
@@ -111,8 +112,9 @@ def compute_features(
     places = np.argsort(indices)  # in the random order, of the images in the order in which they are read
     known = None if images.labels is None else images.labels[indices[places]]
     groups = assign_groups(len(places), num_groups, known)
-    summary = FeatureSummary(groups, {}, [RunningInceptionScore() for _ in range(num_groups)], [0] * num_groups)
+    summary = FeatureSummary(groups, {}, [RunningInceptionScore() for _ in range(num_groups)])
     kept: dict[str, list[np.ndarray]] = {name: [] for name in keep}
+    all_labels, is_correct = [], []
     start = 0
     progress = tqdm(total=len(places), desc=images.name, unit="images", disable=None)
     with progress:
@@ -137,12 +139,16 @@ def compute_features(
                 if rows["logits"] is not None:
                     logits = rows["logits"][is_of_group]
                     summary.inception_scores[group].update(logits, places[now][is_of_group])
-                    if labels is not None:
-                        summary.num_correct[group] += int((logits.argmax(dim=1) == labels[is_of_group]).sum())
+            if labels is not None:
+                all_labels.append(labels.numpy())
+            if labels is not None and rows["logits"] is not None:
+                is_correct.append((rows["logits"].argmax(dim=1) == labels).numpy())
             for name in keep:
                 kept[name].append(rows[name].numpy())
             start += len(batch)
             progress.update(len(batch))
+    summary.labels = np.concatenate(all_labels) if all_labels else None
+    summary.is_correct = np.concatenate(is_correct) if is_correct else None
     summary.rows = {name: np.concatenate(chunks) for name, chunks in kept.items()}
     return summary
 
@@ -191,6 +197,8 @@ class Reference:
         #: What each metric is given in [`Metric`]'s `compute`, by its name.
         self.prepared: dict[str, Any] = {}
         self.images: ImageSource | None = None
+        #: Class ids of the images, once they are read, if they have any.
+        self.labels: np.ndarray | None = None
         #: A file that keeps the statistics for other processes with the same images and extractor.
         self.cache: Path | None = None
         self._extractor = (extractor, extractor_sha256)
@@ -242,7 +250,7 @@ class Reference:
                     self.statistics[features] = load_statistics(cache, SUFFIXES[features], "reference")
             else:
                 summary = compute_features(self.images, extractor, batch_size, device, keep=keep)
-                rows = summary.rows
+                rows, self.labels = summary.rows, summary.labels
                 if cache is not None:
                     save_statistics(cache, summary, *self._extractor)
                 for features in wanted - self.statistics.keys():
@@ -250,12 +258,10 @@ class Reference:
         has_float64 = torch.device(device).type != "mps"
         for name in self.metrics:
             metric = METRICS[name]
-            if metric.needs == "statistics":
-                self.prepared[name] = self.statistics[metric.of]
-            elif metric.needs == "features" and metric.prepare is not None:
-                self.prepared[name] = metric.prepare(rows[metric.of], device if has_float64 else "cpu")
-            elif metric.needs == "features":
-                self.prepared[name] = rows[metric.of]
+            if metric.needs is not None:
+                data = (self.statistics if metric.needs == "statistics" else rows)[metric.of]
+                is_ready = metric.prepare is None
+                self.prepared[name] = data if is_ready else metric.prepare(data, device if has_float64 else "cpu")
 
 
 def _read_headers(path: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -308,6 +314,8 @@ class JudgeOptions:
         found, metrics = [], self.wanted_metrics
         if self.num_groups == 1:
             found.append("`num_groups` must be 0 or an integer >= 2, got 1.")
+        if "fid_infinity" in metrics and self.num_groups < 3:
+            found.append(f"`num_groups` must be an integer >= 3 for `fid_infinity`, got {self.num_groups}.")
         needs_reference = any(METRICS[metric].needs is not None for metric in metrics)
         if needs_reference and self.reference is None:
             found.append(f"`reference` must be given for the metrics {list(metrics)}, got none.")
@@ -333,13 +341,32 @@ class EvaluationOptions:
     save_statistics: Path | None = option(
         None, writes="file", suffix=".npz", help="npz file of the statistics of the samples."
     )
+    nearest_grid: Path | None = option(
+        None,
+        writes="file",
+        suffix=".png",
+        help="PNG file of samples beside their nearest reference images, those with the nearest first; with "
+        "`authenticity`.",
+    )
+    worst_classes: int | None = option(
+        None,
+        at_least=1,
+        help="Show so many classes with the least `accuracy`, or else `recall`.",
+    )
     judge: JudgeOptions
 
     def find_conflicts(self) -> list[str]:
         """Messages about options that do not fit each other."""
-        if not self.judge.wanted_metrics and self.save_statistics is None:
-            return ["`metrics` or `save_statistics` must be given, got neither."]
-        return []
+        found, metrics = [], self.judge.wanted_metrics
+        if not metrics and self.save_statistics is None:
+            found.append("`metrics` or `save_statistics` must be given, got neither.")
+        if self.nearest_grid is not None and "authenticity" not in metrics:
+            found.append(f"`metrics` must have `authenticity` for `nearest_grid`, got {list(metrics)}.")
+        if self.worst_classes is not None and not {"accuracy", "precision_recall"} & set(metrics):
+            found.append(
+                f"`metrics` must have `accuracy` or `precision_recall` for `worst_classes`, got {list(metrics)}."
+            )
+        return found
 
 
 class Evaluator:
@@ -542,6 +569,34 @@ class Evaluator:
         )
 
 
+def find_worst_classes(
+    evaluator: Evaluator, summary: FeatureSummary, number: int
+) -> tuple[str, list[dict[str, float]]]:
+    """
+    Finds the classes with the least accuracy, or recall if accuracy is no metric.
+
+    Args:
+        evaluator ([`Evaluator`]): The metrics and the reference.
+        summary ([`FeatureSummary`]): The samples, from [`Evaluator.summarize`].
+        number (`int`): Number of classes.
+
+    Returns:
+        `tuple[str, list[dict]]`: Name of the metric, and for each class its `label`, `value` and `num_samples`.
+
+    Raises:
+        `ValueError`: samples or reference images have no class ids.
+    """
+    if "accuracy" in evaluator.options.wanted_metrics:
+        name, rows = "accuracy", accuracy_by_class(summary)
+    else:
+        labels, name = evaluator.reference.labels, "recall"
+        for argument, found in {"samples": summary.labels, "reference": labels}.items():
+            if found is None:
+                raise ValueError(f"`{argument}` must have class ids for `worst_classes`, got none.")
+        rows = recall_by_class(summary, evaluator.prepared("precision_recall").rows, labels)
+    return name, [dict(zip(("label", "value", "num_samples"), row, strict=True)) for row in rows[:number]]
+
+
 def to_table(metrics: dict[str, dict[str, Any]]) -> str:
     """Formats the numbers in `metrics` as a Markdown table."""
     rows = []
@@ -557,9 +612,20 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_options(EvaluationOptions, argv, __doc__)
     samples = open_images(options.samples, **options.judge.image_options)
     evaluator = Evaluator(options.judge)
-    metrics, data = evaluator.evaluate(samples, options.num_samples, options.save_statistics)
+    summary, data = evaluator.summarize(samples, options.num_samples)
+    if options.save_statistics is not None:
+        save_statistics(options.save_statistics, summary, options.judge.extractor, evaluator.extractor_sha256)
+    metrics = evaluator.compute(summary, options.judge.num_groups > 0)
     if metrics:
         print(to_table(metrics))
+    if options.worst_classes is not None:
+        name, worst = find_worst_classes(evaluator, summary, options.worst_classes)
+        metrics[name]["worst_classes"] = worst
+        rows = [[str(row["label"]), f"{row['value']:.3f}", str(row["num_samples"])] for row in worst]
+        print("\n" + format_table(["class", name, "samples"], rows))
+    if options.nearest_grid is not None:
+        images = (samples, np.sort(draw_indices(len(samples), options.num_samples)), summary)
+        draw_nearest(options.nearest_grid, *images, evaluator.reference.images, evaluator.prepared("authenticity"))
     if options.output_file is not None:
         evaluator.write(options.output_file, argv, metrics, data)
 

@@ -158,11 +158,12 @@ class ReferenceManifold:
         check_at_least("num_neighbors", num_neighbors, 1)
         check_at_least("block_size", block_size, 1)
         self.num_neighbors = num_neighbors
+        #: Features of the reference, of shape (m, d).
+        self.rows = check_rows("reference", reference, num_neighbors + 1)
         self.block_size = block_size
         self.device = device
-        self._rows = check_rows("reference", reference, num_neighbors + 1)
-        self._center = self._rows.mean(axis=0, dtype=np.float64)  # distances are the same, and their rounding is less
-        self._radii = self._find_radii(self._rows)
+        self._center = self.rows.mean(axis=0, dtype=np.float64)  # distances are the same, and their rounding is less
+        self._radii = self._find_radii(self.rows)
 
     def _blocks(self, rows: np.ndarray) -> Iterator[tuple[slice, torch.Tensor]]:
         for start in range(0, len(rows), self.block_size):
@@ -201,11 +202,11 @@ class ReferenceManifold:
         samples = self._check_samples(samples, self.num_neighbors + 1)
         radii = self._find_radii(samples)
         is_precise = torch.zeros(len(samples), dtype=torch.bool, device=self.device)
-        is_recalled = torch.zeros(len(self._rows), dtype=torch.bool, device=self.device)
-        for place, other_place, distances in self._distances(samples):
+        is_recalled = torch.zeros(len(self.rows), dtype=torch.bool, device=self.device)
+        for place, other_place, distances, _ in self._distances(samples):
             is_precise[place] |= (distances <= self._radii[other_place]).any(dim=1)
             is_recalled[other_place] |= (distances <= radii[place, None]).any(dim=0)
-        return PrecisionRecall(int(is_precise.sum()), len(samples), int(is_recalled.sum()), len(self._rows))
+        return PrecisionRecall(int(is_precise.sum()), len(samples), int(is_recalled.sum()), len(self.rows))
 
     def density_coverage(self, samples: np.ndarray) -> DensityCoverage:
         """
@@ -225,25 +226,85 @@ class ReferenceManifold:
         """
         samples = self._check_samples(samples, 2)
         num_balls = torch.zeros(len(samples), dtype=torch.int64, device=self.device)
-        is_covered = torch.zeros(len(self._rows), dtype=torch.bool, device=self.device)
-        for place, other_place, distances in self._distances(samples):
+        is_covered = torch.zeros(len(self.rows), dtype=torch.bool, device=self.device)
+        for place, other_place, distances, _ in self._distances(samples):
             is_within = distances <= self._radii[other_place]
             num_balls[place] += is_within.sum(dim=1)
             is_covered[other_place] |= is_within.any(dim=0)
-        return DensityCoverage(num_balls.cpu().numpy(), int(is_covered.sum()), len(self._rows), self.num_neighbors)
+        return DensityCoverage(num_balls.cpu().numpy(), int(is_covered.sum()), len(self.rows), self.num_neighbors)
 
     def _check_samples(self, samples: np.ndarray, minimum: int) -> np.ndarray:
         samples = check_rows("samples", samples, minimum)
-        if samples.shape[1] != self._rows.shape[1]:
+        if samples.shape[1] != self.rows.shape[1]:
             raise ValueError(
                 "`samples` and `reference` must have as many features, "
-                f"got {samples.shape[1]} and {self._rows.shape[1]}."
+                f"got {samples.shape[1]} and {self.rows.shape[1]}."
             )
         return samples
 
-    def _distances(self, samples: np.ndarray) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-        """Blocks of squared distances of samples and reference, so much too small that surfaces are within balls."""
+    def count_authentic(self, samples: np.ndarray) -> int:
+        """
+        Counts the samples that are authentic (Alaa et al., 2022): not closer to their nearest reference image than k
+        others of the reference are to that image, where k is 1 by definition.
+
+        A sample at equal distances from several images is authentic if it is so for each of them.
+
+        Args:
+            samples (`np.ndarray` of shape `(n, d)`): Features of the samples.
+
+        Returns:
+            `int`: Their number. All samples that are copies of reference images are not among them.
+
+        Raises:
+            `ValueError`: the shapes do not fit, or a feature is not finite.
+        """
+        samples = self._check_samples(samples, 1)
+        nearest = torch.full((len(samples),), torch.inf, dtype=torch.float64, device=self.device)
+        for place, _, distances, rounding in self._distances(samples):
+            nearest[place] = torch.minimum(nearest[place], (distances + 4 * rounding).min(dim=1).values)
+        is_copied = torch.zeros(len(samples), dtype=torch.bool, device=self.device)
+        for place, other_place, distances, _ in self._distances(samples):
+            is_nearest = distances <= nearest[place, None]
+            is_copied[place] |= (is_nearest & (distances <= self._radii[other_place])).any(dim=1)
+        return int((~is_copied).sum())
+
+    def find_nearest(self, samples: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Finds the reference images that are nearest to each sample.
+
+        Args:
+            samples (`np.ndarray` of shape `(n, d)`): Features of the samples.
+            number (`int`): Number of images for each sample, from 1 to that of the reference.
+
+        Returns:
+            `tuple[np.ndarray, np.ndarray]`: Distances and indices of the images, both `(n, number)`, nearest first.
+
+        Raises:
+            `ValueError`: an argument is out of range, the shapes do not fit, or a feature is not finite.
+        """
+        samples = self._check_samples(samples, 1)
+        check_at_least("number", number, 1, len(self.rows))
+        squares = torch.empty(len(samples), number, dtype=torch.float64, device=self.device)
+        indices = torch.empty(len(samples), number, dtype=torch.int64, device=self.device)
         for place, block in self._blocks(samples):
-            for other_place, others in self._blocks(self._rows):
+            best = torch.empty(len(block), 0, dtype=torch.float64, device=self.device)
+            found = torch.empty(len(block), 0, dtype=torch.int64, device=self.device)
+            for other_place, others in self._blocks(self.rows):
+                columns = torch.arange(other_place.start, other_place.start + len(others), device=self.device)
+                best = torch.cat([best, _squared_distances(block, others)[0]], dim=1)
+                found = torch.cat([found, columns.expand(len(block), -1)], dim=1)
+                best, chosen = best.topk(min(number, best.shape[1]), largest=False)
+                found = found.gather(1, chosen)
+            squares[place], indices[place] = best, found
+        return squares.clamp(min=0).sqrt().cpu().numpy(), indices.cpu().numpy()
+
+    def _distances(self, samples: np.ndarray) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
+        """
+        Blocks of squared distances of samples and reference, with the bound of their rounding.
+
+        They are so much too small that points on surfaces are within balls.
+        """
+        for place, block in self._blocks(samples):
+            for other_place, others in self._blocks(self.rows):
                 distances, rounding = _squared_distances(block, others)
-                yield place, other_place, distances - 2 * rounding  # that of the distance and of the radius
+                yield place, other_place, distances - 2 * rounding, rounding  # the distance's and the radius's

@@ -9,6 +9,7 @@ import numpy as np
 from ..results import as_metric
 from .inception_score import InceptionScore, RunningInceptionScore
 from .intervals import wilson_interval
+from .precision_recall import ReferenceManifold
 from .statistics import RunningStatistics
 
 
@@ -22,7 +23,9 @@ class FeatureSummary:
         statistics (`dict[str, list[RunningStatistics]]`):
             Mean and covariance of the `features` and of the `spatial_features`, where there are any, by group.
         inception_scores (`list[RunningInceptionScore]`): The score of the logits, where there are any, by group.
-        num_correct (`list[int]`): Number of images whose largest logit is that of their class, by group.
+        labels (`np.ndarray` of shape `(n,)`, *optional*): Class ids of the images, if they have any.
+        is_correct (`np.ndarray` of shape `(n,)`, *optional*):
+            Whether the largest logit of each image is that of its class, if there are both.
         rows (`dict[str, np.ndarray]`, defaults to `{}`):
             Outputs of the extractor that are kept, for all images: `features` of shape `(n, d)`, in fp32.
     """
@@ -30,7 +33,8 @@ class FeatureSummary:
     groups: np.ndarray
     statistics: dict[str, list[RunningStatistics]]
     inception_scores: list[RunningInceptionScore]
-    num_correct: list[int]
+    labels: np.ndarray | None = None
+    is_correct: np.ndarray | None = None
     rows: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -52,12 +56,16 @@ class FeatureSummary:
         def drop(values: list) -> list:
             return values[:group] + values[group + 1 :]
 
+        def keep(values: np.ndarray | None) -> np.ndarray | None:
+            return None if values is None else values[is_kept]
+
         return FeatureSummary(
             self.groups[is_kept] - (self.groups[is_kept] > group),
             {name: drop(groups) for name, groups in self.statistics.items()},
             drop(self.inception_scores),
-            drop(self.num_correct),
-            {name: rows[is_kept] for name, rows in self.rows.items()},
+            labels=keep(self.labels),
+            is_correct=keep(self.is_correct),
+            rows={name: rows[is_kept] for name, rows in self.rows.items()},
         )
 
 
@@ -72,6 +80,22 @@ def as_accuracy(summary: FeatureSummary, has_interval: bool) -> dict[str, Any]:
     Returns:
         `dict`: [`as_metric`] of the share.
     """
+    share, number = float(summary.is_correct.mean()), len(summary.groups)
+    return as_metric(share, wilson_interval(share, number) if has_interval else None)
+
+
+def as_authenticity(summary: FeatureSummary, manifold: ReferenceManifold, has_interval: bool) -> dict[str, Any]:
+    """
+    Authenticity as results hold it: the share of samples that are no copies; 100 times it is AuthPct.
+
+    Args:
+        summary ([`FeatureSummary`]): The samples.
+        manifold ([`ReferenceManifold`]): The images of the training, with 1 neighbour.
+        has_interval (`bool`): Whether it gets Wilson's interval.
+
+    Returns:
+        `dict`: [`as_metric`] of the share.
+    """
     number = len(summary.groups)
-    share = sum(summary.num_correct) / number
+    share = manifold.count_authentic(summary.rows["features"]) / number
     return as_metric(share, wilson_interval(share, number) if has_interval else None)

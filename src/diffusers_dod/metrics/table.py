@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from .frechet import as_fid
+from ..results import as_metric
+from .frechet import as_fid, covariance_root, fid_infinity
 from .kernel_distance import kernel_distance
 from .precision_recall import ReferenceManifold
-from .summary import FeatureSummary, as_accuracy
+from .summary import FeatureSummary, as_accuracy, as_authenticity
 from .vision import is_dinov2
 
 
@@ -39,8 +40,8 @@ class Metric:
             Takes what `compute` takes but the last. Returns the numbers of independent parts of the samples, of which
             the metric is the mean; the difference of two models is taken from these parts.
         prepare (`Callable`, *optional*):
-            Takes the features of the reference and a device. Returns the data that `compute` takes in their place;
-            they are made once for any number of sets of samples.
+            Takes the data that the metric needs of the reference, and a device. Returns the data that `compute` takes
+            in their place; they are made once for any number of sets of samples.
     """
 
     title: str
@@ -49,7 +50,11 @@ class Metric:
     needs: str | None = None
     compute: Callable[[FeatureSummary, Any, bool], dict[str, dict[str, Any]]] | None = None
     subsets: Callable[[FeatureSummary, Any], tuple[float, ...]] | None = None
-    prepare: Callable[[np.ndarray, torch.device | str], Any] | None = None
+    prepare: Callable[[Any, torch.device | str], Any] | None = None
+
+
+def _with_root(statistics: tuple[np.ndarray, np.ndarray], _: torch.device | str) -> tuple[np.ndarray, ...]:
+    return (*statistics, covariance_root(statistics[1]))
 
 
 # Metrics by name. Names in results may have more after `_` or `/`, such as `fid_stage_1`.
@@ -58,15 +63,27 @@ METRICS = {
         title="FID",
         of="features",
         needs="statistics",
+        prepare=_with_root,
         compute=lambda samples, *data: as_fid("fid", samples.statistics["features"], *data),
     ),
     "fid_corrected": Metric(title="FID, corrected"),
+    "fid_infinity": Metric(
+        title="FID, extrapolated",
+        of="features",
+        needs="statistics",
+        prepare=_with_root,
+        compute=lambda samples, reference, _: {
+            "fid_infinity": as_metric(fid_infinity(samples.statistics["features"], reference))
+        },
+    ),
     "fd-dinov2": Metric(title="FD-DINOv2"),
     "fd-dinov2_corrected": Metric(title="FD-DINOv2, corrected"),
+    "fd-dinov2_infinity": Metric(title="FD-DINOv2, extrapolated"),
     "sfid": Metric(
         title="sFID",
         of="spatial_features",
         needs="statistics",
+        prepare=_with_root,
         compute=lambda samples, *data: as_fid("sfid", samples.statistics["spatial_features"], *data),
     ),
     "sfid_corrected": Metric(title="sFID, corrected"),
@@ -104,6 +121,13 @@ METRICS = {
     ),
     "density": Metric(title="density"),
     "coverage": Metric(title="coverage"),
+    "authenticity": Metric(
+        title="authenticity",
+        of="features",
+        needs="features",
+        prepare=lambda features, device: ReferenceManifold(features, num_neighbors=1, device=device),
+        compute=lambda samples, *data: {"authenticity": as_authenticity(samples, *data)},
+    ),
     # The Hub's `precision` and `recall` are metrics of classifiers.
     "precision": Metric(title="precision", hub_type="improved_precision"),
     "recall": Metric(title="recall", hub_type="improved_recall"),
