@@ -183,7 +183,10 @@ def test_another_format_and_a_missing_file_are_refused(tmp_path):
         ({"metrics": {"fid": {"value": 4}}}, ["`metrics.fid.interval`", "must be there"]),
         ({"checkpoint": {"path": "a"}}, ["`checkpoint.sha256`", "must be there"]),
         ({"data": {"samples": {"manifest": {"argv": "a"}}}}, ["`data.samples.manifest.argv`", "list", "'a'"]),
-        ({"data": {"samples": {"manifest": {"argv": []}}}}, ["`data.samples.manifest.settings`", "must be there"]),
+        (
+            {"data": {"samples": {"manifest": {"settings": {}}}}},
+            ["`data.samples.manifest.settings.stage`", "be there"],
+        ),
         ({"data": {"samples": []}}, ["`data.samples`", "dict", "[]"]),
         ({"settings": {"seed": 1234}}, ["results.json", "another hash"]),
         ({"sha256": "0" * 64}, ["results.json", "another hash"]),

@@ -194,14 +194,14 @@ class SampledSettings(TypedDict):
 
 
 class SampledBy(TypedDict):
-    """How samples were drawn."""
+    """How samples were drawn, if a command of this package drew them."""
 
-    argv: list[str]
-    settings: SampledSettings
+    argv: NotRequired[list[str]]
+    settings: NotRequired[SampledSettings]
 
 
 class SamplesIdentity(TypedDict):
-    """The samples that results are of; only those of this package's sampler have a manifest."""
+    """The samples that results are of; a manifest may lie beside them."""
 
     manifest: NotRequired[SampledBy | None]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers import says
 
-from diffusers_dod.evaluation import compare, evaluate
+from diffusers_dod.evaluation import compare, evaluate, features
 from diffusers_dod.evaluation.images import open_images
 from diffusers_dod.evaluation.reproduce import reproduce
 from diffusers_dod.metrics.inception_score import RunningInceptionScore
@@ -73,7 +73,7 @@ def test_differences_against_leaving_out_the_images_themselves(world, capsys):
         *("fid", "fid_corrected", "sfid", "sfid_corrected", "kid", "is", "precision", "recall", "accuracy")
     ]
     names = [name for name in ALL if name != "kid"]
-    groups = evaluate.assign_groups(60, 3, labels)
+    groups = features.assign_groups(60, 3, labels)
     whole = [judge(world, images, labels, ALL) for images in (draw(1), draw(2))]
     without = [
         [judge(world, images[groups != i], labels[groups != i], names) for images in (draw(1), draw(2))]
@@ -144,7 +144,7 @@ def test_intervals_hold_the_mean_difference_of_further_sets():
         "kid": reference,
         "precision_recall": ReferenceManifold(reference),
     }
-    groups, found, alone = evaluate.assign_groups(120, 10), [], []
+    groups, found, alone = features.assign_groups(120, 10), [], []
     for _ in range(40):
         noise = rng.normal(size=(120, 3))
         sets = [summarize(noise * scale + shift, groups) for scale, shift in ((1.2, 0.4), (0.9, 0.3))]

@@ -12,7 +12,7 @@ from helpers import constant_inception_weights, says
 
 from diffusers_dod.data.labelled_images import LabelledImages
 from diffusers_dod.data.textures import TextureDataset
-from diffusers_dod.evaluation import evaluate
+from diffusers_dod.evaluation import evaluate, features
 from diffusers_dod.evaluation.images import DatasetImages, draw_indices, open_images
 from diffusers_dod.evaluation.reproduce import reproduce
 from diffusers_dod.files import file_sha256
@@ -166,7 +166,7 @@ def test_samples_that_are_drawn_from_sorted_ones_have_splits_of_all_classes(tmp_
         label = images[:, 0, 0, 0].long() // 60
         return ImageFeatures(label[:, None].float(), logits=50.0 * torch.nn.functional.one_hot(label, 4))
 
-    monkeypatch.setattr(evaluate, "RunningInceptionScore", lambda: RunningInceptionScore(30))
+    monkeypatch.setattr(features, "RunningInceptionScore", lambda: RunningInceptionScore(30))
     summary = evaluate.compute_features(open_images(str(tmp_path / "sorted.npz")), extractor, 7, num_images=120)
     drawn = labels[draw_indices(200, 120)]
     expected = RunningInceptionScore(30)
@@ -480,14 +480,14 @@ def test_what_extractors_must_give():
 def test_balanced_classes_are_dealt_out_evenly():
     rng = np.random.default_rng(0)
     labels = np.arange(1200) % 12
-    groups = evaluate.assign_groups(1200, 10, labels)
+    groups = features.assign_groups(1200, 10, labels)
     assert all(np.bincount(groups[labels == label], minlength=10).tolist() == [10] * 10 for label in range(12))
     assert not np.array_equal(groups, np.arange(1200) // 12 % 10)  # but at random within a class
     for others in (None, rng.integers(0, 12, 1200)):  # classes by chance belong to what is random
-        random = evaluate.assign_groups(1200, 10, others)
+        random = features.assign_groups(1200, 10, others)
         assert np.bincount(random).tolist() == [120] * 10
         assert max(np.ptp(np.bincount(random[labels == label], minlength=10)) for label in range(12)) > 5
-    one_each = evaluate.assign_groups(25, 10, rng.permutation(25))
+    one_each = features.assign_groups(25, 10, rng.permutation(25))
     assert sorted(np.bincount(one_each).tolist()) == [2] * 5 + [3] * 5
 
 
@@ -501,7 +501,7 @@ def test_intervals_of_balanced_samples_are_as_wide_as_other_samples_lie_apart():
         rows = means[labels] + rng.normal(size=(600, 6))
         distances.append(frechet_distance(*feature_statistics(rows), *reference))
         for is_known, of_kind in halves.items():
-            groups = evaluate.assign_groups(600, 10, labels if is_known else None)
+            groups = features.assign_groups(600, 10, labels if is_known else None)
             parts = [RunningStatistics() for _ in range(10)]
             for group, part in enumerate(parts):
                 part.update(rows[groups == group])

@@ -6,6 +6,7 @@ from helpers import says
 from PIL import Image
 
 from diffusers_dod.evaluation import evaluate
+from diffusers_dod.evaluation.images import draw_indices
 from diffusers_dod.evaluation.inspection import accuracy_by_class, recall_by_class
 from diffusers_dod.metrics.precision_recall import ReferenceManifold
 from diffusers_dod.metrics.summary import FeatureSummary
@@ -51,7 +52,7 @@ def test_a_grid_has_the_copies_on_top(world, number):
     options = ("--metrics", "authenticity", "--nearest_grid", folder / "nearest.png", "--num_samples", number)
     found = run(folder, *options)
     assert found["authenticity"]["value"] < 1 and found["authenticity"]["interval"] is not None
-    drawn = np.sort(evaluate.draw_indices(40, number))
+    drawn = np.sort(draw_indices(40, number))
     distances = np.linalg.norm(colors[drawn][:, None] - others, axis=2)
     order = np.argsort(distances.min(axis=1))
     grid = np.asarray(Image.open(folder / "nearest.png"))

@@ -11,7 +11,7 @@ same) does not widen the interval. Images, reference, extractor and metrics are 
 
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..options import option, parse_options
 from ..results import as_metric
 from ..tables import format_table
 from .evaluate import Evaluator, JudgeOptions
+from .features import launched_processes
 from .images import ImageSource, open_images
 
 
@@ -149,8 +150,23 @@ def main(argv: list[str] | None = None) -> None:
             f"`num_samples` must be given for sets of different sizes, got {len(sets[0])} images of {sets[0].name!r} "
             f"and {len(sets[1])} of {sets[1].name!r}: metrics depend on it."
         )
-    evaluator = Evaluator(options.judge)
-    (first, data), (second, other) = [evaluator.summarize(images, options.num_samples) for images in sets]
+    with launched_processes(options.judge.device) as (device, is_main):
+        options = replace(options, judge=replace(options.judge, device=device))
+        evaluator = Evaluator(options.judge)
+        summaries = [evaluator.summarize(images, options.num_samples) for images in sets]
+        if is_main:
+            _report(options, argv, evaluator, sets, summaries)
+
+
+def _report(
+    options: CompareOptions,
+    argv: list[str],
+    evaluator: Evaluator,
+    sets: list[ImageSource],
+    summaries: list[tuple[FeatureSummary, dict[str, Any]]],
+) -> None:
+    """Computes, prints and writes the differences."""
+    (first, data), (second, other) = summaries
     references = {name: evaluator.prepared(name) for name in options.judge.wanted_metrics}
     metrics = name_by_extractor(compare_summaries(first, second, references), options.judge.extractor)
     labels = describe_labels(*sets)

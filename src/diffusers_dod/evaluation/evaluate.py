@@ -18,35 +18,32 @@ A reference with `mu` and `sigma` is taken as statistics, and its images serve t
 
 import sys
 import warnings
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
-from ..checks import check_at_least
 from ..command_line import run_main
-from ..files import file_sha256, replacing
+from ..data.labelled_images import MAX_WORKERS
+from ..files import file_sha256
 from ..metrics.extractors import Extractor, extract, extractor_sha256, is_inception, load_extractor, load_statistics
-from ..metrics.inception_score import RunningInceptionScore
-from ..metrics.statistics import RunningStatistics, merge_statistics
+from ..metrics.statistics import merge_statistics
 from ..metrics.summary import FeatureSummary
 from ..metrics.table import COMPUTED, METRICS, name_by_extractor
 from ..options import option, parse_options
 from ..records import read_npz_headers
 from ..results import write_results
-from ..seeding import stateless_generator
 from ..tables import format_table
-from .images import DatasetImages, ImageSource, draw_indices, open_images
+from .feature_cache import FeatureCache
+from .features import SUFFIXES, compute_features, launched_processes, save_statistics
+from .images import ImageSource, draw_indices, open_images
 from .inspection import accuracy_by_class, draw_nearest, recall_by_class
 from .options import device_option
 
 
-# Ends of the names of statistics in files, as ADM has them.
-SUFFIXES = {"features": "", "spatial_features": "_s"}
 PUBLISHED_NUM_SAMPLES = 50_000
 MAX_NAME_BYTES = 16384  # of a name of an extractor, in an npz file
 
@@ -54,125 +51,6 @@ MAX_NAME_BYTES = 16384  # of a name of an extractor, in an npz file
 def outputs_for(metrics: Sequence[str], needs: str) -> set[str]:
     """Outputs of the extractor whose `needs`, `"statistics"` or `"features"`, the `metrics` take of a reference."""
     return {METRICS[metric].of for metric in metrics if METRICS[metric].needs == needs}
-
-
-def assign_groups(num_images: int, num_groups: int, labels: np.ndarray | None = None) -> np.ndarray:
-    """
-    Deals images at random to the groups of a jackknife; the same arguments give the same groups.
-
-    If all classes occur equally often, as with balanced labels, each group gets an equal share of each class. Random
-    groups would count variation of the classes between groups as an error of sampling. They would make an interval
-    several times too wide if features tell classes apart.
-
-    Args:
-        num_images (`int`): Number of images.
-        num_groups (`int`): Number of groups. Their sizes differ by at most one.
-        labels (`np.ndarray` of shape `(num_images,)`, *optional*): Class ids, if they are known.
-
-    Returns:
-        `np.ndarray` of shape `(num_images,)`: The group of each image.
-    """
-    order = torch.randperm(num_images, generator=stateless_generator(num_images)).numpy()
-    if labels is not None and np.ptp(np.unique(labels, return_counts=True)[1]) <= 1:
-        by_class = np.lexsort((order, labels))
-        order[by_class] = np.arange(num_images)
-    return order % num_groups
-
-
-def compute_features(
-    images: ImageSource,
-    extractor: Extractor,
-    batch_size: int = 64,
-    device: torch.device | str = "cpu",
-    num_images: int | None = None,
-    num_groups: int = 1,
-    keep: Collection[str] = (),
-) -> FeatureSummary:
-    """
-    Runs images through an extractor.
-
-    Args:
-        images ([`ImageSource`]): The images.
-        extractor (`Callable`): Images (B, 3, H, W) in uint8 -> features (B, d) or [`ImageFeatures`].
-        batch_size (`int`, defaults to 64): Images at a time.
-        device (`torch.device` or `str`, defaults to `"cpu"`): Device on which the extractor takes images.
-        num_images (`int`, *optional*): Number of images, drawn by [`draw_indices`]. By default all.
-        num_groups (`int`, defaults to 1): Groups of the statistics, see [`assign_groups`].
-        keep (`Collection[str]`, defaults to `()`): Outputs of the extractor to keep for all images.
-
-    Returns:
-        [`FeatureSummary`].
-
-    Raises:
-        `ValueError`: there are too few images, an image cannot be read, or features are not finite.
-    """
-    check_at_least("num_groups", num_groups, 1)
-    is_sorted = images.labels is not None and bool((np.diff(images.labels) >= 0).all())
-    indices = draw_indices(len(images), num_images, shuffle=isinstance(images, DatasetImages) or is_sorted)
-    places = np.argsort(indices)  # in the random order, of the images in the order in which they are read
-    known = None if images.labels is None else images.labels[indices[places]]
-    groups = assign_groups(len(places), num_groups, known)
-    summary = FeatureSummary(groups, {}, [RunningInceptionScore() for _ in range(num_groups)])
-    kept: dict[str, list[np.ndarray]] = {name: [] for name in keep}
-    all_labels, is_correct = [], []
-    start = 0
-    progress = tqdm(total=len(places), desc=images.name, unit="images", disable=None)
-    with progress:
-        for batch, labels in images.batches(batch_size, indices[places]):
-            output = extract(extractor, batch.to(device))
-            rows = {name: None if value is None else value.float().cpu() for name, value in vars(output).items()}
-            for name, values in rows.items():
-                if values is not None and not bool(values.isfinite().all()):
-                    number = int((~values.isfinite()).any(dim=1).sum())
-                    raise ValueError(
-                        f"`extractor` must give finite `{name}`, got {number} of {len(values)} images of "
-                        f"{images.name!r} with others."
-                    )
-            now = slice(start, start + len(batch))
-            for name in SUFFIXES:
-                if rows[name] is not None and name not in summary.statistics:
-                    summary.statistics[name] = [RunningStatistics() for _ in range(num_groups)]
-            for group in np.unique(groups[now]):
-                is_of_group = groups[now] == group
-                for name, running in summary.statistics.items():
-                    running[group].update(rows[name][is_of_group])
-                if rows["logits"] is not None:
-                    logits = rows["logits"][is_of_group]
-                    summary.inception_scores[group].update(logits, places[now][is_of_group])
-            if labels is not None:
-                all_labels.append(labels.numpy())
-            if labels is not None and rows["logits"] is not None:
-                is_correct.append((rows["logits"].argmax(dim=1) == labels).numpy())
-            for name in keep:
-                kept[name].append(rows[name].numpy())
-            start += len(batch)
-            progress.update(len(batch))
-    summary.labels = np.concatenate(all_labels) if all_labels else None
-    summary.is_correct = np.concatenate(is_correct) if is_correct else None
-    summary.rows = {name: np.concatenate(chunks) for name, chunks in kept.items()}
-    return summary
-
-
-def save_statistics(path: Path, summary: FeatureSummary, extractor: str, extractor_sha256: str) -> None:
-    """
-    Writes the statistics of features as an npz file of ADM's form.
-
-    It has `mu` and `sigma`, for spatial features also `mu_s` and `sigma_s`, then `num_images` and the identity of the
-    extractor.
-
-    Args:
-        path (`Path`): The file.
-        summary ([`FeatureSummary`]): Summary from [`compute_features`].
-        extractor (`str`): Name of the extractor.
-        extractor_sha256 (`str`): Hash of the extractor, see [`extractor_sha256`].
-    """
-    merged = {name: merge_statistics(groups) for name, groups in summary.statistics.items()}
-    arrays: dict[str, Any] = {"num_images": merged["features"].num_rows}
-    arrays |= {"extractor": extractor, "extractor_sha256": extractor_sha256}
-    for name, statistics in merged.items():
-        arrays[f"mu{SUFFIXES[name]}"], arrays[f"sigma{SUFFIXES[name]}"] = statistics.result()
-    with replacing(path) as unfinished, open(unfinished, "wb") as file:
-        np.savez(file, **arrays)
 
 
 class Reference:
@@ -194,8 +72,9 @@ class Reference:
     def __init__(self, name: str, metrics: Sequence[str], extractor: str, extractor_sha256: str, **options: Any):
         self.metrics = metrics
         self.statistics: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        #: What each metric is given in [`Metric`]'s `compute`, by its name.
-        self.prepared: dict[str, Any] = {}
+        #: Features of all images, by output of the extractor, where metrics need them.
+        self.rows: dict[str, np.ndarray] = {}
+        self._prepared: dict[str, Any] = {}
         self.images: ImageSource | None = None
         #: Class ids of the images, once they are read, if they have any.
         self.labels: np.ndarray | None = None
@@ -230,38 +109,47 @@ class Reference:
         self.data = {"name": name, "sha256": file_sha256(Path(name))} if self.images is None else self.images.data
         self.data = {**self.data, "has_statistics": has_statistics}
 
-    def prepare(self, extractor: Extractor, batch_size: int, device: str) -> None:
+    def read(self, extractor: Extractor, **reading: Any) -> None:
         """
         Computes the features that metrics need, unless that has been done.
 
         Args:
             extractor (`Callable`): Images (B, 3, H, W) in uint8 -> features (B, d) or [`ImageFeatures`].
-            batch_size (`int`): Images at a time.
-            device (`str`): Device on which the extractor takes images.
+            reading (`Any`): Further arguments of [`compute_features`].
         """
-        if self.prepared:
-            return
         wanted, keep = outputs_for(self.metrics, "statistics"), outputs_for(self.metrics, "features")
-        rows: dict[str, np.ndarray] = {}
-        if keep or not wanted <= self.statistics.keys():
-            cache = None if keep else self.cache
-            if cache is not None and cache.exists():
-                for features in wanted:
-                    self.statistics[features] = load_statistics(cache, SUFFIXES[features], "reference")
-            else:
-                summary = compute_features(self.images, extractor, batch_size, device, keep=keep)
-                rows, self.labels = summary.rows, summary.labels
-                if cache is not None:
-                    save_statistics(cache, summary, *self._extractor)
-                for features in wanted - self.statistics.keys():
-                    self.statistics[features] = merge_statistics(summary.statistics[features]).result()
-        has_float64 = torch.device(device).type != "mps"
-        for name in self.metrics:
-            metric = METRICS[name]
-            if metric.needs is not None:
-                data = (self.statistics if metric.needs == "statistics" else rows)[metric.of]
-                is_ready = metric.prepare is None
-                self.prepared[name] = data if is_ready else metric.prepare(data, device if has_float64 else "cpu")
+        if keep <= self.rows.keys() and wanted <= self.statistics.keys():
+            return
+        cache = None if keep else self.cache
+        if cache is not None and cache.exists():
+            for features in wanted:
+                self.statistics[features] = load_statistics(cache, SUFFIXES[features], "reference")
+            return
+        summary = compute_features(self.images, extractor, keep=keep, **reading)
+        self.rows, self.labels = summary.rows, summary.labels
+        if cache is not None:
+            save_statistics(cache, summary, *self._extractor)
+        for features in wanted - self.statistics.keys():
+            self.statistics[features] = merge_statistics(summary.statistics[features]).result()
+
+    def prepare(self, name: str, device: torch.device | str) -> Any:
+        """
+        Prepares what a metric takes of the reference after [`Reference.read`], unless that has been done.
+
+        Args:
+            name (`str`): Name of the metric.
+            device (`torch.device` or `str`): Device that may compute it.
+
+        Returns:
+            `Any`: What `compute` of [`Metric`] takes; `None` if it takes nothing.
+        """
+        metric = METRICS[name]
+        if metric.needs is not None and name not in self._prepared:
+            data = (self.statistics if metric.needs == "statistics" else self.rows)[metric.of]
+            has_float64 = torch.device(device).type != "mps"
+            is_ready = metric.prepare is None
+            self._prepared[name] = data if is_ready else metric.prepare(data, device if has_float64 else "cpu")
+        return self._prepared.get(name)
 
 
 def _read_headers(path: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -291,6 +179,15 @@ class JudgeOptions:
     label_column: str = option("label", help="Column of its class ids.")
     batch_size: int = option(64, at_least=1, help="Images at a time.")
     device: str = device_option()
+    dataloader_num_workers: int | None = option(
+        None,
+        at_least=0,
+        at_most=MAX_WORKERS,
+        help="Processes that read images; by default a GPU's share of the cores, up to 8, and none without one.",
+    )
+    cache_dir: Path | None = option(
+        None, writes="folder", help="Where features are kept for other calls with the same images and extractor."
+    )
     num_groups: int = option(
         10,
         at_least=0,
@@ -447,11 +344,16 @@ class Evaluator:
                 "ones, by more the fewer: compare it at this number only.",
                 stacklevel=2,
             )
-        settings = (self.extractor, options.batch_size, options.device)
-        keep = outputs_for(options.wanted_metrics, "features")
-        summary = compute_features(samples, *settings, num_samples, max(1, options.num_groups), keep)
+        reading: dict[str, Any] = {"batch_size": options.batch_size, "device": options.device}
+        reading["num_workers"] = options.dataloader_num_workers
+        if options.cache_dir is not None:
+            reading["cache"] = FeatureCache(options.cache_dir, self.extractor_sha256)
+        keep, num_groups = outputs_for(options.wanted_metrics, "features"), max(1, options.num_groups)
+        summary = compute_features(
+            samples, self.extractor, num_images=num_samples, num_groups=num_groups, keep=keep, **reading
+        )
         if reference is not None:
-            reference.prepare(*settings)
+            reference.read(self.extractor, **reading)
         data = {
             "name": samples.name,
             "num_samples": num_samples,
@@ -479,7 +381,7 @@ class Evaluator:
 
     def prepared(self, name: str) -> Any:
         """The data of the reference that the metric `name` takes; `None` if it takes none."""
-        return None if self.reference is None else self.reference.prepared.get(name)
+        return None if self.reference is None else self.reference.prepare(name, self.options.device)
 
     def check(
         self, resolution: tuple[int, int], num_classes: int | None = None, labels: np.ndarray | None = None
@@ -610,14 +512,31 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command; `argv` defaults to the process's arguments. Raises a `ValueError` if they do not fit."""
     argv = sys.argv[1:] if argv is None else argv
     options = parse_options(EvaluationOptions, argv, __doc__)
-    samples = open_images(options.samples, **options.judge.image_options)
-    evaluator = Evaluator(options.judge)
-    summary, data = evaluator.summarize(samples, options.num_samples)
-    if options.save_statistics is not None:
-        save_statistics(options.save_statistics, summary, options.judge.extractor, evaluator.extractor_sha256)
-    metrics = evaluator.compute(summary, options.judge.num_groups > 0)
-    if metrics:
-        print(to_table(metrics))
+    with launched_processes(options.judge.device) as (device, is_main):
+        options = replace(options, judge=replace(options.judge, device=device))
+        samples = open_images(options.samples, **options.judge.image_options)
+        evaluator = Evaluator(options.judge)
+        summary, data = evaluator.summarize(samples, options.num_samples)
+        if not is_main:
+            return
+        if options.save_statistics is not None:
+            save_statistics(options.save_statistics, summary, options.judge.extractor, evaluator.extractor_sha256)
+        metrics = evaluator.compute(summary, options.judge.num_groups > 0)
+        if metrics:
+            print(to_table(metrics))
+        _inspect(options, evaluator, samples, summary, metrics)
+        if options.output_file is not None:
+            evaluator.write(options.output_file, argv, metrics, data)
+
+
+def _inspect(
+    options: EvaluationOptions,
+    evaluator: Evaluator,
+    samples: ImageSource,
+    summary: FeatureSummary,
+    metrics: dict[str, dict[str, Any]],
+) -> None:
+    """Shows the worst classes and the nearest images, if the options ask for them."""
     if options.worst_classes is not None:
         name, worst = find_worst_classes(evaluator, summary, options.worst_classes)
         metrics[name]["worst_classes"] = worst
@@ -626,8 +545,6 @@ def main(argv: list[str] | None = None) -> None:
     if options.nearest_grid is not None:
         images = (samples, np.sort(draw_indices(len(samples), options.num_samples)), summary)
         draw_nearest(options.nearest_grid, *images, evaluator.reference.images, evaluator.prepared("authenticity"))
-    if options.output_file is not None:
-        evaluator.write(options.output_file, argv, metrics, data)
 
 
 if __name__ == "__main__":

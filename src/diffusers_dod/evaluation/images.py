@@ -13,12 +13,14 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
 from ..checks import check_at_least
 from ..data.image_folder import IMAGE_SUFFIXES, ImageFolder
 from ..data.labelled_images import TEXTURES, ImageOptions, LabelledImages, load_labelled_images, source_files
 from ..files import file_sha256, folder_sha256
+from ..processes import worker_settings
 from ..records import DAMAGED_ZIP, Count, read_npz_headers, read_record
 from ..seeding import stateless_generator
 
@@ -69,6 +71,9 @@ class ImageSource(ABC):
         data (`dict`, *optional*): Identity of the images, ready for JSON.
     """
 
+    #: Processes that may read images at a time, at most.
+    max_workers: int | None = None
+
     def __init__(
         self,
         name: str,
@@ -91,7 +96,11 @@ class ImageSource(ABC):
         """Reads the images at increasing indices, uint8 (H, W, 3), each with its class id if it has one."""
 
     def batches(
-        self, batch_size: int, indices: Sequence[int] | None = None
+        self,
+        batch_size: int,
+        indices: Sequence[int] | None = None,
+        num_workers: int = 0,
+        part: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """
         Reads images in batches.
@@ -99,6 +108,8 @@ class ImageSource(ABC):
         Args:
             batch_size (`int`): Images in a batch. The last batch may be smaller.
             indices (`Sequence[int]`, *optional*): Indices of the images, in increasing order. By default all.
+            num_workers (`int`, defaults to 0): Processes that read ahead; 0 reads in this process.
+            part (`tuple[int, int]`, defaults to `(0, 1)`): First batch and step of the batches to read.
 
         Returns:
             `Iterator[tuple[torch.Tensor, torch.Tensor | None]]`: Batches (B, 3, H, W) in uint8 on the CPU with their
@@ -111,8 +122,47 @@ class ImageSource(ABC):
         indices = np.arange(len(self)) if indices is None else np.asarray(indices)
         if len(indices) and (indices[0] < 0 or indices[-1] >= len(self) or (np.diff(indices) <= 0).any()):
             raise ValueError(f"`indices` must increase within [0, {len(self) - 1}], got others for {self.name!r}.")
-        rows = self._read(indices)
-        while batch := list(islice(rows, batch_size)):
+        reading = _Batches(self, indices, batch_size, part)
+        if num_workers == 0:
+            yield from reading
+            return
+        settings = worker_settings(min(num_workers, self.max_workers or num_workers)) | {"persistent_workers": False}
+        for batch in DataLoader(reading, batch_size=None, collate_fn=_as_it_is, **settings):
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class _Batches(IterableDataset):
+    """Batches of a source, dealt to workers in turn. In a worker an error takes the place of a batch."""
+
+    def __init__(self, source: ImageSource, indices: np.ndarray, batch_size: int, part: tuple[int, int]):
+        self.source = source
+        self.indices = indices
+        self.batch_size = batch_size
+        self.part = part
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        if worker is None:
+            yield from self._read(*self.part)
+            return
+        first, step = self.part
+        try:
+            yield from self._read(first + worker.id * step, step * worker.num_workers)
+        except (ValueError, OSError) as error:
+            yield error
+
+    def _read(self, first: int, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        indices = self.indices
+        if step > 1:
+            indices = indices[np.arange(len(indices)) // self.batch_size % step == first]
+        rows = self.source._read(indices)
+        while batch := list(islice(rows, self.batch_size)):
             images, labels = zip(*batch, strict=True)
             tensor = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
             yield tensor, None if labels[0] is None else torch.tensor(labels)
@@ -132,6 +182,8 @@ class NpzImages(ImageSource):
         `OSError`: the file cannot be read.
         `ValueError`: it has no such array, or does not fit its manifest.
     """
+
+    max_workers = 1  # each of them would read the file from its start
 
     def __init__(self, path: Path):
         self.path = path

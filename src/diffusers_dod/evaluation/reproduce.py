@@ -110,12 +110,14 @@ def _replace_samples(kind: type, argv: list[str], argument: str, samples: Path) 
 
 def _sample_again(argument: str, argv: list[str], published: dict[str, Any], folder: Path) -> list[str]:
     """Draws the images of an argument again if a command of this package drew them, and returns the new `argv`."""
-    manifest = published["data"].get(argument, {}).get("manifest")
-    if manifest is None:
+    manifest = published["data"].get(argument, {}).get("manifest") or {}
+    if "argv" not in manifest:
         return argv
     sample.main(_redirect(manifest["argv"], folder / argument))
     again = folder / argument / "output_dir"
     if "--all_stages" in manifest["argv"]:
+        if "settings" not in manifest:
+            raise ValueError(f"`data.{argument}.manifest.settings` must be there for `--all_stages`, got none.")
         again /= f"stage-{manifest['settings']['stage']}"
     return _replace_samples(TASKS[published["task"]], argv, argument, again)
 
