@@ -73,7 +73,7 @@ TRAIN_COMMANDS = [
     (document, command.replace("\\\n", " "))
     for document in DOCUMENTS
     for block in code_blocks(document, "bash")
-    for command in re.findall(r"training/train_dod\.py((?:.*\\\n)*.*)", block)
+    for command in re.findall(r"(?:training/train_dod\.py|dod train)((?:.*\\\n)*.*)", block)
 ]
 
 
