@@ -1,3 +1,4 @@
+import difflib
 import inspect
 import io
 import json
@@ -36,6 +37,7 @@ from PIL import Image
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDPipelineOutput, Guidance
 from diffusers_dod.autoencoders import denormalize_latents, normalize_latents
+from diffusers_dod.pipeline_inputs import to_label_ids
 
 
 NULL_CLASS = len(ID2LABEL)
@@ -767,6 +769,22 @@ def test_no_label_is_an_image_of_no_class(pipe):
 
 def test_a_name_given_twice_to_one_class_is_not_ambiguous():
     assert tiny_pipeline(id2label={3: "crane, Crane, crane"}).get_label_ids("crane") == [3]
+
+
+def test_an_unknown_name_is_looked_for_among_the_likely_ones(monkeypatch):
+    """Difflib compares a hundred of 21,841 names, as many as ImageNet-21k has."""
+    compared, compare = [], difflib.get_close_matches
+
+    def count_and_compare(word, names, **settings):
+        compared.append(len(names))
+        return compare(word, names, **settings)
+
+    monkeypatch.setattr(difflib, "get_close_matches", count_and_compare)
+    letters = np.random.default_rng(0).integers(ord("a"), ord("z") + 1, (21_840, 12), dtype=np.uint8)
+    label2ids = {bytes(name).decode(): [index] for index, name in enumerate(letters)} | {"golden retriever": [21_840]}
+    with pytest.raises(ValueError, match=says("21841 names", "such as 'golden retriever'", "got 'Golden Retreiver'")):
+        to_label_ids("Golden Retreiver", label2ids, 21_841)
+    assert compared == [100]
 
 
 def test_names_need_id2label():

@@ -82,6 +82,19 @@ def test_versions_are_of_what_computes():
     assert versions["device"] == "cpu" and versions["num_threads"] == str(torch.get_num_threads())
 
 
+def test_versions_are_looked_up_once(monkeypatch):
+    """Samples ask for them with each chunk."""
+    asked = []
+    monkeypatch.setattr(results, "version", lambda package: asked.append(package) or "1.0")
+    results._find_version.cache_clear()
+    try:
+        for _ in range(3):
+            assert describe_versions("cpu")["numpy"] == "1.0"
+    finally:
+        results._find_version.cache_clear()
+    assert asked == list(results.PACKAGES)
+
+
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A function that runs git in a checkout, whose package is that which computes; its commit is looked up afresh."""

@@ -10,6 +10,7 @@ from golden_data import GAUSSIAN, gaussian_velocity
 from helpers import FIXED_STEP_SOLVERS, ODE_SOLVERS, SDE_SOLVERS, says, table
 
 from diffusers_dod import DoDFlowMatchScheduler
+from diffusers_dod.operations import OperationCounter
 from diffusers_dod.tableaus import SOLVERS
 
 
@@ -38,6 +39,17 @@ def laid_out(num_inference_steps=4, **kwargs):
     scheduler = DoDFlowMatchScheduler(**kwargs)
     scheduler.set_timesteps(num_inference_steps)
     return scheduler
+
+
+@fixed_step_solvers
+def test_steps_are_laid_out_all_together(solver):
+    """As many operations for 10 steps as for 1,000."""
+    counts = []
+    for num_steps in (10, 1000):
+        with OperationCounter() as counter:
+            laid_out(num_steps, solver=solver)
+        counts.append(counter.work.total())
+    assert counts[0] == counts[1] < 40
 
 
 def ready(solver, **kwargs):

@@ -57,6 +57,7 @@ def checkpoint_sha256(path: str | os.PathLike) -> str:
     return folder_sha256(folder, sorted(files))
 
 
+@lru_cache  # it reads files, and samples ask for each chunk
 def _find_version(package: str) -> str | None:
     try:
         return version(package)

@@ -206,12 +206,10 @@ class DoDFlowMatchScheduler(StrictConfigMixin, SchedulerMixin, ConfigMixin):
         """
         self.sigmas = sigmas  # kept on the CPU
         timesteps = sigmas * self.config.num_train_timesteps if timesteps is None else timesteps
-        evaluated = [
-            torch.lerp(start, end, node)
-            for interval, (start, end) in enumerate(zip(timesteps[:-1], timesteps[1:], strict=True))
-            for node in self._tableau(interval).nodes
-        ]
-        self.timesteps = torch.stack(evaluated).to(device)
+        starts, ends = timesteps[:-1, None], timesteps[1:, None]
+        first, last = (torch.tensor(self._tableau(interval).nodes) for interval in (0, len(starts) - 1))
+        evaluated = torch.lerp(starts[:-1], ends[:-1], first), torch.lerp(starts[-1:], ends[-1:], last)
+        self.timesteps = torch.cat([times.flatten() for times in evaluated]).to(device)
         self._reset()
 
     def _reset(self) -> None:
