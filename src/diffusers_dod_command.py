@@ -30,6 +30,7 @@ COMMANDS = {
     "encode": ("training.encode_latents", "Encode images into latents for training."),
     "evaluate": ("evaluation.evaluate", "Compare samples with reference images: FID, IS, precision, recall, ..."),
     "compare": ("evaluation.compare", "Measure the difference of two sets of samples, with its interval."),
+    "report": ("evaluation.report", "Measure all that samples and reference allow, as Markdown or LaTeX."),
     "sweep": ("evaluation.sweep", "Measure stages, steps and guidance scales in one table."),
     "probe": ("evaluation.linear_probe", "Measure what latent tokens know about classes."),
     "reconstruct": ("evaluation.reconstruction", "Measure what a visual prior keeps of an image."),

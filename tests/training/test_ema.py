@@ -92,3 +92,16 @@ def test_the_average_is_that_of_diffusers_to_the_bit(dtype):
     assert ours.cur_decay_value == theirs.cur_decay_value
     for average, expected in zip(ours.shadow_params, theirs.shadow_params, strict=True):
         assert average.dtype == torch.float32 and torch.equal(average, expected)
+
+
+def test_the_decay_is_ramped_as_the_documentation_says():
+    """By s / (s + 9), up to `--ema_decay`."""
+    average = EMAModel(torch.nn.Linear(1, 1).parameters(), decay=0.9995)
+    for step, decay in ((2000, 0.9955), (8000, 0.99888), (17_990, 0.9995), (17_991, 0.9995), (40_000, 0.9995)):
+        assert average.get_decay(step) == pytest.approx(min(0.9995, step / (step + 9)), rel=1e-12)
+        assert average.get_decay(step) == pytest.approx(decay, abs=5e-5)
+    for decay, step in {0.999: 8991, 0.9995: 17_991, 0.9999: 89_991}.items():
+        average.decay = decay
+        assert average.get_decay(step - 1) < decay - 1e-12 and average.get_decay(step) == pytest.approx(
+            decay, abs=1e-12
+        )

@@ -18,7 +18,7 @@ A reference with `mu` and `sigma` is taken as statistics, and its images serve t
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,9 @@ def _read_headers(path: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 class JudgeOptions:
     """Metrics, and what they need."""
 
-    reference: str | None = option(None, help="Images or statistics that the samples are compared with.")
+    reference: str | None = option(
+        None, aliases=("against",), help="Images or statistics that the samples are compared with."
+    )
     extractor: str = option(
         help="`inception`, `inception:path/weights.pth`, `dinov2`, `transformers:FOLDER_OR_ID`, "
         "`package.module:attribute`, `file.py:attribute`, or a TorchScript file."
@@ -200,6 +202,19 @@ class JudgeOptions:
         if self.metrics is None:
             return () if self.reference is None else ("fid",)
         return self.metrics
+
+    def load_extractor(self) -> Extractor:
+        """Loads the extractor onto its device, see [`load_extractor`]."""
+        return load_extractor(self.extractor, self.trust_extractor, self.device, "extractor")
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """Arguments of [`compute_features`], without the cache."""
+        return {
+            "batch_size": self.batch_size,
+            "device": self.device,
+            "num_workers": self.dataloader_num_workers,
+        }
 
     @property
     def image_options(self) -> dict[str, Any]:
@@ -272,6 +287,7 @@ class Evaluator:
 
     Args:
         options ([`JudgeOptions`]): Metrics, reference and extractor.
+        extractor (`Callable`, *optional*): The extractor if it has been loaded.
 
     Raises:
         `ImportError`: the extractor needs a package that is not installed.
@@ -279,9 +295,9 @@ class Evaluator:
         `ValueError`: reference, extractor and metrics do not fit each other.
     """
 
-    def __init__(self, options: JudgeOptions):
+    def __init__(self, options: JudgeOptions, extractor: Extractor | None = None):
         self.options = options
-        self.extractor = load_extractor(options.extractor, options.trust_extractor, options.device, "extractor")
+        self.extractor = options.load_extractor() if extractor is None else extractor
         #: Hash of the extractor, see [`extractor_sha256`].
         self.extractor_sha256 = extractor_sha256(options.extractor, self.extractor)
         self.reference = None
@@ -312,13 +328,16 @@ class Evaluator:
             save_statistics(statistics_file, summary, self.options.extractor, self.extractor_sha256)
         return self.compute(summary, self.options.num_groups > 0), data
 
-    def summarize(self, samples: ImageSource, num_samples: int | None = None) -> tuple[FeatureSummary, dict[str, Any]]:
+    def summarize(
+        self, samples: ImageSource, num_samples: int | None = None, keep: Collection[str] = ()
+    ) -> tuple[FeatureSummary, dict[str, Any]]:
         """
         Computes the features of samples, and those of the reference unless that has been done.
 
         Args:
             samples ([`ImageSource`]): The samples.
             num_samples (`int`, *optional*): Number of samples, drawn by [`draw_indices`]. By default all.
+            keep (`Collection[str]`, defaults to `()`): Further outputs of the extractor to keep for all samples.
 
         Returns:
             `tuple[FeatureSummary, dict]`: The summary, and the identity of the data.
@@ -344,11 +363,10 @@ class Evaluator:
                 "ones, by more the fewer: compare it at this number only.",
                 stacklevel=2,
             )
-        reading: dict[str, Any] = {"batch_size": options.batch_size, "device": options.device}
-        reading["num_workers"] = options.dataloader_num_workers
+        reading = options.reading
         if options.cache_dir is not None:
             reading["cache"] = FeatureCache(options.cache_dir, self.extractor_sha256)
-        keep, num_groups = outputs_for(options.wanted_metrics, "features"), max(1, options.num_groups)
+        keep, num_groups = outputs_for(options.wanted_metrics, "features") | set(keep), max(1, options.num_groups)
         summary = compute_features(
             samples, self.extractor, num_images=num_samples, num_groups=num_groups, keep=keep, **reading
         )

@@ -31,6 +31,7 @@ from .compute import ComputeOptions
 from .evaluate import EvaluationOptions
 from .linear_probe import LinearProbeOptions
 from .reconstruction import ReconstructionOptions
+from .report import ReportOptions
 from .sample import SamplingOptions
 from .sweep import SweepOptions
 
@@ -39,6 +40,7 @@ from .sweep import SweepOptions
 TASKS: dict[str, type] = {
     "evaluate": EvaluationOptions,
     "compare": CompareOptions,
+    "report": ReportOptions,
     "reconstruction": ReconstructionOptions,
     "linear_probe": LinearProbeOptions,
     "sweep": SweepOptions,
@@ -122,6 +124,16 @@ def _sample_again(argument: str, argv: list[str], published: dict[str, Any], fol
     return _replace_samples(TASKS[published["task"]], argv, argument, again)
 
 
+def _check_files(path: Path, data: dict[str, Any]) -> None:
+    """Raises unless the files are there that the results say where to download."""
+    for entry in data.values():
+        if isinstance(entry, dict) and "url" in entry and not Path(entry["name"]).exists():
+            raise ValueError(
+                f"{entry['name']} of {path} must be there, got none: download it from {entry['url']} "
+                f"into {Path.cwd()}."
+            )
+
+
 def _check_code(path: Path, argv: list[str]) -> None:
     """Raises if a command would run code that it names."""
     found = [value for _, name, value in _read_values(argv) if name == "--extractor" and has_code(value)]
@@ -192,6 +204,7 @@ def reproduce(
             raise ValueError(
                 f"{checkpoint['path']} must be the published checkpoint, {checkpoint['sha256']}, got {found}."
             )
+    _check_files(path, published["data"])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         argv = list(published["argv"])
