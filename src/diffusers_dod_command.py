@@ -22,6 +22,9 @@ PACKAGE = "diffusers_dod"
 # Name of a command -> module whose `main` it is, and a line of help.
 COMMANDS = {
     "sample": ("evaluation.draw", "Draw images of classes, or variations of an image, into a PNG file."),
+    "info": ("evaluation.info", "Say what a folder or file is, and which commands go on with it."),
+    "demo": ("demo", "Open a page in the browser to sample a pipeline."),
+    "download": ("download", "Download a pipeline from the Hugging Face Hub."),
     "sample-dataset": (
         "evaluation.sample",
         "Write many images for an evaluation, on any number of processes.",

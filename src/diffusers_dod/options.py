@@ -37,6 +37,7 @@ from typing import Any, NoReturn, TypeVar
 from .checks import attempt, check_at_least, check_choice, check_number, check_type, hide_secrets, shown
 from .files import check_output
 from .records import read_yaml
+from .shipped import find_recipe
 
 
 T = TypeVar("T")
@@ -465,16 +466,17 @@ def read_recipe(path: Path) -> list[str]:
     Reads options from a file.
 
     Args:
-        path (`Path`): A YAML file that maps names of options to values; `true` sets a flag and `false`
-            switches it off, lists are several values.
+        path (`Path`): A YAML file that maps names of options to values, or the name of a recipe, see
+            [`find_recipe`]; `true` sets a flag and `false` switches it off, lists are several values.
 
     Returns:
         `list[str]`: The same options as arguments of a command.
 
     Raises:
         `OSError`: the file cannot be read.
-        `ValueError`: it is not such a mapping.
+        `ValueError`: there is no such file, or it is not such a mapping.
     """
+    path = find_recipe(path)
     try:
         options = read_yaml(path)
     except ValueError as error:

@@ -15,6 +15,7 @@ import ast
 import importlib
 import inspect
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from .options import option, parse_options
 from .pipeline_dod import DoDPipeline
 from .records import read_record
 from .scheduling_dod import DoDFlowMatchScheduler
+from .shipped import find_shipped
 from .transformer_dod import DoDTransformer2DModel
 
 
@@ -236,7 +238,7 @@ def export_remote_code(pretrained_model_name_or_path: str | Path, output_dir: st
         `ValueError`: the source is not a `DoDPipeline` of this package, `output_dir` is not empty or within the
             source, or the class of the latent embedder has not been imported or does not fit into one file.
     """
-    source, output_dir = Path(pretrained_model_name_or_path), Path(output_dir)
+    source, output_dir = Path(find_shipped(os.fspath(pretrained_model_name_or_path))), Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"`output_dir` must be empty or not exist yet, got {str(output_dir)!r}.")
     if output_dir.resolve().is_relative_to(source.resolve()):

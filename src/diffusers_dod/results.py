@@ -27,6 +27,7 @@ from huggingface_hub import snapshot_download
 from .checks import check_type
 from .files import folder_sha256, write_json
 from .records import Count, Sha256, one_of, read_record
+from .shipped import find_shipped
 
 
 RESULTS_FORMAT = 2
@@ -48,10 +49,11 @@ def checkpoint_sha256(path: str | os.PathLike) -> str:
         `ValueError`: there is no pipeline.
         `OSError`: the repository cannot be reached.
     """
-    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path)))
+    path = find_shipped(os.fspath(path))
+    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(path))
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ValueError(f"`path` must hold a pipeline, with a model_index.json, got {str(path)!r}.")
+        raise ValueError(f"`path` must hold a pipeline, with a model_index.json, got {path!r}.")
     components = [name for name, value in read_record(index, dict[str, Any]).items() if isinstance(value, list)]
     files = [index] + [file for name in components for file in (folder / name).rglob("*") if file.is_file()]
     return folder_sha256(folder, sorted(files))

@@ -7,14 +7,17 @@ So the commands that are published with results hold in both.
 """
 
 from pathlib import Path
+from typing import TypeVar
 
+
+P = TypeVar("P", str, Path)
 
 _INSTALLED = Path(__file__).parent / "shipped"
 ROOT = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2]
 RECIPES = Path("training/recipes")
 
 
-def find_shipped(path: str | Path) -> Path:
+def find_shipped(path: P) -> P:
     """
     Finds a file or folder of the user, or else the one of the same relative path that comes with the package.
 
@@ -22,10 +25,34 @@ def find_shipped(path: str | Path) -> Path:
         path (`str` or `Path`): The path, e.g. `training/desk/texture_features.py`.
 
     Returns:
-        `Path`: The path itself if something is there, or if nothing comes with the package under that path.
+        `str | Path`: The path itself if something is there, or if nothing comes with the package under that path. It
+        has the type of the argument.
     """
-    path = Path(path)
-    return path if path.exists() or path.is_absolute() or not (ROOT / path).exists() else ROOT / path
+    shipped = ROOT / path
+    is_other = Path(path).exists() or ".." in Path(path).parts or not shipped.exists()
+    return path if is_other else type(path)(shipped)
+
+
+def find_recipe(recipe: Path, name: str = "config") -> Path:
+    """
+    Finds a recipe of the trainer.
+
+    Args:
+        recipe (`Path`): A file, or the name of one that comes with the package, e.g. `dod-b-imagenet256`.
+        name (`str`, defaults to `"config"`): Name of the argument, for the message.
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        `ValueError`: there is no such file or name. The message lists the names.
+    """
+    named = ROOT / RECIPES / f"{recipe}.yaml"
+    for path in (find_shipped(Path(recipe)), named):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in (ROOT / RECIPES).glob("*.yaml")))
+    raise ValueError(f"`{name}` must be a YAML file, or one of the recipes {known}, got {str(recipe)!r}.")
 
 
 def desk_checkpoint() -> Path:

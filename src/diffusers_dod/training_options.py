@@ -412,7 +412,8 @@ class TrainingOptions:
         is_recipe=True,
         is_private=True,
         is_free=True,
-        help="YAML file of options under their names here; options of the command take precedence.",
+        help="YAML file of options under their names here, or name of a recipe that comes with the package, such as "
+        "dod-b-imagenet256; options of the command take precedence.",
     )
     dry_run: bool = option(
         False, is_private=True, is_free=True, help="Print the options and the cost of the run, and end."

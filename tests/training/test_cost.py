@@ -462,8 +462,8 @@ def test_the_options_of_the_command(monkeypatch, capsys, tmp_path):
     assert "12 classes" in captured.err
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        cost.main([])
-    assert "`recipes`" in capsys.readouterr().err
+        cost.main(["dod-m-imagenet256"])
+    assert "`recipes` must be a YAML file, or one of the recipes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("num_processes", "batch_size", "expected"), [(8, 32, 0.10), (64, 4, 0.40)])

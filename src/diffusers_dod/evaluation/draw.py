@@ -137,9 +137,9 @@ class Drawing:
     def __init__(self, options: DrawingOptions, wanted: tuple[int, int] | None = None):
         self.options = options
         self.wanted = wanted
-        folder = find_shipped(options.checkpoint)
-        self.checkpoint = {"path": options.checkpoint, "sha256": checkpoint_sha256(folder)}
-        self.pipeline = DoDPipeline.from_pretrained(folder, dtype=DTYPES[options.dtype]).to(options.device)
+        self.checkpoint = {"path": options.checkpoint, "sha256": checkpoint_sha256(options.checkpoint)}
+        pipeline = DoDPipeline.from_pretrained(find_shipped(options.checkpoint), dtype=DTYPES[options.dtype])
+        self.pipeline = pipeline.to(options.device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.labels = self._find_labels()
         self.original = None if options.image is None else self._read_original(options.image)
@@ -369,7 +369,7 @@ def recall(options: DrawingOptions) -> tuple[DrawingOptions, ImageSettings]:
     check_options(recalled)
     if not recalled.is_grid:
         raise ValueError(f"`output` must be a file that ends with {SUFFIX}, got {options.output}.")
-    found = checkpoint_sha256(find_shipped(recalled.checkpoint))
+    found = checkpoint_sha256(recalled.checkpoint)
     if found != settings["checkpoint"]["sha256"]:
         raise ValueError(
             f"`checkpoint` must be the one that {options.like} was drawn with, of SHA-256 "

@@ -14,6 +14,7 @@ from ..data.latents import DTYPES
 from ..options import option
 from ..pipeline_dod import DoDPipeline
 from ..seeding import stateless_generator
+from ..shipped import find_shipped
 from .images import image_identity
 
 
@@ -132,7 +133,8 @@ def load_pipeline(options: ComparisonOptions) -> DoDPipeline:
     Raises:
         `ValueError`: the pipeline has no latent embedder.
     """
-    pipeline = DoDPipeline.from_pretrained(options.pretrained_model_name_or_path, dtype=DTYPES[options.dtype])
+    path = find_shipped(options.pretrained_model_name_or_path)
+    pipeline = DoDPipeline.from_pretrained(path, dtype=DTYPES[options.dtype])
     if pipeline.latent_embedder is None:
         raise ValueError(
             "`pretrained_model_name_or_path` must hold a pipeline with a `latent_embedder`, "

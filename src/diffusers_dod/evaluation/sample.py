@@ -54,6 +54,7 @@ from ..records import Count, Sha256, find_record, read_record
 from ..results import checkpoint_sha256, describe_versions
 from ..sampling_options import CallOptions
 from ..seeding import stateless_generator
+from ..shipped import find_shipped
 from .images import CHUNKS, LABELS_FILE, SAMPLES_MANIFEST, NpzImages, SamplesManifest
 from .options import DTYPES
 
@@ -421,7 +422,8 @@ def sample(options: SamplingOptions, accelerator: Accelerator) -> list[dict[str,
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
     torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each shape, of which adaptive steps have many
     with accelerator.local_main_process_first():  # which downloads what is on the Hub
-        pipeline = DoDPipeline.from_pretrained(options.pretrained_model_name_or_path, dtype=DTYPES[options.dtype])
+        path = find_shipped(options.pretrained_model_name_or_path)
+        pipeline = DoDPipeline.from_pretrained(path, dtype=DTYPES[options.dtype])
         settings = sample_settings(options, pipeline)
     pipeline.to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)

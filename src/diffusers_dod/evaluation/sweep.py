@@ -47,6 +47,7 @@ from ..records import read_record
 from ..results import as_metric, checkpoint_sha256, half_width, read_results, write_results
 from ..sampling_options import CallOptions
 from ..scheduling_dod import DoDFlowMatchScheduler
+from ..shipped import find_shipped
 from ..tableaus import SOLVERS
 from ..tables import format_table
 from . import evaluate, sample
@@ -185,7 +186,7 @@ class Sweep:
 
     def __init__(self, options: SweepOptions):
         self.options = options
-        self.checkpoint = Path(options.pretrained_model_name_or_path)
+        self.checkpoint = find_shipped(Path(options.pretrained_model_name_or_path))
         self.evaluator = evaluate.Evaluator(options.judge)
         device = torch.device(options.judge.device)
         if device.type == "cuda" and device.index is not None:
@@ -421,7 +422,7 @@ def fill_in_defaults(options: SweepOptions) -> SweepOptions:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"The command must run in one process, got {os.environ['WORLD_SIZE']}.")
-    checkpoint = Path(options.pretrained_model_name_or_path)
+    checkpoint = find_shipped(Path(options.pretrained_model_name_or_path))
     if not (checkpoint / "model_index.json").is_file():
         raise ValueError(f"`pretrained_model_name_or_path` must be the folder of a pipeline, got {checkpoint}.")
     config = DoDPipeline.load_config(checkpoint)

@@ -15,6 +15,7 @@ import torch
 
 from ..files import file_sha256
 from ..records import DAMAGED_ZIP, read_npz_headers
+from ..shipped import find_shipped
 from .inception import load_inception
 from .vision import BUILT_IN_MODELS, DINOV2, VisionExtractor
 
@@ -179,7 +180,9 @@ def _load_torchscript(name: str, trust: bool, argument: str) -> Extractor:
 def _load_attribute(name: str, argument: str) -> Extractor:
     module, _, attribute = name.rpartition(":")
     try:
-        loaded = _import_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
+        loaded = (
+            _import_file(find_shipped(Path(module))) if module.endswith(".py") else importlib.import_module(module)
+        )
         return getattr(loaded, attribute)
     except (ImportError, OSError, ValueError, TypeError, AttributeError) as error:
         names = (INCEPTION, f"{INCEPTION}:weights.pth", DINOV2, "transformers:FOLDER_OR_ID")
@@ -209,7 +212,7 @@ def extractor_file(name: str) -> Path | None:
     module = name if name.endswith(TORCHSCRIPT) else name.rpartition(":")[0]
     if not module.endswith((".py", *TORCHSCRIPT)):
         module = getattr(sys.modules.get(module), "__file__", None)
-    return None if module is None else Path(module)
+    return None if module is None else find_shipped(Path(module))
 
 
 def extractor_sha256(name: str, extractor: Extractor) -> str:

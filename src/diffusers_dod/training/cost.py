@@ -2,7 +2,7 @@
 """
 Cost of a training run, computed from counted operations and bytes, not measured.
 
-    python -m diffusers_dod.training.cost --price 2.5 training/recipes/dod-b-imagenet256.yaml
+    python -m diffusers_dod.training.cost --price 2.5 dod-b-imagenet256
 
 The time of a step is that of a roofline: every operation takes the longer of its FLOPs and its bytes. Models and
 batches are on the meta device or fake, so that nothing is computed. docs/training_cost.md explains the model.
@@ -28,6 +28,7 @@ from ..operations import Work
 from ..options import describe, find_given, option, parse_options, read_recipe
 from ..presets import PRESETS, Preset
 from ..records import read_record
+from ..shipped import RECIPES, find_recipe, find_shipped
 from ..tables import format_table
 from ..training_options import TrainingOptions
 from .encode_latents import find_autoencoder
@@ -220,7 +221,7 @@ def find_preset(options: TrainingOptions) -> tuple[Preset, list[str]]:
     if options.model.pretrained_model_name_or_path is not None:
         path = options.model.pretrained_model_name_or_path
         try:
-            saved = Preset.from_pretrained(path)
+            saved = Preset.from_pretrained(find_shipped(path))
             if saved.latent_embedder_config is None and preset.latent_embedder_config is not None:
                 # A FiTv2 becomes the backbone of a DoD.
                 saved = replace(
@@ -583,7 +584,7 @@ class CostOptions:
         (),
         is_positional=True,
         nargs="*",
-        help="Recipes of the trainer, those of ImageNet in training/recipes by default.",
+        help="Recipes of the trainer, by file or by name; those of ImageNet by default.",
     )
     gpu: str = option("H100", choices=GPUS, help="Kind of GPU.")
     utilisation: float | None = option(
@@ -599,11 +600,9 @@ class CostOptions:
 
 
 def find_recipes(options: CostOptions) -> CostOptions:
-    """Fills in the recipes of `options` if none are given. Raises a `ValueError` if there are none to be found."""
-    recipes = options.recipes or tuple(sorted(Path("training/recipes").glob("*-imagenet256*.yaml")))
-    if not recipes:
-        raise ValueError("`recipes` must be given where there is no folder training/recipes, got none.")
-    return replace(options, recipes=recipes)
+    """Fills in the recipes of `options` if none are given. Raises a `ValueError` if one is not to be found."""
+    recipes = options.recipes or sorted(find_shipped(RECIPES).glob("*-imagenet256*.yaml"))
+    return replace(options, recipes=tuple(find_recipe(recipe, "recipes") for recipe in recipes))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -42,6 +42,7 @@ from ..processes import (
     gather_patiently,
     process_group_timeout,
 )
+from ..shipped import find_shipped
 from ..training_options import DataOptions
 from ..vision_features import VisionFeatures
 
@@ -67,7 +68,8 @@ def find_autoencoder(path: str | None, pipeline: str | None = None) -> tuple[str
         `OSError`: the pipeline cannot be read.
     """
     if path is not None:
-        return path, None
+        return find_shipped(path), None
+    pipeline = None if pipeline is None else find_shipped(pipeline)
     if pipeline is not None and (DoDPipeline.load_config(pipeline).get("vae") or [None])[0] is not None:
         return pipeline, "vae"
     return None

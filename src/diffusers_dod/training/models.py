@@ -12,6 +12,7 @@ from ..options import find_given
 from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS, Preset
 from ..scheduling_dod import DoDFlowMatchScheduler
+from ..shipped import find_shipped
 from ..training_options import AlignmentOptions, ModelOptions, OptimizerOptions, TrainingOptions
 from ..transformer_dod import DoDAttention, DoDTransformer2DModel
 
@@ -98,7 +99,7 @@ def load_pretrained(
     Raises:
         `ValueError`: a model has another number of channels, or a patch size that does not divide `sample_size`.
     """
-    pipeline = DoDPipeline.from_pretrained(path, vae=None)
+    pipeline = DoDPipeline.from_pretrained(find_shipped(path), vae=None)
     models = [model for model in (pipeline.transformer, pipeline.latent_embedder) if model is not None]
     for model in models:
         if model.config.in_channels != shape["in_channels"] or shape["sample_size"] % model.config.patch_size:
