@@ -117,7 +117,7 @@ def test_sets_that_differ_in_size_or_classes(world, capsys):
     for labels, text in (
         (np.repeat(np.arange(3), 20), "in another order"),
         (np.arange(60) % 2, "also those of the classes"),
-        (None, "a.npz only"),
+        (None, "a.npz only: they are not compared"),
     ):
         np.savez(world / "other.npz", arr_0=draw(2), **({} if labels is None else {"arr_1": labels}))
         assert text in run(world, second="other.npz", metrics=["fid"])["data"]["labels"]

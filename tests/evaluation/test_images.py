@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import says
+from helpers import says, write_images
 from PIL import Image
 from torch.utils.data import Subset
 
@@ -294,6 +294,15 @@ def test_images_of_a_folder_may_be_of_any_data_set(pixels, tmp_path):
     source = DatasetImages("part", part, str(tmp_path))
     assert source.data["fingerprint"] == f"{whole}-part" and whole.endswith("-image-label")
     assert np.array_equal(read(source), [images.dataset[2]["image"], images.dataset[0]["image"]])
+
+
+def test_class_ids_of_data_sets_are_known_before_images_are_read(tmp_path):
+    write_images(tmp_path, [(8, 8), (9, 9)])
+    (tmp_path / "ant" / "1.png").write_bytes(b"no image")
+    images = open_images(str(tmp_path), resolution=8)
+    assert images.labels.tolist() == [0, 0, 1, 1]
+    textures = open_images("textures:30:5")
+    assert textures.labels.tolist() == torch.cat([labels for _, labels in textures.batches(30)]).tolist()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -123,14 +123,19 @@ class ImageDataset(Dataset):
         row = self.indices[index]
         return (self.dataset[row][self.columns.image] or {}).get("path") or f"row {row}"
 
-    def count_images(self) -> Counter[int]:
-        """Counts the images by class id. It opens none, and passes over those without a label."""
+    @property
+    def labels(self) -> np.ndarray:
+        """Class ids of all images, of shape (n,), without opening them; -1 for those without a label."""
         if isinstance(self.dataset, ImageFolder):
             labels = self.dataset.labels
         else:
             labels = self.dataset[self.columns.label][:]
             labels = np.array([self.columns.class_id(label) if label is not None else -1 for label in labels])
-        ids, counts = np.unique(labels[self.indices] if len(self) else [], return_counts=True)
+        return labels[self.indices] if len(self) else np.zeros(0, np.int64)
+
+    def count_images(self) -> Counter[int]:
+        """Counts the images by class id. It opens none, and passes over those without a label."""
+        ids, counts = np.unique(self.labels, return_counts=True)
         return Counter({int(label): int(count) for label, count in zip(ids, counts, strict=True) if label >= 0})
 
     def select(self, indices: Sequence[int], size: tuple[int, int]) -> "ImageDataset":

@@ -445,6 +445,11 @@ class TextureDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.num_samples
 
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels of all images, of shape (n,), without rendering them."""
+        return np.arange(self.num_samples) % len(TEXTURE_CLASSES)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """
         Renders one image.

@@ -60,8 +60,8 @@ class CompareOptions:
 def describe_labels(first: ImageSource, second: ImageSource) -> str:
     """Says whether `first` and `second` have the same class ids at the same places, in a sentence."""
     if first.labels is None or second.labels is None:
-        known = [images.name for images in (first, second) if images.labels is not None]
-        return f"Class ids are known of {known[0] if known else 'neither set'} only, and not compared."
+        known = [f"{images.name} only" for images in (first, second) if images.labels is not None]
+        return f"Class ids are known of {known[0] if known else 'neither set'}: they are not compared."
     if np.array_equal(first.labels, second.labels):
         return "Both sets have the same class ids, image by image."
     counts = [np.unique(images.labels, return_counts=True) for images in (first, second)]

@@ -364,7 +364,8 @@ class DatasetImages(ImageSource):
     def __init__(self, name: str, images: LabelledImages, folder: str | None = None):
         self.images = images
         data = {"fingerprint": image_identity(images, folder)}
-        super().__init__(name, (images.resolution,) * 2, num_classes=len(images.class_names), data=data)
+        labels = getattr(images.dataset, "labels", None)  # a source of its own may tell them by reading only
+        super().__init__(name, (images.resolution,) * 2, labels, num_classes=len(images.class_names), data=data)
 
     def __len__(self) -> int:
         return len(self.images.dataset)
