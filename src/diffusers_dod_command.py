@@ -23,7 +23,7 @@ PACKAGE = "diffusers_dod"
 COMMANDS = {
     "sample": ("evaluation.draw", "Draw images of classes, or variations of an image, into a PNG file."),
     "info": ("evaluation.info", "Say what a folder or file is, and which commands go on with it."),
-    "demo": ("demo", "Open a page in the browser to sample a pipeline."),
+    "demo": ("demo.app", "Serve a page for the browser that samples a pipeline."),
     "download": ("download", "Download a pipeline from the Hugging Face Hub."),
     "sample-dataset": (
         "evaluation.sample",
@@ -103,10 +103,10 @@ def list_option_names(name: str) -> list[str]:
         name (`str`): Name of the command.
 
     Returns:
-        `list[str]`: The options, such as `--seed`.
+        `list[str]`: The options, such as `--seed`; none of a command that needs a package which is not installed.
     """
     text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit, ImportError):
         _import_main(name)(["--help"])
     names = "\n".join(re.findall(r"^  (-.*?)(?:  |$)", text.getvalue(), re.MULTILINE))  # without help and defaults
     return list(dict.fromkeys(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", names)))

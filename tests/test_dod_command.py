@@ -30,7 +30,7 @@ def test_every_command_of_the_package_has_a_door():
         for path in SOURCES.rglob("*.py")
         if re.search(r"^def main\(argv", path.read_text(), re.MULTILINE)
     }
-    assert {module for module, _ in COMMANDS.values()} == found | {"demo"}
+    assert {module for module, _ in COMMANDS.values()} == found | {"demo.app"}
 
 
 def test_help_imports_nothing_heavy():
@@ -58,7 +58,9 @@ def test_usage_and_errors_have_the_name_of_the_command(capsys, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_bash_completes_commands_and_options(tmp_path):
+def test_bash_completes_commands_and_options(tmp_path, monkeypatch):
+    monkeypatch.setitem(COMMANDS, "other", ("of_a_package_that_is_missing", "Help."))
+    assert list_option_names("other") == []
     names = list_option_names("cost")
     assert {"--gpu", "--price", "--help", "-h"} <= set(names) and "--debug" not in names
     script = tmp_path / "dod"

@@ -2,12 +2,12 @@
 """
 Draws images of classes, or variations of an image, as one PNG file with captions or a PNG file each:
 
-    dod sample marble bricks --seed 3 -o marble.png                 one image of each class
-    dod sample marble --count 16 --all-stages --scale 3 -o grid.png   16 images of a class, in each stage
-    dod sample marble --image photo.jpg --count 8 -o variations.png    variations: the photo in place of stage 1
-    dod sample marble bricks --count 4 -o images/                   a folder with a file for each image
-    dod sample 207 --checkpoint outputs/dod-b --device cuda -o dog.png
-    dod sample --like marble.png -o again.png                       the same image again, bit for bit
+    dod sample marble bricks --seed 3 -o marble.png                     one image of each class
+    dod sample marble --count 16 --all-stages --scale 3 -o grid.png     16 images of a class, in each stage
+    dod sample marble --image photo.jpg --count 8 -o variations.png     variations: the photo in place of stage 1
+    dod sample marble bricks --count 4 -o images/                       a folder with a file for each image
+    dod sample 207 --checkpoint outputs/dod-b --device cuda -o dog.png  a class by its id, of another pipeline
+    dod sample --like marble.png -o again.png                           the same image again, bit for bit
 
 A file holds all settings that it was drawn with, the hash of the checkpoint and the versions: `dod info` shows them.
 `dod sample-dataset` writes many images, for an evaluation.

@@ -18,6 +18,7 @@ from typing import TypedDict
 
 import diffusers
 import torch
+from tqdm.auto import tqdm
 
 from ..autoencoders import check_autoencoder, check_image_size, latent_channels, spatial_factor
 from ..checks import check_at_least, check_choice, check_number
@@ -522,7 +523,8 @@ def format_tables(
     check_choice("gpu", gpu, tuple(GPUS))
     check_at_least("num_processes", num_processes, 1)
     card = GPUS[gpu]
-    runs = {recipe: _Run.count(_read_recipe(recipe), num_processes) for recipe in recipes}
+    progress = tqdm(recipes, desc="Counting", unit="recipes", delay=1, disable=None)
+    runs = {recipe: _Run.count(_read_recipe(recipe), num_processes) for recipe in progress}
     for recipe, run in runs.items():
         for assumption in run.assumptions:
             print(f"{recipe}: assumed {assumption}", file=sys.stderr)
