@@ -6,11 +6,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from helpers import contents
 
 from diffusers_dod import DoDPipeline
 from diffusers_dod.data.latents import LatentDataset
+from diffusers_dod.evaluation.feature_cache import FeatureCache
 from diffusers_dod.evaluation.images import open_images
 from diffusers_dod.files import sha256_of_weights
 from diffusers_dod.results import as_metric, read_results, write_results
@@ -199,6 +201,27 @@ def read_samples(folder: Path) -> object:
     source = open_images(str(folder))
     images = torch.cat([batch for batch, *_ in source.batches(2)])
     return {"images": sha256_of_weights({"images": images})}
+
+
+def write_features(folder: Path, seed: int) -> Path:
+    """The folder of an entry in a cache of features."""
+    cache, settings = FeatureCache(folder, "0" * 64), {"num_drawn": 6, "batch_size": 4, "seed": seed}
+    values = np.random.default_rng(seed).normal(size=(6, 3)).astype(np.float32)
+    with cache.writing(settings) as write:
+        write(({"features": values, "logits": values + 1}, np.arange(6)))
+    (entry,) = folder.iterdir()
+    return entry
+
+
+def read_features(entry: Path, seed: int = 0) -> object:
+    batches = FeatureCache(entry.parent, "0" * 64).open({"num_drawn": 6, "batch_size": 4, "seed": seed})
+    listed = ({**rows, "labels": labels} for rows, labels in batches)
+    return {str(i): {name: array.tolist() for name, array in found.items()} for i, found in enumerate(listed)}
+
+
+@row("damaged file: features in a cache")
+def features(shared: Path) -> Iterator[Try]:
+    yield from damage_all(write_features(shared / "0", 0), write_features(shared / "1", 1), read_features)
 
 
 @row("damaged file: samples, drawn again")

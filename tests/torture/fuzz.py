@@ -37,7 +37,7 @@ from diffusers_dod.training.checkpoints import find_latest_checkpoint
 from diffusers_dod.training.model_card import read_sources
 from diffusers_dod.training_options import TrainingOptions
 
-from .damage import TwoCheckpoints
+from .damage import TwoCheckpoints, read_features, write_features
 from .jobs import Encoding, Sampling
 from .rows import Skipped, Try, in_child, row
 
@@ -161,6 +161,12 @@ def read_latents(folder: Path) -> None:
 def samples(shared: Path) -> Iterator[Try]:
     Sampling(shared).make_expected()
     yield from fuzz(shared / "whole" / "manifest.json", lambda: open_images(str(shared / "whole")))
+
+
+@row("fuzz: record of features in a cache", NUM_INPUTS)
+def features(shared: Path) -> Iterator[Try]:
+    entry = write_features(shared / "cache", 0)
+    yield from fuzz(entry / "settings.json", lambda: read_features(entry))
 
 
 @row("fuzz: npz of statistics", NUM_INPUTS)

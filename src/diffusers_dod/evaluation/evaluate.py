@@ -29,7 +29,15 @@ import torch
 from ..command_line import run_main
 from ..data.labelled_images import MAX_WORKERS
 from ..files import file_sha256
-from ..metrics.extractors import Extractor, extract, extractor_sha256, is_inception, load_extractor, load_statistics
+from ..metrics.extractors import (
+    Extractor,
+    code_sha256,
+    extract,
+    extractor_sha256,
+    is_inception,
+    load_extractor,
+    load_statistics,
+)
 from ..metrics.statistics import merge_statistics
 from ..metrics.summary import FeatureSummary
 from ..metrics.table import COMPUTED, METRICS, name_by_extractor
@@ -365,7 +373,8 @@ class Evaluator:
             )
         reading = options.reading
         if options.cache_dir is not None:
-            reading["cache"] = FeatureCache(options.cache_dir, self.extractor_sha256)
+            identity = f"{self.extractor_sha256} {code_sha256(options.extractor)}"
+            reading["cache"] = FeatureCache(options.cache_dir, identity)
         keep, num_groups = outputs_for(options.wanted_metrics, "features") | set(keep), max(1, options.num_groups)
         summary = compute_features(
             samples, self.extractor, num_images=num_samples, num_groups=num_groups, keep=keep, **reading

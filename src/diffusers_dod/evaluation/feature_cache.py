@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -13,6 +14,7 @@ import torch
 
 from ..data.labelled_images import TRANSFORM
 from ..files import file_sha256, replacing, write_json
+from ..metrics.extractors import ImageFeatures
 from ..records import Sha256, read_record
 from ..results import describe_versions
 from .images import ImageSource
@@ -20,6 +22,7 @@ from .images import ImageSource
 
 RECORD = "settings.json"
 LABELS = "labels"
+NAMES = {LABELS, *(output.name for output in fields(ImageFeatures))}  # of files, without suffix
 VERSIONS = ("torch", "transformers", "Pillow", "device")
 
 # Outputs of the extractor by name, and class ids if there are any, of some images.
@@ -37,17 +40,17 @@ class FeatureCache:
     """
     A folder of features, each entry of which is found by the hash of all that it depends on: it is never out of date.
 
-    An entry depends on the contents of the images, the hash of the extractor, the batch size, the device, and the
-    versions of PyTorch, `transformers` and Pillow.
+    An entry depends on the contents of the images, the extractor, the batch size, the device, and the versions of
+    PyTorch, `transformers` and Pillow.
 
     Args:
         folder (`Path`): The folder.
-        extractor_sha256 (`str`): Hash of the extractor, see [`extractor_sha256`].
+        extractor (`str`): Text that differs for other extractors, such as [`extractor_sha256`] and [`code_sha256`].
     """
 
-    def __init__(self, folder: Path, extractor_sha256: str):
+    def __init__(self, folder: Path, extractor: str):
         self.folder = folder
-        self.extractor_sha256 = extractor_sha256
+        self.extractor = extractor
 
     def settings(
         self, images: ImageSource, num_images: int, batch_size: int, device: torch.device | str
@@ -72,7 +75,7 @@ class FeatureCache:
             "kind": type(images).__name__,
             "transform": TRANSFORM,
             "num_drawn": num_images,
-            "extractor_sha256": self.extractor_sha256,
+            "extractor": self.extractor,
             "batch_size": batch_size,
             **{name: versions.get(name) for name in VERSIONS},
         }
@@ -97,11 +100,12 @@ class FeatureCache:
         path = self._path(settings)
         if not path.exists():
             return None
-        files = read_record(path / RECORD, CachedFeatures)["files"]
-        for name, sha256 in files.items():
-            if file_sha256(path / f"{name}.npy") != sha256:
-                raise ValueError(f"`cache_dir` must hold undamaged features, got others in {path}: remove it.")
-        arrays = {name: np.load(path / f"{name}.npy", mmap_mode="r") for name in files}
+        record = read_record(path / RECORD, CachedFeatures)
+        names = set(record["files"])
+        fits = record["settings"] == json.loads(json.dumps(settings)) and {"features"} <= names <= NAMES
+        if not fits or any(file_sha256(path / f"{name}.npy") != found for name, found in record["files"].items()):
+            raise ValueError(f"`cache_dir` must hold undamaged features, got others in {path}: remove it.")
+        arrays = {name: np.load(path / f"{name}.npy", mmap_mode="r") for name in sorted(names)}
         return self._read(arrays, settings["batch_size"])
 
     @staticmethod

@@ -13,7 +13,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from ..files import file_sha256
+from ..files import file_sha256, folder_sha256
 from ..records import DAMAGED_ZIP, read_npz_headers
 from ..shipped import find_shipped
 from .inception import load_inception
@@ -240,6 +240,26 @@ def extractor_sha256(name: str, extractor: Extractor) -> str:
         if is_tensor:
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def code_sha256(name: str) -> str | None:
+    """
+    Hash of the code of the loaded extractor `name` and of all modules that are loaded from its folder or below.
+
+    It may change without need, but does so whenever code changes that the extractor imports from there.
+
+    Args:
+        name (`str`): Name of the extractor, see [`load_extractor`].
+
+    Returns:
+        `str`: A SHA-256; `None` without code of its own.
+    """
+    file = extractor_file(name)
+    if file is None:
+        return None
+    folder = file.resolve().parent
+    loaded = [Path(module.__file__).resolve() for module in sys.modules.values() if getattr(module, "__file__", None)]
+    return folder_sha256(folder, sorted({file.resolve(), *(path for path in loaded if folder in path.parents)}))
 
 
 def load_statistics(path: Path, suffix: str = "", argument: str = "fid_reference") -> tuple[np.ndarray, np.ndarray]:

@@ -68,7 +68,7 @@ METRICS = {
     ),
     "fid_corrected": Metric(title="FID, corrected"),
     "fid_infinity": Metric(
-        title="FID, extrapolated",
+        title="FID-infinity",
         of="features",
         needs="statistics",
         prepare=_with_root,
@@ -78,7 +78,7 @@ METRICS = {
     ),
     "fd-dinov2": Metric(title="FD-DINOv2"),
     "fd-dinov2_corrected": Metric(title="FD-DINOv2, corrected"),
-    "fd-dinov2_infinity": Metric(title="FD-DINOv2, extrapolated"),
+    "fd-dinov2_infinity": Metric(title="FD-DINOv2-infinity"),
     "sfid": Metric(
         title="sFID",
         of="spatial_features",
