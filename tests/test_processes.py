@@ -270,15 +270,20 @@ def test_configurations_are_what_accelerate_reads(path):
     text = path.read_text()
     assert f"--config_file training/accelerate/{path.name}" in text and "Not run here" in text
     assert set(yaml.safe_load(text)) <= set(vars(config))
-    if path.stem == "fsdp2":
+    if path.stem.startswith("fsdp2"):
         assert config.fsdp_config["fsdp_version"] == 2
         assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] == "DoDTransformerBlock"
+    if path.stem == "fsdp2_multi_node":  # a copy of the model on each machine
+        copies, shards = (
+            config.parallelism_config[f"parallelism_config_dp_{kind}_size"] for kind in ("replicate", "shard")
+        )
+        assert copies == config.num_machines and copies * shards == config.num_processes
     if path.stem == "deepspeed_zero2":
         assert config.deepspeed_config["zero_stage"] == 2
 
 
 def test_all_ways_have_a_configuration():
-    assert [path.stem for path in CONFIGS] == ["ddp", "deepspeed_zero2", "fsdp2", "multi_node"]
+    assert [path.stem for path in CONFIGS] == [*("ddp", "deepspeed_zero2", "fsdp2", "fsdp2_multi_node", "multi_node")]
 
 
 def test_workers_of_a_gpu_share_the_cores(monkeypatch):

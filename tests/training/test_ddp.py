@@ -187,10 +187,36 @@ def fail_to_write(folder: Path, train: Callable[..., None]) -> None:
     (folder / f"unwritten-{rank}").write_text(type(error.value).__name__)
 
 
+def work_hybrid(folder: Path) -> None:
+    """Two groups of two processes, each with the whole model in shards; one step, then the other in a resumed run."""
+    Accelerator.end_training = lambda self: None  # or the processes could not train again
+    quicken_training(pytest.MonkeyPatch())
+    run = ["--train_data_dir", folder / "images", "--output_dir", folder / "hybrid", "--train_batch_size", 1]
+    train, meshes = training.Trainer.train, []
+
+    def note_mesh_and_train(trainer: training.Trainer) -> bool:
+        meshes.append(next(trainer.model.parameters()).device_mesh.shape)
+        return train(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Trainer, "train", note_mesh_and_train)
+        patch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+        for name in read_configuration("fsdp2_multi_node")["parallelism_config"]:
+            patch.setenv(name.upper(), "2")
+        for options in (["--max_train_steps", 1], ["--max_train_steps", 2, *RESUME]):
+            with sharding("fsdp2_multi_node"):
+                main(list(map(str, [*TRAIN, *run, *options])))
+    assert meshes == [(2, 2)] * 2
+
+
+def read_configuration(name: str) -> dict:
+    return yaml.safe_load((ROOT / "training" / "accelerate" / f"{name}.yaml").read_text())
+
+
 @contextlib.contextmanager
-def sharding() -> Iterator[None]:
-    """accelerate's FSDP2, as training/accelerate/fsdp2.yaml has it; by itself accelerate makes copies on a CPU."""
-    config = yaml.safe_load((ROOT / "training" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
+def sharding(name: str = "fsdp2") -> Iterator[None]:
+    """accelerate's FSDP2, as a file of training/accelerate has it; by itself accelerate makes copies on a CPU."""
+    config = read_configuration(name)["fsdp_config"]
     wrapped = config.pop("fsdp_transformer_layer_cls_to_wrap")
     environment = {name.upper(): str(value).lower() for name, value in config.items()}
     environment |= {name: config[name.lower()] for name in ("FSDP_AUTO_WRAP_POLICY", "FSDP_STATE_DICT_TYPE")}
@@ -340,6 +366,23 @@ def test_shards_in_bf16_are_close(folder, name):
         torch.testing.assert_close(ours[key], expected[key], rtol=0, atol=5e-3, msg=lambda m, k=key: k + m)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STATES)
+def test_copies_of_shards_change_nothing(folder, hybrid, name):
+    ours, expected = weights(hybrid, name), weights(folder / "two", name)
+    assert ours.keys() == expected.keys()
+    for key in expected:
+        torch.testing.assert_close(ours[key], expected[key], rtol=1e-4, atol=1e-5, msg=lambda m, k=key: k + m)
+
+
+@pytest.fixture(scope="module")
+def hybrid(folder) -> Path:
+    environment = {"HF_DATASETS_CACHE": str(folder / "cache")}
+    command = [*torchrun(folder / "hybrid-logs", 4), __file__, folder, "hybrid"]
+    run_command(command, folder / "hybrid-output", environment)
+    return folder / "hybrid"
+
+
 def test_an_average_of_shards_is_written_as_a_whole(folder):
     average = weights(folder / "sharded", "training_state/ema-decay-0.9.safetensors")
     first, last = (
@@ -401,4 +444,4 @@ def test_metrics_are_those_of_one_process(folder, one):
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]))
+    {"work": work, "hybrid": work_hybrid}[(sys.argv[2:] or ["work"])[0]](Path(sys.argv[1]))

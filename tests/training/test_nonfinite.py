@@ -9,8 +9,10 @@ from helpers import fresh_accelerator, normal
 
 from diffusers_dod.options import from_values
 from diffusers_dod.training import accelerator as accelerator_module
+from diffusers_dod.training.ema import WeightAverage
 from diffusers_dod.training.models import step_optimizer
 from diffusers_dod.training.nonfinite import NonfiniteCounts, NonfiniteSteps
+from diffusers_dod.training.train import Trainer
 from diffusers_dod.training_options import TrainingOptions
 
 
@@ -66,3 +68,21 @@ def test_deepspeed_leaves_out_steps_of_bf16(tmp_path, monkeypatch):
     accelerator_module.build_accelerator(from_values(TrainingOptions, {"output_dir": tmp_path}))
     assert plugin.deepspeed_config["bf16"] == {"enabled": True, "check_grad_overflow": True}
     assert plugin.deepspeed_config["gradient_clipping"] == 1.0
+
+
+@pytest.mark.parametrize(("kind", "moves"), [("DEEPSPEED", False), ("MULTI_GPU", True)])
+def test_averages_leave_out_weights_that_deepspeed_may_have_spoiled(kind, moves):
+    """Elsewhere the weights of a step that is left out are those before it, and count once more."""
+    model = torch.nn.ModuleDict({"transformer": torch.nn.Linear(2, 2)})
+    average = WeightAverage(list(model.parameters()), decay=0.5)
+    before = [tensor.clone() for tensor in average.shadow_params]
+    with torch.no_grad():
+        model["transformer"].weight.fill_(torch.nan if kind == "DEEPSPEED" else 3.0)
+    accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value=kind))
+    trainer = SimpleNamespace(accelerator=accelerator, joint_model=model, emas={"first": average})
+    Trainer._step_averages(trainer, torch.tensor(False))
+    assert all(torch.isfinite(tensor).all() for tensor in average.shadow_params)
+    assert torch.equal(average.shadow_params[0], before[0]) != moves
+    if not moves:
+        Trainer._step_averages(trainer, torch.tensor(True))  # as without the check
+        assert not torch.isfinite(average.shadow_params[0]).all()

@@ -442,15 +442,18 @@ class Trainer:
         self.lr_scheduler.step()
         self.step += 1
         self.history.add_step(self.images_per_step)
-        # The weights of a step that is left out are those before it, but DeepSpeed's may not be.
-        if accelerator.distributed_type.value != "DEEPSPEED" or bool(is_finite):
-            parameters = list(averaged_parameters(self.joint_model).values())
-            for average in self.emas.values():
-                average.step(parameters)
+        self._step_averages(is_finite)
         self.nonfinite.add(self.step, is_finite)
         if self._has_line(self.step):
             self._check_nonfinite_steps(suspects)
         self.metrics.end_step(grad_norm, is_finite)
+
+    def _step_averages(self, is_finite: torch.Tensor) -> None:
+        # The weights of a step that is left out are those before it, but DeepSpeed's may not be.
+        if self.accelerator.distributed_type.value != "DEEPSPEED" or bool(is_finite):
+            parameters = list(averaged_parameters(self.joint_model).values())
+            for average in self.emas.values():
+                average.step(parameters)
 
     def _has_line(self, step: int) -> bool:
         """Whether a line of metrics is written after a step, for which all wait for their devices."""
