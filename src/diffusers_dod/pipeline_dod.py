@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -17,9 +15,6 @@ from diffusers.utils import replace_example_docstring
 
 from .autoencoders import (
     Autoencoder,
-    decode_pixels,
-    encode_moments,
-    latent_channels,
     spatial_factor,
 )
 from .checks import (
@@ -29,7 +24,6 @@ from .checks import (
     check_choice,
     check_label_ids,
     check_number,
-    check_tensor,
     check_type,
     to_plain,
 )
@@ -37,6 +31,7 @@ from .devices import send
 from .guidance import Guidance, GuidedVelocity, check_guidance, warn_of_idle_arguments
 from .latent_embedding import VisualPriorMixin
 from .lora import DoDLoraLoaderMixin
+from .pipeline_encoding import OUTPUT_TYPES, DoDPipelineEncodingMixin
 from .pipeline_inputs import (
     GivenPrior,
     check_components,
@@ -47,7 +42,6 @@ from .pipeline_inputs import (
     check_replacement,
     find_image_size,
     invert_id2label,
-    preprocess_image,
     to_label_ids,
 )
 from .pipeline_loading import DoDPipelineLoadingMixin
@@ -55,12 +49,11 @@ from .pipeline_output import DoDPipelineOutput, DoDStageStatistics
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
 from .scheduling_dod import DoDFlowMatchScheduler
 from .seeding import NoiseSource
-from .stages import LARGEST, Stage, check_samples, find_sound, is_a, one_at_a_time, plan_stages
+from .stages import Stage, check_samples, find_sound, is_a, one_at_a_time, plan_stages
 from .transformer_dod import DoDTransformer2DModel
 
 
 MAX_STAGES = 1000
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 EXAMPLE_DOC_STRING = """
         Examples:
@@ -75,7 +68,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin):
+class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPipeline, DoDLoraLoaderMixin):
     r"""
     Class-conditional image generation with Diffusion on Diffusion.
 
@@ -233,20 +226,6 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         for name in callback_on_step_end_tensor_inputs:
             check_choice("callback_on_step_end_tensor_inputs", name, tuple(self._callback_tensor_inputs))
 
-    @property
-    def _num_channels(self) -> int:
-        """Number of channels of images."""
-        if self.vae is not None:
-            return self.vae.config.get("in_channels", 3)
-        return 3 if self.transformer is None else self.transformer.config.in_channels
-
-    def _read_image(
-        self, image: PipelineImageInput, num_labels: int | None, height: int | None, width: int | None
-    ) -> torch.Tensor:
-        """Reads the images of a visual prior as pixels of a size, see [`preprocess_image`]."""
-        size = find_image_size(height, width, self.transformer, self.vae)
-        return preprocess_image(image, num_labels, (self._num_channels, *size))
-
     def _find_given_prior(
         self,
         image: PipelineImageInput | None,
@@ -270,114 +249,6 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
 
     # ------------------------------------------------------------------------------------------------ sampling
 
-    @one_at_a_time
-    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """
-        Encodes images by the mean of the autoencoder's posterior; a pixel-space model takes them as they are.
-
-        Args:
-            pixels (`torch.Tensor` of shape `(B, 3, H, W)`): Pixels in [-1, 1].
-
-        Returns:
-            `torch.Tensor` of shape `(B, C, h, w)`: Normalised latents in fp32.
-
-        Raises:
-            `FloatingPointError`: the autoencoder gives numbers that are not finite, or absurdly large.
-            `ValueError`, `TypeError`: the pixels have another type or shape.
-        """
-        factor = self.vae_scale_factor
-        check_tensor("pixels", pixels, (None, self._num_channels, None, None))
-        if any(side % factor for side in pixels.shape[2:]):
-            raise ValueError(
-                f"`pixels` must have a height and width that are multiples of {factor}, got {tuple(pixels.shape)}."
-            )
-        latents = encode_moments(pixels, self.vae)[0]
-        check_samples("Latents of images", find_sound(latents), range(len(latents)))
-        return latents
-
-    @one_at_a_time
-    @torch.no_grad()
-    def get_prior_tokens(
-        self,
-        image: PipelineImageInput | None = None,
-        latents: torch.Tensor | None = None,
-        attention_kwargs: dict[str, Any] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-    ) -> torch.Tensor:
-        """
-        Computes the latent tokens of images or latents, for `prior_tokens`.
-
-        `torch.lerp` of two of them gives a prior in between.
-
-        Args:
-            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str` or a list of them, *optional*):
-                Images of any size, as in a call.
-            latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*):
-                Normalised latents in place of images, such as `stage_latents` of [`DoDPipelineOutput`].
-            attention_kwargs (`dict`, *optional*): `{"scale": ...}` is the scale of LoRA adapters.
-            height (`int`, *optional*): Height to which images are scaled and cropped, in pixels. By default the
-                trained one.
-            width (`int`, *optional*): Width, likewise.
-
-        Returns:
-            `torch.Tensor` of shape `(B, num_latent_tokens, latent_token_dim)`.
-
-        Raises:
-            `ValueError`, `TypeError`: neither or both are given, the input does not fit, or there is no latent
-                embedder.
-        """
-        if self.latent_embedder is None:
-            raise ValueError("`latent_embedder` must be loaded to extract tokens, got None.")
-        if (image is None) == (latents is None):
-            raise ValueError(
-                f"One of `image` and `latents` must be given, got {'neither' if image is None else 'both'}."
-            )
-        device = self._execution_device
-        if latents is None:
-            latents = self.encode_image(self._read_image(image, None, height, width).to(device))
-        else:
-            check_prior("latents", latents, None, self.latent_embedder)
-        tokens = self.latent_embedder.encode(latents.to(device), attention_kwargs=attention_kwargs)
-        self.maybe_free_model_hooks()
-        return tokens
-
-    @one_at_a_time
-    @torch.no_grad()
-    def decode_latents(
-        self, latents: torch.Tensor, output_type: str
-    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
-        """
-        Decodes latents to images.
-
-        Args:
-            latents (`torch.Tensor` of shape `(B, C, h, w)`): Normalised latents.
-            output_type (`str`): `"pil"`, `"np"` or `"pt"`, or `"latent"` for unchanged latents.
-
-        Returns:
-            `list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`, as in [`DoDPipelineOutput`].
-
-        Raises:
-            `FloatingPointError`: the autoencoder gives numbers that are not finite, or absurdly large.
-            `ValueError`, `TypeError`: the latents have another type or shape or are not finite, or `output_type` is
-                another one.
-        """
-        channels = self._num_channels if self.vae is None else latent_channels(self.vae)
-        check_tensor("latents", latents, (None, channels, None, None))
-        check_choice("output_type", output_type, OUTPUT_TYPES)
-        if not bool(find_sound(latents).all()):
-            raise ValueError(f"`latents` must be finite and at most {LARGEST} in size, got others.")
-        return self._decode(latents, output_type, "Decoded images", range(len(latents)))
-
-    def _decode(
-        self, latents: torch.Tensor, output_type: str, name: str, sample_indices: Sequence[int]
-    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
-        if output_type == "latent":
-            return latents
-        pixels = decode_pixels(latents, self.vae)
-        check_samples(name, find_sound(pixels), sample_indices)
-        return self.image_processor.postprocess(pixels, output_type=output_type)
-
     def set_pos_interpolation(
         self, pos_interpolation: str = "none", pos_interpolation_decoupled: bool = False
     ) -> None:
@@ -396,22 +267,6 @@ class DoDPipeline(DoDPipelineLoadingMixin, DiffusionPipeline, DoDLoraLoaderMixin
         for model in (self.transformer, self.latent_embedder):
             if hasattr(model, "set_pos_interpolation"):  # not every model has positions
                 model.set_pos_interpolation(pos_interpolation, pos_interpolation_decoupled)
-
-    def _prior_embeds(
-        self,
-        latents: torch.Tensor | None,
-        latent_tokens: torch.Tensor | None,
-        size: tuple[int, int],
-        attention_kwargs: dict[str, Any] | None,
-    ) -> torch.Tensor:
-        """Computes the visual priors of latents or of latent tokens, for the next stage."""
-        embedder, device = self.latent_embedder, self._execution_device
-        scale = {name: value for name, value in (attention_kwargs or {}).items() if name == "scale"}
-        if latent_tokens is None:
-            prior_embeds = embedder(latents.to(device, embedder.dtype), attention_kwargs=scale).prior_embeds
-        else:
-            prior_embeds = embedder.decode(latent_tokens.to(device), *size, attention_kwargs=scale)
-        return prior_embeds.to(self.transformer.dtype)
 
     @one_at_a_time
     @torch.no_grad()

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 
+from ..training_options import AverageOptions
+
 
 def averaged_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The weights to average of the [`DoDJointModel`] `model`, by name: all that go into the pipeline."""
@@ -74,6 +76,26 @@ class PowerFunctionEMA(WeightAverage):
     def get_decay(self, optimization_step: int) -> float:
         """Share of the old average that is kept in `optimization_step`, counted from 1."""
         return (1 - 1 / optimization_step) ** (self.power_gamma + 1)
+
+
+def build_averages(options: AverageOptions, parameters: Sequence[torch.nn.Parameter]) -> dict[str, EMAModel]:
+    """
+    Builds the averages of a run in fp32: small changes of weights in bf16, which DeepSpeed trains, would be lost.
+
+    Args:
+        options ([`AverageOptions`]): The options of the averages.
+        parameters (`Sequence[torch.nn.Parameter]`): The weights to follow.
+
+    Returns:
+        `dict[str, EMAModel]`: The averages by name.
+    """
+    averages: dict[str, EMAModel] = {
+        f"decay-{decay}": WeightAverage(parameters, decay=decay) for decay in options.ema_decay
+    }
+    averages |= {f"sigma-rel-{width}": PowerFunctionEMA(parameters, width) for width in options.ema_sigma_rel}
+    for average in averages.values():
+        average.to(dtype=torch.float32)
+    return averages
 
 
 def _log_inner_product(step: float, sigma_rel: float, other_step: float, other_sigma_rel: float) -> float:

@@ -10,6 +10,7 @@ A card goes beside its file, and into the pipeline's folder as `README.md`. docs
 import logging
 import math
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,9 @@ from ..cards import CARD, CURVES, fill_card, read_model
 from ..checkpoint_manifest import CHECKPOINT_MANIFEST, CheckpointManifest
 from ..checks import check_at_least, shown
 from ..command_line import run_main
+from ..data.labelled_images import TEXTURES
 from ..files import METRICS_FILE, replacing
+from ..metrics.extractors import INCEPTION
 from ..options import build_parser, find_places, from_values, option, parse_options, read_recipe, to_recipe
 from ..presets import PRESETS, Preset
 from ..records import read_lines, read_record, read_yaml
@@ -144,6 +147,32 @@ def write_model_card(
     )
     _save_card(card, folder / CARD)
     return str(card)
+
+
+def describe_end(options: TrainingOptions, resolution: int) -> str:
+    """
+    Says where the pipeline of a finished run is, and which commands sample and evaluate it.
+
+    Args:
+        options ([`TrainingOptions`]): The run's options.
+        resolution (`int`): Side of the images in pixels.
+
+    Returns:
+        `str`: A line, and a line for each command.
+    """
+    images, folder = options.data.images, os.path.abspath(options.output.output_dir)
+    reference = images.train_data_dir or images.dataset_name or "path/to/images"
+    if reference == TEXTURES:
+        reference = f"{TEXTURES}:{options.data.num_train_samples}:{options.data.seed + 1}"
+    samples, extractor = f"{folder}-samples", options.validation.fid_extractor or INCEPTION
+    commands = [
+        f"sample --pretrained_model_name_or_path {shlex.quote(folder)} --num_images 1000 "
+        f"--output_dir {shlex.quote(samples)}",
+        f"evaluate {shlex.quote(samples)} --reference {shlex.quote(reference)} --resolution {resolution} "
+        f"--extractor {shlex.quote(extractor)} --output_file {shlex.quote(samples + '.json')}",
+    ]
+    lines = [f"  python -m diffusers_dod.evaluation.{command}" for command in commands]
+    return "\n".join([f"The pipeline is in {folder}. To sample it, and to evaluate the samples:", *lines])
 
 
 def read_sources(path: Path) -> dict[str, Any]:

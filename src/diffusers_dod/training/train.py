@@ -14,7 +14,6 @@ pipeline itself into `output_dir`.
 import logging
 import math
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,11 +31,10 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..command_line import run_main
-from ..data.labelled_images import TEXTURES
 from ..data.sample_stream import PositionSampler, SampleDraws
 from ..files import METRICS_FILE, flush, in_use, replacing, replacing_contents, write_json
 from ..losses import DoDJointModel
-from ..metrics.extractors import INCEPTION, check_extractor, load_extractor, load_statistics
+from ..metrics.extractors import check_extractor, load_extractor, load_statistics
 from ..options import describe, parse_options, replace_values
 from ..pipeline_dod import DoDPipeline
 from ..processes import (
@@ -65,10 +63,10 @@ from .checkpoints import (
     set_aside_later,
 )
 from .cost import describe_run
-from .ema import PowerFunctionEMA, WeightAverage, averaged_parameters
+from .ema import averaged_parameters, build_averages
 from .encode_latents import load_autoencoder
 from .history import TrainingHistory, values_of_steps
-from .model_card import CARD_FILES, write_model_card
+from .model_card import CARD_FILES, describe_end, write_model_card
 from .models import (
     build_models,
     build_optimizer,
@@ -169,7 +167,9 @@ class Trainer:
             gather_in_bf16(self.model, DTYPES[options.processes.gradient_dtype])
         self.joint_model: DoDJointModel = accelerator.unwrap_model(self.model)
         use_fast_attention(self.joint_model, accelerator.device, options.precision.attention_backend)
-        self.emas = self._build_emas()
+        averaged = list(averaged_parameters(self.joint_model).values())
+        #: The averages of the weights by name; pipelines and samples use the first.
+        self.emas: dict[str, EMAModel] = build_averages(options.averages, averaged)
         self.stop = StopSignal(accelerator)
         self.writer = CheckpointWriter(accelerator.device, lambda: self.stop.note("a failed checkpoint"))
         self.saved_step = self.step = 0
@@ -200,18 +200,6 @@ class Trainer:
             num_workers=options.data.encoding.dataloader_num_workers,
             state=state,
         )
-
-    def _build_emas(self) -> dict[str, EMAModel]:
-        """Builds the averages of the weights by name; pipelines and samples use the first."""
-        parameters = list(averaged_parameters(self.joint_model).values())
-        emas: dict[str, EMAModel] = {
-            f"decay-{decay}": WeightAverage(parameters, decay=decay) for decay in self.options.averages.ema_decay
-        }
-        for width in self.options.averages.ema_sigma_rel:
-            emas[f"sigma-rel-{width}"] = PowerFunctionEMA(parameters, width)
-        for ema in emas.values():
-            ema.to(dtype=torch.float32)  # of bf16 weights too, which DeepSpeed trains: small changes would be lost
-        return emas
 
     @property
     def ema(self) -> EMAModel:
@@ -638,32 +626,6 @@ class Trainer:
                 logger.info(describe_end(options, self.data.resolution))
                 if self.pusher is not None:
                     self._push("End of training", self.step, self.history)
-
-
-def describe_end(options: TrainingOptions, resolution: int) -> str:
-    """
-    Says where the pipeline of a finished run is, and which commands sample and evaluate it.
-
-    Args:
-        options ([`TrainingOptions`]): The run's options.
-        resolution (`int`): Side of the images in pixels.
-
-    Returns:
-        `str`: A line, and a line for each command.
-    """
-    images, folder = options.data.images, os.path.abspath(options.output.output_dir)
-    reference = images.train_data_dir or images.dataset_name or "path/to/images"
-    if reference == TEXTURES:
-        reference = f"{TEXTURES}:{options.data.num_train_samples}:{options.data.seed + 1}"
-    samples, extractor = f"{folder}-samples", options.validation.fid_extractor or INCEPTION
-    commands = [
-        f"sample --pretrained_model_name_or_path {shlex.quote(folder)} --num_images 1000 "
-        f"--output_dir {shlex.quote(samples)}",
-        f"evaluate {shlex.quote(samples)} --reference {shlex.quote(reference)} --resolution {resolution} "
-        f"--extractor {shlex.quote(extractor)} --output_file {shlex.quote(samples + '.json')}",
-    ]
-    lines = [f"  python -m diffusers_dod.evaluation.{command}" for command in commands]
-    return "\n".join([f"The pipeline is in {folder}. To sample it, and to evaluate the samples:", *lines])
 
 
 def main(argv: list[str] | None = None, launcher: int | None = None) -> None:
