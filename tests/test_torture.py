@@ -14,6 +14,7 @@ SAMPLES = {
     "damaged file: samples, drawn again": 4,
     "fuzz: results": 1,
     "fuzz: recipe": 1,
+    "fuzz: settings in an image": 1,
     "hostile file: images": 3,
 }
 

@@ -158,6 +158,12 @@ def test_what_cannot_be_drawn_again_is_refused(grid, tmp_path):
         call("--like", change(grid, task="demo"), *output)
     with pytest.raises(ValueError, match="`count` must be an integer >= 1, got 0"):
         call("--like", change(grid, options={"count": 0}), *output)
+    others = {"class_labels": 5, "count": None, "all_stages": 1, "seed": 1.5, "steps": ["1"], "image": 3}
+    for name, value in others.items():
+        with pytest.raises(TypeError, match=f"`{name}` must be of type"):
+            call("--like", change(grid, options={name: value}), *output)
+    with pytest.raises(ValueError, match="`like` must be one of the 6 images of its call, got"):
+        call("--like", change(grid, options={"index": 6, "stage": 2}), *output)
     with pytest.raises(TypeError, match="got new_option"):
         call("--like", change(grid, options={"new_option": 0}), *output)
     with pytest.raises(ValueError, match="`output` must be a file"):

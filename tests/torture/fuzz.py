@@ -17,6 +17,7 @@ from helpers import normal, tiny_pipeline
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDTransformer2DModel, Guidance, LatentEmbeddingModule
@@ -25,8 +26,11 @@ from diffusers_dod.data.buckets import bucket_sizes
 from diffusers_dod.data.labelled_images import Columns, read_row
 from diffusers_dod.data.latents import LatentDataset
 from diffusers_dod.data.sample_stream import PositionSampler, SampleDraws
+from diffusers_dod.evaluation.draw import DrawingOptions, recall
 from diffusers_dod.evaluation.images import open_images
+from diffusers_dod.evaluation.info import describe
 from diffusers_dod.image_reading import center_crop
+from diffusers_dod.image_settings import SETTINGS_KEY, read_image_settings, save_with_settings
 from diffusers_dod.metrics.extractors import load_statistics
 from diffusers_dod.metrics.intervals import mean_interval, wilson_interval
 from diffusers_dod.metrics.kernel_distance import kernel_distance
@@ -223,6 +227,26 @@ def images(shared: Path) -> Iterator[Try]:
                 raise ValueError from error
 
         yield from fuzz(shared / name, read, 3)
+
+
+@row("fuzz: settings in an image", NUM_INPUTS)
+def image_settings(shared: Path) -> Iterator[Try]:
+    path, text = shared / "settings.png", shared / "settings.json"
+    options = {"class_labels": ["marble"], "seed": 3, "scale": [1.0, 5.5], "all_stages": True, "image": None}
+    checkpoint = {"path": "checkpoints/dod-desk", "sha256": "0" * 64}
+    image = Image.new("RGB", (4, 4))
+    save_with_settings(image, path, "sample", options, checkpoint=checkpoint, device="cpu")
+    text.write_text(json.dumps(read_image_settings(path)))
+    yield from fuzz(path, lambda: describe(str(path)), 4)
+
+    def read() -> None:
+        info = PngInfo()
+        info.add_text(SETTINGS_KEY, text.read_bytes().decode(errors="replace"))
+        image.save(path, pnginfo=info)
+        describe(str(path))
+        recall(DrawingOptions(like=path, output=shared / "again.png", device="cpu"))
+
+    yield from fuzz(text, read, 4)
 
 
 # --------------------------------------------------------------------------------------------------- numeric arguments

@@ -17,12 +17,14 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..checks import check_type
 from ..command_line import run_main
 from ..data.image_folder import IMAGE_SUFFIXES
 from ..data.image_grid import make_grid
@@ -31,7 +33,7 @@ from ..files import check_output, file_sha256, replacing, replacing_files
 from ..guidance_options import GuidanceOptions
 from ..image_reading import cover_and_crop, to_image
 from ..image_settings import ImageSettings, pixels_sha256, read_image_settings, save_with_settings
-from ..options import check_options, find_given, from_values, option, parse_options, to_json, to_values
+from ..options import check_options, find_given, from_values, list_options, option, parse_options, to_json, to_values
 from ..pipeline_dod import DoDPipeline
 from ..pipeline_inputs import find_image_size
 from ..results import checkpoint_sha256, describe_versions
@@ -143,6 +145,8 @@ class Drawing:
         self.pipeline.set_progress_bar_config(disable=True)
         self.labels = self._find_labels()
         self.original = None if options.image is None else self._read_original(options.image)
+        if not self.places:
+            raise ValueError(f"`like` must be one of the {self.num_images} images of its call, got {wanted}.")
 
     def _find_labels(self) -> list[int | None]:
         """Ids of the classes, `None` for no class."""
@@ -358,9 +362,10 @@ def recall(options: DrawingOptions) -> tuple[DrawingOptions, ImageSettings]:
         raise ValueError(f"`like` must be drawn by `dod sample`, got {options.like} of {settings['task']!r}.")
     extra = ("image_sha256", "index", "stage", "defaults")
     values = {name: value for name, value in settings["options"].items() if name not in extra}
+    _check_types(values)
     if values.get("image") is not None:
         values["image"] = Path(values["image"])
-        if not values["image"].is_file() or file_sha256(values["image"]) != settings["options"]["image_sha256"]:
+        if not values["image"].is_file() or file_sha256(values["image"]) != settings["options"].get("image_sha256"):
             raise ValueError(f"`like` must have been drawn from an image that is still there, got {values['image']}.")
     values |= {name: getattr(options, name) for name in ("output", "device")}
     is_given = "checkpoint" in find_given(options)
@@ -376,6 +381,17 @@ def recall(options: DrawingOptions) -> tuple[DrawingOptions, ImageSettings]:
             f"{settings['checkpoint']['sha256']}, got {recalled.checkpoint} of {found}."
         )
     return recalled, settings
+
+
+def _check_types(values: dict[str, Any]) -> None:
+    """Raises a `TypeError` unless values of options, which come from a file, have the types of the options."""
+    types = {float: Real, int: Integral, Path: str}
+    for name, known in list_options(DrawingOptions).items():
+        if name in values and not (values[name] is None and known.default is None):
+            entries = [values[name]] if known.nargs is None else values[name]
+            check_type(name, entries, list)
+            for entry in entries:
+                check_type(name, entry, types.get(known.type, known.type))
 
 
 def find_differences(settings: ImageSettings, device: str) -> list[str]:
