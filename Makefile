@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DEMO := build/demo
 # Two processes of one thread each: more threads than cores would only wait for each other. A file's tests go to one of
 # them, so that what they share is made once.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: install demo test test-all test-quantization test-oldest torture style check audit docs bench study clean
+.PHONY: install demo test test-all test-quantization test-demo test-oldest serve torture style check audit docs bench study clean
 
 install: $(INSTALLED)
 
@@ -24,17 +25,34 @@ demo: install
 test: install
 	$(PYTEST)
 
-# All tests with the newest versions (constraints.txt), those that need torchao, and the quick ones with the oldest
-# versions (constraints-oldest.txt).
+# All tests with the newest versions (constraints.txt), those that need torchao or a browser, and the quick ones with the
+# oldest versions (constraints-oldest.txt).
 test-all: install
 	$(PYTEST) -m "not gpu"
-	$(MAKE) test-quantization test-oldest
+	$(MAKE) test-quantization test-demo test-oldest
 
 # Diffusers imports torchao wherever it is installed, which takes two seconds and prints warnings: so not in $(VENV).
 test-quantization: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target build/torchao torchao
 	PYTHONPATH=build/torchao $(PYTEST) -m "not gpu" \
 		tests/test_model_features.py tests/test_docs.py tests/training/test_cost.py
+
+# The demo in Chromium, that of the system (apt-get install chromium) or else Playwright's. Gradio does not admit the newest
+# Pillow yet: so it is not in $(VENV). DEMO_IMAGES=docs/images writes the images of docs/demo.md.
+test-demo: $(DEMO)/.installed
+	command -v chromium > /dev/null || PYTHONPATH=$(DEMO) $(BIN)/python -m playwright install chromium
+	PYTHONPATH=$(DEMO) $(PYTEST) -m "not gpu" tests/demo
+
+# The demo of the checkpoint in the repository: http://127.0.0.1:7860
+serve: $(DEMO)/.installed
+	PYTHONPATH=$(DEMO) $(BIN)/python -m diffusers_dod.demo
+
+$(DEMO)/.installed: $(INSTALLED)
+	mkdir -p $(DEMO)
+	grep -v "^pillow==" constraints.txt > $(DEMO)/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(DEMO)/constraints.txt --upgrade --target $(DEMO) \
+		gradio playwright
+	touch $@
 
 # The quick tests with the oldest versions that pyproject.toml admits.
 test-oldest:

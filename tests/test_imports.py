@@ -1,6 +1,6 @@
 """
 Imports go down only: the library at the bottom, `data` and `metrics` side by side on it, options of training and cards
-on these, then training and evaluation side by side.
+on these, then training and evaluation side by side, and the demo on the latter.
 """
 
 import ast
@@ -21,6 +21,7 @@ BENEATH = {
     "cards": {"library", "data", "metrics", "training_options"},
     "training": {"library", "data", "metrics", "training_options", "cards"},
     "evaluation": {"library", "data", "metrics"},
+    "demo": {"library", "data", "evaluation"},
 }
 
 
