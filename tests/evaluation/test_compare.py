@@ -86,6 +86,7 @@ def test_differences_against_leaving_out_the_images_themselves(world, capsys):
         assert found[name]["value"] == pytest.approx(value)
         margin = 4.3026527 * error  # Student's t of 2 degrees of freedom
         assert found[name]["interval"] == pytest.approx([value - margin, value + margin], rel=1e-5)
+        assert found[name]["detectable"] == pytest.approx((4.3026527 + 1.0606602) * error, rel=1e-5)
         if name in ("fid", "sfid"):
             corrected = found[f"{name}_corrected"]
             assert corrected["value"] == pytest.approx(3 * value - 2 * differences.mean())

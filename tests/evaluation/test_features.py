@@ -88,8 +88,8 @@ def test_an_error_in_a_worker_is_that_of_the_image(sources):
 
 
 def run_rank(rank: int, folder: Path, names: list[str], results) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
+        distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
         for name in names:
             results.put((name, rank, summarize(name, num_images=31)))
         cache = FeatureCache(folder / "cache", "0" * 64)
@@ -99,6 +99,8 @@ def run_rank(rank: int, folder: Path, names: list[str], results) -> None:
             features.compute_features(open_images(names[1]), extractor if rank else broken, 3)
         except (ValueError, OtherProcessError) as error:
             results.put(("error", rank, repr(error)))
+    except BaseException as error:
+        results.put(("failure", rank, repr(error)))
     finally:
         results.close()
         results.join_thread()
@@ -110,10 +112,16 @@ def test_two_processes_have_the_numbers_of_one(sources, tmp_path):
     Image.new("RGB", (6, 6), "white").save(Path(sources[1]) / "00.png")
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    processes = [context.Process(target=run_rank, args=(rank, tmp_path, sources, results)) for rank in range(2)]
+    processes = [
+        context.Process(target=run_rank, args=(rank, tmp_path, sources, results), daemon=True) for rank in range(2)
+    ]
     for process in processes:
         process.start()
-    found = {(name, rank): summary for name, rank, summary in (results.get(timeout=1200) for _ in range(12))}
+    found = {}
+    while len(found) < 12:
+        name, rank, result = results.get(timeout=1200)
+        assert name != "failure", result
+        found[name, rank] = result
     for process in processes:
         process.join()
     for name in sources:
