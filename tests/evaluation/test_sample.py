@@ -281,7 +281,7 @@ def test_names_of_as_many_digits(tmp_path):
     settings = {"num_images": 1_000_000, "batch_size": 1_000_000, "format": "png"}
     more = {**settings, "num_images": 1_000_001}
     folder = SampleFolder(tmp_path, more, np.zeros(1_000_001, np.int64))
-    (tmp_path / "manifest.json").write_text(json.dumps({"settings": settings, "sha256": ""}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"settings": settings, "sha256": "", "versions": []}))
     with pytest.raises(ValueError, match=says("`num_images` = 1000001", "got 1000000")):
         folder.open()
 
