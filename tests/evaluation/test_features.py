@@ -162,6 +162,17 @@ def test_cached_features_are_found_by_all_that_they_depend_on(sources, tmp_path)
     assert sum(path.is_dir() for path in (tmp_path / "cache").iterdir()) == 3  # failures leave nothing
 
 
+def test_cached_features_belong_to_the_class_ids(sources, tmp_path):
+    folder, cache = Path(sources[1]), FeatureCache(tmp_path / "cache", "0" * 64)
+    (folder / "manifest.json").write_text('{"labels": "labels.txt"}')
+    found = []
+    for labels in ([0] * 37, [0] * 36 + [1]):
+        (folder / "labels.txt").write_text("\n".join(map(str, labels)))
+        assert summarize(str(folder), cache=cache).labels.tolist() == labels
+        found.append(cache.settings(open_images(str(folder)), 37, 3, "cpu"))
+    assert found[0] != found[1] and len(list((tmp_path / "cache").iterdir())) == 2
+
+
 def test_damaged_features_are_refused(sources, tmp_path):
     cache = FeatureCache(tmp_path / "cache", "0" * 64)
     summarize(sources[0], cache=cache)
