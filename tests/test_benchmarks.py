@@ -71,6 +71,45 @@ def test_every_row_has_a_result_to_compare_with(bench):
     assert list(committed) == list(bench["ROWS"])
 
 
+# ------------------------------------------------------------------------------------------------- modes of inference
+
+
+@pytest.fixture
+def modes(monkeypatch) -> dict:
+    monkeypatch.syspath_prepend(BENCHMARKS)  # its modules import each other
+    monkeypatch.chdir(BENCHMARKS.parent)
+    return runpy.run_path(str(BENCHMARKS / "inference_modes.py"))
+
+
+def test_the_committed_modes_are_those_of_the_table(modes):
+    report = json.loads((BENCHMARKS.parent / "docs" / "results" / "inference_modes.json").read_text())
+    page = (BENCHMARKS.parent / "docs" / "sampling.md").read_text()
+    results = {name: report["results"][name] for name in modes["MODES"] if name in report["results"]}
+    assert results.keys() == report["results"].keys() and len(results) > 10
+    assert modes["to_table"](results) in page
+
+
+@pytest.mark.slow
+def test_modes_are_measured_and_not_measured_again(modes, tmp_path, capsys):
+    output, names = tmp_path / "modes.json", ["Euler, 5 steps", "Taylor cache, every 4th"]
+    argv = ["--num_samples", "20", "--num_reference", "40", "--timed_batch_size", "1", "--repetitions", "2"]
+    argv += ["--modes", *names, "--output_file", str(output)]
+    modes["main"](argv)
+    report = json.loads(output.read_text())
+    few, cached = (report["results"][name] for name in names)
+    assert few["num_evaluations"] == 2 * 2 * 5 and cached["num_evaluations"] == 2 * 2 * 20
+    assert (
+        0 < few["gflops"] < 4 * few["gflops"] and cached["gflops"] < 3 * few["gflops"]
+    )  # most of 20 steps are skipped
+    assert all(row["fid"]["value"] > 0 and row["time"]["median"] > 0 for row in (few, cached))
+    report["results"]["Euler, 5 steps"]["gflops"] = 123.0
+    output.write_text(json.dumps(report))
+    modes["main"](argv)
+    assert "| Euler, 5 steps | 20 | 123.00 |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="`output_file` must hold results of the settings"):
+        modes["main"]([*argv, "--num_samples", "30"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["guided / broadcast, bf16", "data loader / tensors in memory", "pipeline / its evaluations"]
