@@ -8,7 +8,7 @@ DEMO := build/demo
 # them, so that what they share is made once.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: install demo test test-all test-quantization test-demo test-oldest serve torture style check audit docs bench study clean
+.PHONY: install demo test test-all test-quantization test-demo test-oldest serve torture style check audit docs release bench study clean
 
 install: $(INSTALLED)
 
@@ -82,10 +82,13 @@ audit:
 	$(VENV)-audit/bin/python -m pip install --quiet pip-audit
 	$(VENV)-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
-# The pages of the API: outputs/docs/index.html.
+# The site of the documentation, with the reference of all names and options: outputs/docs/index.html.
 docs: install
-	$(BIN)/python -m pdoc --docformat google --template-directory docs/pdoc --no-show-source \
-		--output-directory outputs/docs src/diffusers_dod/*.py src/diffusers_dod/*/__init__.py
+	NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(BIN)/python -m mkdocs build --strict
+
+# Checks, builds (dist/), installs and tags a release; `make release OPTIONS=--dry_run` does without clean tree, version and tag.
+release: install
+	$(BIN)/python .ci/release.py $(OPTIONS)
 
 # Times against peers, in one table with the results to compare with; it goes on where it was stopped.
 bench: install

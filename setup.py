@@ -7,7 +7,8 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 
-SHIPPED = ("checkpoints", "training/accelerate", "training/desk", "training/recipes")  # found by shipped.py
+# Found by shipped.py.
+SHIPPED = ("checkpoints", "training/accelerate", "training/desk", "training/recipes", "training/slurm")
 
 
 class BuildWithShippedFiles(build_py):

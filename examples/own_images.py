@@ -16,13 +16,13 @@ from skimage import data
 
 # Class -> photograph of `skimage.data`. All of them are in its wheel.
 CLASSES = {
-    "bricks": data.brick,
+    "astronaut": data.astronaut,
     "cat": data.chelsea,
     "coffee": data.coffee,
     "galaxies": data.hubble_deep_field,
-    "grass": data.grass,
-    "gravel": data.gravel,
+    "motorcycle": lambda: data.stereo_motorcycle()[0],
     "retina": data.retina,
+    "rocket": data.rocket,
     "tissue": data.immunohistochemistry,
 }
 

@@ -1,4 +1,4 @@
-"""Every public name is documented with all that it takes, and `make docs` makes pages of it."""
+"""Every public name is documented with all that it takes; `tests/test_site.py` has the pages that are made of it."""
 
 import ast
 import builtins
@@ -7,13 +7,11 @@ import importlib
 import inspect
 import pkgutil
 import re
-import subprocess
 import sys
 import textwrap
 import types
 from pathlib import Path
 
-import pytest
 from helpers import assert_none
 
 import diffusers_dod
@@ -269,36 +267,3 @@ def test_names_say_what_they_are():
         for name in sorted(names)
         if UNCLEAR.fullmatch(name) or (name == "run" and "stage" in names)
     )
-
-
-@pytest.fixture(scope="module")
-def pages(tmp_path_factory):
-    """Module -> id -> HTML, out of what `make docs` runs."""
-    folder = tmp_path_factory.mktemp("docs")
-    recipe = re.search(r"^docs: install\n((?:\t.+\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
-    command = recipe.replace("$(BIN)/python", sys.executable).replace("outputs/docs", str(folder))
-    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "/pdoc/" not in result.stderr  # its warnings name its own files
-    pages = {}
-    for module in MODULES:
-        html = (folder / (module.__name__.replace(".", "/") + ".html")).read_text()
-        parts = re.split(r'<(?:section|div|dd) id="([^"]+)"', html)
-        pages[module.__name__] = dict(zip(parts[1::2], parts[2::2], strict=True))
-    return pages
-
-
-@pytest.mark.slow
-def test_the_pages_show_every_public_name_and_its_arguments(pages):
-    for name, member in MEMBERS.items():
-        module = name.removesuffix(f".{qualname(member)}")
-        html = pages[module][qualname(member)]
-        assert 'class="docstring"' in html, name
-        for _, entry in parse_args(member.__doc__):
-            assert re.search(rf"<li><strong>{entry['names']}(?: \(|:)", html), f"{name}: {entry['names']}"
-
-
-@pytest.mark.slow
-def test_the_package_page_shows_what_the_package_exports(pages):
-    page = pages["diffusers_dod"]
-    assert [name for name in diffusers_dod.__all__ if 'class="docstring"' not in page.get(name, "")] == []

@@ -42,7 +42,11 @@ def find_commands(text: str) -> Iterator[tuple[str, list[str]]]:
         if words[:1] == ["dod"] and words[1:2] and words[1] in COMMANDS:
             yield f"diffusers_dod.{COMMANDS[words[1]][0]}", words[2:]
             continue
-        launchers = [place for place, word in enumerate(words) if re.fullmatch(r"(.*/)?python|launch", word)]
+        if words[:1] == ["sbatch"]:  # whose script passes on to the trainer what follows its name
+            (place,) = [place for place, word in enumerate(words) if word.endswith(".sbatch")]
+            yield "training/train_dod.py", words[place + 1 :]
+            continue
+        launchers = [place for place, word in enumerate(words) if re.fullmatch(r"(.*/)?python|launch|torchrun", word)]
         if not launchers:
             continue
         words = words[launchers[0] + 1 :]

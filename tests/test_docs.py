@@ -44,7 +44,7 @@ def test_the_table_names_what_exists(row):
 def test_links_and_commands_lead_to_files(document):
     text = (ROOT / document).read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
-    scripts = re.findall(r"(?:python|launch) (\S+\.py)", text)
+    scripts = re.findall(r"(?:python|launch) (\S+\.py)", text) + re.findall(r"sbatch .*?(\S+\.sbatch)", text)
     base = (ROOT / document).parent
     assert all((base / link).exists() for link in links)
     assert all((ROOT / script).exists() for script in scripts)
@@ -52,7 +52,33 @@ def test_links_and_commands_lead_to_files(document):
     assert all(f"\n{target}:" in makefile for target in re.findall(r"(?:^ *|`)make ([a-z-]+)", text, re.MULTILINE))
 
 
-@pytest.mark.parametrize("document", [name for name in DOCUMENTS if code_blocks(name, "python")])
+def anchors(document: Path) -> set[str]:
+    """Names that links to headings of a page have, as GitHub and MkDocs make them."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_to_headings(document):
+    page = ROOT / document
+    links = re.findall(r"\]\(((?!http)[^)#\s]*\.md|)#([^)\s]+)\)", page.read_text())
+    assert [
+        (name, anchor) for name, anchor in links if anchor not in anchors(page.parent / name if name else page)
+    ] == []
+
+
+def test_all_pages_are_in_the_menu():
+    menu = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text())
+    assert sorted(menu) == sorted(path.name for path in ROOT.glob("docs/*.md"))
+
+
+RUN_ELSEWHERE = ["docs/own_images.md"]  # by its own test, with what it makes on the way
+
+
+@pytest.mark.parametrize(
+    "document", [name for name in DOCUMENTS if code_blocks(name, "python") and name not in RUN_ELSEWHERE]
+)
 def test_python_in_the_documentation_runs(document, tmp_path, monkeypatch):
     if "peft" in (ROOT / document).read_text():
         pytest.importorskip("peft")

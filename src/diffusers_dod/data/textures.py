@@ -364,9 +364,10 @@ def render_texture(label: int, seed: int | Sequence[int], size: int = 32) -> tup
         - 0..2: first colour (RGB in 0..1), of the ground, the mortar or the gaps,
         - 3..5: second colour (RGB in 0..1), of the figure,
         - 6: log2 of the length of the main feature (period, cell or diameter) divided by the width of the image,
-        - 7..8: cos(2 * angle) and sin(2 * angle) of the orientation, both 0 for a class without one. The angle runs
-          clockwise from the x axis and is given modulo the rotational symmetry of the figure. For a sphere it is the
-          direction towards the light, counterclockwise in 0..pi.
+        - 7..8: cos(2 * angle) and sin(2 * angle) of the orientation, both 0 for a class without one.
+
+        The angle runs clockwise from the x axis and is given modulo the rotational symmetry of the figure. For a
+        sphere it is the direction towards the light, counterclockwise in 0..pi.
 
     Raises:
         `ValueError`: an argument is outside its range.

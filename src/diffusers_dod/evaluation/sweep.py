@@ -15,8 +15,8 @@ Samples and evaluates a checkpoint over guidance scales x steps x solvers x aver
 
 Scales are named for all stages up to the judged one, such as `1:3`: stage 1 at one of `--first_stage_guidance_scales`,
 all later stages at one of `--guidance_scales`. With one stage there are only the first scales. Without a latent
-embedder both options mean the only stage. Every setting is sampled by [`sample`](sample.html) and judged as by
-[`evaluate`](evaluate.html), in one process.
+embedder both options mean the only stage. Every setting is sampled and judged as by the commands
+`sample` and `evaluate`, in one process.
 """
 
 import itertools
