@@ -61,7 +61,8 @@ def list_commands() -> Iterator[tuple[str, list[str]]]:
     for document in DOCUMENTS:
         for block in re.findall(r"^```(?:bash|sh)\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL):
             yield from find_commands(block)
-    yield from find_commands("\n".join(re.findall(r"^\t.*(?:\\\n.*)*", (ROOT / "Makefile").read_text(), re.MULTILINE)))
+    makefile = (ROOT / "Makefile").read_text().replace(" $(OPTIONS)", "")
+    yield from find_commands("\n".join(re.findall(r"^\t.*(?:\\\n.*)*", makefile, re.MULTILINE)))
     for recipe in RECIPES:
         comment = re.match(r"(#.*\n)+", recipe.read_text())[0]
         yield from find_commands(

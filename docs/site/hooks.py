@@ -151,7 +151,10 @@ def format_command(command: str) -> str:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Adds the pages that are made to the menu."""
+    """Adds the pages that are made to the menu, and to the guides those that it does not name."""
+    named = set(re.findall(r"[\w/]+\.md", str(config.nav)))
+    guides = next(entry["Guides"] for entry in config.nav if "Guides" in entry)
+    guides += sorted(path.name for path in Path(config.docs_dir).glob("*.md") if path.name not in named)
     reference = next(entry["Reference"] for entry in config.nav if "Reference" in entry)
     reference.append({"Options": [{f"dod {name}": f"reference/options/{name}.md"} for name in COMMANDS]})
     api: list[Any] = [{"Public names": "reference/api/index.md"}]
