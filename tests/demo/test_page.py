@@ -5,8 +5,12 @@ DEMO_IMAGES=docs/images writes the images of docs/demo.md.
 """
 
 import os
+import re
 import shutil
+import signal
+import sys
 import threading
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +21,11 @@ gradio = pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
 
 from helpers import noise_image, tiny_pipeline  # noqa: E402
-from launch import PATIENCE_S, wait_until  # noqa: E402
+from launch import PATIENCE_S, started, wait_until  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from diffusers_dod import DoDPipeline, desk_checkpoint  # noqa: E402
+from diffusers_dod.command_line import INTERRUPTED_EXIT_CODE  # noqa: E402
 from diffusers_dod.demo import _page  # noqa: E402
 from diffusers_dod.demo.sampler import Sampler  # noqa: E402
 from diffusers_dod.demo.settings import DemoOptions, Limits  # noqa: E402
@@ -387,3 +392,29 @@ def test_a_pipeline_of_one_stage_has_a_page(tmp_path):
     page = _page.Page(Sampler(pipe, Limits(), {"path": "tiny", "sha256": "0" * 64}), "tiny", tmp_path)
     page.build()
     assert [mode for mode, tab in page.tab_of.items() if tab.visible] == ["classes", "grid"]
+
+
+def test_the_command_serves_the_page_and_ends_by_an_interrupt(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "diffusers_dod.demo",
+        "--port",
+        "0",
+        "--max_images",
+        "1",
+        "--max_inference_steps",
+        "1",
+        "--max_stages",
+        "1",
+        "--max_size_factor",
+        "1",
+    ]
+    with started(command, tmp_path / "output.txt", {"PYTHONUNBUFFERED": "1"}) as process:
+        output = tmp_path / "output.txt"
+        wait_until(lambda: "Running on local URL" in output.read_text(), process)
+        address = re.search(r"http://[\d.:]+", output.read_text())[0]
+        with urllib.request.urlopen(address) as response:
+            assert "Diffusion on Diffusion" in response.read().decode()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE_S) == INTERRUPTED_EXIT_CODE

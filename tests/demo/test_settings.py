@@ -1,14 +1,21 @@
 """Settings of visitors of the demo: a link restores them, and the server refuses what is out of its limits."""
 
+import re
+import runpy
+import sys
 from dataclasses import replace
+from pathlib import Path
 from urllib.parse import parse_qsl
 
 import pytest
+import yaml
 from helpers import says, tiny_pipeline
 
+from diffusers_dod import demo
 from diffusers_dod.demo import main
 from diffusers_dod.demo.settings import (
     MODES,
+    DemoOptions,
     Limits,
     check_settings,
     count_images,
@@ -17,8 +24,10 @@ from diffusers_dod.demo.settings import (
     parse_numbers,
     to_query,
 )
+from diffusers_dod.options import parse_options
 
 
+ROOT = Path(__file__).parents[2]
 LIMITS = Limits()
 
 
@@ -113,11 +122,12 @@ def test_without_a_latent_embedder_there_is_one_stage():
         check_settings(replace(settings, num_stages=2, scales=(1.0, 1.0)), LIMITS, pipe)
 
 
-def test_first_settings_keep_small_limits(pipe):
-    limits = Limits(max_stages=1, max_inference_steps=1, max_images=2)
+@pytest.mark.parametrize("max_images", [1, 2, 3, 4])
+def test_first_settings_keep_small_limits(pipe, max_images):
+    limits = Limits(max_stages=1, max_inference_steps=1, max_images=max_images)
     settings = default_settings(pipe, limits)
     check_settings(settings, limits, pipe)
-    assert count_images(settings) == 2
+    assert 1 <= count_images(settings) <= max_images
 
 
 def test_numbers_are_separated_by_commas_or_spaces():
@@ -129,3 +139,24 @@ def test_the_command_refuses_a_wrong_port(capsys):
     with pytest.raises(SystemExit):
         main(["--port", "65536"])
     assert "`port` must be" in capsys.readouterr().err
+
+
+def test_without_gradio_the_command_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ImportError, match=re.escape('pip install "diffusers-dod[demo]"')):
+        main([])
+
+
+def test_the_space_has_the_pinned_gradio_and_options_of_the_demo(monkeypatch):
+    space = ROOT / "space"
+    about = yaml.safe_load((space / "README.md").read_text().split("---")[1])
+    assert f"gradio=={about['sdk_version']}" in (ROOT / "constraints.txt").read_text().splitlines()
+    assert len(about["short_description"]) <= 60 and (space / about["app_file"]).is_file()
+    (wheel,) = re.findall(
+        r"^\./diffusers_dod-(.*)-py3-none-any\.whl\[demo\]$", (space / "requirements.txt").read_text(), re.M
+    )
+    assert f'version = "{wheel}"' in (ROOT / "pyproject.toml").read_text()
+    calls = []
+    monkeypatch.setattr(demo, "main", calls.append)
+    runpy.run_path(str(space / "app.py"), run_name="__main__")
+    assert parse_options(DemoOptions, calls[0]).host == "0.0.0.0"

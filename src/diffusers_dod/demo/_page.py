@@ -91,6 +91,7 @@ def serve(options: DemoOptions) -> None:
     pipe = DoDPipeline.from_pretrained(path).to(options.device)
     pipe.set_progress_bar_config(disable=True)
     name = Path(path).resolve().name if Path(path).is_dir() else path
+    print(f"Draws an example with {name} on {options.device} first ...", flush=True)
     sampler = Sampler(pipe, options.limits, {"path": name, "sha256": checkpoint_sha256(path)})
     with tempfile.TemporaryDirectory(prefix="dod-demo-") as folder:
         launch(Page(sampler, name, Path(folder)).build(), options)
@@ -184,9 +185,7 @@ class Page:
             self.num_images = self._slider(1, limits.max_images, defaults.num_images, "Images", "num_images")
             self.steps = self._slider(1, limits.max_inference_steps, defaults.steps, "Steps", "steps")
         with gr.Row(elem_id="seed_row"):
-            self.num_stages = self._slider(
-                1, max(self.max_stages, 2), defaults.num_stages, "Stages", "num_stages", visible=self.max_stages > 1
-            )
+            self.num_stages = self._slider(1, self.max_stages, defaults.num_stages, "Stages", "num_stages")
             self.seed = gr.Number(
                 defaults.seed, precision=0, minimum=0, maximum=2**32 - 1, label="Seed", elem_id="seed", min_width=90
             )
@@ -218,8 +217,17 @@ class Page:
         self.query = gr.Textbox(to_query(defaults), visible=False)
 
     def _slider(self, least, most, value, label: str, name: str, step: float = 1, visible: bool = True) -> gr.Slider:
+        """A slider; Gradio refuses one of a single value, which is hidden."""
         return gr.Slider(
-            least, most, value, step=step, label=label, elem_id=name, visible=visible, min_width=120, buttons=[]
+            least,
+            max(most, least + step),
+            value,
+            step=step,
+            label=label,
+            elem_id=name,
+            visible=visible and most > least,
+            min_width=120,
+            buttons=[],
         )
 
     def _build_tab(self, mode: str) -> gr.Tab:
@@ -229,7 +237,7 @@ class Page:
             if mode == "variations":
                 self._build_photo("Photo", "photo")
             if mode == "between":
-                most, value = max(self.limits.max_images, 2), self.defaults.num_between
+                most, value = self.limits.max_images, self.defaults.num_between
                 self.num_between = self._slider(2, most, value, "Images from one to the other", "num_between")
                 with gr.Accordion("Photos in place of the classes", open=False):
                     self._build_photo("First photo", "first")
@@ -384,9 +392,11 @@ class Page:
     def _show_cost(self, *values) -> tuple[str, Any]:
         try:
             settings, photos = self._split(values)
+            return self._describe(self.sampler.cost(settings, photos)), to_query(settings)
         except gr.Error as error:
             return _error(error.message), gr.skip()
-        return self._describe(self.sampler.cost(settings, photos)), to_query(settings)
+        except FOR_VISITORS as error:
+            return _error(str(error)), gr.skip()
 
     def _draw(self, request: gr.Request, *values) -> Iterator[tuple]:
         settings, paths = self._split(values)

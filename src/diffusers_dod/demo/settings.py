@@ -139,7 +139,7 @@ def default_settings(pipe: DoDPipeline, limits: Limits, **values: Any) -> Settin
     scale = min(config.default_guidance_scale, MAX_SCALE)
     scales = (1.0, *[scale] * min(num_stages - 1, limits.max_stages)) if has_priors else (scale,)
     defaults = {
-        "classes": tuple(sorted({num_classes // 3, num_classes // 2})),
+        "classes": tuple(sorted({num_classes // 3, num_classes // 2}))[: limits.max_images],
         "num_images": 1 if limits.max_images < 4 else 2,
         "num_between": max(2, min(6, limits.max_images)),
         "num_stages": num_stages,
