@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ import pytest
 gradio = pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
 
-from helpers import noise_image, tiny_pipeline  # noqa: E402
+from helpers import noise_image, tiny_pipeline, tiny_transformer  # noqa: E402
 from launch import PATIENCE_S, started, wait_until  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -40,18 +41,25 @@ expect = playwright.expect
 expect.set_options(timeout=PATIENCE_S * 1000)
 
 
+@contextmanager
+def serving(pipe, folder, name="tiny", sha256="0" * 64):
+    """The demo of a pipeline: its address, the pipeline and the folder of its files."""
+    options = DemoOptions(port=0, limits=Limits(max_upload_mb=1, max_megapixels=4))
+    blocks = _page.Page(Sampler(pipe, options.limits, {"path": name, "sha256": sha256}), name, folder).build()
+    try:
+        yield SimpleNamespace(address=_page.launch(blocks, options, True), pipe=pipe, folder=folder)
+    finally:
+        blocks.close()
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The demo of the checkpoint in the repository: its address, its pipeline and the folder of its files."""
+    """The demo of the checkpoint in the repository."""
     pipe = DoDPipeline.from_pretrained(desk_checkpoint())
     pipe.set_progress_bar_config(disable=True)
-    options = DemoOptions(port=0, limits=Limits(max_upload_mb=1, max_megapixels=4))
-    checkpoint = {"path": "dod-desk", "sha256": checkpoint_sha256(desk_checkpoint())}
-    folder = tmp_path_factory.mktemp("files")
-    blocks = _page.Page(Sampler(pipe, options.limits, checkpoint), "dod-desk", folder).build()
-    address = _page.launch(blocks, options, prevent_thread_lock=True)
-    yield SimpleNamespace(address=address, pipe=pipe, folder=folder)
-    blocks.close()
+    sha256 = checkpoint_sha256(desk_checkpoint())
+    with serving(pipe, tmp_path_factory.mktemp("files"), "dod-desk", sha256) as served:
+        yield served
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +75,7 @@ def visit(server, browser):
     """Opens the page for a visitor of their own, by the query of a link."""
     contexts, faults = [], []
 
-    def open_page(query="", expected_faults=(), **context):
+    def open_page(query="", address=server.address, expected_faults=(), **context):
         contexts.append(browser.new_context(**{"viewport": {"width": 1280, "height": 1000}, **context}))
         page = contexts[-1].new_page()
         page.set_default_timeout(PATIENCE_S * 1000)
@@ -78,14 +86,12 @@ def visit(server, browser):
 
         page.on("console", lambda message: keep(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: keep(str(error)))
-        page.on("request", lambda request: keep(request.url) if is_foreign(request.url) else None)
-        page.goto(server.address + query)
+        known = address, "data:", "blob:"
+        page.on("request", lambda request: None if request.url.startswith(known) else keep(request.url))
+        page.goto(address + query)
         expect(page.locator("#link textarea")).not_to_have_value("")  # all settings are restored then
         expect(page.locator("#slider img").first).to_be_visible()
         return page
-
-    def is_foreign(url):
-        return not url.startswith((server.address, "data:", "blob:"))
 
     yield open_page
     for context in contexts:
@@ -176,6 +182,23 @@ def test_classes_are_found_by_name_drawn_compared_and_downloaded(visit, tmp_path
     path, _ = download(page, "#download_all", tmp_path / "all.png")
     with Image.open(path) as sheet:
         assert sheet.width > 2 * 96 and sheet.height > 6 * 96
+
+
+def test_one_of_a_thousand_classes_is_found(visit, tmp_path):
+    names = {number: f"name {number}, other name {number}" for number in range(1000)}
+    pipe = tiny_pipeline(transformer=tiny_transformer(num_classes=1000), id2label=names)
+    with serving(pipe, tmp_path) as served:
+        page = visit("?classes=999&num_images=1", address=served.address)
+        search = page.locator("#classes input")
+        search.click()
+        search.fill("other name 731")
+        page.get_by_role("option").click()
+        search.press("Escape")
+        expect(page.locator("#cost")).to_contain_text("2 images")
+        generate(page)
+        expect(page.locator("#gallery img")).to_have_count(4)
+        assert "classes=999,731" in page.url
+        page.close()
 
 
 def test_a_link_restores_settings_and_images(visit):
