@@ -7,7 +7,7 @@ import griffe
 
 
 # name (`type`, *optional*, defaults to `x`): text. The signature says the same of type and default.
-ENTRY = re.compile(r"^(?P<indent> +)(?P<names>\w+(?:, \w+)*) \((?P<type>`.+?|\[`.+?)\):(?P<text>.*)$")
+ENTRY = re.compile(r"^(?P<indent> +)(?P<names>\w+(?:, \w+)*)(?: \(\[?`.+?\))?:(?P<text>.*)$")
 TYPE = re.compile(r"^(?P<indent> +)(?P<type>\[?`[^:]+`\]?(?:, \[?`[^:]+`\]?)*):(?P<text> .*)$")
 LINK = re.compile(r"\[`([\w.]+)`\](?!\[|\()")
 
