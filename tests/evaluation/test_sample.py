@@ -13,7 +13,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import fresh_accelerator, says, tiny_pipeline
+from helpers import fresh_accelerator, says, tiny_pipeline, tiny_transformer
 from launch import run_command, started, torchrun, wait_until
 from PIL import Image
 
@@ -490,6 +490,27 @@ def test_options_reach_the_pipeline(checkpoint, tmp_path):
         output_type="np",
     ).images
     np.testing.assert_array_equal(read_images(tmp_path / "samples"), np.round(255 * expected))
+
+
+def test_a_weaker_model_is_the_guide(checkpoint, tmp_path):
+    weak = tiny_pipeline(transformer=tiny_transformer(seed=7))
+    weak.save_pretrained(tmp_path / "weak")
+    options = ["--stage_guidance_scales", "2", "3", "--num_images", "2", "--guidance_model", str(tmp_path / "weak")]
+    manifest = run(checkpoint, tmp_path / "samples", *options)
+    assert manifest["settings"]["guidance_model_sha256"] == checkpoint_sha256(tmp_path / "weak")
+    pipeline = DoDPipeline.from_pretrained(checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        draw_labels("random", 5, 2, 10).tolist(),
+        seed=5,
+        guidance_scale=[2.0, 3.0],
+        guidance=Guidance(transformer=weak.transformer),
+        output_type="np",
+    ).images
+    np.testing.assert_array_equal(read_images(tmp_path / "samples"), np.round(255 * expected))
+    options[-1] = str(checkpoint)
+    with pytest.raises(ValueError, match=says("`output_dir`", "guidance_model_sha256")):
+        run(checkpoint, tmp_path / "samples", *options)
 
 
 @pytest.mark.parametrize(

@@ -345,6 +345,10 @@ def test_how_it_is_guided_is_handed_on(tmp_path, finished, checkpoint, extractor
     assert float(row_never[5]) < float(row[5]) and row_without_prior[5] == "-"
     with pytest.raises(ValueError, match=says("`output_dir`", "`null_condition` = 'prior'", "with 'class'")):
         sweep_with("class", "--null_condition", "prior")
+    weaker, row_weaker = sweep_with("weaker", "--guidance_model", checkpoint)  # the same model: no guidance at all
+    assert weaker[last] == pytest.approx(unguided, abs=1e-6) and row_weaker[5] == "-"
+    with pytest.raises(ValueError, match=says("`output_dir`", "`guidance_model_sha256` = None")):
+        sweep_with("weaker")
 
 
 def test_the_reference_is_computed_once_for_all_processes(tmp_path, checkpoint, extractor, monkeypatch):

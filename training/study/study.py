@@ -15,13 +15,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from colorsys import rgb_to_hsv
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
-from diffusers_dod.files import METRICS_FILE
+from diffusers_dod.data.latents import SHARD_MANIFEST, ShardManifest
+from diffusers_dod.data.textures import TEXTURE_CLASSES, render_texture
+from diffusers_dod.files import METRICS_FILE, file_sha256, replacing, write_json
+from diffusers_dod.records import read_record
 from diffusers_dod.results import checkpoint_sha256, read_results
 
 
@@ -29,6 +36,14 @@ ROOT = Path(__file__).parents[2]
 OUTPUTS = Path("outputs/study")
 RESULTS = Path("docs/results/study")
 LATENTS = OUTPUTS / "latents"
+# Kinds of textures, four classes each: what 3 labels say in place of 12.
+KINDS = {
+    "lattice": ("stripes", "checks", "bricks", "plaid"),
+    "round": ("dots", "rings", "sphere", "spiral"),
+    "irregular": ("voronoi", "marble", "wood", "polygon"),
+}
+NUM_HUES = 6
+DATA_SEED = 0  # of the images, the default of training/encode_latents.py
 
 
 def load_study() -> dict[str, Any]:
@@ -48,8 +63,62 @@ def to_argv(options: dict[str, Any]) -> list[str]:
 
 def training_argv(study: dict[str, Any], run: str) -> list[str]:
     """Arguments of training/train_dod.py for a run."""
-    places = {"latents_dir": LATENTS, "pretrained_vae_name_or_path": study["vae"], "output_dir": OUTPUTS / run}
-    return to_argv({**study["common"], **study["runs"][run], **places})
+    options = {**study["common"], **study["runs"][run]}
+    places = {"latents_dir": latents_of(options.pop("labels", None)), "output_dir": OUTPUTS / run}
+    return to_argv({**options, **places, "pretrained_vae_name_or_path": study["vae"]})
+
+
+def latents_of(labels: str | None) -> Path:
+    """Folder of the latents with other `labels`, a key of [`LABELS`]; `None` for the 12 classes."""
+    return LATENTS if labels is None else LATENTS.with_name(f"latents-{labels}")
+
+
+def label_kinds(num_images: int) -> tuple[list[str], np.ndarray]:
+    """Names of 3 kinds of textures, and the one of each image."""
+    kind_of = {name: kind for kind, names in enumerate(KINDS.values()) for name in names}
+    kinds = np.array([kind_of[name] for name in TEXTURE_CLASSES])
+    return list(KINDS), kinds[np.arange(num_images) % len(TEXTURE_CLASSES)]
+
+
+def label_hues(num_images: int) -> tuple[list[str], np.ndarray]:
+    """
+    Names of 72 classes and the one of each image: its texture, and which sixth of the hues its second colour is of.
+
+    The sixths are those of the images of one texture, so that all classes have equally many.
+    """
+    classes = np.arange(num_images) % len(TEXTURE_CLASSES)
+    hues = np.empty(num_images)
+    for index, label in enumerate(classes):  # a small image has the colours of a large one
+        _, attributes = render_texture(int(label), (DATA_SEED, index), size=8)
+        hues[index] = rgb_to_hsv(*attributes[3:6])[0]
+    sixths = np.empty(num_images, dtype=np.int64)
+    for label in range(len(TEXTURE_CLASSES)):
+        places = np.flatnonzero(classes == label)
+        sixths[places[np.argsort(hues[places], kind="stable")]] = np.arange(len(places)) * NUM_HUES // len(places)
+    names = [f"{name} {sixth + 1}" for name in TEXTURE_CLASSES for sixth in range(NUM_HUES)]
+    return names, classes * NUM_HUES + sixths
+
+
+LABELS = {"kinds": label_kinds, "hues": label_hues}
+
+
+def relabel(labels: str) -> None:
+    """Writes the latents with other `labels`, a key of [`LABELS`], if they are not there yet."""
+    target = latents_of(labels)
+    if target.is_dir():
+        return
+    manifest = read_record(LATENTS / SHARD_MANIFEST, ShardManifest)
+    names, all_labels = LABELS[labels](manifest["num_samples"])
+    start = 0
+    with replacing(target) as folder:
+        folder.mkdir(exist_ok=True)
+        for shard in manifest["shards"]:
+            end = start + shard["num_samples"]
+            tensors = load_file(LATENTS / shard["file"])
+            save_file({**tensors, "labels": torch.from_numpy(all_labels[start:end])}, folder / shard["file"])
+            shard["sha256"] = file_sha256(folder / shard["file"])
+            start = end
+        write_json(folder / SHARD_MANIFEST, {**manifest, "class_names": names})
 
 
 def result_file(run: str, step: int, evaluation: str) -> Path:
@@ -130,6 +199,8 @@ def train(runs: list[str]) -> None:
     with open(OUTPUTS / "latents.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for the latents, and find them complete
         subprocess.run([sys.executable, "training/encode_latents.py", *to_argv(data)], check=True)
+        for labels in sorted({study["runs"][run]["labels"] for run in runs if "labels" in study["runs"][run]}):
+            relabel(labels)
     work_off(runs, partial(is_trained, study), train_run)
 
 

@@ -24,7 +24,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -46,6 +46,7 @@ from ..files import (
     replacing_files,
     write_json,
 )
+from ..guidance import Guidance
 from ..guidance_options import GuidanceOptions
 from ..options import option, parse_options, to_argv, to_json, to_values
 from ..pipeline_dod import DoDPipeline
@@ -55,6 +56,7 @@ from ..results import checkpoint_sha256, describe_versions
 from ..sampling_options import CallOptions
 from ..seeding import stateless_generator
 from ..shipped import find_shipped
+from ..transformer_dod import DoDTransformer2DModel
 from .images import CHUNKS, LABELS_FILE, SAMPLES_MANIFEST, NpzImages, SamplesManifest
 from .options import DTYPES
 
@@ -66,6 +68,15 @@ SETTINGS_FILE = "settings.json"
 ARCHIVE = "samples.npz"
 ROUNDING = "round(255 x)"
 LABELS = ("random", "balanced", "null")
+
+
+def guidance_model_option() -> Any:
+    """Declares the option for the weaker model of autoguidance in a dataclass of options."""
+    return option(
+        None,
+        is_place=True,
+        help="Pipeline (folder or Hub id) whose transformer, a weaker one, is the guide in place of the null class.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +95,7 @@ class SamplingOptions:
     all_stages: bool = option(False, help="Write the images of each stage, not of the last one alone.")
     dtype: str = option("float32", choices=DTYPES, help="Data type of the weights of all models.")
     allow_tf32: bool = option(False, help="TF32 products and convolutions on NVIDIA GPUs.")
+    guidance_model: str | None = guidance_model_option()
     call: CallOptions = field(default_factory=CallOptions)
     guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
 
@@ -146,6 +158,8 @@ def sample_settings(options: SamplingOptions, pipeline: DoDPipeline) -> dict[str
         `ValueError`: an option for each stage has not as many values as there are stages.
     """
     call = to_json(to_values(options.call) | to_values(options.guidance))
+    if options.guidance_model is not None:
+        call["guidance_model_sha256"] = checkpoint_sha256(options.guidance_model)
     has_embedder = pipeline.latent_embedder is not None
     if call["num_stages"] is None:
         call["num_stages"] = pipeline.config.default_num_stages if has_embedder else 1
@@ -178,6 +192,17 @@ def sample_settings(options: SamplingOptions, pipeline: DoDPipeline) -> dict[str
         "format": options.format,
         "rounding": ROUNDING,
     }
+
+
+def load_guidance(options: SamplingOptions) -> Guidance:
+    """The [`Guidance`] of the `options`, with the weaker model, if there is one, on the CPU."""
+    guidance = options.guidance.to_guidance()
+    if options.guidance_model is None:
+        return guidance
+    weaker = DoDTransformer2DModel.from_pretrained(
+        options.guidance_model, subfolder="transformer", dtype=DTYPES[options.dtype]
+    )
+    return replace(guidance, transformer=weaker)
 
 
 class ChunkNote(TypedDict):
@@ -425,7 +450,10 @@ def sample(options: SamplingOptions, accelerator: Accelerator) -> list[dict[str,
         path = find_shipped(options.pretrained_model_name_or_path)
         pipeline = DoDPipeline.from_pretrained(path, dtype=DTYPES[options.dtype])
         settings = sample_settings(options, pipeline)
+        guidance = load_guidance(options)
     pipeline.to(accelerator.device)
+    if guidance.transformer is not None:
+        guidance.transformer.to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
     labels = draw_labels(options.labels, options.seed, options.num_images, pipeline.transformer.config.num_classes)
     stages = range(1, settings["num_stages"] + 1)
@@ -449,7 +477,7 @@ def sample(options: SamplingOptions, accelerator: Accelerator) -> list[dict[str,
             own = range(accelerator.process_index, first.num_chunks, accelerator.num_processes)
             own = [chunk for chunk in own if not all(output.is_done(chunk) for output in outputs.values())]
             missing = sorted(gather_object(own))
-            _sample_chunks(options, pipeline, outputs, missing, accelerator)
+            _sample_chunks(options, pipeline, guidance, outputs, missing, accelerator)
             with all_or_none():
                 if accelerator.is_main_process:
                     details = {
@@ -469,6 +497,7 @@ def sample(options: SamplingOptions, accelerator: Accelerator) -> list[dict[str,
 def _sample_chunks(
     options: SamplingOptions,
     pipeline: DoDPipeline,
+    guidance: Guidance,
     outputs: dict[int, SampleFolder],
     missing: list[int],
     accelerator: Accelerator,
@@ -497,7 +526,7 @@ def _sample_chunks(
                         output_type="np",
                         return_stages=options.all_stages,
                         return_dict=False,
-                        guidance=options.guidance.to_guidance(),
+                        guidance=guidance,
                         **call,
                     )[-1]
                     for n, output in outputs.items():

@@ -94,6 +94,7 @@ class SweepOptions:
         is_distinct=True,
         help=f"Averages of a training checkpoint, e.g. decay-0.9999; `{PIPELINE}` is its own.",
     )
+    guidance_model: str | None = sample.guidance_model_option()
     keep_samples: bool = option(False, help="Keep the images of every setting.")
     output_dir: Path = option(writes="folder", help="Folder of the sweep.")
     output_file: Path | None = option(None, writes="file", help="`sweep.json` in `--output_dir` by default.")
@@ -205,6 +206,8 @@ class Sweep:
         settings["extractor_sha256"] = self.evaluator.extractor_sha256
         settings["reference"] = self.evaluator.reference and self.evaluator.reference.data
         settings["checkpoint_sha256"] = checkpoint_sha256(self.checkpoint)
+        model = options.guidance_model
+        settings["guidance_model_sha256"] = None if model is None else checkpoint_sha256(model)
         for average in options.averages:
             path = self.checkpoint / STATE_FOLDER / f"ema-{average}.safetensors"
             settings[f"{average}_sha256"] = file_sha256(path) if path.is_file() else None
@@ -265,6 +268,7 @@ class Sweep:
                 format="npz",
                 all_stages=True,
                 dtype=options.dtype,
+                guidance_model=options.guidance_model,
                 call=CallOptions(
                     num_stages=len(scales),
                     num_inference_steps=num_inference_steps,
@@ -322,7 +326,7 @@ class Sweep:
                     "stage": stage,
                     "gflops": None,
                 }
-                if solver != "dopri5" and has_known_cost(guidance):
+                if solver != "dopri5" and has_known_cost(guidance) and options.guidance_model is None:
                     solvers = [solver] * stage if solver in SOLVERS else None
                     found = sampling_compute(
                         pipeline, [num_steps] * stage, scales[:stage], solvers, guidance, cost=cost
