@@ -79,6 +79,18 @@ def gradients(model: DoDJointModel, num_priors: int) -> dict[str, torch.Tensor |
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+@torch.no_grad()
+def test_the_latent_embedder_sees_noise_where_it_is_given():
+    model, batch = joint_model(), draw_batch()
+    noise, sigmas = draw_batch(seed=1)["noise"], torch.tensor([0.0, 0.5, 1.0])
+    seen = []
+    model.latent_embedder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+    model(**batch, num_priors=2, prior_noise=noise, prior_sigmas=sigmas)
+    expected = batch["latents"][:2].clone()
+    expected[1] = 0.5 * expected[1] + 0.5 * noise[1]
+    torch.testing.assert_close(seen[0], expected)
+
+
 @pytest.mark.parametrize("num_priors", range(BATCH_SIZE + 1))
 def test_every_parameter_has_a_gradient(num_priors):
     """Data parallelism waits for all of them."""

@@ -38,6 +38,7 @@ from PIL import Image
 from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDPipelineOutput, Guidance
 from diffusers_dod.autoencoders import denormalize_latents, normalize_latents
 from diffusers_dod.pipeline_inputs import to_label_ids
+from diffusers_dod.seeding import PRIOR_NOISE, stateless_noise
 
 
 NULL_CLASS = len(ID2LABEL)
@@ -834,6 +835,8 @@ BAD_CALLS = [
     ("class_labels", dict(class_labels=[[1, 2], [3]]), TypeError, "integers or names", "got [1, 2]"),
     ("num_images_per_label", dict(num_images_per_label=0), ValueError, ">= 1", "got 0"),
     ("num_images_per_label", dict(num_images_per_label=1.5), TypeError, "int", "got 1.5"),
+    ("prior_noise", dict(prior_noise=1.5), ValueError, "[0, 1]", "got 1.5"),
+    ("prior_noise", dict(prior_noise="a"), TypeError, "float", "got 'a'"),
     ("num_images_per_label", dict(num_images_per_label=10**12), ValueError, "[1, 1000000]", "got 1000000000000"),
     ("num_images_per_prior", dict(num_images_per_prior=10**12), ValueError, "[1, 1000000]", "got 1000000000000"),
     ("num_inference_steps", dict(num_inference_steps=10**9), ValueError, "[1, 1000000]", "got 1000000000"),
@@ -1281,6 +1284,20 @@ def test_indices_and_intervals_come_in_any_form(pipe, form):
 
     assert torch.equal(draw(form([7, 2]), form([0.25, 0.75])), draw(range(7, 1, -5), (0.25, 0.75)))
     assert len({Guidance(interval=form([0.25, 0.75])), Guidance(interval=(0.25, 0.75))}) == 1
+
+
+def test_the_latent_embedder_sees_noise_of_each_image(pipe):
+    def draw(**arguments):
+        settings = dict(num_inference_steps=2, output_type="latent", seed=3, sample_indices=[4, 9])
+        return pipe([1, 3], **settings, **arguments).images
+
+    clean = noise(7, batch_size=1)
+    drawn = torch.stack([stateless_noise(clean.shape[1:], 3, index, 0, 2, PRIOR_NOISE) for index in (4, 9)])
+    expected = draw(prior_latents=0.75 * clean + 0.25 * drawn)
+    torch.testing.assert_close(draw(prior_latents=clean, prior_noise=0.25), expected)
+    assert not torch.allclose(draw(prior_latents=clean), expected)
+    assert not torch.allclose(draw(prior_noise=0.25), draw())  # of a sample of stage 1
+    assert torch.equal(draw(prior_noise=0.0), draw())
 
 
 @pytest.mark.parametrize("index", [np.array(7), torch.tensor(7)], ids=["array", "tensor"])

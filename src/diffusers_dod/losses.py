@@ -138,6 +138,8 @@ class DoDJointModel(nn.Module):
         class_labels: torch.Tensor,
         num_priors: int = 0,
         features: torch.Tensor | None = None,
+        prior_noise: torch.Tensor | None = None,
+        prior_sigmas: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         The rectified-flow loss by sample (paper, Eq. 3): the mean over its elements of (noise - latents - v)^2.
@@ -150,6 +152,10 @@ class DoDJointModel(nn.Module):
             num_priors (`int`, defaults to 0): Number K of leading samples that get their own visual prior.
             features (`torch.Tensor` of shape `(B, rows, columns, D)`, *optional*):
                 A vision model's features of the clean images, in the order of the latents.
+            prior_noise (`torch.Tensor` of shape `(B, C, H, W)`, *optional*):
+                Standard normal noise that the latents are mixed with for the LEM (conditioning augmentation). By
+                default it sees them clean.
+            prior_sigmas (`torch.Tensor` of shape `(B,)`, *optional*): Level of that noise in [0, 1].
 
         Returns:
             `torch.Tensor` of shape `(B,)`, in fp32. With `features` the tuple `(loss, alignment, prior_alignment)`:
@@ -164,7 +170,12 @@ class DoDJointModel(nn.Module):
                 "`features` must be None: this model has no `projector`, "
                 f"got a tensor of shape {tuple(features.shape)}."
             )
-        prior_embeds = self.latent_embedder(latents[:num_priors]).prior_embeds if num_priors > 0 else None
+        prior_embeds = None
+        if num_priors > 0:
+            seen = latents[:num_priors]
+            if prior_noise is not None:
+                seen = interpolate(seen, prior_noise[:num_priors], prior_sigmas[:num_priors])
+            prior_embeds = self.latent_embedder(seen).prior_embeds
         noisy_latents = interpolate(latents, noise, sigmas)
         output = self.transformer(
             noisy_latents,

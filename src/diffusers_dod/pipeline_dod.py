@@ -46,9 +46,9 @@ from .pipeline_inputs import (
 )
 from .pipeline_loading import DoDPipelineLoadingMixin
 from .pipeline_output import DoDPipelineOutput, DoDStageStatistics
-from .rectified_flow import NUM_TRAIN_TIMESTEPS
+from .rectified_flow import NUM_TRAIN_TIMESTEPS, interpolate
 from .scheduling_dod import DoDFlowMatchScheduler
-from .seeding import NoiseSource
+from .seeding import PRIOR_NOISE, NoiseSource
 from .stages import Stage, check_samples, find_sound, is_a, one_at_a_time, plan_stages
 from .transformer_dod import DoDTransformer2DModel
 
@@ -285,6 +285,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
         prior_latents: torch.Tensor | None = None,
         prior_tokens: torch.Tensor | None = None,
         num_images_per_prior: int = 1,
+        prior_noise: float = 0.0,
         height: int | None = None,
         width: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -338,6 +339,9 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
             num_images_per_prior (`int`, defaults to 1):
                 Number of stage-2 images for each sample of stage 1, or for each given image, >= 1. Later stages
                 continue with all of them.
+            prior_noise (`float`, defaults to 0.0):
+                Level in [0, 1] of the noise that the latents of the previous stage, or given ones, are mixed with
+                before the latent embedder sees them. It is for models that were trained with `prior_noise`.
             height (`int`, *optional*):
                 Height in pixels. By default the height of `prior_latents`, else the trained height.
             width (`int`, *optional*): Width in pixels, with the same default.
@@ -396,6 +400,9 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
+        check_number("prior_noise", prior_noise, 0, 1)
+        if prior_noise > 0 and prior_tokens is not None:
+            raise ValueError(f"`prior_noise` must be 0 with `prior_tokens`, got {prior_noise}.")
         if num_images_per_prior > 1 and num_stages == 1:
             raise ValueError(f"`num_images_per_prior` must be 1 with one stage, got {num_images_per_prior}.")
         sample_indices = check_noise_source(generator, seed, sample_indices, batch_size)
@@ -443,18 +450,6 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
 
         # 3. Stage by stage (paper, Eq. 4)
         for stage, noise in zip(stages, noises, strict=True):
-            if stage.number > 1:
-                is_given = stage is stages[0] and prior is not None
-                prior_embeds = self._prior_embeds(
-                    state["latents"], prior_tokens if is_given else None, shape[1:], attention_kwargs
-                )
-                if is_given:
-                    is_shared = prior_embeds.shape[0] == 1
-                    prior_embeds = prior_embeds.repeat_interleave(batch_size if is_shared else num_images_per_label, 0)
-                if stage.number == 2:
-                    prior_embeds = prior_embeds.repeat_interleave(num_images_per_prior, 0)
-                    state["class_labels"] = state["class_labels"].repeat_interleave(num_images_per_prior)
-                state["prior_embeds"] = prior_embeds
             source = NoiseSource(
                 stage=stage.number,
                 batch_size=batch_size,
@@ -463,6 +458,27 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
                 seed=seed,
                 sample_indices=sample_indices,
             )
+            if stage.number > 1:
+                is_given = stage is stages[0] and prior is not None
+                given_tokens = prior_tokens if is_given else None
+                copies = num_images_per_prior if stage.number == 2 else 1
+
+                def spread(values: torch.Tensor, is_given: bool = is_given, copies: int = copies) -> torch.Tensor:
+                    """Repeats what is given for each label, or for all, for each image of the stage."""
+                    if is_given:
+                        values = values.repeat_interleave(batch_size if len(values) == 1 else num_images_per_label, 0)
+                    return values.repeat_interleave(copies, 0)
+
+                if prior_noise > 0:  # of each image its own
+                    noisy = spread(state["latents"]).to(device, torch.float32)
+                    noisy = interpolate(noisy, source.draw(PRIOR_NOISE, noisy.shape[1:], device), prior_noise)
+                    prior_embeds = self._prior_embeds(noisy, None, shape[1:], attention_kwargs)
+                else:
+                    prior_embeds = spread(
+                        self._prior_embeds(state["latents"], given_tokens, shape[1:], attention_kwargs)
+                    )
+                state["class_labels"] = state["class_labels"].repeat_interleave(copies)
+                state["prior_embeds"] = prior_embeds
             self._guidance_scale = stage.guidance_scale
             num_steps = stage.lay_out(device)
             noise = source.draw(0, shape, device) if noise is None else noise

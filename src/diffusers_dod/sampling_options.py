@@ -21,6 +21,7 @@ class CallOptions:
     stage_inference_steps: tuple[int, ...] | None = option(None, at_least=1, help="Steps of each stage.")
     stage_solvers: tuple[str, ...] | None = option(None, choices=SOLVERS, help="Solver of each stage.")
     stage_guidance_scales: tuple[float, ...] | None = option(None, at_least=0, help="Guidance scale of each stage.")
+    prior_noise: float = option(0.0, at_least=0, at_most=1, help="Level of the noise that the LEM sees in samples.")
     height: int | None = option(None, at_least=1, help="Height in pixels; the trained size by default.")
     width: int | None = option(None, at_least=1, help="Width in pixels; the trained size by default.")
 
@@ -60,6 +61,7 @@ class CallOptions:
             "num_inference_steps": self.stage_inference_steps or self.num_inference_steps,
             "guidance_scale": guidance_scale,
             "schedulers": self.stage_solvers,
+            "prior_noise": self.prior_noise,
             "height": self.height,
             "width": self.width,
         }

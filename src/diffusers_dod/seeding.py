@@ -13,6 +13,10 @@ from .checks import check_at_least, check_type
 from .devices import send
 
 
+#: The step of [`NoiseSource.draw`] for the noise in the latents that priors are made of; no solver has so many steps.
+PRIOR_NOISE = 2**32
+
+
 def _seed_sequence(ids: tuple[int, ...]) -> np.random.SeedSequence:
     if not ids:
         raise ValueError("`ids` must hold at least one integer, got none.")

@@ -235,6 +235,13 @@ class DropoutOptions:
 
     label_dropout_prob: float = option(0.1, at_least=0, at_most=1, help="Share of samples of the null class.")
     prior_dropout_prob: float = option(0.5, at_least=0, at_most=1, help="Share p_s of samples without a prior.")
+    prior_noise: float = option(
+        0.0,
+        at_least=0,
+        at_most=1,
+        help="Largest level of noise in the latents that the LEM sees, uniform from 0 on for each sample "
+        "(conditioning augmentation); sampling then has a level, too.",
+    )
     exact_dropout: bool | None = option(
         None,
         help="Drop exactly these shares, of classes in each optimizer step and of priors in each micro-batch, so that "

@@ -57,6 +57,26 @@ def test_a_sample_does_not_depend_on_the_order_of_access():
         assert_same_sample(stream[position], forwards[position])
 
 
+def test_noise_of_priors_leaves_all_other_draws_alone():
+    latents = NumberedLatents(std=1.0)
+    plain, noisy = (
+        TrainingSamples(latents, SampleDraws(NUM_CLASSES, seed=5, prior_noise=level)) for level in (0.0, 0.5)
+    )
+    samples = [noisy[position] for position in range(200)]
+    for position, sample in enumerate(samples):
+        added = {name: sample.pop(name) for name in ("prior_noise", "prior_sigma")}
+        assert_same_sample(sample, plain[position])
+        sample |= added
+    sigmas = torch.stack([sample["prior_sigma"] for sample in samples])
+    assert 0 <= sigmas.min() < 0.05 and 0.45 < sigmas.max() <= 0.5 and sigmas.mean() == pytest.approx(0.25, abs=0.03)
+    noise = torch.stack([sample["prior_noise"] for sample in samples])
+    assert noise.std() == pytest.approx(1, abs=0.03)
+    together = torch.stack([torch.stack([sample["noise"], sample["prior_noise"]]).flatten(1) for sample in samples])
+    assert torch.corrcoef(together.transpose(0, 1).flatten(1))[0, 1].abs() < 0.05  # of each other independent
+    batch = collate_priors_first(samples[:8])
+    assert batch["prior_noise"].shape == batch["noise"].shape and batch["prior_sigmas"].shape == (8,)
+
+
 def test_workers_see_the_same_stream():
     stream = TrainingSamples(NumberedLatents(std=1.0), SampleDraws(NUM_CLASSES, seed=5))
     batches = [

@@ -58,6 +58,9 @@ class SampleDraws:
         logit_mean (`float`, defaults to 0.0): Mean of the logit of the time, see [`logit_normal_sigma`].
         logit_std (`float`, defaults to 1.0): Standard deviation of the logit of the time.
         time_shift (`float`, defaults to 1.0): Shift of the time towards noise, see [`shift_sigma`].
+        prior_noise (`float`, defaults to 0.0):
+            Largest level in [0, 1] of the noise in the latents that the LEM sees (conditioning augmentation, Ho et al.
+            2022, arXiv:2106.15282). The level of each sample is uniform from 0 on.
 
     Raises:
         `ValueError`, `TypeError`: an argument is out of range.
@@ -74,7 +77,9 @@ class SampleDraws:
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
         time_shift: float = 1.0,
+        prior_noise: float = 0.0,
     ):
+        check_number("prior_noise", prior_noise, 0, 1)
         check_at_least("num_classes", num_classes, 1)
         stateless_generator(seed)  # which checks it
         check_number("label_dropout_prob", label_dropout_prob, 0, 1)
@@ -97,6 +102,7 @@ class SampleDraws:
         self.logit_mean = logit_mean
         self.logit_std = logit_std
         self.time_shift = time_shift
+        self.prior_noise = prior_noise
 
     def _is_dropped(self, position: int, uniform: float, probability: float, kind: int) -> bool:
         """Whether a sample lacks its class (`kind` 2) or its prior (3)."""
@@ -124,6 +130,22 @@ class SampleDraws:
             drops_prior=self._is_dropped(position, drop_prior, self.prior_dropout_prob, kind=3),
             generator=generator,
         )
+
+    def draw_prior_noise(self, draw: SampleDraw, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        """
+        Draws the noise in the latents that the LEM sees, after all else of a sample.
+
+        Args:
+            draw ([`SampleDraw`]): The draws of the sample.
+            shape (`tuple[int, ...]`): Shape (C, h, w) of the latents.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `prior_noise` of this shape and its level `prior_sigma`; empty if there is none.
+        """
+        if self.prior_noise == 0:
+            return {}
+        sigma = self.prior_noise * torch.rand((), generator=draw.generator)
+        return {"prior_noise": torch.randn(shape, generator=draw.generator), "prior_sigma": sigma}
 
 
 class TrainingSamples(Dataset):
@@ -172,6 +194,7 @@ class TrainingSamples(Dataset):
             "sigma": draw.sigma,
             "class_label": self.draws.num_classes if draw.drops_label else int(self.latents.labels[index]),
             "has_prior": not draw.drops_prior,
+            **self.draws.draw_prior_noise(draw, mean.shape),
         }
         if position < self.num_aligned and self.images is None:
             sample["features"] = self.latents.read_features(index, view)
@@ -187,6 +210,8 @@ def collate_priors_first(samples: list[dict]) -> dict[str, torch.Tensor | int]:
     batch = default_collate(sorted(samples, key=lambda sample: not sample["has_prior"]))
     batch["sigmas"] = batch.pop("sigma")
     batch["class_labels"] = batch.pop("class_label")
+    if "prior_sigma" in batch:
+        batch["prior_sigmas"] = batch.pop("prior_sigma")
     batch["num_priors"] = int(batch.pop("has_prior").sum())
     return batch
 

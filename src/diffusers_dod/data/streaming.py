@@ -284,6 +284,7 @@ class ImageStream(IterableDataset):
             "sigma": draw.sigma,
             "class_label": self.draws.num_classes if draw.drops_label else label,
             "has_prior": not draw.drops_prior,
+            **self.draws.draw_prior_noise(draw, self.latent_shape),
             "reader_state": torch.tensor(reader_state),
         }
 

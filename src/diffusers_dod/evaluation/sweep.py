@@ -94,6 +94,7 @@ class SweepOptions:
         is_distinct=True,
         help=f"Averages of a training checkpoint, e.g. decay-0.9999; `{PIPELINE}` is its own.",
     )
+    prior_noise: float = option(0.0, at_least=0, at_most=1, help="Level of the noise that the LEM sees in samples.")
     guidance_model: str | None = sample.guidance_model_option()
     keep_samples: bool = option(False, help="Keep the images of every setting.")
     output_dir: Path = option(writes="folder", help="Folder of the sweep.")
@@ -200,7 +201,7 @@ class Sweep:
     def _check_folder(self) -> None:
         """Raises unless all settings in the folder belong to one sweep."""
         options = self.options
-        names = ("extractor", "resolution", "num_groups", "num_images", "batch_size", "labels", "dtype")
+        names = ("extractor", "resolution", "num_groups", "num_images", "batch_size", "labels", "dtype", "prior_noise")
         settings = {name: value for name, value in to_values(options).items() if name in names}
         settings = to_json(settings | {"metrics": options.judge.wanted_metrics} | to_values(options.guidance))
         settings["extractor_sha256"] = self.evaluator.extractor_sha256
@@ -274,6 +275,7 @@ class Sweep:
                     num_inference_steps=num_inference_steps,
                     stage_solvers=(solver,) * len(scales) if solver in SOLVERS else None,
                     stage_guidance_scales=tuple(scales),
+                    prior_noise=options.prior_noise,
                 ),
                 guidance=options.guidance,
             )

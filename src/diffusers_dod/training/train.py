@@ -218,6 +218,7 @@ class Trainer:
             seed=options.data.seed,
             label_dropout_prob=options.dropout.label_dropout_prob,
             prior_dropout_prob=1.0 if self.joint_model.latent_embedder is None else options.dropout.prior_dropout_prob,
+            prior_noise=options.dropout.prior_noise,
             exact_dropout_size=self.images_per_step if options.dropout.exact_dropout else None,
             micro_batch_size=options.optimizer.train_batch_size if options.dropout.exact_dropout else None,
             logit_mean=options.times.logit_mean,
