@@ -477,7 +477,7 @@ def sample(options: SamplingOptions, accelerator: Accelerator) -> list[dict[str,
             own = range(accelerator.process_index, first.num_chunks, accelerator.num_processes)
             own = [chunk for chunk in own if not all(output.is_done(chunk) for output in outputs.values())]
             missing = sorted(gather_object(own))
-            _sample_chunks(options, pipeline, guidance, outputs, missing, accelerator)
+            _sample_chunks(options, pipeline, guidance, outputs, missing=missing, accelerator=accelerator)
             with all_or_none():
                 if accelerator.is_main_process:
                     details = {
