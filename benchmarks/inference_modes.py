@@ -183,22 +183,20 @@ def plot(results: dict[str, dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name, row in results.items():
-        if row["gflops"] is None:  # at the place of the first mode
-            continue
-        point = row["gflops"], row["fid_corrected"]["value"]
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    known = {name: row for name, row in results.items() if row["gflops"] is not None}  # else as the first mode
+    names = sorted(known, key=lambda name: (known[name]["gflops"], known[name]["fid_corrected"]["value"]))
+    for number, name in enumerate(names, 1):
+        gflops, fid = known[name]["gflops"], known[name]["fid_corrected"]
         is_solver = name.split(",")[0] in SOLVERS and name.count(",") == 1
-        axes.plot(*point, "o", color="tab:blue" if is_solver else "tab:orange")
-        style = {"rotation": 30, "xytext": (4, 3)}
-        if name.count(",") == 2:  # a long name, to the left
-            style = {"ha": "right", "xytext": (-6, -2)}
-        axes.annotate(name, point, textcoords="offset points", fontsize=7, **style)
+        color = "tab:blue" if is_solver else "tab:orange"
+        axes.vlines(gflops, *fid["interval"], color=color, alpha=0.3)
+        marker = {"marker": f"${number}$", "markersize": 6 if number < 10 else 9}
+        axes.plot(gflops, fid["value"], linestyle="none", color=color, label=name, **marker)
     axes.set(xscale="log", yscale="log", xlabel="GFLOPs of an image", ylabel="FID (texture features), corrected")
-    axes.set_xlim(0.9, 7)
-    axes.set_ylim(2, 80)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
     axes.set_xticks(ticks := [1, 2, 3, 4, 5], ticks)
-    axes.set_yticks(ticks := [2, 3, 5, 10, 20, 40], ticks)
+    axes.set_yticks(ticks := [1, 2, 3, 5, 10, 20, 40], ticks)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -128,12 +128,7 @@ def count_waits_of_sampling() -> dict[str, str]:
     return found
 
 
-def test_the_device_notes_what_a_gpu_waits_for(tmp_path):
-    found = run(tmp_path, notice)
-    assert found == {"wrong": []}
-
-
-def notice() -> dict[str, list[str]]:
+def notice() -> list[str]:
     """What the device does not notice, or notices for nothing."""
     from virtual_device import DEVICE, virtual_device
 
@@ -172,25 +167,7 @@ def notice() -> dict[str, list[str]]:
                 wrong.append(name)
             except RuntimeError as error:
                 assert "same device" in str(error)
-    return {"wrong": wrong}
-
-
-def run(folder: Path, check: Callable[..., object], num_processes: int = 1) -> object:
-    """Runs a function of this file in a process of its own, or in several, and returns the result of the first."""
-    launcher = [sys.executable] if num_processes == 1 else torchrun(folder / "log", num_processes)
-    run_command([*launcher, __file__, check.__name__, folder], folder / "log.txt")
-    return json.loads((folder / "result-0.json").read_text())
-
-
-@pytest.mark.slow
-def test_no_tensor_is_on_another_device(tmp_path):
-    found = run(tmp_path, sample_in_all_ways)
-    assert_none(f"{name}: {error}" for name, error in found.items())
-
-
-def test_sampling_does_not_wait_for_the_device(tmp_path):
-    found = run(tmp_path, count_waits_of_sampling)
-    assert_none(f"{name}: {error}" for name, error in found.items())
+    return wrong
 
 
 TRAIN = "--preset DoD-Desk --train_batch_size 4 --dataset_name textures --num_train_samples 16 --resolution 8".split()
@@ -240,12 +217,45 @@ def count_waits_of_training(folder: Path) -> list[str]:
         return log.table().splitlines()
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_training_does_not_wait_for_the_device(tmp_path, num_processes):
-    assert_none(run(tmp_path, count_waits_of_training, num_processes))
+def run(folder: Path, *checks: Callable[..., object], num_processes: int = 1) -> dict[str, object]:
+    """Runs functions of this file in one process, or in several, and returns the results of the first by name."""
+    launcher = [sys.executable] if num_processes == 1 else torchrun(folder / "log", num_processes)
+    run_command([*launcher, __file__, folder, *(check.__name__ for check in checks)], folder / "log.txt")
+    return json.loads((folder / "result-0.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, object]:
+    """What all quick checks of one process have found: its start takes longer than they do."""
+    return run(tmp_path_factory.mktemp("device"), notice, count_waits_of_sampling, count_waits_of_training)
+
+
+def test_the_device_notes_what_a_gpu_waits_for(found):
+    assert_none(found["notice"])
+
+
+def test_sampling_does_not_wait_for_the_device(found):
+    assert_none(f"{name}: {error}" for name, error in found["count_waits_of_sampling"].items())
+
+
+def test_training_does_not_wait_for_the_device(found):
+    assert_none(found["count_waits_of_training"])
+
+
+def test_training_in_two_processes_does_not_wait_for_the_device(tmp_path):
+    assert_none(run(tmp_path, count_waits_of_training, num_processes=2)["count_waits_of_training"])
+
+
+@pytest.mark.slow
+def test_no_tensor_is_on_another_device(tmp_path):
+    found = run(tmp_path, sample_in_all_ways)["sample_in_all_ways"]
+    assert_none(f"{name}: {error}" for name, error in found.items())
 
 
 if __name__ == "__main__":
-    check, folder = globals()[sys.argv[1]], Path(sys.argv[2])
-    result = check(folder / "run") if inspect.signature(check).parameters else check()
-    (folder / f"result-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(result))
+    folder = Path(sys.argv[1])
+    results = {}
+    for name in sys.argv[2:]:
+        check = globals()[name]
+        results[name] = check(folder / "run") if inspect.signature(check).parameters else check()
+    (folder / f"result-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(results))
