@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PLACEHOLDER = "OWNER"  # in the address of the project's home
-BUILD = "import sys, setuptools.build_meta as b\nprint(b.build_sdist(sys.argv[1]), b.build_wheel(sys.argv[1]))"
+BUILD = "import sys, setuptools.build_meta as backend\nprint(getattr(backend, sys.argv[1])(sys.argv[2]))"
 SMOKE = (
     "from diffusers_dod import DoDPipeline, desk_checkpoint\n"
     "pipe = DoDPipeline.from_pretrained(desk_checkpoint())\n"
@@ -126,14 +126,10 @@ def build(revision: str, folder: Path) -> list[Path]:
         readme.write_text(make_links_absolute(readme.read_text(), home, tag))
         folder = folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        script = (
-            "import sys, setuptools.build_meta as b\nprint(b.build_sdist(sys.argv[1]), b.build_wheel(sys.argv[1]))"
-        )
+        command = [sys.executable, "-W", "ignore", "-c", BUILD]
         environment = os.environ | {"SOURCE_DATE_EPOCH": str(time)}
-        words = run(
-            sys.executable, "-c", script, folder, cwd=source, env=environment, stderr=subprocess.DEVNULL
-        ).split()
-        sdist, wheel = (folder / name for name in words[-2:])
+        printed = [run(*command, f"build_{kind}", folder, cwd=source, env=environment) for kind in ("wheel", "sdist")]
+        wheel, sdist = (folder / text.split()[-1] for text in printed)
     normalise_sdist(sdist, time)
     return [wheel, sdist]
 

@@ -1,5 +1,6 @@
 """The examples run, on the checkpoint of the repository, and draw what they say."""
 
+import hashlib
 import runpy
 from pathlib import Path
 
@@ -65,3 +66,20 @@ def test_sweep_of_the_guidance_scale(tmp_path):
     (rescaled,) = tiles(run("guidance_sweep.py", tmp_path, *arguments, "--guidance_rescale", "1"), 1, 2)
     assert np.abs(row[0].astype(int) - row[1]).mean() > 1
     assert (row[0] == rescaled[0]).all() and (row[1] != rescaled[1]).any()
+
+
+def test_folders_of_imagenet_are_checked(tmp_path, capsys):
+    module = runpy.run_path(str(ROOT / "examples" / "check_imagenet.py"))
+    find_errors, known = module["find_errors"], module["find_errors"].__globals__
+    for number in range(1000):
+        (tmp_path / f"n{number:08}").mkdir()
+    errors = find_errors(tmp_path, "val")
+    assert "wnids" in errors[0] and "50,000 images, got 0" in errors[1] and "50 images, got 0" in errors[2]
+    names = sorted(folder.name for folder in tmp_path.iterdir())
+    known["WNIDS_SHA256"] = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    known["NUM_IMAGES"] = {"train": 1}
+    (tmp_path / names[3] / "a.JPEG").touch()
+    assert find_errors(tmp_path, "train") == []
+    assert "n00000207" in capsys.readouterr().out
+    (tmp_path / names[0]).rmdir()
+    assert find_errors(tmp_path, "train") == ["There must be 1,000 folders, got 999."]
