@@ -7,19 +7,22 @@ Draws the same samples at several guidance scales: one column per scale, one row
 import argparse
 from pathlib import Path
 
-from diffusers_dod import DoDPipeline, Guidance
+from diffusers_dod import DoDPipeline, Guidance, desk_checkpoint
+from diffusers_dod.command_line import run_main
 from diffusers_dod.data.image_grid import make_grid
+from diffusers_dod.files import check_output
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", default="checkpoints/dod-desk")
+    parser.add_argument("--pipeline", default=desk_checkpoint())
     parser.add_argument("--class_labels", nargs="+", default=["checks", "rings", "marble", "bricks", "spiral"])
     parser.add_argument("--guidance_scales", nargs="+", type=float, default=[1.0, 2.0, 3.0, 5.0, 8.0])
     parser.add_argument("--guidance_rescale", type=float, default=0.0, help="From 0 to 1, against oversaturation.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/guidance_sweep.png"))
     args = parser.parse_args(argv)
+    check_output("output", args.output, suffix=".png")
 
     pipe = DoDPipeline.from_pretrained(args.pipeline)
     first = pipe(args.class_labels, num_stages=1, seed=args.seed, output_type="latent")
@@ -48,4 +51,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

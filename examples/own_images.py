@@ -13,6 +13,9 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
+from diffusers_dod.command_line import run_main
+from diffusers_dod.files import check_output
+
 
 # Class -> photograph of `skimage.data`. All of them are in its wheel.
 CLASSES = {
@@ -36,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.images_per_class < 1 or args.resolution < 1:
         parser.error("`images_per_class` and `resolution` must be positive integers.")
+    check_output("output_dir", args.output_dir, is_folder=True)
 
     rng = np.random.default_rng(args.seed)
     for name, load in CLASSES.items():
@@ -51,4 +55,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -12,16 +12,19 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusers_dod import DoDPipeline
+from diffusers_dod import DoDPipeline, desk_checkpoint
+from diffusers_dod.command_line import run_main
+from diffusers_dod.files import check_output
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", default=Path(__file__).parents[1] / "checkpoints" / "dod-desk")
+    parser.add_argument("--pipeline", default=desk_checkpoint())
     parser.add_argument("--samples_per_class", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"))
     args = parser.parse_args(argv)
+    check_output("output", args.output, suffix=".png")
 
     pipe = DoDPipeline.from_pretrained(args.pipeline)
     names = list(pipe.label2ids)
@@ -49,4 +52,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

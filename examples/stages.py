@@ -7,19 +7,22 @@ Draws the stages of some samples side by side: one row per sample, stage 1 on th
 import argparse
 from pathlib import Path
 
-from diffusers_dod import DoDPipeline
+from diffusers_dod import DoDPipeline, desk_checkpoint
+from diffusers_dod.command_line import run_main
 from diffusers_dod.data.image_grid import make_grid
+from diffusers_dod.files import check_output
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", default="checkpoints/dod-desk")
+    parser.add_argument("--pipeline", default=desk_checkpoint())
     parser.add_argument("--class_label", default="bricks")
     parser.add_argument("--num_samples", type=int, default=6)
     parser.add_argument("--num_stages", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/stages.png"))
     args = parser.parse_args(argv)
+    check_output("output", args.output, suffix=".png")
 
     pipe = DoDPipeline.from_pretrained(args.pipeline)
     output = pipe(
@@ -42,4 +45,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from diffusers_dod import DoDFlowMatchScheduler
+from diffusers_dod.command_line import run_main
+from diffusers_dod.files import check_output
 from diffusers_dod.guidance import classifier_free_guidance
 from diffusers_dod.rectified_flow import NUM_TRAIN_TIMESTEPS, interpolate, logit_normal_sigma, velocity_target
 from diffusers_dod.transformer_dod import DoDTimestepEmbedding
@@ -112,6 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/toy_2d.png"))
     args = parser.parse_args(argv)
+    check_output("output", args.output, suffix=".png")
 
     torch.manual_seed(args.seed)
     model, without_bottleneck = ToyDoD(code_dim=1), ToyDoD(code_dim=2)
@@ -152,4 +155,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -13,19 +13,21 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from diffusers_dod import DoDPipeline
+from diffusers_dod import DoDPipeline, desk_checkpoint
+from diffusers_dod.command_line import run_main
 from diffusers_dod.data.image_grid import make_grid
-from diffusers_dod.image_reading import center_crop
+from diffusers_dod.files import check_output
+from diffusers_dod.image_reading import center_crop, to_image
 
 
 def load(path: Path, side: int) -> Image.Image:
     """The centre of an image at the size of the model."""
-    return Image.fromarray(center_crop(Image.open(path), side))
+    return Image.fromarray(center_crop(to_image(path), side))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", default="checkpoints/dod-desk")
+    parser.add_argument("--pipeline", default=desk_checkpoint())
     parser.add_argument("--image", type=Path, required=True)
     parser.add_argument("--second_image", type=Path)
     parser.add_argument("--class_label", default="marble")
@@ -34,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/variations.png"))
     args = parser.parse_args(argv)
+    check_output("output", args.output, suffix=".png")
 
     pipe = DoDPipeline.from_pretrained(args.pipeline)
     side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
@@ -66,4 +69,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -83,3 +83,40 @@ def test_folders_of_imagenet_are_checked(tmp_path, capsys):
     assert "n00000207" in capsys.readouterr().out
     (tmp_path / names[0]).rmdir()
     assert find_errors(tmp_path, "train") == ["There must be 1,000 folders, got 999."]
+
+
+def error_of(name: str, capsys, monkeypatch, *arguments: str) -> str:
+    """The line that an example ends with where it is a process of its own."""
+    monkeypatch.setattr("sys.argv", [name, *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    assert end.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert [line for line in lines if "rror" in line] == lines[-1:]
+    return lines[-1]
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the checkpoint is found, too
+    (tmp_path / "text.png").write_text("no image")
+    missing = error_of("variations.py", capsys, monkeypatch, "--image", "missing.png")
+    assert missing.startswith("variations.py: error:") and "missing.png" in missing
+    assert "text.png" in error_of("variations.py", capsys, monkeypatch, "--image", "text.png")
+    assert "nowhere" in error_of("stages.py", capsys, monkeypatch, "--pipeline", "nowhere")
+    for name in ("guidance_sweep.py", "quickstart.py", "stages.py", "toy_2d.py"):
+        assert "`output` must end with .png, got a.txt" in error_of(name, capsys, monkeypatch, "--output", "a.txt")
+
+
+def test_an_image_of_a_phone_is_turned_and_its_transparency_white(tmp_path):
+    phone, upright = tmp_path / "phone.png", tmp_path / "upright.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 4), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(phone, exif=exif)
+    white = Image.new("RGBA", (60, 40), "white")
+    Image.alpha_composite(white, Image.fromarray(pixels)).convert("RGB").rotate(-90, expand=True).save(upright)
+    (one,), (two,) = (
+        tiles(run("variations.py", tmp_path, "--image", str(path), "--num_images", "1"), 1, 2)
+        for path in (phone, upright)
+    )
+    assert np.abs(one[0].astype(int) - two[0]).max() <= 1
