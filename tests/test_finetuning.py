@@ -1,16 +1,23 @@
 """Fine-tuning: on other classes, from a FiTv2, of few weights or of LoRA adapters, and that nothing else changes."""
 
+import itertools
+import re
+import shutil
+
 import pytest
 import torch
 from golden_data import golden, golden_model, timestep_of
-from helpers import fresh_accelerator, says, tiny_pipeline, tiny_transformer, tiny_vae
+from helpers import contents, fresh_accelerator, says, tiny_pipeline, tiny_transformer, tiny_vae
 from safetensors.torch import load_file
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDTransformer2DModel
-from diffusers_dod.checkpoint_manifest import STATE_FOLDER
+from diffusers_dod.cards import describe_loading
+from diffusers_dod.checkpoint_manifest import STATE_FOLDER, find_damage
+from diffusers_dod.data.textures import TEXTURE_CLASSES
 from diffusers_dod.finetuning import difffit_parameters, freeze_all_but
 from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.options import parse_options
+from diffusers_dod.training.model_card import describe_end
 from diffusers_dod.training.train import build_models, main
 from diffusers_dod.training_options import TrainingOptions
 
@@ -243,3 +250,125 @@ def test_lora_adapters_learn_and_nothing_else_changes():
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert {name for name, weight in model.state_dict().items() if not torch.equal(start[name], weight)} == adapters
+
+
+# ------------------------------------------------------------------------------------------------- LoRA by the trainer
+
+
+LORA = ["--lora_rank", "3", "--lora_alpha", "6", "--checkpointing_steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def adapters(pretrained, tmp_path_factory):
+    """Runs that train adapters of both models: on and on, and with a stop after the first step."""
+    pytest.importorskip("peft")
+    folder = tmp_path_factory.mktemp("adapters")
+    where = ["--pretrained_model_name_or_path", pretrained / "pipeline", *LORA, "--lora_latent_embedder"]
+    train(folder / "run", *where)
+    with fresh_accelerator():
+        main(arguments(folder / "resumed", *where, "--max_train_steps", 1))
+    train(folder / "resumed", *where, "--resume_from_checkpoint", "latest")
+    return folder
+
+
+def test_adapters_are_all_that_is_trained_and_saved(adapters, pretrained):
+    pipeline = contents(pretrained / "pipeline")
+    run = adapters / "run"
+    assert not list(run.rglob("model_index.json")) and (run / "pytorch_lora_weights.safetensors").is_file()
+    model = build(arguments(run, "--pretrained_model_name_or_path", pretrained / "pipeline", *LORA), (4, 8, 8), 12)
+    chosen = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert chosen and all(name.startswith("transformer.") and ".lora_" in name for name in chosen)
+    for step, file in itertools.product((1, 2), ("model", "ema-decay-0.999")):
+        saved = load_file(run / f"checkpoint-{step}" / STATE_FOLDER / f"{file}.safetensors")
+        assert {name for name in saved if name.startswith("transformer.")} == chosen
+        assert all(".lora_" in name for name in saved) and len(saved) > len(chosen)
+    assert contents(pretrained / "pipeline") == pipeline
+    trained = load_file(run / "pytorch_lora_weights.safetensors")
+    assert all(weight.abs().max() > 0 for name, weight in trained.items() if "lora_B" in name)
+    assert trained["transformer.class_embed.lora_embedding_A"].abs().max() > 0
+
+
+def test_resumed_adapters_equal_those_of_a_run_without_a_stop(adapters):
+    one, two = (
+        {path.name: load_file(path) for path in (adapters / name / "checkpoint-2").rglob("*.safetensors")}
+        for name in ("run", "resumed")
+    )
+    assert one.keys() == two.keys() and len(one) == 4
+    for file, tensors in one.items():
+        assert tensors.keys() == two[file].keys()
+        assert all(torch.equal(tensor, two[file][name]) for name, tensor in tensors.items()), file
+    assert find_damage(adapters / "run" / "checkpoint-2") is None
+
+
+def test_other_weights_under_the_adapters_are_refused(adapters, pretrained, tmp_path):
+    shutil.copytree(adapters / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    pipe = DoDPipeline.from_pretrained(pretrained / "pipeline")
+    torch.nn.init.zeros_(pipe.transformer.proj_out.bias)
+    pipe.save_pretrained(tmp_path / "other")
+    where = ["--pretrained_model_name_or_path", tmp_path / "other", *LORA, "--lora_latent_embedder"]
+    with fresh_accelerator(), pytest.raises(ValueError, match=says("`base_weights`")):
+        main(arguments(tmp_path / "run", *where, "--resume_from_checkpoint", "latest"))
+
+
+def test_a_damaged_adapter_is_found(adapters, tmp_path):
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(adapters / "run" / "checkpoint-2", folder)
+    file = folder / "pytorch_lora_weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert "pytorch_lora_weights.safetensors does not have the hash" in find_damage(folder)
+    file.unlink()
+    assert "files are missing: pytorch_lora_weights.safetensors" in find_damage(folder)
+
+
+def test_the_lines_that_load_an_adapter_run(adapters, pretrained):
+    """The card has such lines, and so has the end of the run. The data have other classes than the pipeline."""
+    base, run = str(pretrained / "pipeline"), str(adapters / "run")
+    card = (adapters / "run" / "README.md").read_text()
+    block = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    block = block.replace("path/or/hub-id/of/the/base", base).replace("path/or/hub-id", run)
+    options = parse_options(TrainingOptions, arguments(run, "--pretrained_model_name_or_path", base, *LORA))
+    _, *end = describe_end(options, 16, TEXTURE_CLASSES).splitlines()
+    assert "transformer=" not in " ".join(describe_loading(options, run, tuple(f"class {id}" for id in range(10))))
+    images = []
+    for lines in (block, "\n".join(line.strip() for line in end)):
+        scope: dict = {}
+        exec(lines, scope)
+        assert scope["pipe"].get_list_adapters() == {
+            part: ["default_0"] for part in ("transformer", "latent_embedder")
+        }
+        images.append(scope["pipe"]("bricks", num_inference_steps=1, seed=0, output_type="pt").images)
+    assert torch.equal(*images)
+    scope["pipe"].unload_lora_weights()
+    assert not torch.equal(scope["pipe"]("bricks", num_inference_steps=1, seed=0, output_type="pt").images, images[0])
+    assert "LoRA adapters of rank 3, scaled by 2, in backbone and latent embedder: `to_q`" in card
+    with pytest.raises(ValueError, match=says("classes of this pipeline, 10", "`num_classes=12`")):
+        DoDPipeline.from_pretrained(base).load_lora_weights(run)
+
+
+def test_options_that_do_not_fit_adapters_are_refused(pretrained, tmp_path, capsys):
+    base = ["--pretrained_model_name_or_path", pretrained / "pipeline"]
+
+    def refuse(*fragments, argv):
+        with pytest.raises((ValueError, SystemExit)) as error:
+            build(arguments(tmp_path, *argv), (4, 8, 8), 12)
+        message = f"{error.value} {capsys.readouterr().err}"
+        assert all(fragment in message for fragment in fragments), message
+
+    refuse("`lora_rank`", "with `pretrained_model_name_or_path` only", argv=["--lora_rank", 4])
+    refuse("`lora_alpha`", "with `lora_rank` only", argv=[*base, "--lora_alpha", 4])
+    refuse("`lora_rank`", ">= 1", "got 0", argv=[*base, "--lora_rank", 0])
+    lora = [*base, "--lora_rank", 4]
+    refuse("`trainable_parameters`", argv=[*lora, "--trainable_parameters", "difffit"])
+    refuse("`ema_sigma_rel`", "[0.1]", argv=[*lora, "--ema_sigma_rel", 0.1])
+    refuse("`latent_embedder_learning_rate`", "got 0.1", argv=[*lora, "--latent_embedder_learning_rate", 0.1])
+    pytest.importorskip("peft")
+    refuse("`lora_target_modules`", "got ['to_x']", argv=[*lora, "--lora_target_modules", "to_q", "to_x"])
+    refuse(
+        "`lora_target_modules`",
+        "['class_embed']",
+        argv=[*lora, "--lora_latent_embedder"] + ["--lora_target_modules", "class_embed"],
+    )
+    DoDPipeline(transformer=golden_model(), scheduler=DoDFlowMatchScheduler()).save_pretrained(tmp_path / "fitv2")
+    fitv2 = ["--pretrained_model_name_or_path", tmp_path / "fitv2", "--lora_rank", 4]
+    refuse("`lora_rank`", "latent embedder", argv=fitv2)
+    refuse("`lora_latent_embedder`", "NoneType", argv=[*fitv2, "--preset", "FiTv2-Desk", "--lora_latent_embedder"])

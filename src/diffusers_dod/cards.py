@@ -25,6 +25,7 @@ from .pipeline_dod import DoDPipeline
 from .presets import PRESETS, Preset
 from .records import read_lines
 from .sampling_options import CallOptions
+from .shipped import find_shipped
 from .tables import format_table
 from .training_options import TrainingOptions
 from .transformer_dod import DoDTransformer2DModel
@@ -51,7 +52,7 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
 def _is_local(name: str | None) -> bool:
-    return name is not None and Path(name).exists()
+    return name is not None and Path(find_shipped(name)).exists()
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -266,6 +267,8 @@ def _training_time(metrics: Path, images_per_step: int) -> str | None:
 
 def _autoencoder(options: TrainingOptions, folder: Path | None) -> str:
     name = options.data.pretrained_vae_name_or_path
+    if name is None and options.model.lora.lora_rank is not None:
+        return "that of the pipeline the adapters belong to"
     if name is not None and not _is_local(name):
         return f"`{name}`"
     is_saved = folder is not None and (folder / "vae").is_dir()
@@ -344,6 +347,53 @@ def _section(file: str, results: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def describe_loading(
+    options: TrainingOptions, path: str, class_names: Sequence[str] = (), base: str | None = None
+) -> list[str]:
+    """
+    Writes the Python that loads what a run has trained: a pipeline, or LoRA adapters with the one they belong to.
+
+    Args:
+        options ([`TrainingOptions`]): The run's options.
+        path (`str`): Path or Hub id of the pipeline or of the adapters.
+        class_names (`Sequence[str]`, defaults to `()`): Names of the classes, if they are known yet.
+        base (`str`, *optional*): What stands for the place of the adapters' pipeline. By default the place itself.
+
+    Returns:
+        `list[str]`: Lines; the first one imports.
+    """
+    if options.model.lora.lora_rank is None:
+        return ["from diffusers_dod import DoDPipeline", f'pipe = DoDPipeline.from_pretrained("{path}")']
+    place = find_shipped(options.model.pretrained_model_name_or_path)
+    shown, names, arguments = json.dumps(base or place), ["DoDPipeline"], []
+    if class_names:
+        known = DoDPipeline.load_config(place).get("id2label") or {}
+        if DoDTransformer2DModel.load_config(place, subfolder="transformer")["num_classes"] != len(class_names):
+            names.append("DoDTransformer2DModel")
+            arguments.append(
+                f'transformer=DoDTransformer2DModel.from_pretrained({shown}, subfolder="transformer", '
+                f"num_classes={len(class_names)})"
+            )
+        if [known[key] for key in sorted(known, key=int)] != list(class_names):
+            arguments.append(f"id2label={dict(enumerate(class_names))}")
+    return [
+        f"from diffusers_dod import {', '.join(names)}",
+        f"pipe = DoDPipeline.from_pretrained({', '.join([shown, *arguments])})",
+        f"pipe.load_lora_weights({json.dumps(path)})",
+    ]
+
+
+def _describe_lora(options: TrainingOptions) -> str | None:
+    """The adapters of a run, if it trains some."""
+    lora = options.model.lora
+    if lora.lora_rank is None:
+        return None
+    modules = ", ".join(f"`{name}`" for name in lora.lora_target_modules)
+    parts = "backbone and latent embedder" if lora.lora_latent_embedder else "the backbone"
+    scale = (lora.lora_alpha or lora.lora_rank) / lora.lora_rank
+    return f"of rank {lora.lora_rank}, scaled by {scale:g}, in {parts}: {modules}"
+
+
 def fill_card(
     options: TrainingOptions,
     recipe: Path,
@@ -400,6 +450,10 @@ def fill_card(
         time = _training_time(run / METRICS_FILE, images_per_step)
     drawn = [] if run is None else sorted((run / "samples").glob("step-*.png"))
     drawn = [path for path in drawn if int(path.stem.removeprefix("step-")) <= step]  # later ones are abandoned
+    base = options.model.pretrained_model_name_or_path
+    imports, *loading = describe_loading(
+        options, texts.get("repo_id", path), class_names, "path/or/hub-id/of/the/base" if _is_local(base) else None
+    )
     card = ModelCard.from_template(
         _metadata(options, name, results, texts),
         template_path=TEMPLATE,
@@ -408,7 +462,9 @@ def fill_card(
         embedder=_embedder_name(model or PRESETS[options.model.preset]),
         is_trained=step > 0,
         samples=f"samples/{drawn[-1].name}" if drawn else None,
-        path=texts.get("repo_id", path),
+        imports=imports,
+        loading="\n".join(loading),
+        lora=_describe_lora(options),
         label=json.dumps(class_names[0], ensure_ascii=False) if class_names else 0,
         architecture=None if model is None else _architecture(model),
         data=texts.get("data") or f"{_images(dataset_name)}.",

@@ -20,6 +20,7 @@ from .records import Count, FileName, Sha256, read_record
 CHECKPOINT_MANIFEST = "manifest.json"
 STATE_FOLDER = "training_state"
 INDEX = "model_index.json"
+ADAPTER = "pytorch_lora_weights.safetensors"  # what a checkpoint of adapters has in place of the index
 UNLOADED = "samples"  # a folder that a repository on the Hub has beside a checkpoint
 
 
@@ -32,11 +33,12 @@ class CheckpointManifest(TypedDict):
 
 def _find_files(checkpoint: Path) -> Iterator[str]:
     """Names of the files that somebody could load; other files may lie beside the index, and hidden ones anywhere."""
+    main = INDEX if (checkpoint / INDEX).exists() else ADAPTER
     for folder, folders, files in os.walk(checkpoint):
         name = Path(folder).relative_to(checkpoint)
         folders[:] = [inner for inner in folders if not inner.startswith(".") and (name / inner).parts != (UNLOADED,)]
         for file in sorted(files):
-            if not file.startswith(".") and (name.parts or file == INDEX):
+            if not file.startswith(".") and (name.parts or file == main):
                 yield (name / file).as_posix()
 
 
@@ -84,7 +86,7 @@ def find_damage(checkpoint: Path, parts: Collection[str] | None = None) -> str |
         return f"files are missing: {', '.join(missing)}"
     if unknown := sorted(present - hashes):
         return f"files are not in its {CHECKPOINT_MANIFEST}: {', '.join(unknown)}"
-    if INDEX not in manifest["sha256"]:
+    if manifest["sha256"].keys().isdisjoint((INDEX, ADAPTER)):
         return f"files are missing: {INDEX}"
     for name in sorted(hashes):
         if _hash(checkpoint / name) != manifest["sha256"][name]:

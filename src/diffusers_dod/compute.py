@@ -9,16 +9,17 @@ import copy
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn as nn
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checks import check_at_least, check_choice, check_number, check_type
-from .finetuning import TRAINABLE_PARAMETERS, difffit_parameters, freeze_all_but
+from .finetuning import TRAINABLE_PARAMETERS, LoraOptions, add_lora, difffit_parameters, freeze_all_but
 from .guidance import Guidance, GuidedVelocity
 from .losses import DoDJointModel
 from .operations import OperationCounter, Work
@@ -48,6 +49,8 @@ class TrainingCost:
         num_averages (`int`): Number of averages of the weights.
         activation_bytes (`int`): Bytes kept for the backward pass of a micro-batch, including autocast's copies of
             the weights.
+        averaged_parameters (`int`, *optional*): Parameters that an average holds; all by default, those of adapters
+            alone if they are trained.
     """
 
     backbone_parameters: int
@@ -58,6 +61,7 @@ class TrainingCost:
     moment_bytes: int
     num_averages: int
     activation_bytes: int
+    averaged_parameters: int | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -71,8 +75,10 @@ class TrainingCost:
 
     @property
     def average_bytes(self) -> int:
-        """Bytes of the averages, which hold all weights."""
-        return self.num_averages * self.weight_bytes
+        """Bytes of the averages."""
+        if self.averaged_parameters is None:
+            return self.num_averages * self.weight_bytes
+        return self.num_averages * _FLOAT_BYTES * self.averaged_parameters
 
     def memory(self, num_processes: int = 1, sharding: str = "none") -> float:
         """
@@ -105,11 +111,23 @@ class TrainingCost:
 
 
 def _joint_model(
-    preset: Preset, latent_shape: tuple[int, int, int], num_classes: int, trainable_parameters: str
+    preset: Preset, latent_shape: tuple[int, int, int], num_classes: int, options: "TrainingStep"
 ) -> DoDJointModel:
-    model = DoDJointModel(*preset.build(latent_shape, num_classes))
-    if trainable_parameters == "difffit":
-        freeze_all_but(model, difffit_parameters(model))
+    """Builds the models without weights."""
+    with torch.device("meta"):
+        model = DoDJointModel(*preset.build(latent_shape, num_classes))
+        if options.trainable_parameters == "difffit":
+            freeze_all_but(model, difffit_parameters(model))
+        if options.lora.lora_rank is not None:
+            add_lora(model, options.lora)
+    return model
+
+
+def _with_fake_weights(model: DoDJointModel) -> DoDJointModel:
+    """Gives a model without weights those of the `FakeTensorMode` that is active, in which PEFT adds no adapters."""
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.empty(weight.shape), requires_grad=weight.requires_grad))
     return model
 
 
@@ -233,6 +251,7 @@ class TrainingStep:
     num_averages: int = option(1, at_least=0, help="Averages of the weights.")
     trainable_parameters: str = option("all", choices=TRAINABLE_PARAMETERS, help="See [`difffit_parameters`].")
     optimizer: str = option("adamw", choices=OPTIMIZERS, help="AdamW, or its form with moments of 8 bits.")
+    lora: LoraOptions = field(default_factory=LoraOptions)
 
 
 def training_cost(
@@ -266,8 +285,7 @@ def training_cost(
     check_options(options)
     prior_share = 0.0 if preset.latent_embedder_config is None else 1 - options.prior_dropout_prob
 
-    with torch.device("meta"):
-        model = _joint_model(preset, latent_shape, num_classes, options.trainable_parameters)
+    model = _joint_model(preset, latent_shape, num_classes, options)
     if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     shares = {num_priors: share for num_priors, share in ((0, 1 - prior_share), (1, prior_share)) if share > 0}
@@ -276,8 +294,9 @@ def training_cost(
         sum(share * counts[num_priors][index] for num_priors, share in shares.items()) for index in (0, 1)
     )
 
+    fake = _joint_model(preset, latent_shape, num_classes, options)
     with FakeTensorMode():
-        fake = _joint_model(preset, latent_shape, num_classes, options.trainable_parameters)
+        fake = _with_fake_weights(fake)
         batch, num_priors = _empty_batch(options.batch_size, latent_shape), round(prior_share * options.batch_size)
         activations, largest_block = count_kept_bytes(fake, batch, num_priors, options.mixed_precision)
         if options.gradient_checkpointing:
@@ -295,6 +314,7 @@ def training_cost(
         moment_bytes=sum(_moment_bytes(count, options.optimizer) for count in trainable),
         num_averages=options.num_averages,
         activation_bytes=activations,
+        averaged_parameters=None if options.lora.lora_rank is None else sum(trainable),
     )
 
 
@@ -328,10 +348,11 @@ def training_work(
     works = []
     for depth in range(1, min(num_layers, 2) + 1):
         shallow = replace(preset, transformer_config={**preset.transformer_config, "num_layers": depth})
+        model = _joint_model(shallow, latent_shape, num_classes, options)
+        if options.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
         with FakeTensorMode():
-            model = _joint_model(shallow, latent_shape, num_classes, options.trainable_parameters)
-            if options.gradient_checkpointing:
-                model.enable_gradient_checkpointing()
+            model = _with_fake_weights(model)
             batch = _empty_batch(options.batch_size, latent_shape)
             num_priors = round(prior_share * options.batch_size)
             works.append(count_work(model, batch, num_priors, options.mixed_precision))

@@ -86,7 +86,8 @@ class DoDLoraLoaderMixin(LoraBaseMixin):
             kwargs: As in `lora_state_dict`, and `low_cpu_mem_usage`.
 
         Raises:
-            `ValueError`: PEFT is missing, a weight is not a LoRA weight, or the pipeline lacks a component.
+            `ValueError`: PEFT is missing, a weight is not a LoRA weight, the pipeline lacks a component, or it has
+                another number of classes.
         """
         if not USE_PEFT_BACKEND:
             raise ValueError("`load_lora_weights` needs the PEFT library: pip install peft.")
@@ -102,6 +103,14 @@ class DoDLoraLoaderMixin(LoraBaseMixin):
             raise ValueError(
                 "`pretrained_model_name_or_path_or_dict` must hold LoRA weights for the components of this pipeline, "
                 f"got some for `{absent[0]}`, which it has not."
+            )
+        table = state_dict.get(f"{self.transformer_name}.class_embed.lora_embedding_A")
+        num_classes = self.transformer.config.num_classes
+        if table is not None and table.shape[1] != num_classes + 1:
+            raise ValueError(
+                "`pretrained_model_name_or_path_or_dict` must hold LoRA weights for the classes of this pipeline, "
+                f"{num_classes}, got some for {table.shape[1] - 1}: load its transformer with "
+                f"`num_classes={table.shape[1] - 1}` first."
             )
         for name in names:
             getattr(self, name).load_lora_adapter(

@@ -10,7 +10,7 @@ from diffusers.optimization import SchedulerType
 from .compute import OPTIMIZERS, TrainingStep
 from .data.encoding import EncodingOptions
 from .data.labelled_images import ImageOptions
-from .finetuning import TRAINABLE_PARAMETERS
+from .finetuning import TRAINABLE_PARAMETERS, LoraOptions
 from .options import option, replace_values
 from .presets import PRESETS
 from .processes import DISTRIBUTED_TYPES
@@ -80,6 +80,7 @@ class ModelOptions:
         choices=TRAINABLE_PARAMETERS,
         help="Which parameters to train: all, or biases, norms and embeddings only (DiffFit).",
     )
+    lora: LoraOptions = field(default_factory=LoraOptions)
     patch_size: int | None = option(None, at_least=1, help="Override the preset's patch size, 2 latent pixels a side.")
     num_latent_tokens: int | None = option(None, at_least=1, help="Override the preset's number of latent tokens N.")
     latent_token_dim: int | None = option(None, at_least=1, help="Override the preset's width d_e of a latent token.")
@@ -459,10 +460,28 @@ class TrainingOptions:
                 for name, value in overrides.items()
                 if value is not None
             ]
+        if model.lora.lora_rank is not None:
+            found += self._find_conflicts_of_lora()
         num_layers = preset.transformer_config["num_layers"]
         if alignment.repa_model_name_or_path is not None and alignment.repa_layer > num_layers:
             found.append(
                 f"`repa_layer` must be at most the {num_layers} blocks of the preset, got {alignment.repa_layer}."
+            )
+        return found
+
+    def _find_conflicts_of_lora(self) -> list[str]:
+        """Messages about options that do not fit LoRA adapters."""
+        found = []
+        if self.averages.ema_sigma_rel:
+            found.append(
+                "`ema_sigma_rel` must not be given with `lora_rank`: sums of adapters' averages are no averages of "
+                f"what they add, got {list(self.averages.ema_sigma_rel)}."
+            )
+        rate = self.optimizer.latent_embedder_learning_rate
+        if rate is not None and not self.model.lora.lora_latent_embedder:
+            found.append(
+                "`latent_embedder_learning_rate` must not be given with `lora_rank` without `lora_latent_embedder`, "
+                f"as the LEM is not trained, got {rate}."
             )
         return found
 
@@ -496,4 +515,5 @@ class TrainingOptions:
             num_averages=len(self.averages.ema_decay) + len(self.averages.ema_sigma_rel),
             trainable_parameters=self.model.trainable_parameters,
             optimizer=self.optimizer.optimizer,
+            lora=self.model.lora,
         )

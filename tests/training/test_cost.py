@@ -23,6 +23,7 @@ from diffusers_dod.compute import (
     training_cost,
     training_work,
 )
+from diffusers_dod.finetuning import LoraOptions, add_lora
 from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.operations import Operation, Work
 from diffusers_dod.options import parse_options
@@ -168,11 +169,19 @@ def test_a_few_trainable_parameters_cost_less():
 # ------------------------------------------------------------------------------------------------------------ memory
 
 
-@pytest.mark.parametrize(("trainable", "optimizer"), [("all", "adamw"), ("difffit", "adamw"), ("all", "adamw_8bit")])
+@pytest.mark.parametrize(
+    ("trainable", "optimizer"),
+    [("all", "adamw"), ("difffit", "adamw"), ("all", "adamw_8bit"), ("lora", "adamw")],
+)
 def test_states_are_those_of_a_real_step(tmp_path, trainable, optimizer):
     if optimizer == "adamw_8bit":
         pytest.importorskip("torchao")
+    lora = LoraOptions(lora_rank=4, lora_latent_embedder=True) if trainable == "lora" else LoraOptions()
+    trainable = "all" if trainable == "lora" else trainable
     args, model = tiny_model(tmp_path, "--trainable_parameters", trainable, "--optimizer", optimizer)
+    if lora.lora_rank is not None:
+        pytest.importorskip("peft")
+        add_lora(model, lora)
     adam, ema = build_optimizer(args.optimizer, model), EMAModel(list(averaged_parameters(model).values()))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
@@ -186,7 +195,7 @@ def test_states_are_those_of_a_real_step(tmp_path, trainable, optimizer):
             total += sum(getattr(tensor, part).nbytes for part in parts) if parts else tensor.nbytes
         return total
 
-    found = tiny_cost(num_averages=3, trainable_parameters=trainable, optimizer=optimizer)
+    found = tiny_cost(num_averages=3, trainable_parameters=trainable, optimizer=optimizer, lora=lora)
     assert found.backbone_parameters == sum(parameter.numel() for parameter in model.transformer.parameters())
     assert found.latent_embedder_parameters == sum(weight.numel() for weight in model.latent_embedder.parameters())
     assert found.weight_bytes == size(model.parameters())

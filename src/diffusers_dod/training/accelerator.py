@@ -59,6 +59,11 @@ def build_accelerator(options: TrainingOptions) -> Accelerator:
         )
     if options.optimizer.optimizer != "adamw" and accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
         raise ValueError(f"`optimizer` must be 'adamw' under FSDP and DeepSpeed, got {options.optimizer.optimizer!r}.")
+    if options.model.lora.lora_rank is not None and accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
+        raise ValueError(
+            f"`lora_rank` must not be given under FSDP and DeepSpeed, got {options.model.lora.lora_rank}: "
+            "adapters need no shards."
+        )
     if options.processes.gradient_dtype != "fp32" and accelerator.distributed_type.value in ("MULTI_CPU", "DEEPSPEED"):
         raise ValueError(
             "`gradient_dtype` must be 'fp32' on CPUs, and under DeepSpeed, which has a setting of its own, got "

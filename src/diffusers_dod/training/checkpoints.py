@@ -29,6 +29,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..checkpoint_manifest import CHECKPOINT_MANIFEST, STATE_FOLDER, find_damage, write_manifest
 from ..files import file_sha256, flush, remove_folder, replacing
+from ..finetuning import has_lora
+from ..losses import DoDJointModel
 from ..processes import all_or_none, full_tensor, gather_patiently, sharded_like
 from ..records import Count, read_record
 from .ema import averaged_parameters
@@ -285,6 +287,14 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, 
                 yield f"{index}.{name}", tensor
 
 
+def _state_to_save(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state of a model, without the weights under its adapters, if it has some."""
+    state = model.state_dict()
+    if not has_lora(model):
+        return state
+    return {name: state[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def gather_training_state(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
@@ -305,7 +315,7 @@ def gather_training_state(
         `keep`.
     """
     names = list(averaged_parameters(model))
-    sources = {"model": model.state_dict()}
+    sources = {"model": _state_to_save(model)}
     if optimizer is not None:
         sources["optimizer"] = dict(_optimizer_tensors(optimizer))
     for key, average in (averages or {}).items():
@@ -387,7 +397,7 @@ def load_training_state(
         average.shadow_params = [
             sharded_like(tensors[name], parameter) for name, parameter in averaged_parameters(model).items()
         ]
-    weights, own = load_file(folder / "model.safetensors"), model.state_dict()
+    weights, own = load_file(folder / "model.safetensors"), _state_to_save(model)
     shapes, own_shapes = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (weights, own))
     if shapes != own_shapes:
         name = min(name for name in shapes.keys() | own_shapes.keys() if shapes.get(name) != own_shapes.get(name))
@@ -395,7 +405,9 @@ def load_training_state(
             f"`resume_from_checkpoint` must hold the model of this run, with {name} of shape {own_shapes.get(name)}, "
             f"got {checkpoint} with {shapes.get(name)}: resume with the options of the run that wrote it."
         )
-    model.load_state_dict({name: sharded_like(weights[name], like) for name, like in own.items()})
+    model.load_state_dict(
+        {name: sharded_like(weights[name], like) for name, like in own.items()}, strict=not has_lora(model)
+    )
     path = folder / "optimizer.safetensors"
     if not path.is_file():
         raise ValueError(f"`resume_from_checkpoint` must hold the moments of the optimizer, got {checkpoint} without.")
@@ -412,6 +424,25 @@ def load_training_state(
     for name, tensor in moments.items():
         tensor.copy_(sharded_like(saved[name], tensor))
     return read_state(checkpoint)
+
+
+def load_average(checkpoint: Path, model: DoDJointModel) -> list[torch.Tensor]:
+    """
+    Loads the average that the pipeline of a checkpoint has.
+
+    Args:
+        checkpoint (`Path`): The folder of the checkpoint.
+        model ([`DoDJointModel`]): The model that is trained.
+
+    Returns:
+        `list[torch.Tensor]`: The weights in the order of [`averaged_parameters`], sharded as those of the model.
+    """
+    transformer = type(model.transformer).from_pretrained(checkpoint, subfolder="transformer")
+    embedder = model.latent_embedder
+    if embedder is not None:
+        embedder = type(embedder).from_pretrained(checkpoint, subfolder="latent_embedder")
+    weights = averaged_parameters(DoDJointModel(transformer, embedder))
+    return [sharded_like(weights[name].detach(), like) for name, like in averaged_parameters(model).items()]
 
 
 def _create_moments(optimizer: torch.optim.Optimizer) -> None:

@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 
+from ..finetuning import LORA_MARK
 from ..training_options import AverageOptions
 
 
 def averaged_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The weights to average of the [`DoDJointModel`] `model`, by name: all that go into the pipeline."""
+    """The weights to average of the [`DoDJointModel`] `model`, by name: all of the pipeline, or of its adapters."""
     parts = ("transformer.", "latent_embedder.")
-    return {name: parameter for name, parameter in model.named_parameters() if name.startswith(parts)}
+    weights = {name: parameter for name, parameter in model.named_parameters() if name.startswith(parts)}
+    return {name: parameter for name, parameter in weights.items() if LORA_MARK in name} or weights
 
 
 def power_of(sigma_rel: float) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
-from ..cards import CARD, CURVES, fill_card, read_model
+from ..cards import CARD, CURVES, describe_loading, fill_card, read_model
 from ..checkpoint_manifest import CHECKPOINT_MANIFEST, CheckpointManifest
 from ..checks import check_at_least, shown
 from ..command_line import run_main
@@ -149,18 +149,22 @@ def write_model_card(
     return str(card)
 
 
-def describe_end(options: TrainingOptions, resolution: int) -> str:
+def describe_end(options: TrainingOptions, resolution: int, class_names: tuple[str, ...] = ()) -> str:
     """
-    Says where the pipeline of a finished run is, and which commands sample and evaluate it.
+    Says where the pipeline of a finished run is, and which commands sample and evaluate it; how adapters are loaded.
 
     Args:
         options ([`TrainingOptions`]): The run's options.
         resolution (`int`): Side of the images in pixels.
+        class_names (`tuple[str]`, defaults to `()`): Names of the classes.
 
     Returns:
         `str`: A line, and a line for each command.
     """
     images, folder = options.data.images, os.path.abspath(options.output.output_dir)
+    if options.model.lora.lora_rank is not None:
+        loading = describe_loading(options, folder, class_names)
+        return "\n".join([f"The LoRA adapters are in {folder}. To load them:", *(f"  {line}" for line in loading)])
     reference = images.train_data_dir or images.dataset_name or "path/to/images"
     if reference == TEXTURES:
         reference = f"{TEXTURES}:{options.data.num_train_samples}:{options.data.seed + 1}"

@@ -1,11 +1,14 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """Models of a training run and their optimizer."""
 
+import copy
+from pathlib import Path
+
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
 from ..conversion import add_prior_projection
-from ..finetuning import difffit_parameters, freeze_all_but
+from ..finetuning import add_lora, difffit_parameters, freeze_all_but, has_lora
 from ..latent_embedding import VisualPriorMixin
 from ..losses import DoDJointModel, RepresentationProjector
 from ..options import find_given
@@ -62,6 +65,15 @@ def build_models(
                 f"`{name}` must not be given where `pretrained_model_name_or_path` has a latent embedder, "
                 f"whose own is {latent_embedder.config.get(name)}, got {value}."
             )
+        if (
+            options.lora.lora_rank is not None
+            and latent_embedder is None
+            and preset.latent_embedder_config is not None
+        ):
+            raise ValueError(
+                f"`lora_rank` must be given for a pipeline with a latent embedder, as `preset` {options.preset!r} has "
+                f"one that would not be trained, got {options.pretrained_model_name_or_path!r} without."
+            )
         if latent_embedder is None and preset.latent_embedder_config is not None:
             overrides |= {**shape, "patch_size": transformer.config.patch_size}
             latent_embedder = preset.override(**overrides).build_latent_embedder()
@@ -78,6 +90,8 @@ def build_models(
     if options.trainable_parameters == "difffit":
         projectors = [name for name, _ in model.named_parameters() if name.split(".")[0].endswith("projector")]
         freeze_all_but(model, sorted({*difffit_parameters(model), *projectors}))
+    if options.lora.lora_rank is not None:
+        add_lora(model, options.lora)
     return model
 
 
@@ -153,7 +167,11 @@ def build_pipeline(
         if trained is not None:
             with torch.device("meta"):
                 components[part] = averaged = type(trained).from_config(trained.config)
+                if has_lora(trained):
+                    averaged.add_adapter(copy.deepcopy(trained.peft_config["default"]))
             own = {name.removeprefix(f"{part}."): w for name, w in weights.items() if name.startswith(f"{part}.")}
+            if has_lora(model):  # averages are those of adapters, all else is frozen
+                own = trained.state_dict() | own
             averaged.load_state_dict(own, assign=True)
             averaged.requires_grad_(False).eval()
     pipeline = DoDPipeline(
@@ -163,6 +181,31 @@ def build_pipeline(
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def save_pipeline(pipeline: DoDPipeline, folder: Path) -> None:
+    """
+    Saves a pipeline, or its LoRA adapters alone if it has some.
+
+    Args:
+        pipeline ([`DoDPipeline`]): The pipeline.
+        folder (`Path`): The folder.
+    """
+    parts = {name: getattr(pipeline, name) for name in ("transformer", "latent_embedder")}
+    parts = {name: part for name, part in parts.items() if part is not None and has_lora(part)}
+    if not parts:
+        pipeline.save_pretrained(folder)
+        return
+    from peft import get_peft_model_state_dict
+
+    adapters = {}
+    for name, part in parts.items():
+        adapters[f"{name}_lora_layers"] = get_peft_model_state_dict(part, adapter_name="default")
+        config = part.peft_config["default"].to_dict()
+        # A set has another order in each process.
+        config["target_modules"] = sorted(config["target_modules"])
+        adapters[f"{name}_lora_adapter_metadata"] = config
+    pipeline.save_lora_weights(folder, **adapters)
 
 
 def use_fast_attention(model: DoDJointModel | DoDPipeline, device: torch.device, backend: str | None = None) -> None:

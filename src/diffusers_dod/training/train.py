@@ -30,9 +30,11 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
+from ..checkpoint_manifest import ADAPTER
 from ..command_line import run_main
 from ..data.sample_stream import PositionSampler, SampleDraws
 from ..files import METRICS_FILE, flush, in_use, replacing, replacing_contents, write_json
+from ..finetuning import frozen_sha256, has_lora
 from ..losses import DoDJointModel
 from ..metrics.extractors import check_extractor, load_extractor, load_statistics
 from ..options import describe, parse_options, replace_values
@@ -45,10 +47,8 @@ from ..processes import (
     end_with_launcher,
     find_nonfinite,
     full_tensor,
-    sharded_like,
 )
 from ..training_options import TrainingOptions
-from ..transformer_dod import DoDTransformer2DModel
 from ..vision_features import VisionFeatures
 from .accelerator import DTYPES, build_accelerator, gather_in_bf16, list_sharded_units
 from .checkpoints import (
@@ -56,6 +56,7 @@ from .checkpoints import (
     agree_on_checkpoint,
     checkpoint_step,
     gather_training_state,
+    load_average,
     load_training_state,
     read_state,
     save_checkpoint,
@@ -71,6 +72,7 @@ from .models import (
     build_models,
     build_optimizer,
     build_pipeline,
+    save_pipeline,
     set_learning_rates,
     step_optimizer,
     use_fast_attention,
@@ -147,6 +149,9 @@ class Trainer:
             feature_dim=feature_dim,
             alignment=options.alignment,
         )
+        self.is_lora = has_lora(model)
+        if self.is_lora:  # what a checkpoint of adapters does not hold
+            self.history.go_on_with({"base_weights": frozen_sha256(model)})
         self.data.check_patch_size(model.transformer.config.patch_size)
         optimizer = build_optimizer(options.optimizer, model)
         self.lr_scheduler = get_scheduler(
@@ -247,16 +252,10 @@ class Trainer:
                 f"`max_train_steps` must be at least the step {state['step']} of {checkpoint}, "
                 f"got {self.options.optimizer.max_train_steps}."
             )
-        load_training_state(checkpoint, self.joint_model, self.optimizer, self.other_emas)
-        averaged = DoDTransformer2DModel.from_pretrained(checkpoint, subfolder="transformer")
-        averaged_embedder = self.joint_model.latent_embedder
-        if averaged_embedder is not None:
-            averaged_embedder = type(averaged_embedder).from_pretrained(checkpoint, subfolder="latent_embedder")
-        weights = averaged_parameters(DoDJointModel(averaged, averaged_embedder))
-        self.ema.shadow_params = [
-            sharded_like(weights[name].detach(), parameter)
-            for name, parameter in averaged_parameters(self.joint_model).items()
-        ]
+        averages = self.emas if self.is_lora else self.other_emas
+        load_training_state(checkpoint, self.joint_model, self.optimizer, averages)
+        if not self.is_lora:
+            self.ema.shadow_params = load_average(checkpoint, self.joint_model)
         self.saved_step = self.step = state["step"]
         in_a_row = state["nonfinite_in_a_row"]
         counts = NonfiniteCounts(state["num_nonfinite_steps"], in_a_row, latest=self.step if in_a_row else 0)
@@ -338,10 +337,12 @@ class Trainer:
             if is_main:
                 if not is_waited_for:
                     tensors = self.writer.copy(tensors)
-                pipeline = self.averaged_pipeline(tensors.pop(f"ema-{first}"))
+                pipeline = self.averaged_pipeline(tensors[f"ema-{first}"])
+                if not self.is_lora:  # whose pipeline is none, and its file has other names
+                    del tensors[f"ema-{first}"]
 
                 def write(folder: Path) -> None:
-                    pipeline.save_pretrained(folder)
+                    save_pipeline(pipeline, folder)
                     save_training_state(folder, tensors, state)
 
                 self.writer.start(partial(self._write_checkpoint, state["step"], write, start))
@@ -621,10 +622,11 @@ class Trainer:
         pipeline = self.averaged_pipeline()
         with all_or_none():
             if self.accelerator.is_main_process:
-                with replacing_contents(options.output.output_dir, DoDPipeline.config_name) as unfinished:
-                    pipeline.save_pretrained(unfinished)
+                index = ADAPTER if self.is_lora else DoDPipeline.config_name
+                with replacing_contents(options.output.output_dir, index) as unfinished:
+                    save_pipeline(pipeline, unfinished)
                 self._write_card(self.step, self.history)
-                logger.info(describe_end(options, self.data.resolution))
+                logger.info(describe_end(options, self.data.resolution, self.data.class_names))
                 if self.pusher is not None:
                     self._push("End of training", self.step, self.history)
 
