@@ -30,6 +30,7 @@ COMMANDS = {
         "Write many images for an evaluation, on any number of processes.",
     ),
     "train": ("training.train", "Train a model, from a recipe by name or by file."),
+    "token-prior": ("training.token_prior", "Train a generator of latent tokens, which takes the place of stage 1."),
     "encode": ("training.encode_latents", "Encode images into latents for training."),
     "evaluate": ("evaluation.evaluate", "Compare samples with reference images: FID, IS, precision, recall, ..."),
     "compare": ("evaluation.compare", "Measure the difference of two sets of samples, with its interval."),

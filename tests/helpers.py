@@ -16,7 +16,13 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDTransformer2DModel, LatentEmbeddingModule
+from diffusers_dod import (
+    DoDFlowMatchScheduler,
+    DoDPipeline,
+    DoDTransformer2DModel,
+    LatentEmbeddingModule,
+    TokenPrior,
+)
 from diffusers_dod.metrics.inception import InceptionV3
 
 
@@ -112,6 +118,16 @@ def tiny_latent_embedder(seed: int = 1, **overrides) -> LatentEmbeddingModule:
         attention_head_dim=16,
     )
     return randomize(LatentEmbeddingModule(**{**config, **overrides}), seed)
+
+
+def tiny_token_prior(seed: int = 3, **overrides) -> TokenPrior:
+    """A token prior that fits the other tiny models, whose tokens have a mean and a deviation of their own."""
+    config = dict(num_latent_tokens=4, latent_token_dim=8, num_classes=10, hidden_dim=16, num_layers=2)
+    prior = randomize(TokenPrior(**{**config, **overrides}), seed)
+    labels = torch.arange(200) % prior.config.num_classes
+    tokens = normal(200, *prior.token_shape, seed=seed) * 2 + 1
+    prior.set_statistics(tokens + labels[:, None, None] / 10, labels)
+    return prior
 
 
 def tiny_vae(seed: int = 2, **overrides) -> AutoencoderKL:

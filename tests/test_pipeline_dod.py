@@ -835,6 +835,10 @@ BAD_CALLS = [
     ("class_labels", dict(class_labels=[[1, 2], [3]]), TypeError, "integers or names", "got [1, 2]"),
     ("num_images_per_label", dict(num_images_per_label=0), ValueError, ">= 1", "got 0"),
     ("num_images_per_label", dict(num_images_per_label=1.5), TypeError, "int", "got 1.5"),
+    ("use_token_prior", dict(use_token_prior=True), ValueError, "without a `token_prior`"),
+    ("token_prior_num_inference_steps", dict(token_prior_num_inference_steps=5), ValueError, "`use_token_prior`", "5"),
+    ("token_prior_guidance_scale", dict(token_prior_guidance_scale=2), ValueError, "`use_token_prior`", "got 2"),
+    ("token_prior_truncation", dict(token_prior_truncation=0.5), ValueError, "`use_token_prior`", "got 0.5"),
     ("prior_noise", dict(prior_noise=1.5), ValueError, "[0, 1]", "got 1.5"),
     ("prior_noise", dict(prior_noise="a"), TypeError, "float", "got 'a'"),
     ("num_images_per_label", dict(num_images_per_label=10**12), ValueError, "[1, 1000000]", "got 1000000000000"),
@@ -1074,6 +1078,7 @@ BAD_COMPONENTS = [
     ("transformer", lambda: dict(transformer=tiny_vae()), TypeError, "DoDTransformer2DModel", "AutoencoderKL"),
     ("scheduler", lambda: dict(scheduler="euler"), TypeError, "SchedulerMixin", "got 'euler'"),
     ("vae", lambda: dict(vae="vae"), TypeError, "got 'vae'"),
+    ("token_prior", lambda: dict(token_prior=tiny_vae()), TypeError, "TokenPrior", "AutoencoderKL"),
     (
         "vae",
         lambda: dict(vae=tiny_vae(latent_channels=3, latents_mean=None, latents_std=None)),

@@ -512,7 +512,7 @@ def test_optional_components_are_left_out(folder, cls):
 
 
 def test_components_make_another_pipeline(pipe):
-    assert set(pipe.components) == {"transformer", "scheduler", "vae", "latent_embedder"}
+    assert set(pipe.components) == {"transformer", "scheduler", "vae", "latent_embedder", "token_prior"}
     other = DoDPipeline(**pipe.components, id2label=dict(pipe.config.id2label), default_guidance_scale=2.0)
     other.set_progress_bar_config(disable=True)
     assert all(other.components[name] is component for name, component in pipe.components.items())

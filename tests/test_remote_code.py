@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
-from helpers import says, tiny_pipeline
+from helpers import says, tiny_pipeline, tiny_token_prior
 from hub_server import Hub
 from launch import PATIENCE_S
 
@@ -26,6 +26,7 @@ FILES = {
     "pipeline_dod": ("pipeline.py", "DoDPipeline"),
     "transformer_dod": ("transformer/transformer_dod.py", "DoDTransformer2DModel"),
     "latent_embedding": ("latent_embedder/latent_embedding.py", "LatentEmbeddingModule"),
+    "token_prior": ("token_prior/token_prior.py", "TokenPrior"),
     "scheduling_dod": ("scheduler/scheduling_dod.py", "DoDFlowMatchScheduler"),
 }
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -34,7 +35,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
-    tiny_pipeline().save_pretrained(folder)
+    tiny_pipeline(token_prior=tiny_token_prior()).save_pretrained(folder)
     return folder
 
 
@@ -73,6 +74,7 @@ def test_the_files_are_those_of_the_pipeline_and_one_per_class(saved, exported):
     for module, component in (
         ("transformer_dod", "transformer"),
         ("latent_embedding", "latent_embedder"),
+        ("token_prior", "token_prior"),
         ("scheduling_dod", "scheduler"),
     ):
         index[component] = [module, FILES[module][1]]
@@ -108,8 +110,8 @@ def test_every_definition_is_that_of_the_package(exported, module):
     path, name = FILES[module]
     written = dict(definitions(parse(exported / path)))
     stand_ins = {name for name, _ in written.items() if (name, written[name]) not in originals}
-    # Three classes are named by the pipeline in annotations only.
-    named = {"DoDTransformer2DModel", "VisualPriorMixin", "DoDFlowMatchScheduler"}
+    # Four classes are named by the pipeline in annotations only.
+    named = {"DoDTransformer2DModel", "VisualPriorMixin", "TokenPrior", "DoDFlowMatchScheduler"}
     assert stand_ins == (named if module == "pipeline_dod" else set())
     own = dict(definitions(parse(package / f"{module}.py")))
     assert {name: written.get(name) for name in own} == own  # nothing of the module itself is left out
@@ -127,7 +129,7 @@ def test_what_is_missing_gets_no_code(tmp_path):
     pipe.save_pretrained(tmp_path / "saved")
     folder = export_remote_code(str(tmp_path / "saved"), str(tmp_path / "exported"))
     assert {str(file.relative_to(folder)) for file in folder.rglob("*.py")} == {
-        path for path, name in FILES.values() if name != "DoDFlowMatchScheduler"
+        path for path, name in FILES.values() if name not in ("DoDFlowMatchScheduler", "TokenPrior")
     }
     index = json.loads((folder / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"] and index["vae"] == [None, None]
@@ -235,9 +237,10 @@ def images(pipe, **kwargs):
 
 
 def check(pipe):
-    own = (pipe, pipe.transformer, pipe.latent_embedder, pipe.scheduler)
+    own = (pipe, pipe.transformer, pipe.latent_embedder, pipe.token_prior, pipe.scheduler)
     assert all(type(part).__module__.startswith("diffusers_modules.") for part in own), own
     torch.testing.assert_close(images(pipe), expected["euler"])
+    torch.testing.assert_close(images(pipe, use_token_prior=True), expected["token_prior"])
     Guidance = sys.modules[type(pipe).__module__].Guidance
     for guidance in (Guidance(), ClassifierFreeGuidance(guidance_scale=pipe.config.default_guidance_scale)):
         torch.testing.assert_close(images(pipe, guidance=guidance), expected["euler"])
@@ -300,11 +303,11 @@ print("done")
 def expected(saved, tmp_path_factory) -> Path:
     """A file with what the package's own classes make of the calls in the scripts."""
     images = {}
-    for solver in ("euler", "heun"):
+    for name, solver in {"euler": "euler", "heun": "heun", "token_prior": "euler"}.items():
         pipe = DoDPipeline.from_pretrained(saved, scheduler=DoDFlowMatchScheduler(solver=solver))
         pipe.set_progress_bar_config(disable=True)
-        generator = torch.Generator().manual_seed(0)
-        images[solver] = pipe(["goldfish", 3], num_stages=2, output_type="pt", generator=generator).images
+        settings = {"generator": torch.Generator().manual_seed(0), "use_token_prior": name == "token_prior"}
+        images[name] = pipe(["goldfish", 3], num_stages=2, output_type="pt", **settings).images
     assert not torch.allclose(images["euler"], images["heun"], atol=1e-2)
     file = tmp_path_factory.mktemp("expected") / "images.pt"
     torch.save(images, file)

@@ -11,6 +11,7 @@ from .pipeline_dod import DoDPipeline
 from .pipeline_output import DoDPipelineOutput
 from .scheduling_dod import DoDFlowMatchScheduler, DoDFlowMatchSchedulerOutput
 from .shipped import desk_checkpoint
+from .token_prior import TokenPrior
 from .transformer_dod import DoDTransformer2DModel, DoDTransformerOutput
 
 
@@ -28,6 +29,7 @@ __all__ = [
     "LatentEmbeddingOutput",
     "ModelMixin",
     "SchedulerMixin",
+    "TokenPrior",
     "VisualPriorMixin",
     "desk_checkpoint",
 ]
@@ -45,7 +47,7 @@ def _register_with_diffusers() -> None:
     classes = dict.fromkeys(("ModelMixin", "SchedulerMixin", "VisualPriorMixin"), methods)
     pipeline_loading_utils.LOADABLE_CLASSES[__name__] = classes
     pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(classes)
-    for cls in (DoDPipeline, DoDTransformer2DModel, LatentEmbeddingModule, DoDFlowMatchScheduler):
+    for cls in (DoDPipeline, DoDTransformer2DModel, LatentEmbeddingModule, TokenPrior, DoDFlowMatchScheduler):
         setattr(diffusers, cls.__name__, cls)
 
 

@@ -40,6 +40,7 @@ from .pipeline_inputs import (
     check_noises,
     check_prior,
     check_replacement,
+    check_token_settings,
     find_image_size,
     invert_id2label,
     to_label_ids,
@@ -50,6 +51,7 @@ from .rectified_flow import NUM_TRAIN_TIMESTEPS, interpolate
 from .scheduling_dod import DoDFlowMatchScheduler
 from .seeding import PRIOR_NOISE, NoiseSource
 from .stages import Stage, check_samples, find_sound, is_a, one_at_a_time, plan_stages
+from .token_prior import TokenPrior
 from .transformer_dod import DoDTransformer2DModel
 
 
@@ -86,6 +88,8 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
             Decodes latents to images; `None` for a pixel-space model.
         latent_embedder ([`LatentEmbeddingModule`] or any other [`VisualPriorMixin`], *optional*):
             Extracts visual priors. Without it there is one stage, guided by `guidance_scale`.
+        token_prior ([`TokenPrior`], *optional*):
+            Draws latent tokens in place of stage 1, in calls with `use_token_prior=True`.
         id2label (`dict[int, str]`, *optional*): Class names by id. Commas separate several names of one class.
         default_guidance_scale (`float`, defaults to 5.5): Default scale from stage 2 on.
         default_num_inference_steps (`int`, defaults to 30): Default number of intervals of each stage.
@@ -96,8 +100,8 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
         `ValueError`, `TypeError`: an argument is out of range or the components do not fit together.
     """
 
-    model_cpu_offload_seq = "latent_embedder->transformer->vae"
-    _optional_components = ["vae", "latent_embedder"]
+    model_cpu_offload_seq = "token_prior->latent_embedder->transformer->vae"
+    _optional_components = ["vae", "latent_embedder", "token_prior"]
     _callback_tensor_inputs = ["latents", "prior_embeds", "class_labels"]
 
     def __init__(
@@ -106,18 +110,20 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
         scheduler: DoDFlowMatchScheduler | SchedulerMixin,
         vae: Autoencoder | None = None,
         latent_embedder: VisualPriorMixin | None = None,
+        token_prior: TokenPrior | None = None,
         id2label: dict | None = None,
         default_guidance_scale: float = 5.5,
         default_num_inference_steps: int = 30,
         default_num_stages: int = 2,
     ):
         super().__init__()
-        check_components(transformer, scheduler, vae, latent_embedder)
+        check_components(transformer, scheduler, vae, latent_embedder, token_prior)
         check_number("default_guidance_scale", default_guidance_scale, 0, 1_000_000)
         check_at_least("default_num_inference_steps", default_num_inference_steps, 1, MAX_STEPS)
         check_at_least("default_num_stages", default_num_stages, 1, MAX_STAGES)
         names = check_id2label(id2label, None if transformer is None else transformer.config.num_classes)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, latent_embedder=latent_embedder)
+        self.register_modules(token_prior=token_prior)
         self.register_to_config(
             id2label=None if id2label is None else {str(int(key)): name for key, name in id2label.items()},
             **to_plain(
@@ -197,7 +203,8 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
 
         Args:
             num_stages (`int`): At least 1; 1 without a latent embedder, at least 2 with a prior.
-            has_prior (`bool`): Whether an `image`, `prior_latents` or `prior_tokens` replaces stage 1.
+            has_prior (`bool`): Whether an `image`, `prior_latents`, `prior_tokens` or the token prior replaces
+                stage 1.
             output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             attention_kwargs (`dict` or `None`): A dictionary.
             callback_on_step_end (`Callable` or `None`): Anything that can be called.
@@ -212,8 +219,8 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
             raise ValueError(f"`num_stages` must be 1 without a `latent_embedder`, got {num_stages}.")
         if has_prior and num_stages < 2:
             raise ValueError(
-                "`num_stages` must be >= 2 with an `image`, `prior_latents` or `prior_tokens`, which stand for "
-                f"stage 1, got {num_stages}."
+                "`num_stages` must be >= 2 with an `image`, `prior_latents`, `prior_tokens` or `use_token_prior`, "
+                f"which stand for stage 1, got {num_stages}."
             )
         check_choice("output_type", output_type, OUTPUT_TYPES)
         check_type("attention_kwargs", attention_kwargs, (dict, type(None)))
@@ -284,6 +291,10 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
         image: PipelineImageInput | None = None,
         prior_latents: torch.Tensor | None = None,
         prior_tokens: torch.Tensor | None = None,
+        use_token_prior: bool = False,
+        token_prior_num_inference_steps: int | None = None,
+        token_prior_guidance_scale: float | None = None,
+        token_prior_truncation: float | None = None,
         num_images_per_prior: int = 1,
         prior_noise: float = 0.0,
         height: int | None = None,
@@ -336,6 +347,12 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
                 Normalised latents in place of an image, such as `stage_latents` of an earlier call.
             prior_tokens (`torch.Tensor` of shape `(1, N, d_e)` or `(number of labels, N, d_e)`, *optional*):
                 Latent tokens in place of an image, `num_latent_tokens` of `latent_token_dim`, see `get_prior_tokens`.
+            use_token_prior (`bool`, defaults to `False`):
+                Whether the `token_prior` draws latent tokens in place of stage 1, which then is not run.
+            token_prior_num_inference_steps (`int`, *optional*): Number of its steps, >= 1. By default 50.
+            token_prior_guidance_scale (`float`, *optional*): Scale of its class guidance, >= 0. By default 1, none.
+            token_prior_truncation (`float`, *optional*):
+                Share in [0, 1] of the distance between tokens and the mean of their class that is kept. By default 1.
             num_images_per_prior (`int`, defaults to 1):
                 Number of stage-2 images for each sample of stage 1, or for each given image, >= 1. Later stages
                 continue with all of them.
@@ -394,21 +411,30 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
         prior = self._find_given_prior(image, prior_latents, prior_tokens, num_labels, height=height, width=width)
         self.check_inputs(
             num_stages=num_stages,
-            has_prior=prior is not None,
+            has_prior=prior is not None or use_token_prior,
             output_type=output_type,
             attention_kwargs=attention_kwargs,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         check_number("prior_noise", prior_noise, 0, 1)
-        if prior_noise > 0 and prior_tokens is not None:
-            raise ValueError(f"`prior_noise` must be 0 with `prior_tokens`, got {prior_noise}.")
+        if prior_noise > 0 and (prior_tokens is not None or use_token_prior):
+            raise ValueError(f"`prior_noise` must be 0 with `prior_tokens` or `use_token_prior`, got {prior_noise}.")
+        token_settings = check_token_settings(
+            use_token_prior,
+            self.token_prior,
+            self.latent_embedder,
+            prior,
+            num_inference_steps=token_prior_num_inference_steps,
+            guidance_scale=token_prior_guidance_scale,
+            truncation=token_prior_truncation,
+        )
         if num_images_per_prior > 1 and num_stages == 1:
             raise ValueError(f"`num_images_per_prior` must be 1 with one stage, got {num_images_per_prior}.")
         sample_indices = check_noise_source(generator, seed, sample_indices, batch_size)
         guidance = Guidance() if guidance is None else guidance
         stages = plan_stages(
-            range(1 if prior is None else 2, num_stages + 1),
+            range(1 if prior is None and not use_token_prior else 2, num_stages + 1),
             self.scheduler,
             self.config.default_num_inference_steps,
             getattr(guidance, "guidance_scale", self.config.default_guidance_scale),  # a guider has a scale of its own
@@ -441,6 +467,9 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
             self.maybe_free_model_hooks()  # the autoencoder is not needed again before the end
         elif prior is not None and prior.name == "prior_latents":
             state["latents"] = prior.value
+        elif use_token_prior:
+            source = NoiseSource(0, batch_size, 1, generator=generator, seed=seed, sample_indices=sample_indices)
+            prior_tokens = self._draw_prior_tokens(state["class_labels"], source, token_settings)
         self._num_timesteps = None if None in numbers_of_steps else sum(numbers_of_steps)
         self._attention_kwargs = attention_kwargs
         self._current_timestep = None
@@ -460,7 +489,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
             )
             if stage.number > 1:
                 is_given = stage is stages[0] and prior is not None
-                given_tokens = prior_tokens if is_given else None
+                given_tokens = prior_tokens if stage is stages[0] else None
                 copies = num_images_per_prior if stage.number == 2 else 1
 
                 def spread(values: torch.Tensor, is_given: bool = is_given, copies: int = copies) -> torch.Tensor:

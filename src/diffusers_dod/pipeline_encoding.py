@@ -12,6 +12,7 @@ from diffusers.image_processor import PipelineImageInput
 from .autoencoders import decode_pixels, encode_moments, latent_channels
 from .checks import check_choice, check_tensor
 from .pipeline_inputs import check_prior, find_image_size, preprocess_image
+from .seeding import NoiseSource
 from .stages import LARGEST, check_samples, find_sound, one_at_a_time
 
 
@@ -142,6 +143,15 @@ class DoDPipelineEncodingMixin:
         pixels = decode_pixels(latents, self.vae)
         check_samples(name, find_sound(pixels), sample_indices)
         return self.image_processor.postprocess(pixels, output_type=output_type)
+
+    def _draw_prior_tokens(
+        self, class_labels: torch.Tensor, source: NoiseSource, settings: dict[str, Any]
+    ) -> torch.Tensor:
+        """Draws latent tokens of `class_labels` (B,) with the token prior, from the noise of `source`."""
+        noise = source.draw(0, self.token_prior.token_shape, class_labels.device)
+        tokens = self.token_prior.generate(class_labels, noise, **settings)
+        check_samples("Latent tokens of the token prior", find_sound(tokens), source.sample_indices)
+        return tokens
 
     def _prior_embeds(
         self,

@@ -16,11 +16,21 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from PIL import Image
 
 from .autoencoders import Autoencoder, check_autoencoder, check_image_size, latent_channels, spatial_factor
-from .checks import MAX_CLASSES, MAX_SIDE, check_at_least, check_tensor, check_type, shown
+from .checks import (
+    MAX_CLASSES,
+    MAX_SIDE,
+    MAX_STEPS,
+    check_at_least,
+    check_number,
+    check_tensor,
+    check_type,
+    shown,
+)
 from .image_reading import cover_and_crop, to_image, to_pixels
 from .latent_embedding import VisualPriorMixin, check_visual_prior
 from .records import MAX_DIGITS
 from .stages import LARGEST, find_sound, is_a
+from .token_prior import TokenPrior
 from .transformer_dod import DoDTransformer2DModel
 
 
@@ -29,6 +39,7 @@ def check_components(
     scheduler: SchedulerMixin,
     vae: Autoencoder | None,
     latent_embedder: VisualPriorMixin | None,
+    token_prior: TokenPrior | None = None,
 ) -> None:
     """
     Raises unless the components of a pipeline have the right classes and fit together.
@@ -38,6 +49,7 @@ def check_components(
         scheduler (`SchedulerMixin`): The scheduler.
         vae ([`Autoencoder`] or `None`): The autoencoder.
         latent_embedder ([`VisualPriorMixin`] or `None`): The latent embedder.
+        token_prior ([`TokenPrior`], *optional*): The generator of latent tokens.
 
     Raises:
         `TypeError`: a component has another class.
@@ -46,6 +58,7 @@ def check_components(
     components = {
         "transformer": (transformer, "DoDTransformer2DModel"),
         "latent_embedder": (latent_embedder, "VisualPriorMixin"),
+        "token_prior": (token_prior, "TokenPrior"),
     }
     for name, (component, expected) in components.items():
         if component is not None and not is_a(component, expected):
@@ -64,6 +77,16 @@ def check_components(
         )
     if latent_embedder is not None:
         check_visual_prior(latent_embedder, transformer)
+    if token_prior is not None and token_prior.config.num_classes != config.num_classes:
+        raise ValueError(
+            f"`token_prior` must have the transformer's `num_classes` = {config.num_classes}, "
+            f"got {token_prior.config.num_classes}."
+        )
+    if None not in (token_prior, latent_embedder) and token_prior.token_shape != latent_embedder.token_shape:
+        raise ValueError(
+            f"`token_prior` must have tokens of shape {latent_embedder.token_shape}, the latent embedder's, "
+            f"got {token_prior.token_shape}."
+        )
 
 
 def check_id2label(id2label: dict | None, num_classes: int | None) -> dict[int, str]:
@@ -312,6 +335,47 @@ class GivenPrior:
 
     name: str
     value: torch.Tensor
+
+
+def check_token_settings(
+    use_token_prior: bool,
+    token_prior: TokenPrior | None,
+    latent_embedder: VisualPriorMixin | None,
+    prior: GivenPrior | None,
+    **settings: int | float | None,
+) -> dict[str, Any]:
+    """
+    Checks the arguments of a call that concern the token prior, and returns the settings that are given.
+
+    Args:
+        use_token_prior (`bool`): Whether the token prior takes the place of stage 1.
+        token_prior ([`TokenPrior`] or `None`): The generator of latent tokens.
+        latent_embedder ([`VisualPriorMixin`] or `None`): The latent embedder, which makes a visual prior of tokens.
+        prior ([`GivenPrior`] or `None`): Another argument that takes the place of stage 1.
+        settings (`int`, `float` or `None`): Arguments of [`TokenPrior.generate`]; `None` is the default.
+
+    Returns:
+        `dict[str, Any]`: The settings that are not `None`.
+
+    Raises:
+        `ValueError`, `TypeError`: a component is missing, or an argument is out of range or does not fit the others.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    if not use_token_prior:
+        for name, value in given.items():
+            raise ValueError(f"`token_prior_{name}` must be None without `use_token_prior`, got {shown(value)}.")
+        return {}
+    for name, component in {"token_prior": token_prior, "latent_embedder": latent_embedder}.items():
+        if component is None:
+            raise ValueError(f"`use_token_prior` must be False without a `{name}`, got True.")
+    if prior is not None:
+        raise ValueError(f"Only one of `{prior.name}` and `use_token_prior` must be given, got both.")
+    for name, value in given.items():
+        if name == "num_inference_steps":
+            check_at_least(f"token_prior_{name}", value, 1, MAX_STEPS)
+        else:
+            check_number(f"token_prior_{name}", value, 0, *([1] if name == "truncation" else []))
+    return given
 
 
 def find_image_size(

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, Self
 
-from diffusers.configuration_utils import ConfigMixin
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from huggingface_hub.errors import HFValidationError
 
 from .checkpoint_manifest import CHECKPOINT_MANIFEST, check_checkpoint
@@ -108,4 +108,7 @@ class DoDPipelineLoadingMixin(StrictConfigMixin):
         """
         components = [component for component in self.components.values() if isinstance(component, ConfigMixin)]
         with without_local_paths([self, *components]):
+            if self.token_prior is None:  # versions without this component load the pipeline, too
+                config = {name: value for name, value in self._internal_dict.items() if name != "token_prior"}
+                self._internal_dict = FrozenDict(config)
             super().save_pretrained(save_directory, *args, **kwargs)

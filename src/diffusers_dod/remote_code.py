@@ -32,16 +32,18 @@ from .pipeline_dod import DoDPipeline
 from .records import read_record
 from .scheduling_dod import DoDFlowMatchScheduler
 from .shipped import find_shipped
+from .token_prior import TokenPrior
 from .transformer_dod import DoDTransformer2DModel
 
 
 COMPONENT_CLASSES = {
-    cls.__name__: cls for cls in (DoDTransformer2DModel, LatentEmbeddingModule, DoDFlowMatchScheduler)
+    cls.__name__: cls for cls in (DoDTransformer2DModel, LatentEmbeddingModule, TokenPrior, DoDFlowMatchScheduler)
 }
 # The classes that the pipeline's code only names in annotations.
 STAND_INS = {
     DoDTransformer2DModel.__name__: ModelMixin,
     VisualPriorMixin.__name__: ModelMixin,
+    TokenPrior.__name__: ModelMixin,
     DoDFlowMatchScheduler.__name__: SchedulerMixin,
 }
 PACKAGE = __package__

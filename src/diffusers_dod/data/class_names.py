@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..checks import abbreviate
+from ..pipeline_dod import DoDPipeline
 
 
 logger = logging.getLogger(__name__)
@@ -101,3 +102,26 @@ def list_classes(class_names: Sequence[str], counts: Mapping[int, int] | None = 
     if more := len(class_names) - len(lines):
         lines.append(f"  and {more:,} more classes")
     return lines
+
+
+def check_classes(pipeline: DoDPipeline, class_names: tuple[str, ...]) -> None:
+    """
+    Raises unless the class ids of images can be class ids of a model.
+
+    Args:
+        pipeline ([`DoDPipeline`]): The model.
+        class_names (`tuple[str, ...]`): Names of the images' classes by id.
+
+    Raises:
+        `ValueError`: there are more or fewer classes, or the same names in another order.
+    """
+    num_classes = pipeline.transformer.config.num_classes
+    if len(class_names) != num_classes:
+        raise ValueError(f"The images must be of the model's {num_classes} classes, got {len(class_names)}.")
+    names = [clean_class_name(pipeline.id2label.get(label, "")) for label in range(num_classes)]
+    if set(names) == set(class_names) and names != list(class_names):
+        label = next(i for i in range(num_classes) if names[i] != class_names[i])
+        raise ValueError(
+            "The images' classes must have the ids of the model, "
+            f"got {class_names[label]!r} for {label}, which is {names[label]!r}."
+        )

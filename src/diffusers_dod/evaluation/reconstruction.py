@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..command_line import run_main
-from ..data.class_names import clean_class_name
+from ..data.class_names import check_classes
 from ..data.image_grid import make_grid
 from ..files import replacing
 from ..guidance import Guidance
@@ -51,29 +51,6 @@ from .options import ComparisonOptions, draw_labelled_images, load_pipeline, rea
 AUTOENCODER = "autoencoder"
 GRID_COLUMNS = 12
 NUM_GROUPS = 10  # of the jackknife
-
-
-def check_classes(pipeline: DoDPipeline, class_names: tuple[str, ...]) -> None:
-    """
-    Raises unless the class ids of images can be class ids of a model.
-
-    Args:
-        pipeline ([`DoDPipeline`]): The model.
-        class_names (`tuple[str, ...]`): Names of the images' classes by id.
-
-    Raises:
-        `ValueError`: there are more or fewer classes, or the same names in another order.
-    """
-    num_classes = pipeline.transformer.config.num_classes
-    if len(class_names) != num_classes:
-        raise ValueError(f"The images must be of the model's {num_classes} classes, got {len(class_names)}.")
-    names = [clean_class_name(pipeline.id2label.get(label, "")) for label in range(num_classes)]
-    if set(names) == set(class_names) and names != list(class_names):
-        label = next(i for i in range(num_classes) if names[i] != class_names[i])
-        raise ValueError(
-            "The images' classes must have the ids of the model, "
-            f"got {class_names[label]!r} for {label}, which is {names[label]!r}."
-        )
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from ..data.sample_stream import PositionSampler, SampleDraws, TrainingSamples, 
 from ..data.streaming import ImageStream, build_stream_loader, open_stream
 from ..devices import send
 from ..processes import choose_num_workers, worker_settings
-from ..training_options import TrainingOptions
+from ..training_options import DataOptions, TrainingOptions
 from ..vision_features import VisionFeatures
 from .encode_latents import encode_data, open_labelled_images
 
@@ -383,11 +383,27 @@ class StreamedImages(TrainingData):
         return f"streamed images of {len(self.class_names)} classes"
 
 
-def _open_latents(options: TrainingOptions, accelerator: Accelerator, vae: Autoencoder | None) -> Latents:
-    """Opens the latents of `--latents_dir`, or of images; all processes encode these unless that has been done."""
-    data, folder = options.data, options.data.latents_dir
+def open_stored_latents(
+    data: DataOptions, accelerator: Accelerator, vae: Autoencoder | None, output_dir: Path
+) -> Latents:
+    """
+    Opens the latents of `--latents_dir`, or of images; all processes encode these unless that has been done.
+
+    Args:
+        data ([`DataOptions`]): The options of the data.
+        accelerator (`Accelerator`): The processes. They share the work of encoding.
+        vae ([`Autoencoder`] or `None`): The autoencoder; without one the latents are the pixels.
+        output_dir (`Path`): Folder of the run. Without `--latents_dir` the latents of images are in `latents` there.
+
+    Returns:
+        [`Latents`].
+
+    Raises:
+        `ValueError`: a folder has the latents of other images or of another autoencoder, or an image cannot be read.
+    """
+    folder = data.latents_dir
     if data.images.has_source:
-        return encode_data(data, accelerator, vae, folder or options.output.output_dir / "latents")
+        return encode_data(data, accelerator, vae, folder or output_dir / "latents")
     latents = open_latents(folder, vae)
     class_names = latents.manifest["class_names"]
     counts = Counter(latents.labels.tolist())
@@ -446,7 +462,7 @@ def open_training_data(
             vision=vision,
             in_bf16=in_bf16,
         )
-    latents = _open_latents(options, accelerator, vae)
+    latents = open_stored_latents(options.data, accelerator, vae, options.output.output_dir)
     images = None
     needs_images = vision is not None and "vision_model" not in latents.manifest
     if options.data.images.has_source and needs_images and latents.manifest["transform"] == TRANSFORM:
