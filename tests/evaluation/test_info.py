@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import noise_image, says
+from safetensors.torch import save_file
 
 from diffusers_dod import DoDPipeline, desk_checkpoint
 from diffusers_dod.checkpoint_manifest import write_manifest
@@ -57,6 +59,21 @@ def test_trainings_and_their_checkpoints(tmp_path):
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ValueError, match="must be a safetensors file"):
         describe(str(checkpoint))
+
+
+def test_adapters(tmp_path):
+    weights = {"transformer.a.lora_A.weight": torch.zeros(2, 3), "latent_embedder.a.lora_A.weight": torch.zeros(4)}
+    (tmp_path / METRICS_FILE).write_text('{"step": 200, "loss": 0.5}\n')
+    checkpoint = tmp_path / "checkpoint-200"
+    checkpoint.mkdir()
+    for folder in (tmp_path, checkpoint):
+        save_file(weights, folder / "pytorch_lora_weights.safetensors")
+    write_manifest(checkpoint, 200)
+    run, saved = describe(str(tmp_path)), describe(str(checkpoint), with_hash=True)
+    assert run.kind == saved.kind == "LoRA adapters"
+    assert run.facts["transformer"] == "6 parameters of adapters" and run.facts["steps"] == "200"
+    assert (saved.facts["step"], saved.facts["damage"]) == ("200", "none")
+    assert saved.commands[0].startswith(f"pipe.load_lora_weights('{checkpoint}')")
 
 
 def test_samples_and_latents(tmp_path):

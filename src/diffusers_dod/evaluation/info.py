@@ -23,7 +23,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from ..checkpoint_manifest import CHECKPOINT_MANIFEST, INDEX, STATE_FOLDER, CheckpointManifest, find_damage
+from ..checkpoint_manifest import ADAPTER, CHECKPOINT_MANIFEST, INDEX, STATE_FOLDER, CheckpointManifest, find_damage
 from ..checks import abbreviate
 from ..command_line import run_main
 from ..data.latents import SHARD_MANIFEST, ShardManifest, find_damaged_shards
@@ -201,6 +201,38 @@ def describe_pipeline(folder: Path, name: str, with_hash: bool) -> Description |
     )
 
 
+def describe_adapters(folder: Path, name: str, with_hash: bool) -> Description | None:
+    """
+    Describes LoRA adapters, of a training or of others.
+
+    Args:
+        folder (`Path`): The folder.
+        name (`str`): How the user calls it, for the commands.
+        with_hash (`bool`): Whether to compare a checkpoint with its manifest.
+
+    Returns:
+        [`Description`], *optional*: `None` if it has no file of adapters, or a pipeline beside it.
+
+    Raises:
+        `OSError`, `ValueError`: a file cannot be read.
+    """
+    file = folder / ADAPTER
+    if not file.is_file() or (folder / INDEX).is_file():
+        return None
+    check_safetensors_header(file)
+    sizes: dict[str, int] = {}
+    with safe_open(file, framework="pt") as weights:
+        for key in weights.keys():
+            part = key.partition(".")[0]
+            sizes[part] = sizes.get(part, 0) + math.prod(weights.get_slice(key).get_shape())
+    facts = {part: f"{count:,} parameters of adapters" for part, count in sizes.items()} | _describe_training(folder)
+    if (folder / CHECKPOINT_MANIFEST).is_file():
+        facts["step"] = f"{read_record(folder / CHECKPOINT_MANIFEST, CheckpointManifest)['step']:,}"
+        if with_hash:
+            facts["damage"] = find_damage(folder) or "none"
+    return Description("LoRA adapters", facts, [f"pipe.load_lora_weights({name!r})  # Python; pipe is their pipeline"])
+
+
 # ----------------------------------------------------------------------------------------------------- all other kinds
 
 
@@ -323,6 +355,7 @@ def _format_versions(versions: dict[str, str | None] | None) -> str | None:
 
 
 FOLDERS: tuple[Callable[[Path, str, bool], Description | None], ...] = (
+    describe_adapters,
     describe_pipeline,
     describe_latents,
     describe_samples,
