@@ -54,11 +54,11 @@ def test_the_flow_learns_a_mixture_of_two_classes():
         TokenPrior(2, 4, num_classes=2, hidden_dim=64, num_layers=2),
         tokens,
         labels,
-        TokenPriorStepOptions(train_batch_size=128, ema_decay=0.98, learning_rate=4e-3),
+        TokenPriorStepOptions(train_batch_size=64, ema_decay=0.97, learning_rate=4e-3),
         seed=0,
     )
-    losses = [float(training.make_step()) for _ in range(300)]
-    assert sum(losses[-30:]) < 0.5 * sum(losses[:30])
+    losses = [float(training.make_step()) for _ in range(200)]
+    assert sum(losses[-30:]) < 0.7 * sum(losses[:30])
     prior = training.prior
     training.average.copy_to(prior.parameters())
 
