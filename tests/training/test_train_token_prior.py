@@ -98,12 +98,19 @@ def test_the_command_gives_a_pipeline_that_a_stopped_run_gives_too(source, tmp_p
     assert card.count("## Token prior") == 1 and "5 steps of 8 images, on the tokens of 48 images" in card
 
 
-def test_other_settings_in_the_same_folder_are_refused(source, tmp_path):
+def test_other_settings_and_damaged_files_in_the_same_folder_are_refused(source, tmp_path):
     run(source, tmp_path, 2)
     with pytest.raises(ValueError, match=says(STATE_FILE, "`learning_rate` = 0.5", "got 0.001")):
         run(source, tmp_path, 4, "--learning_rate", "0.5")
     with pytest.raises(ValueError, match=says(TOKENS_FILE, "`images` = 'textures-16-48-1'", "got 'textures-16-48-0'")):
         run(source, tmp_path, 4, "--seed", "1", "--latents_dir", str(tmp_path / "others"))
+    content = bytearray((tmp_path / TOKENS_FILE).read_bytes())
+    content[-3] ^= 1
+    (tmp_path / "copy").write_bytes((tmp_path / TOKENS_FILE).read_bytes())
+    (tmp_path / TOKENS_FILE).write_bytes(content)
+    with pytest.raises(ValueError, match=says(TOKENS_FILE, "hash that its header states")):
+        run(source, tmp_path, 4)
+    (tmp_path / "copy").rename(tmp_path / TOKENS_FILE)
     with open(tmp_path / STATE_FILE, "r+b") as file:
         file.truncate(1000)
     with pytest.raises(ValueError, match=STATE_FILE):

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from ..command_line import run_main
 from ..data.class_names import check_classes, clean_class_names
 from ..data.latents import Latents
-from ..files import in_use, replacing, replacing_contents
+from ..files import in_use, replacing, replacing_contents, sha256_of_weights
 from ..latent_embedding import VisualPriorMixin
 from ..options import option, parse_options
 from ..pipeline_dod import DoDPipeline
@@ -92,9 +92,10 @@ class TokenPriorOptions:
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
-    """Writes a safetensors file atomically, with a record of JSON in its header."""
+    """Writes a safetensors file atomically, with a record of JSON and the hash of the tensors in its header."""
     with replacing(path) as unfinished:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        record = {**record, "sha256": sha256_of_weights(tensors)}
         save_file(tensors, unfinished, metadata={"record": json.dumps(record, sort_keys=True)})
 
 
@@ -107,6 +108,8 @@ def _read_tensors(path: Path, settings: dict[str, Any]) -> tuple[dict[str, torch
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} must be an undamaged file of this command, got {error}: remove it.") from error
+    if record.get("sha256") != sha256_of_weights(tensors):
+        raise ValueError(f"{path} must have the hash that its header states, got another: remove it.")
     found = record.get("settings", {})
     for name in sorted(settings.keys() | found.keys()):
         if found.get(name) != settings.get(name):
