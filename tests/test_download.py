@@ -35,6 +35,12 @@ def test_offline_is_one_line():
     assert "\n" not in str(error.value)
 
 
+def test_files_of_the_user_are_left_alone(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match=says("`output_dir`", "empty", str(tmp_path))):
+        download("user/name", output_dir=tmp_path)
+
+
 @pytest.mark.slow
 def test_files_that_cannot_run_come(tmp_path):
     local, output = tmp_path / "local", tmp_path / "output"

@@ -89,6 +89,8 @@ def test_the_latent_embedder_sees_noise_where_it_is_given():
     expected = batch["latents"][:2].clone()
     expected[1] = 0.5 * expected[1] + 0.5 * noise[1]
     torch.testing.assert_close(seen[0], expected)
+    with pytest.raises(ValueError, match=says("`prior_sigmas` must be given with `prior_noise`", "got None")):
+        model(**batch, num_priors=2, prior_noise=noise)
 
 
 @pytest.mark.parametrize("num_priors", range(BATCH_SIZE + 1))

@@ -841,6 +841,7 @@ BAD_CALLS = [
     ("token_prior_truncation", dict(token_prior_truncation=0.5), ValueError, "`use_token_prior`", "got 0.5"),
     ("prior_noise", dict(prior_noise=1.5), ValueError, "[0, 1]", "got 1.5"),
     ("prior_noise", dict(prior_noise="a"), TypeError, "float", "got 'a'"),
+    ("prior_noise", dict(prior_noise=0.5, num_stages=1), ValueError, "0 with one stage", "got 0.5"),
     ("num_images_per_label", dict(num_images_per_label=10**12), ValueError, "[1, 1000000]", "got 1000000000000"),
     ("num_images_per_prior", dict(num_images_per_prior=10**12), ValueError, "[1, 1000000]", "got 1000000000000"),
     ("num_inference_steps", dict(num_inference_steps=10**9), ValueError, "[1, 1000000]", "got 1000000000"),

@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[1]
 JOB = ROOT / "training" / "slurm" / "train.sbatch"
 ARGUMENTS = ["--config", "desk", "--output_dir", "outputs/a run"]
 STAND_INS = {
-    "srun": 'printf "%q " "$@" > srun.txt\nexec $STEP',
+    # As Slurm does, it kills the step if it gets SIGTERM itself.
+    "srun": 'printf "%q " "$@" > srun.txt\n$STEP &\necho $! > step.pid\ntrap "kill -KILL $!" TERM\nwait $!',
+    "scancel": '[ "$*" = "--signal=TERM 12.0" ] && kill -TERM $(cat step.pid)',
     "scontrol": 'if [ "$1" = show ]; then echo node-7; else echo "$@" > scontrol.txt; fi',
 }
 

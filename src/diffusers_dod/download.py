@@ -44,8 +44,14 @@ def download(repo_id: str, revision: str | None = None, output_dir: Path | None 
 
     Raises:
         `OSError`: there is no such repository, or it cannot be reached.
-        `ValueError`: it holds no pipeline.
+        `ValueError`: it holds no pipeline, or the folder has other files.
     """
+    if output_dir is not None and output_dir.is_dir():
+        if any(output_dir.iterdir()) and not (output_dir / ".cache" / "huggingface").is_dir():
+            raise ValueError(
+                f"`output_dir` must be a new or empty folder, or one of an earlier download, got {output_dir} with "
+                "other files."
+            )
     try:
         folder = snapshot_download(repo_id, revision=revision, local_dir=output_dir, allow_patterns=PATTERNS)
     except (OSError, ValueError) as error:

@@ -170,6 +170,9 @@ class DoDJointModel(nn.Module):
                 "`features` must be None: this model has no `projector`, "
                 f"got a tensor of shape {tuple(features.shape)}."
             )
+        if (prior_noise is None) != (prior_sigmas is None):
+            given, missing = ("noise", "sigmas") if prior_sigmas is None else ("sigmas", "noise")
+            raise ValueError(f"`prior_{missing}` must be given with `prior_{given}`, got None.")
         prior_embeds = None
         if num_priors > 0:
             seen = latents[:num_priors]

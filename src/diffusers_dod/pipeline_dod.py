@@ -420,6 +420,8 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
         check_number("prior_noise", prior_noise, 0, 1)
         if prior_noise > 0 and (prior_tokens is not None or use_token_prior):
             raise ValueError(f"`prior_noise` must be 0 with `prior_tokens` or `use_token_prior`, got {prior_noise}.")
+        if prior_noise > 0 and num_stages == 1:
+            raise ValueError(f"`prior_noise` must be 0 with one stage, got {prior_noise}.")
         token_settings = check_token_settings(
             use_token_prior,
             self.token_prior,

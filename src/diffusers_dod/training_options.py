@@ -455,6 +455,7 @@ class TrainingOptions:
                 )
             overrides = {"num_latent_tokens": model.num_latent_tokens, "latent_token_dim": model.latent_token_dim}
             overrides["latent_embedder_learning_rate"] = self.optimizer.latent_embedder_learning_rate
+            overrides["prior_noise"] = self.dropout.prior_noise or None
             found += [
                 f"`{name}` must not be given for `preset` {model.preset!r}, which has no latent embedder, got {value}."
                 for name, value in overrides.items()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import noise_image, says
+from helpers import noise_image, says, tiny_pipeline
 from safetensors.torch import save_file
 
 from diffusers_dod import DoDPipeline, desk_checkpoint
@@ -99,7 +99,9 @@ def test_results_and_images(tmp_path):
     found = describe(str(path), with_hash=True)
     metrics = json.loads(path.read_text())["metrics"]
     assert found.facts["fid"].startswith(f"{metrics['fid']['value']:.6g}") and set(metrics) <= set(found.facts)
-    assert found.facts["file"] == f"SHA-256 {file_sha256(path)}" and found.commands == [f"dod reproduce {path}"]
+    assert found.facts["file"] == f"SHA-256 {file_sha256(path)}" and found.commands == [
+        f"dod reproduce {path} --trust_extractor"
+    ]
     image = tmp_path / "image.png"
     checkpoint = {"path": "user/name", "sha256": "0" * 64}
     save_with_settings(noise_image(8, 8), image, "sample", {"seed": 3}, checkpoint=checkpoint, device="cpu")
@@ -119,3 +121,9 @@ def test_what_is_nothing_of_the_package(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["training/accelerate/ddp.yaml", "--path"])
     assert capsys.readouterr().out == f"{ROOT / 'training' / 'accelerate' / 'ddp.yaml'}\n"
+    with pytest.raises(ValueError, match=says("`path` must be a file or folder that is there", "none.yaml")):
+        main(["training/accelerate/none.yaml", "--path"])
+    tiny_pipeline().save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "DiTPipeline"}')
+    with pytest.raises(ValueError, match=says("`path` must be a pipeline of this package", "DiTPipeline")):
+        describe(str(tmp_path / "other"))

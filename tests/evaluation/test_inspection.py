@@ -76,8 +76,10 @@ def test_the_worst_classes_are_shown(world, capsys):
         expected.append((ReferenceManifold(parts[1]).compare(parts[0]).recall, len(parts[0]), label))
     assert [(row["value"], row["num_samples"], row["label"]) for row in worst] == sorted(expected)[:2]
     assert f"| {worst[0]['label']} | {worst[0]['value']:.3f} | {worst[0]['num_samples']} |" in capsys.readouterr().out
+    (folder / "results.json").unlink()
     with pytest.raises(ValueError, match=says("`reference`", "class ids", "got none")):
         run(folder, "--metrics", "precision_recall", "--worst_classes", 2, reference="unlabelled.npz")
+    assert set(read_results(folder / "results.json")["metrics"]) >= {"precision", "recall"}  # nothing is lost
     for options, text in (
         (("--metrics", "fid", "--worst_classes", 1), "`accuracy` or `precision_recall`"),
         (("--metrics", "fid", "--nearest_grid", folder / "nearest.png"), "`authenticity` for `nearest_grid`"),

@@ -349,6 +349,14 @@ def test_how_it_is_guided_is_handed_on(tmp_path, finished, checkpoint, extractor
     assert weaker[last] == pytest.approx(unguided, abs=1e-6) and row_weaker[5] == "-"
     with pytest.raises(ValueError, match=says("`output_dir`", "`guidance_model_sha256` = None")):
         sweep_with("weaker")
+    path = tmp_path / "default" / "options.json"  # as sweeps had it before these options
+    old = json.loads(path.read_text())
+    del old["prior_noise"], old["guidance_model_sha256"]
+    path.write_text(json.dumps(old))
+    for options in (["--prior_noise", 0.5], ["--guidance_model", checkpoint]):
+        with pytest.raises(ValueError, match=says("`output_dir`", "with None")):
+            sweep_with("default", *options)
+    assert sweep_with("default")[0] == values
 
 
 def test_the_reference_is_computed_once_for_all_processes(tmp_path, checkpoint, extractor, monkeypatch):

@@ -145,6 +145,8 @@ class Drawing:
         self.pipeline.set_progress_bar_config(disable=True)
         self.labels = self._find_labels()
         self.original = None if options.image is None else self._read_original(options.image)
+        if self.original is not None and not self.stages:
+            raise ValueError("`stages` must be >= 2 with `image`, which needs a latent embedder, got 1.")
         if not self.places:
             raise ValueError(f"`like` must be one of the {self.num_images} images of its call, got {wanted}.")
 
@@ -269,7 +271,7 @@ class Drawing:
                 rows.append(group[left : left + COLUMNS])
                 captions.append("" if left else caption)
         enlarged = max(1, MIN_SIDE // rows[0][0].width)
-        title = f"{Path(options.checkpoint).name}, seed {options.seed}"
+        title = f"seed {options.seed}"
         return make_grid(rows, enlarged, gap=4, title=title, row_names=captions)
 
     def save(self, image: Image.Image, file: Path, place: Place | None) -> None:
@@ -439,7 +441,9 @@ def main(argv: list[str] | None = None) -> None:
     drawing = Drawing(options)
     write(drawing)
     names = ", ".join(dict.fromkeys(place.name for place in drawing.places))
-    print(f"Wrote {options.output}: {drawing.num_images} images of {names}. Settings: dod info {options.output}")
+    file = next(iter(sorted(options.output.glob("*.png")))) if options.output.is_dir() else options.output
+    images = "1 image" if drawing.num_images == 1 else f"{drawing.num_images} images"
+    print(f"Wrote {options.output}: {images} of {names}. Settings: dod info {file}")
 
 
 if __name__ == "__main__":

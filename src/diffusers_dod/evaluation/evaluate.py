@@ -551,27 +551,25 @@ def main(argv: list[str] | None = None) -> None:
         metrics = evaluator.compute(summary, options.judge.num_groups > 0)
         if metrics:
             print(to_table(metrics))
-        _inspect(options, evaluator, samples, summary, metrics)
-        if options.output_file is not None:
+        if options.output_file is not None:  # already here, as what follows may fail
             evaluator.write(options.output_file, argv, metrics, data)
+        if options.worst_classes is not None:
+            _show_worst_classes(options.worst_classes, evaluator, summary, metrics)
+            if options.output_file is not None:
+                evaluator.write(options.output_file, argv, metrics, data)
+        if options.nearest_grid is not None:
+            images = (samples, np.sort(draw_indices(len(samples), options.num_samples)), summary)
+            draw_nearest(options.nearest_grid, *images, evaluator.reference.images, evaluator.prepared("authenticity"))
 
 
-def _inspect(
-    options: EvaluationOptions,
-    evaluator: Evaluator,
-    samples: ImageSource,
-    summary: FeatureSummary,
-    metrics: dict[str, dict[str, Any]],
+def _show_worst_classes(
+    number: int, evaluator: Evaluator, summary: FeatureSummary, metrics: dict[str, dict[str, Any]]
 ) -> None:
-    """Shows the worst classes and the nearest images, if the options ask for them."""
-    if options.worst_classes is not None:
-        name, worst = find_worst_classes(evaluator, summary, options.worst_classes)
-        metrics[name]["worst_classes"] = worst
-        rows = [[str(row["label"]), f"{row['value']:.3f}", str(row["num_samples"])] for row in worst]
-        print("\n" + format_table(["class", name, "samples"], rows))
-    if options.nearest_grid is not None:
-        images = (samples, np.sort(draw_indices(len(samples), options.num_samples)), summary)
-        draw_nearest(options.nearest_grid, *images, evaluator.reference.images, evaluator.prepared("authenticity"))
+    """Shows so many of the worst classes, and adds them to their metric in `metrics`."""
+    name, worst = find_worst_classes(evaluator, summary, number)
+    metrics[name]["worst_classes"] = worst
+    rows = [[str(row["label"]), f"{row['value']:.3f}", str(row["num_samples"])] for row in worst]
+    print("\n" + format_table(["class", name, "samples"], rows))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from .images import ImageSource
 RECORD = "settings.json"
 LABELS = "labels"
 NAMES = {LABELS, *(output.name for output in fields(ImageFeatures))}  # of files, without suffix
+_PACKAGE = Path(__file__).parents[1]
+CODE = [*sorted((_PACKAGE / "metrics").glob("*.py")), _PACKAGE / "vision_features.py", _PACKAGE / "image_reading.py"]
 VERSIONS = ("torch", "transformers", "Pillow", "device")
 
 # Outputs of the extractor by name, and class ids if there are any, of some images.
@@ -38,10 +40,10 @@ class CachedFeatures(TypedDict):
 
 class FeatureCache:
     """
-    A folder of features, each entry of which is found by the hash of all that it depends on: it is never out of date.
+    A folder of features, each entry of which is found by the hash of what it depends on.
 
-    An entry depends on the contents of the images, the extractor, the batch size, the device, and the versions of
-    PyTorch, `transformers` and Pillow.
+    That is the contents of the images, the extractor, the batch size, the device, the code of this package's metrics,
+    and the versions of PyTorch, `transformers` and Pillow. Versions of other packages do not count.
 
     Args:
         folder (`Path`): The folder.
@@ -77,6 +79,7 @@ class FeatureCache:
             "num_drawn": num_images,
             "extractor": self.extractor,
             "batch_size": batch_size,
+            "code": file_sha256(*CODE),
             **{name: versions.get(name) for name in VERSIONS},
         }
 

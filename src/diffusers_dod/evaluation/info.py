@@ -29,6 +29,7 @@ from ..command_line import run_main
 from ..data.latents import SHARD_MANIFEST, ShardManifest, find_damaged_shards
 from ..files import METRICS_FILE, file_sha256
 from ..image_settings import read_image_settings
+from ..metrics.extractors import is_inception
 from ..options import option, parse_options
 from ..records import check_safetensors_header, find_record, read_lines, read_record
 from ..results import checkpoint_sha256, read_results
@@ -168,6 +169,8 @@ def describe_pipeline(folder: Path, name: str, with_hash: bool) -> Description |
             commands.insert(0, f"dod train ... --output_dir {word} --resume_from_checkpoint latest")
         return Description("Training run that has not finished", training, commands)
     index = read_record(folder / INDEX, dict[str, Any])
+    if "default_num_stages" not in index:
+        raise ValueError(f"`path` must be a pipeline of this package, got {name!r} of {index.get('_class_name')}.")
     facts: dict[str, Any] = {"class": index.get("_class_name")}
     for part, entry in index.items():
         if isinstance(entry, list) and len(entry) == 2 and entry[0] is not None:
@@ -318,7 +321,9 @@ def describe_results(path: Path, name: str, with_hash: bool) -> Description | No
         interval = entry["interval"]
         facts[metric] = f"{entry['value']:.6g}" + (f"  [{interval[0]:.6g}, {interval[1]:.6g}]" if interval else "")
     facts["versions"] = _format_versions(results.get("versions"))
-    return Description("Results", facts, [f"dod reproduce {shlex.quote(name)}"])
+    extractor = (results.get("settings") or {}).get("extractor")
+    trust = "" if extractor is None or is_inception(str(extractor)) else " --trust_extractor"
+    return Description("Results", facts, [f"dod reproduce {shlex.quote(name)}{trust}"])
 
 
 def describe_image(path: Path, name: str, with_hash: bool) -> Description | None:
@@ -402,7 +407,13 @@ def describe(name: str, with_hash: bool = False) -> Description:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command; `argv` defaults to the process's arguments. Raises as [`describe`] does."""
     options = parse_options(InfoOptions, argv, __doc__)
-    print(find_shipped(options.path) if options.path_only else describe(options.path, options.hash))
+    if not options.path_only:
+        print(describe(options.path, options.hash))
+        return
+    path = Path(find_shipped(options.path))
+    if not path.exists():
+        raise ValueError(f"`path` must be a file or folder that is there, or that comes with the package, got {path}.")
+    print(path)
 
 
 if __name__ == "__main__":

@@ -170,7 +170,9 @@ def compute_conventions(
     metrics, extractor, reading = evaluator.options.wanted_metrics, evaluator.extractor, evaluator.options.reading
     if "fid" in metrics:
         reference = evaluator.reference
-        if isinstance(extractor, InceptionFeatures) and reference.images is not None:
+        # Statistics that come with images may be of more images than these, as ADM's are.
+        has_own_images = reference.images is not None and not reference.data["has_statistics"]
+        if isinstance(extractor, InceptionFeatures) and has_own_images:
             clean = CleanInception(extractor)
             own = compute_features(samples, clean, num_images=num_samples, **reading)
             other = compute_features(reference.images, clean, **reading)

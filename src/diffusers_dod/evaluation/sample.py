@@ -74,7 +74,6 @@ def guidance_model_option() -> Any:
     """Declares the option for the weaker model of autoguidance in a dataclass of options."""
     return option(
         None,
-        is_place=True,
         help="Pipeline (folder or Hub id) whose transformer, a weaker one, is the guide in place of the null class.",
     )
 
@@ -200,7 +199,7 @@ def load_guidance(options: SamplingOptions) -> Guidance:
     if options.guidance_model is None:
         return guidance
     weaker = DoDTransformer2DModel.from_pretrained(
-        options.guidance_model, subfolder="transformer", dtype=DTYPES[options.dtype]
+        find_shipped(options.guidance_model), subfolder="transformer", dtype=DTYPES[options.dtype]
     )
     return replace(guidance, transformer=weaker)
 

@@ -215,10 +215,12 @@ class Sweep:
         path = options.output_dir / "options.json"
         found = read_record(path, dict[str, Any]) if path.exists() else {}
         for name, value in settings.items():
-            if found.get(name, value) != value:  # a sweep may continue with more averages
+            # A sweep may go on with more averages; older ones had no noise of priors and no weaker model.
+            missing = value if name.endswith("_sha256") and name != "guidance_model_sha256" else None
+            if found and found.get(name, {"prior_noise": 0.0}.get(name, missing)) != value:
                 raise ValueError(
                     f"`output_dir` must be the folder of a sweep with `{name}` = {value!r}, got {options.output_dir} "
-                    f"with {found[name]!r}: use another one."
+                    f"with {found.get(name)!r}: use another one."
                 )
         write_json(path, found | settings)
 
@@ -476,6 +478,8 @@ def main(argv: list[str] | None = None) -> None:
             print("No plots: drawing them needs matplotlib.", file=sys.stderr)
         settings = to_json({name: value for name, value in to_values(options).items() if name[:7] != "output_"})
         settings |= {"metrics": options.judge.wanted_metrics, "extractor_sha256": sweep.evaluator.extractor_sha256}
+        if options.guidance_model is not None:
+            settings["guidance_model_sha256"] = checkpoint_sha256(options.guidance_model)
         reference = sweep.evaluator.reference
         write_results(
             options.output_file or options.output_dir / "sweep.json",

@@ -599,7 +599,10 @@ class Trainer:
         every, step = self.options.hub.push_every, checkpoint_step(self.checkpoint)
         number = step // self.options.output.checkpointing_steps
         if self.pusher is not None and every is not None and number % every == 0:
-            self._push(f"Step {step}", step, TrainingHistory(read_state(self.checkpoint)))
+            try:
+                self._push(f"Step {step}", step, TrainingHistory(read_state(self.checkpoint)))
+            except (OSError, ValueError) as error:  # in the main process only, so the others would wait for it
+                logger.warning(f"{self.checkpoint.name} is not pushed: {error}")
 
     def _resolved_options(self) -> TrainingOptions:
         """The run's options with the settings of latents on disk."""
