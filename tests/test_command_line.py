@@ -15,7 +15,9 @@ from diffusers_dod.command_line import run_main
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = sorted(
-    path for path in (ROOT / "src").rglob("*.py") if re.search(r"^def main\(argv", path.read_text(), re.MULTILINE)
+    path
+    for path in (ROOT / "src" / "diffusers_dod").rglob("*.py")
+    if re.search(r"^def main\(argv", path.read_text(), re.MULTILINE)
 )
 
 
@@ -81,7 +83,9 @@ def test_the_command_does_not_see_debug(monkeypatch):
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
 def test_every_command_starts_here(path, monkeypatch, capsys):
     """The option `--debug` is in the help, and wrong arguments are one block of lines, once for each machine."""
-    starts = [path, *(door for door in ROOT.glob("training/*.py") if f".{path.stem} import main" in door.read_text())]
+    start = path.with_name("__main__.py")
+    starts = [start if start.exists() else path]
+    starts += [door for door in ROOT.glob("training/*.py") if f".{path.stem} import main" in door.read_text()]
     for start in starts:
         call = ast.unparse(ast.parse(start.read_text()).body[-1].body[-1])
         assert call in ("run_main(main)", "run_main(partial(main, launcher=launcher))"), start

@@ -283,7 +283,8 @@ def _check_sound_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...])
     check_tensor(name, tensor, shape)
     if not bool(find_sound(tensor).all()):
         bad = tensor[~(tensor.abs() <= LARGEST)][:5].tolist()  # NaN compares false
-        raise ValueError(f"`{name}` must hold finite numbers of at most {LARGEST} in size, got {bad}.")
+        found = ", ".join(f"{number:.6g}" for number in bad)
+        raise ValueError(f"`{name}` must hold finite numbers of at most {LARGEST} in size, got {found}.")
 
 
 def check_prior(

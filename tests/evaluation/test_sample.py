@@ -135,6 +135,7 @@ def test_the_manifest_says_what_they_are(checkpoint, finished):
         "guidance_power": None,
         "guidance_rescale": 0.0,
         "guidance_cosine_threshold": None,
+        "prior_noise": 0.0,
         "height": 16,
         "width": 16,
         "format": finished.name,
