@@ -288,7 +288,7 @@ def test_projectors_are_in_no_pipeline_and_no_average(aligned):
     assert {name.split(".")[0] for name in projectors} == {"projector", "prior_projector"}
     assert average.keys() == raw.keys() - projectors
     pipe = DoDPipeline.from_pretrained(aligned / "checkpoint-4")
-    assert set(pipe.components) == {"transformer", "latent_embedder", "scheduler", "vae"}
+    assert set(pipe.components) == {"transformer", "latent_embedder", "token_prior", "scheduler", "vae"}
     parts = {"transformer": pipe.transformer, "latent_embedder": pipe.latent_embedder}
     names = {f"{part}.{name}" for part, model in parts.items() for name, _ in model.named_parameters()}
     assert names == average.keys()

@@ -405,7 +405,15 @@ def describe(name: str, with_hash: bool = False) -> Description:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command; `argv` defaults to the process's arguments. Raises as [`describe`] does."""
+    """
+    Runs the command.
+
+    Args:
+        argv (`list[str]`, *optional*): Arguments; those of the process if not given.
+
+    Raises:
+        `OSError`, `ValueError`: see [`describe`]; or there is no file or folder of which the path is asked for.
+    """
     options = parse_options(InfoOptions, argv, __doc__)
     if not options.path_only:
         print(describe(options.path, options.hash))
