@@ -294,7 +294,7 @@ def test_accuracy_needs_the_logits_of_the_samples_classes(classified, capsys):
 
 
 def test_few_samples_are_warned_of(world):
-    with pytest.warns(UserWarning, match=says("60 samples", "50,000", "compare it at this number only")):
+    with pytest.warns(UserWarning, match=says("60 samples", "50,000", "of as many samples only")):
         run(world, *reference_of(world))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

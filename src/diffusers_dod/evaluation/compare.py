@@ -31,7 +31,7 @@ from .images import ImageSource, open_images
 
 MEANING = """\
 The interval holds the mean difference of further sets of {number:,} samples of the same two models with 95 %.
-A difference of the last column would be found, that is, its interval be without 0, in 80 % of such comparisons.
+If the models differed by the last column, 80 % of such comparisons would find it: 0 would be outside their interval.
 Trained again from another seed, both models would differ further: only several trainings of each show how far."""
 
 

@@ -367,8 +367,8 @@ class Evaluator:
         self.check(samples.resolution, samples.num_classes, samples.labels)
         if num_samples < PUBLISHED_NUM_SAMPLES and outputs_for(options.wanted_metrics, "statistics"):
             warnings.warn(
-                f"FID of {num_samples:,} samples is larger than that of the {PUBLISHED_NUM_SAMPLES:,} of published "
-                "ones, by more the fewer: compare it at this number only.",
+                f"FID of {num_samples:,} samples is larger than that of {PUBLISHED_NUM_SAMPLES:,}, which published "
+                "ones have: compare it with those of as many samples only.",
                 stacklevel=2,
             )
         reading = options.reading
