@@ -22,6 +22,7 @@ api = HfApi()
 api.create_repo("user/name")
 api.upload_folder(repo_id="user/name", folder_path=sys.argv[1])
 print(describe("user/name"))  # without weights
+api.repo_exists("user/mark")
 sys.argv[1:] = ["user/name", "--output_dir", sys.argv[2]]
 run_main(main)
 sys.argv[1:] = ["user/none"]
@@ -51,8 +52,12 @@ def test_files_that_cannot_run_come(tmp_path):
         environment = {**hub.environment(tmp_path / "home"), "HF_TOKEN": "hf_dummy", "HF_HUB_OFFLINE": "0"}
         command = [sys.executable, "-c", CLIENT, local, output]
         text = run_command(command, tmp_path / "log", environment, succeeds=False)
-        weights = [request for request in hub.requests if request.endswith(".safetensors")]
-    assert "Pipeline\n" in text and "LatentEmbeddingModule\n" in text and len(weights) == len(set(weights))
+        gets = [request for request in hub.requests if request.startswith("GET")]
+    mark = next(number for number, request in enumerate(gets) if "user/mark" in request)
+    described, downloaded = (
+        [name for name in part if name.endswith(".safetensors")] for part in (gets[:mark], gets[mark:])
+    )
+    assert "Pipeline\n" in text and "LatentEmbeddingModule\n" in text and downloaded and not described
     assert str(output) in text and "error: `repo_id` must be a repository on the Hub" in text.splitlines()[-1]
     found = {path.relative_to(output).as_posix() for path in output.rglob("*") if ".cache" not in path.parts}
     wanted = {path.relative_to(local).as_posix() for path in local.rglob("*")}

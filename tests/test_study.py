@@ -1,17 +1,24 @@
 """The study: its commands are those of the package, and its page is made of its results."""
 
+import itertools
 import json
 import sys
+from colorsys import rgb_to_hsv
 from pathlib import Path
 
+import numpy as np
 import pytest
-from helpers import check_all, says, tiny_pipeline
+import torch
+from helpers import check_all, fresh_accelerator, says, tiny_pipeline
 
+from diffusers_dod.data.latents import LatentDataset, find_damaged_shards
+from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
 from diffusers_dod.evaluation.linear_probe import LinearProbeOptions
 from diffusers_dod.evaluation.reconstruction import ReconstructionOptions
 from diffusers_dod.evaluation.sweep import SweepOptions
 from diffusers_dod.options import build_parser, parse_options
 from diffusers_dod.results import as_metric, write_results
+from diffusers_dod.training import encode_latents
 from diffusers_dod.training_options import TrainingOptions
 
 
@@ -51,6 +58,39 @@ def test_evaluations_are_what_the_commands_take():
         assert args.output_file == study.result_file(run, step, name)
 
     check_all(check, EVALUATIONS)
+
+
+def test_labels_that_say_less_or_more():
+    num_images = 12 * 60
+    classes = np.arange(num_images) % 12
+    names, kinds = study.label_kinds(num_images)
+    assert sorted(sum(study.KINDS.values(), ())) == sorted(TEXTURE_CLASSES) and len(names) == 3
+    for label, texture in enumerate(TEXTURE_CLASSES):
+        (kind,) = set(kinds[classes == label])
+        assert texture in study.KINDS[names[kind]]
+    names, hues = study.label_hues(num_images)
+    assert np.bincount(hues).tolist() == [10] * 72 and len(names) == 72
+    assert (hues // 6 == classes).all()
+    colors = [TextureDataset(num_images)[i]["attributes"][3:6] for i in np.flatnonzero(classes == 3)]
+    found = [rgb_to_hsv(*color)[0] for color in colors]
+    sixths = hues[classes == 3] % 6
+    for low, high in itertools.pairwise(range(6)):
+        assert np.max(found, where=sixths == low, initial=0) <= np.min(found, where=sixths == high, initial=1)
+
+
+def test_latents_get_other_labels(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "LATENTS", tmp_path / "latents")
+    options = "--dataset_name textures --num_train_samples 24 --resolution 8 --shard_size 12 --latents_dir".split()
+    with fresh_accelerator():
+        encode_latents.main([*options, str(tmp_path / "latents")])
+    study.relabel("kinds")
+    before, after = (LatentDataset(tmp_path / name) for name in ("latents", "latents-kinds"))
+    names = json.loads((tmp_path / "latents-kinds" / "manifest.json").read_text())["class_names"]
+    assert names == list(study.KINDS) and find_damaged_shards(tmp_path / "latents-kinds") == []
+    assert after.labels.tolist() == study.label_kinds(24)[1].tolist() != before.labels.tolist()
+    assert torch.equal(after.read(17)[0], before.read(17)[0])
+    run = {"common": {}, "runs": {"a": {"labels": "kinds"}}, "vae": "vae"}
+    assert study.training_argv(run, "a")[:2] == ["--latents_dir", str(tmp_path / "latents-kinds")]
 
 
 def test_every_part_of_the_plan_is_of_a_run():
