@@ -130,6 +130,10 @@ def format_completion(options: dict[str, Iterable[str]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command that the first of the arguments names; `argv` defaults to the process's."""
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name == "help" and arguments:
+        name, arguments = arguments[0], ["--help"]
+    if arguments and name in ("-h", "--help", "--version", COMPLETION):
+        _fail(f"`{name}` must stand alone, got {' '.join(arguments)!r} behind it.")
     if name in ("-h", "--help", "help"):
         print(_format_help(), end="")
     elif name == "--version":

@@ -47,9 +47,17 @@ def test_an_unknown_command_is_one_block(capsys):
     assert text.startswith("dod: error: `COMMAND` must be one of ") and "'trian'. Did you mean train?\n" in text
 
 
+@pytest.mark.parametrize("name", ["--help", "--version", "completion"])
+def test_words_that_nothing_takes_are_refused(name, capsys):
+    assert run(name, "zsh") == 2
+    assert capsys.readouterr().err.startswith(f"dod: error: `{name}` must stand alone, got 'zsh' behind it.")
+
+
 def test_usage_and_errors_have_the_name_of_the_command(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["dod"])
     assert run("cost", "--help") == 0
+    assert capsys.readouterr().out.startswith("usage: dod cost [-h]")
+    assert run("help", "cost") == 0
     assert capsys.readouterr().out.startswith("usage: dod cost [-h]")
     assert run("cost", "--no_such_option") == 2
     assert capsys.readouterr().err.startswith("dod cost: error: ")
