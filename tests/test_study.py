@@ -93,6 +93,21 @@ def test_latents_get_other_labels(tmp_path, monkeypatch):
     assert study.training_argv(run, "a")[:2] == ["--latents_dir", str(tmp_path / "latents-kinds")]
 
 
+def test_runs_of_several_seeds_and_evaluations_by_several_judges():
+    assert [STUDY["runs"][f"classes-dod-seed{seed}"]["seed"] for seed in range(6)] == list(range(6))
+    found = {}
+    for name in ("tuned-stage2", "tuned-stage2-imagenet", "none-stage1", "noised-stage2-25-spectrum"):
+        run = {"none": "none-fitv2", "noised": "noised-dod"}.get(name.partition("-stage")[0], "classes-dod") + "-seed1"
+        module, *argv = study.evaluation_argv(STUDY, run, 4000, name)
+        found[name] = build_parser(SweepOptions).parse_args(argv)
+    first, second = found["tuned-stage2"], found["tuned-stage2-imagenet"]
+    assert first.samples_dir == second.samples_dir and first.output_dir != second.output_dir
+    assert first.extractor != second.extractor and "accuracy" in first.metrics and "accuracy" not in second.metrics
+    assert found["none-stage1"].guidance_model == str(study.OUTPUTS / "none-fitv2-seed1" / "checkpoint-1000")
+    assert len({options.samples_dir for options in found.values()}) == 3  # each has a run or a noise of its own
+    assert found["noised-stage2-25-spectrum"].samples_dir.name == "samples-4000-0.25"
+
+
 def test_every_part_of_the_plan_is_of_a_run():
     assert {run for part in STUDY["plan"] for run in part["runs"]} == set(STUDY["runs"])
     assert {name for _, _, name in EVALUATIONS} == set(STUDY["evaluations"])

@@ -174,6 +174,22 @@ def test_finished_settings_are_not_run_again(finished, checkpoint, extractor, mo
     assert {path: path.stat().st_mtime_ns for path in before if path not in missing}.items() <= before.items()
 
 
+def test_a_second_judge_takes_the_kept_samples(tmp_path, finished, checkpoint, extractor, monkeypatch):
+    kept = ["--samples_dir", tmp_path / "samples"]
+    grid = ["--guidance_scales", 1, 3, "--num_inference_steps", 2, "--metrics", "fid", "is", *kept]
+    first = run(tmp_path / "first", checkpoint, extractor, *grid)["metrics"]
+    other = tmp_path / "other.py"
+    other.write_text(EXTRACTOR.replace("/ 255", "/ 51"))
+    monkeypatch.setattr(DoDPipeline, "__call__", None)  # nothing is sampled
+    second = run(tmp_path / "second", checkpoint, other, *grid)["metrics"]
+    assert first.keys() == second.keys()
+    for name in fids(first):
+        assert second[name]["value"] == pytest.approx(25 * first[name]["value"], rel=1e-6)
+        assert first[name]["value"] == read_results(finished / "sweep.json")["metrics"][name]["seeds"][0]
+    with pytest.raises(ValueError, match=says("`output_dir`", "`prior_noise`")):
+        run(tmp_path / "third", checkpoint, other, *grid, "--prior_noise", 0.5)
+
+
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_goes_on(tmp_path, checkpoint, extractor, finished, monkeypatch):
     """At any file that is put in its place, of one setting of two stages."""

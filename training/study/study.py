@@ -43,12 +43,34 @@ KINDS = {
     "irregular": ("voronoi", "marble", "wood", "polygon"),
 }
 NUM_HUES = 6
+WAYS = ("null_condition", "weaker_step", "prior_noise")  # options of a sweep that make other samples
 DATA_SEED = 0  # of the images, the default of training/encode_latents.py
 
 
 def load_study() -> dict[str, Any]:
-    """Reads `study.yaml`."""
-    return yaml.safe_load((Path(__file__).parent / "study.yaml").read_text())
+    """
+    Reads `study.yaml`.
+
+    A run with `seeds` becomes a run for each of them, and an evaluation with `other_judges` is followed by one for
+    each of them. The plan names all of them at once.
+    """
+    study = yaml.safe_load((Path(__file__).parent / "study.yaml").read_text())
+    runs: dict[str, dict[str, Any]] = {}
+    for name, options in study["runs"].items():
+        seeds = options.pop("seeds", None)
+        runs[name] = {name: options} if seeds is None else {f"{name}-seed{k}": {**options, "seed": k} for k in seeds}
+    evaluations: dict[str, dict[str, Any]] = {}
+    for name, options in study["evaluations"].items():
+        judges = options.pop("other_judges", {})
+        evaluations[name] = {name: {**options, "judge": ["texture"]} if judges else options}
+        for judge, changes in judges.items():
+            evaluations[name][f"{name}-{judge}"] = {**options, **changes, "judge": [judge]}
+    for part in study["plan"]:
+        part["runs"] = [run for name in part["runs"] for run in runs[name]]
+        part["evaluations"] = [evaluation for name in part["evaluations"] for evaluation in evaluations[name]]
+    study["runs"] = {run: options for found in runs.values() for run, options in found.items()}
+    study["evaluations"] = {name: options for found in evaluations.values() for name, options in found.items()}
+    return study
 
 
 def to_argv(options: dict[str, Any]) -> list[str]:
@@ -129,13 +151,18 @@ def result_file(run: str, step: int, evaluation: str) -> Path:
 def evaluation_argv(study: dict[str, Any], run: str, step: int, evaluation: str) -> list[str]:
     """Module and arguments of an evaluation of the checkpoint of `run` after `step` steps."""
     options = dict(study["evaluations"][evaluation])
-    module = options.pop("module")
+    module, judge = options.pop("module"), options.pop("judge", [])
+    ways = [str(options[name]) for name in WAYS if name in options]
+    if "weaker_step" in options:
+        options["guidance_model"] = OUTPUTS / run / f"checkpoint-{options.pop('weaker_step')}"
     if module != "linear_probe":  # noise of its own for each training, so that their spread contains its chance
         options["seeds" if module == "sweep" else "seed"] = study["runs"][run]["seed"]
     argv = ["--pretrained_model_name_or_path", str(OUTPUTS / run / f"checkpoint-{step}"), *to_argv(options)]
-    if module == "sweep":
-        guided = f"-{options['null_condition']}" if "null_condition" in options else ""
-        argv += ["--output_dir", str(OUTPUTS / run / f"sweep-{step}{guided}")]  # a folder is of one way to guide
+    if module == "sweep":  # a folder is of one judge and one way to guide
+        parts = [str(step), *ways, *judge]
+        argv += ["--output_dir", str(OUTPUTS / run / "-".join(["sweep", *parts]))]
+        if judge:
+            argv += ["--samples_dir", str(OUTPUTS / run / "-".join(["samples", str(step), *ways]))]
     return [f"diffusers_dod.evaluation.{module}", *argv, "--output_file", str(result_file(run, step, evaluation))]
 
 

@@ -16,7 +16,7 @@ Samples and evaluates a checkpoint over guidance scales x steps x solvers x aver
 Scales are named for all stages up to the judged one, such as `1:3`: stage 1 at one of `--first_stage_guidance_scales`,
 all later stages at one of `--guidance_scales`. With one stage there are only the first scales. Without a latent
 embedder both options mean the only stage. Every setting is sampled and judged as by the commands
-`sample` and `evaluate`, in one process.
+`sample` and `evaluate`, in one process. `--samples_dir` keeps the samples, for a second sweep with another judge.
 """
 
 import itertools
@@ -58,6 +58,7 @@ from .sample import LABELS, SamplingOptions
 
 
 PIPELINE = "pipeline"  # the average that a checkpoint's pipeline has
+PLACES = ("output_dir", "output_file", "samples_dir")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +97,12 @@ class SweepOptions:
     )
     prior_noise: float = option(0.0, at_least=0, at_most=1, help="Level of the noise that the LEM sees in samples.")
     guidance_model: str | None = sample.guidance_model_option()
-    keep_samples: bool = option(False, help="Keep the images of every setting.")
     output_dir: Path = option(writes="folder", help="Folder of the sweep.")
+    samples_dir: Path | None = option(
+        None,
+        writes="folder",
+        help="Folder that keeps the images of every setting: a sweep with another judge takes them from there.",
+    )
     output_file: Path | None = option(None, writes="file", help="`sweep.json` in `--output_dir` by default.")
     judge: JudgeOptions
     guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
@@ -260,7 +265,7 @@ class Sweep:
         missing = [stage for stage, path in paths.items() if not path.exists()]
         if missing:
             scales = scales[: missing[-1]]
-            samples = options.output_dir / "samples" / paths[missing[-1]].stem
+            samples = (options.samples_dir or options.output_dir / "samples") / paths[missing[-1]].stem
             sampling = SamplingOptions(
                 pretrained_model_name_or_path=str(self.pipeline_folder(average)),
                 output_dir=samples,
@@ -288,7 +293,7 @@ class Sweep:
                 metrics, data = self.evaluator.evaluate(open_images(archive, options.judge.resolution))
                 judging = EvaluationOptions(samples=archive, judge=options.judge, output_file=paths[stage])
                 self.evaluator.write(paths[stage], to_argv(judging), metrics, data)
-            if not options.keep_samples:
+            if options.samples_dir is None:
                 shutil.rmtree(samples)
                 if not any(samples.parent.iterdir()):
                     samples.parent.rmdir()
@@ -476,7 +481,7 @@ def main(argv: list[str] | None = None) -> None:
             draw_plots(rows, options.output_dir)
         except ImportError:
             print("No plots: drawing them needs matplotlib.", file=sys.stderr)
-        settings = to_json({name: value for name, value in to_values(options).items() if name[:7] != "output_"})
+        settings = to_json({name: value for name, value in to_values(options).items() if name not in PLACES})
         settings |= {"metrics": options.judge.wanted_metrics, "extractor_sha256": sweep.evaluator.extractor_sha256}
         if options.guidance_model is not None:
             settings["guidance_model_sha256"] = checkpoint_sha256(options.guidance_model)
