@@ -21,7 +21,7 @@ from study import RESULTS
 
 from diffusers_dod.compute import TrainingStep, count_model, sampling_compute, training_cost
 from diffusers_dod.files import METRICS_FILE
-from diffusers_dod.metrics.intervals import mean_interval
+from diffusers_dod.metrics.intervals import jackknife, mean_interval
 from diffusers_dod.presets import PRESETS
 from diffusers_dod.results import as_metric, half_width, read_results
 from diffusers_dod.tables import format_table
@@ -157,12 +157,17 @@ def stages_table(results: Results) -> str:
     return format_table(["", "scales", "FID", "IS", "recognised, %"], rows)
 
 
+DIFFERENCE_HEADER = ["difference of FID", "found with 80 %", "of each seed"]
+
+
 def difference_cells(found: list[float]) -> list[str]:
-    """The mean of differences and each of them."""
+    """The mean of differences, the one that as many seeds would have found with a probability of 80 %, and each."""
     if not found:
-        return ["-", "-"]
-    number = show((np.mean(found), half_width(as_metric(np.mean(found), mean_interval(found)))))
-    return [number, ", ".join(f"{round(value, 2) + 0.0:.2f}" for value in found)]  # no -0.00
+        return ["-"] * 3
+    mean = jackknife(found, np.mean)
+    number = show((mean.value, half_width(as_metric(mean.value, mean.interval()))))
+    values = ", ".join(f"{round(value, 2) + 0.0:.2f}" for value in found)  # no -0.00
+    return [number, f"{mean.detectable():.2f}", values]
 
 
 def differences_table(results: Results) -> str:
@@ -195,7 +200,7 @@ def differences_table(results: Results) -> str:
                 *((runs, stage_label("fid", scales, steps)) for runs, scales, steps in (one, other))
             )
         rows.append([label, f"{one[1]} - {other[1]}" if found else "-", *difference_cells(found)])
-    return format_table(["", "scales", "difference of FID", "of each seed"], rows)
+    return format_table(["", "scales", *DIFFERENCE_HEADER], rows)
 
 
 def guidance_table(results: Results) -> str:
@@ -266,6 +271,17 @@ def learning_rates_table(results: Results) -> str:
     return format_table(["", "learning rate", *header], rows)
 
 
+def tuning_table(results: Results) -> str:
+    """Table of the learning rates that fall to zero: FID corrected for few samples, by guidance scales."""
+    rows, choices = [], ("2", "3", "4", "3:2", "3:3", "3:4")
+    for label, name in (("FiTv2", "fitv2"), ("DoD", "dod")):
+        for rate in ("1e-3", "2e-3", "4e-3", "8e-3"):
+            run = f"{name}-tune-{rate}"
+            cells = [show(results.stage(run, "fid_corrected", scales, step=4000)) for scales in choices]
+            rows.append([label, rate, *cells])
+    return format_table(["", "learning rate", *choices], rows)
+
+
 def tasks_table(results: Results) -> str:
     """Table of stage 1 with fewer blocks, and with half of the images."""
     rows = []
@@ -293,7 +309,7 @@ def reconstruction_differences_table(results: Results) -> str:
     for scale in ("2", "4"):
         found = results.differences((DOD, f"rfid_scale_{scale}"), (DOD, "rfid_scale_3"))
         rows.append([f"scale {scale} - scale 3", *difference_cells(found)])
-    return format_table(["", "difference of rFID", "of each seed"], rows)
+    return format_table(["", "difference of rFID", *DIFFERENCE_HEADER[1:]], rows)
 
 
 def ablation_rows(results: Results, runs: dict[str, str | tuple[str, ...]]) -> list[list[str]]:
@@ -354,7 +370,7 @@ def dropout_differences_table(results: Results) -> str:
         if scales is not None:
             found = results.differences(*((runs, stage_label("fid", scales)) for runs in (OFTEN, DOD)))
         rows.append([label, scales or "-", *difference_cells(found)])
-    return format_table(["p_s 0.25 - p_s 0.5", "scales", "difference of FID", "of each seed"], rows)
+    return format_table(["p_s 0.25 - p_s 0.5", "scales", *DIFFERENCE_HEADER], rows)
 
 
 def compute_table(results: Results) -> str:
@@ -439,7 +455,7 @@ def training_differences_table(results: Results) -> str:
                 )
             scales = f"{one[1]} - {other[1]}" if found else "-"
             rows.append([f"{step * IMAGES_PER_STEP:,}", label, scales, *difference_cells(found)])
-    return format_table(["images", "", "scales", "difference of FID", "of each seed"], rows)
+    return format_table(["images", "", "scales", *DIFFERENCE_HEADER], rows)
 
 
 def class_table(results: Results) -> str:
@@ -529,6 +545,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "unconditional": unconditional_table,
     "longer": longer_table,
     "learning-rates": learning_rates_table,
+    "tuning": tuning_table,
     "tasks": tasks_table,
     "reconstruction": reconstruction_table,
     "reconstruction-differences": reconstruction_differences_table,
