@@ -68,6 +68,13 @@ def test_links_lead_to_headings(document):
     ] == []
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_by_reference_have_an_address(document):
+    text = re.sub(r"```.*?```|`[^`]*`", "", (ROOT / document).read_text(), flags=re.DOTALL)
+    named = set(re.findall(r'\]\[([^\]"\n]+)\]', text))
+    assert named == set(re.findall(r"^\[([^\]]+)\]: \S+$", text, re.MULTILINE))
+
+
 RUN_ELSEWHERE = ["docs/own_images.md"]  # by its own test, with what it makes on the way
 
 
