@@ -69,7 +69,8 @@ def plot_metrics(run_dirs: Sequence[Path], output: Path, smoothing: int = 1) -> 
     Args:
         run_dirs (`Sequence[Path]`): Folders of the runs.
         output (`Path`): File of the figure.
-        smoothing (`int`, defaults to 1): Number of lines of metrics that a point averages.
+        smoothing (`int`, defaults to 1): Number of lines of metrics that a point averages. Learning rates and Fréchet
+            distances are drawn as they are.
 
     Raises:
         `ValueError`: a run has no metrics.
@@ -93,7 +94,8 @@ def plot_metrics(run_dirs: Sequence[Path], output: Path, smoothing: int = 1) -> 
                 if points:
                     steps, values = np.array(points).T
                     label = ", ".join([run] * (len(runs) > 1) + [name] * (len(names) > 1))
-                    width = 1 if name.startswith("fid") else smoothing  # there are few points, each from many samples
+                    # A learning rate has no noise, and there are few distances, each from many samples.
+                    width = 1 if name == "learning_rate" or name.startswith("fid") else smoothing
                     panel.plot(steps, smooth(values, width), label=label or None, linewidth=1.2)
         panel.set(title=title, xlabel="step")
         panel.grid(alpha=0.3)
