@@ -98,3 +98,68 @@ def test_the_spectrum_sees_contrast_size_and_colour():
     assert weak[0].argmax() == 0 and weak[0, 1:].argmax() + 1 == 4
     assert strong[0, 4] - weak[0, 4] == pytest.approx(np.log(4), abs=0.05)
     assert (weak[1:, 4] < -13).all() and (coloured[1:, 4] > -9).all()
+
+
+def test_the_judge_without_labels_knows_how_textures_were_made():
+    from attribute_features import extractor
+
+    from diffusers_dod.data.textures import TextureDataset
+
+    samples = list(TextureDataset(120, seed=103))
+    images = torch.from_numpy(np.stack([sample["image"] for sample in samples])).permute(0, 3, 1, 2)
+    attributes = torch.from_numpy(np.stack([sample["attributes"] for sample in samples]))
+    features = extractor(images)
+    assert features.shape == (120, 64)
+    found = extractor.judge.to_attributes(features)
+    assert (found - attributes).square().mean() < 0.06 < 0.5 * attributes.var()
+
+
+@pytest.mark.slow
+def test_sources_of_priors_by_several_judges(tmp_path, monkeypatch, capsys):
+    import judge_priors
+
+    from diffusers_dod import DoDPipeline
+    from diffusers_dod.data.textures import TextureDataset
+    from diffusers_dod.results import read_results
+
+    kept = [name for name in judge_priors.SETS if "tokens" not in name]  # the repository's checkpoint draws none
+    monkeypatch.setattr(
+        judge_priors, "SETS", {name: {**judge_priors.SETS[name], "num_inference_steps": 1} for name in kept}
+    )
+    monkeypatch.setattr(judge_priors, "PAIRS", [pair for pair in judge_priors.PAIRS if set(pair) <= set(kept)])
+    monkeypatch.setattr(judge_priors, "JUDGES", {name: judge_priors.JUDGES[name] for name in ("classes", "spectrum")})
+    calls, call = [], DoDPipeline.__call__
+
+    def record(pipeline, labels, **options):
+        calls.append((labels, options.get("image")))
+        return call(pipeline, labels, **options)
+
+    monkeypatch.setattr(DoDPipeline, "__call__", record)
+    argv = ["judge_priors.py", "--pipeline", "checkpoints/dod-desk", "--num_samples", 36, "--num_reference", 48]
+    argv += ["--batch_size", 18, "--samples_dir", tmp_path / "samples", "--output_file", tmp_path / "judges.json"]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    judge_priors.main()
+    metrics = read_results(tmp_path / "judges.json")["metrics"]
+    assert len(calls) == 2 * len(kept) and all(labels == [i % 12 for i in range(18)] for labels, _ in calls[:1])
+    sources = TextureDataset(36, seed=judge_priors.IMAGE_SEED)
+    of_image = {sources[i]["image"].transpose(2, 0, 1).tobytes(): sources[i]["label"] for i in range(36)}
+    own, other = calls[-4:-2], calls[-2:]  # the last two sets
+    shifts = [
+        {
+            (of_image[image.numpy().tobytes()] - label) % 12
+            for labels, images in found
+            for image, label in zip(images, labels, strict=True)
+        }
+        for found in (own, other)
+    ]
+    assert shifts == [{0}, {1, 2, 3}]
+    tables = capsys.readouterr().out.split("\n\n")
+    for number, key in enumerate(("fid_corrected", "kid")):
+        digits = judge_priors.SHOWN[key]
+        assert f"{metrics[f'{key}/spectrum/{kept[0]}']['value']:.{digits}f} ±" in tables[number]
+    pair = " - ".join(judge_priors.PAIRS[0])
+    difference = metrics[f"kid/classes/{pair}"]
+    assert difference["value"] == pytest.approx(difference["first"] - difference["second"], abs=1e-9)
+    monkeypatch.setattr(DoDPipeline, "__call__", None)  # the samples are there
+    judge_priors.main()
+    assert read_results(tmp_path / "judges.json")["metrics"] == metrics

@@ -26,8 +26,4 @@ class AttributeFeatures(torch.nn.Module):
         return features
 
 
-if not JUDGE.is_dir():  # it is not among the checkpoints of the repository yet
-    raise FileNotFoundError(
-        f"{JUDGE} must be there: run python training/desk/texture_classifier.py --without_labels --output_dir {JUDGE}"
-    )
 extractor = AttributeFeatures()

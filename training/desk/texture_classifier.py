@@ -5,8 +5,8 @@ their class and how they were made (colours, scale, angle), so that its 64 featu
     python training/desk/texture_classifier.py --output_dir checkpoints/texture-classifier
     python training/desk/texture_classifier.py --without_labels --output_dir checkpoints/texture-attributes
 
-The second one is a judge that never saw a label: it learns only how textures were made. Each takes about 18 minutes of
-one shared CPU core. The first one reaches a held-out accuracy above 99 %.
+The second one is a judge that never saw a label: it learns only how textures were made. Each takes about 12 minutes of
+one CPU core. The first one reaches a held-out accuracy above 99 %.
 """
 
 import argparse
@@ -87,11 +87,10 @@ def main() -> None:
         if torch.rand(()) < 0.5:  # a decoder's blur must not be mistaken for another class
             blurred = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
             pixels = torch.lerp(pixels, blurred, torch.rand(len(pixels), 1, 1, 1))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            _, logits, attributes = model(pixels)
-        loss = F.mse_loss(attributes.float(), batch["attributes"])
+        _, logits, attributes = model(pixels)
+        loss = F.mse_loss(attributes, batch["attributes"])
         if not args.without_labels:
-            loss = loss + F.cross_entropy(logits.float(), batch["label"])
+            loss = loss + F.cross_entropy(logits, batch["label"])
         loss.backward()
         optimizer.step()
         schedule.step()
