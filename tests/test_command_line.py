@@ -4,12 +4,14 @@ import ast
 import importlib
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from launch import run_command, torchrun
 
+from diffusers_dod import command_line
 from diffusers_dod.command_line import run_main
 
 
@@ -54,6 +56,21 @@ def test_an_expected_error_is_one_block(monkeypatch, capsys, error):
     assert run(failing(error), monkeypatch, "--debug") == 2
     text = capsys.readouterr().err
     assert text.startswith("Traceback") and text.endswith(f"{type(error).__name__}: {error}\n")
+
+
+def test_a_warning_of_this_package_is_a_line(monkeypatch, capsys):
+    def main():
+        for place in (command_line.__file__, "elsewhere.py"):
+            warnings.showwarning(UserWarning("few samples"), UserWarning, place, 7)
+
+    monkeypatch.setattr(sys, "argv", ["folder/command.py"])
+    before = warnings.showwarning
+    run_main(main)
+    assert capsys.readouterr().err == "command.py: warning: few samples\nelsewhere.py:7: UserWarning: few samples\n"
+    monkeypatch.setattr(sys, "argv", ["folder/command.py", "--debug"])
+    seen = []
+    run_main(lambda: seen.append(warnings.showwarning))
+    assert seen == [before] and warnings.showwarning is before
 
 
 def test_an_error_without_words_has_its_name(monkeypatch, capsys):

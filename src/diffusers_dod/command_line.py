@@ -4,7 +4,10 @@
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import distributed
@@ -34,13 +37,17 @@ def run_main(main: Callable[[], None]) -> None:
     Runs a command as a process of its own: an expected error is one block of lines on stderr, with exit code 2.
 
     Of several processes only the first one that fails says why. `--debug` among the arguments of the process shows the
-    traceback, too. Any other error has its traceback and exit code 1 in any case.
+    traceback, too. Any other error has its traceback and exit code 1 in any case. A warning of this package is one
+    line in the same form; with `--debug` it has its place in the code, as those of other packages have.
 
     Args:
         main (`Callable`): The command. It reads its arguments from `sys.argv`.
     """
     shows_traceback = DEBUG in sys.argv[1:]
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != DEBUG]
+    show_warning = warnings.showwarning
+    if not shows_traceback:
+        warnings.showwarning = _show_warning
     try:
         main()
     except KeyboardInterrupt:
@@ -54,6 +61,24 @@ def run_main(main: Callable[[], None]) -> None:
             text = hide_secrets(str(error)) or type(error).__name__
             print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr, flush=True)
         sys.exit(ERROR_EXIT_CODE)
+    finally:
+        warnings.showwarning = show_warning
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """As Python shows warnings, but those of this package without the line of code that gives them."""
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        text = f"{os.path.basename(sys.argv[0])}: warning: {hide_secrets(str(message))}\n"
+    else:
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(text)
 
 
 def _is_first_to_fail() -> bool:
