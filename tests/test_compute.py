@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """What sampling costs, against the paper's figures and against what real pipelines do."""
 
+import dataclasses
+import inspect
 import json
 import re
 from functools import lru_cache
@@ -22,10 +24,12 @@ from diffusers_dod import DoDFlowMatchScheduler, DoDTransformer2DModel, Guidance
 from diffusers_dod.autoencoders import decode_pixels
 from diffusers_dod.compute import (
     ModelCost,
+    _counted_once,
     count_flops,
     count_model,
     sampling_compute,
     steps_within_budget,
+    training_cost,
 )
 from diffusers_dod.evaluation import compute
 from diffusers_dod.evaluation.compute import GUIDED, PAPER_COSTS
@@ -230,6 +234,21 @@ def test_the_pipeline_is_left_alone(pipe):
     pipe.scheduler.set_timesteps(7)
     sampling_compute(pipe, [3, 2])
     assert pipe.scheduler.num_inference_steps == 7
+
+
+def test_the_same_is_counted_once(pipe):
+    """What has another config, another size or another class of the same name is not the same."""
+    assert count_model(pipe) is count_model(tiny_pipeline())
+    assert inspect.unwrap(training_cost) is not training_cost
+    counted = []
+    count = _counted_once(lambda preset, size=None: counted.append(preset) or len(counted))
+    first, second = (type("Embedder", (LatentEmbeddingModule,), {}) for _ in range(2))
+    preset = dataclasses.replace(PRESETS["DoD-Desk"].override(), latent_embedder_class=first)
+    assert [count(preset), count(preset.override()), count(preset)] == [1, 1, 1]
+    assert [count(preset, 8), count(preset.override(num_layers=2)), count(PRESETS["DoD-Desk"])] == [2, 3, 4]
+    assert count(dataclasses.replace(preset, latent_embedder_class=second)) == 5
+    preset.transformer_config["num_layers"] = 3
+    assert count(preset) == 6
 
 
 # ------------------------------------------------------------------------------------------------------ equal compute

@@ -10,7 +10,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
@@ -32,6 +33,24 @@ from .transformer_dod import DoDTransformer2DModel
 
 
 _FLOAT_BYTES = 4  # weights, gradients, moments and averages are in fp32
+
+F = TypeVar("F", bound=Callable)
+
+
+def _counted_once(count: F) -> F:
+    """Makes a function that counts once for the same arguments: each card of a run, for one, asks for them again."""
+    results: dict[tuple, Any] = {}
+
+    @wraps(count)
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        # Presets hold dicts, which are not hashable, and a class, which its name does not tell.
+        presets = [value for value in (*args, *kwargs.values()) if isinstance(value, Preset)]
+        key = repr((args, kwargs)), *(preset.latent_embedder_class for preset in presets)
+        if key not in results:
+            results[key] = count(*args, **kwargs)
+        return results[key]
+
+    return remembered
 
 
 @dataclass(frozen=True)
@@ -254,6 +273,7 @@ class TrainingStep:
     lora: LoraOptions = field(default_factory=LoraOptions)
 
 
+@_counted_once
 def training_cost(
     preset: Preset,
     latent_shape: tuple[int, int, int] = (4, 32, 32),
@@ -446,7 +466,11 @@ def count_model(model: Preset | DiffusionPipeline, latent_size: tuple[int, int] 
         `TypeError`, `ValueError`: the model is neither, or does not take latents of this size.
     """
     check_type("model", model, (Preset, DiffusionPipeline))
-    preset = model if isinstance(model, Preset) else Preset.from_pipeline(model)
+    return _count_preset(model if isinstance(model, Preset) else Preset.from_pipeline(model), latent_size)
+
+
+@_counted_once
+def _count_preset(preset: Preset, latent_size: tuple[int, int] | None) -> ModelCost:
     with torch.device("meta"):
         transformer, embedder = preset.build()
         latents = torch.empty(1, transformer.config.in_channels, *_latent_size(transformer, latent_size))
