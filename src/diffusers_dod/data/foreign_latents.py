@@ -8,7 +8,7 @@ latents.
 - LightningDiT: `latents_rank00_shard000.safetensors`, ... with `latents`, `latents_flip` (n, C, h, w) and `labels`
   (n,): samples, without a deviation.
 - EDM2 and REPA: `dataset.json` with `labels`, pairs of a file and a class, and NumPy files (2C, h, w) with mean and
-  deviation.
+  deviation. EDM2's come from pixels in [0, 1], not [-1, 1], and nothing in them says so.
 """
 
 from pathlib import Path
