@@ -16,7 +16,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
 )
-from helpers import says, tiny_pipeline
+from helpers import says, tiny_pipeline, tiny_token_prior
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -217,6 +217,25 @@ def test_flops_of_another_size_and_of_the_decoder(pipe):
     assert found["flops"] > sampling_compute(pipe)["flops"]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"token_prior_num_inference_steps": 3}, {"token_prior_guidance_scale": 2.0, "num_inference_steps": [2, 1]}],
+)
+def test_flops_of_a_token_prior_are_those_of_a_call(settings):
+    pipe = tiny_pipeline(token_prior=tiny_token_prior(), default_num_inference_steps=2)
+    found = sampling_compute(pipe, use_token_prior=True, **settings)
+    assert len(found["stages"]) == len(settings.get("num_inference_steps", [2]))
+    num_stages = 1 + len(found["stages"])
+    call = settings | {"use_token_prior": True, "num_stages": num_stages, "token_prior_truncation": 0.5}
+    assert count_call(lambda: sample(pipe, **call)) == 3 * found["flops"]
+    steps = settings.get("token_prior_num_inference_steps", 50)
+    guided = steps if "token_prior_guidance_scale" in settings else 0
+    own = found["token_prior"]
+    assert (own["num_evaluations"], own["num_guided_evaluations"]) == (steps, guided)
+    assert found["linear_macs"] == own["linear_macs"] + sum(stage["linear_macs"] for stage in found["stages"])
+    assert found["flops"] < sampling_compute(pipe, [2] * num_stages)["flops"]
+
+
 def test_an_adaptive_solver_is_counted_by_its_statistics():
     pipe = tiny_pipeline(scheduler=DoDFlowMatchScheduler(solver="dopri5", rtol=1e-2, atol=1e-2))
     with pytest.raises(ValueError, match=says("`schedulers`", "fixed steps", "'dopri5'")):
@@ -304,6 +323,8 @@ def test_the_claim_of_the_paper():
         ({"guidance": Guidance(cosine_threshold=0.9)}, ["`guidance`", "known before", "cosine_threshold=0.9"]),
         ({"guidance": Guidance(prior_scale=2.0)}, ["`guidance`", "known before", "prior_scale=2.0"]),
         ({"guidance": Guidance(null_condition="class")}, ["`guidance`", "known before", "null_condition='class'"]),
+        ({"use_token_prior": True}, ["`use_token_prior`", "without a `token_prior`"]),
+        ({"token_prior_num_inference_steps": 3}, ["`token_prior_num_inference_steps`", "without `use_token_prior`"]),
         ({"latent_size": (8, 7)}, ["`latent_size`", "`patch_size` = 2", "(8, 7)"]),
     ],
 )

@@ -12,7 +12,7 @@ from diffusers_dod.download import download
 
 # The end point is read when huggingface_hub is imported, so all of the client runs in one process of its own.
 CLIENT = """
-import sys
+import contextlib, sys
 from huggingface_hub import HfApi
 from diffusers_dod.command_line import run_main
 from diffusers_dod.download import main
@@ -25,6 +25,11 @@ print(describe("user/name"))  # without weights
 api.repo_exists("user/mark")
 sys.argv[1:] = ["user/name", "--output_dir", sys.argv[2]]
 run_main(main)
+api.create_repo("user/weights")
+api.upload_file(repo_id="user/weights", path_or_fileobj=b"weights", path_in_repo="model.safetensors")
+sys.argv[1:] = ["user/weights"]
+with contextlib.suppress(SystemExit):
+    run_main(main)
 sys.argv[1:] = ["user/none"]
 run_main(main)
 """
@@ -57,6 +62,8 @@ def test_files_that_cannot_run_come(tmp_path):
     described, downloaded = (
         [name for name in part if name.endswith(".safetensors")] for part in (gets[:mark], gets[mark:])
     )
+    assert "`repo_id` must hold a pipeline, with a model_index.json, got 'user/weights' with " in text
+    assert "model.safetensors.\n" in text and not hub.count("user/weights/resolve")  # nothing came
     assert "Pipeline\n" in text and "LatentEmbeddingModule\n" in text and downloaded and not described
     assert str(output) in text and "error: `repo_id` must be a repository on the Hub" in text.splitlines()[-1]
     found = {path.relative_to(output).as_posix() for path in output.rglob("*") if ".cache" not in path.parts}

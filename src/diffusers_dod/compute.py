@@ -25,10 +25,12 @@ from .guidance import Guidance, GuidedVelocity
 from .losses import DoDJointModel
 from .operations import OperationCounter, Work
 from .options import check_options, option
+from .pipeline_inputs import check_token_settings
 from .presets import Preset
 from .rectified_flow import NUM_TRAIN_TIMESTEPS
 from .scheduling_dod import DoDFlowMatchScheduler
 from .stages import Stage, is_per_stage, plan_stages
+from .token_prior import GENERATION_DEFAULTS, TokenPrior
 from .transformer_dod import DoDTransformer2DModel
 
 
@@ -388,13 +390,17 @@ class EvaluationCost:
         first_stage (`float`): The backbone without a prior: in stage 1, and in the unconditional half of any stage.
         later_stages (`float`, *optional*): The backbone with a prior.
         latent_embedder (`float`, *optional*): The LEM, which runs once before each later stage.
+        latent_decoder (`float`, *optional*): The decoder of the LEM alone, for latent tokens that are given.
+        token_prior (`float`, *optional*): The token prior, each half of a guided evaluation.
     """
 
     first_stage: float
     later_stages: float | None = None
     latent_embedder: float | None = None
+    latent_decoder: float | None = None
+    token_prior: float | None = None
 
-    def stage(self, stage: int, num_evaluations: int, num_guided_evaluations: int) -> float:
+    def stage(self, stage: int, num_evaluations: int, num_guided_evaluations: int, has_tokens: bool = False) -> float:
         """
         The cost of a stage for one image, with the LEM before it.
 
@@ -402,6 +408,7 @@ class EvaluationCost:
             stage (`int`): Number of the stage, from 1.
             num_evaluations (`int`): Evaluations of the conditional velocity.
             num_guided_evaluations (`int`): Evaluations among them that also have an unconditional half.
+            has_tokens (`bool`, defaults to `False`): Whether latent tokens are given, which the LEM only decodes.
 
         Returns:
             `float`: The cost.
@@ -409,7 +416,8 @@ class EvaluationCost:
         unconditional = num_guided_evaluations * self.first_stage
         if stage == 1:
             return num_evaluations * self.first_stage + unconditional
-        return self.latent_embedder + num_evaluations * self.later_stages + unconditional
+        embedder = self.latent_decoder if has_tokens else self.latent_embedder
+        return embedder + num_evaluations * self.later_stages + unconditional
 
 
 @dataclass(frozen=True)
@@ -477,9 +485,13 @@ def _count_preset(preset: Preset, latent_size: tuple[int, int] | None) -> ModelC
         inputs = latents, torch.empty(1), torch.zeros(1, dtype=torch.int64)
         counts = [_count_operations(lambda: transformer(*inputs))]
         if embedder is not None:
-            prior_embeds = embedder(latents).prior_embeds
+            prior_embeds, tokens = embedder(latents, return_dict=False)
             counts.append(_count_operations(lambda: transformer(*inputs, prior_embeds=prior_embeds)))
             counts.append(_count_operations(lambda: embedder(latents)))
+            counts.append(_count_operations(lambda: embedder.decode(tokens, *latents.shape[2:])))
+            if (token_prior := getattr(model, "token_prior", None)) is not None:
+                token_prior = TokenPrior.from_config(token_prior.config)
+                counts.append(_count_operations(lambda: token_prior(tokens, *inputs[1:])))
     flops, linear_macs = (EvaluationCost(*figures) for figures in zip(*counts, strict=True))
     embedder_parameters = 0 if embedder is None else embedder.num_parameters()
     return ModelCost(transformer.num_parameters(), embedder_parameters, flops, linear_macs)
@@ -505,12 +517,15 @@ def sampling_compute(
     guidance: Guidance | None = None,
     latent_size: tuple[int, int] | None = None,
     cost: ModelCost | None = None,
+    use_token_prior: bool = False,
+    token_prior_num_inference_steps: int | None = None,
+    token_prior_guidance_scale: float | None = None,
 ) -> dict[str, Any]:
     """
     Counts the cost of sampling the latents of one image from stage 1 on.
 
-    `num_inference_steps`, `guidance_scale`, `guidance` and `schedulers` have the same meaning as in a call of
-    [`DoDPipeline`]. A list has an entry for each stage.
+    All arguments that a call of [`DoDPipeline`] has, too, have the same meaning. A list has an entry for each stage
+    that is run: stage 1 is not with `use_token_prior`.
 
     Args:
         model ([`Preset`] or [`DoDPipeline`]): The model.
@@ -522,10 +537,14 @@ def sampling_compute(
         guidance ([`Guidance`], *optional*): Guidance, one that [`has_known_cost`].
         latent_size (`tuple[int, int]`, *optional*): Height and width of the latents. By default the trained ones.
         cost ([`ModelCost`], *optional*): Cost of the model, if [`count_model`] has counted it already.
+        use_token_prior (`bool`, defaults to `False`): Whether the pipeline's token prior takes the place of stage 1.
+        token_prior_num_inference_steps (`int`, *optional*): Number of its steps.
+        token_prior_guidance_scale (`float`, *optional*): Scale of its class guidance.
 
     Returns:
         `dict`: The sums `flops` and `linear_macs`, and `stages`. Each stage has its own `flops` and `linear_macs`
-        (with the LEM before it), `num_evaluations` and `num_guided_evaluations`.
+        (with the LEM before it), `num_evaluations` and `num_guided_evaluations`, and so has `token_prior` if it is
+        used.
 
     Raises:
         `TypeError`, `ValueError`: an argument is out of range, or the cost of a solver or of the guidance is not known
@@ -536,10 +555,19 @@ def sampling_compute(
     defaults = model.pipeline_config if is_preset else model.config
     scheduler = DoDFlowMatchScheduler() if is_preset else copy.deepcopy(model.scheduler)
     has_embedder = cost.flops.latent_embedder is not None
+    token_settings = check_token_settings(
+        use_token_prior,
+        getattr(model, "token_prior", None),
+        getattr(model, "latent_embedder", None),
+        prior=None,
+        num_inference_steps=token_prior_num_inference_steps,
+        guidance_scale=token_prior_guidance_scale,
+    )
+    first = 2 if use_token_prior else 1
     lists = [values for values in (num_inference_steps, guidance_scale, schedulers) if is_per_stage(values)]
-    num_stages = len(lists[0]) if lists else defaults["default_num_stages"] if has_embedder else 1
-    if num_stages < 1 or (num_stages > 1 and not has_embedder):
-        accepted = ">= 1" if has_embedder else "1 without a latent embedder"
+    num_stages = first - 1 + len(lists[0]) if lists else defaults["default_num_stages"] if has_embedder else 1
+    if num_stages < first or (num_stages > 1 and not has_embedder):
+        accepted = f">= {first}" if has_embedder else "1 without a latent embedder"
         raise ValueError(f"The number of stages must be {accepted}, got {num_stages}.")
     guidance = Guidance() if guidance is None else guidance
     check_type("guidance", guidance, Guidance)
@@ -549,7 +577,7 @@ def sampling_compute(
             f"`prior_scale`, `cosine_threshold` and `transformer`, got {guidance}."
         )
     planned = plan_stages(
-        range(1, num_stages + 1),
+        range(first, num_stages + 1),
         scheduler,
         default_num_inference_steps=defaults["default_num_inference_steps"],
         default_guidance_scale=defaults["default_guidance_scale"],
@@ -566,16 +594,22 @@ def sampling_compute(
                 "`schedulers` must hold solvers of fixed steps, whose evaluations are known before, "
                 f"got {stage.scheduler.config.solver!r}."
             )
-        num_guided = _count_guided(stage, guidance)
-        stages.append(
-            {
-                "num_evaluations": num_evaluations,
-                "num_guided_evaluations": num_guided,
-                "flops": cost.flops.stage(stage.number, num_evaluations, num_guided),
-                "linear_macs": cost.linear_macs.stage(stage.number, num_evaluations, num_guided),
-            }
-        )
-    return {name: sum(stage[name] for stage in stages) for name in UNITS} | {"stages": stages}
+        counts = num_evaluations, _count_guided(stage, guidance)
+        has_tokens = use_token_prior and stage.number == first
+        found = {unit: getattr(cost, unit).stage(stage.number, *counts, has_tokens=has_tokens) for unit in UNITS}
+        stages.append(dict(zip(("num_evaluations", "num_guided_evaluations"), counts, strict=True)) | found)
+    token_prior = {"token_prior": _token_prior_compute(cost, token_settings)} if use_token_prior else {}
+    sums = {unit: sum(part[unit] for part in [*token_prior.values(), *stages]) for unit in UNITS}
+    return sums | {"stages": stages} | token_prior
+
+
+def _token_prior_compute(cost: ModelCost, settings: dict[str, Any]) -> dict[str, Any]:
+    """The cost of drawing the tokens of an image, with the settings that are given to [`TokenPrior.generate`]."""
+    settings = GENERATION_DEFAULTS | settings
+    num_evaluations = settings["num_inference_steps"]
+    num_guided = 0 if settings["guidance_scale"] == 1 else num_evaluations
+    found = {unit: (num_evaluations + num_guided) * getattr(cost, unit).token_prior for unit in UNITS}
+    return {"num_evaluations": num_evaluations, "num_guided_evaluations": num_guided, **found}
 
 
 def steps_within_budget(

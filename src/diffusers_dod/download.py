@@ -11,9 +11,10 @@ Only weights in safetensors, configs and texts come: nothing that could run code
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 
 from .checkpoint_manifest import INDEX
+from .checks import abbreviate
 from .command_line import run_main
 from .options import option, parse_options
 
@@ -52,6 +53,10 @@ def download(repo_id: str, revision: str | None = None, output_dir: Path | None 
                 f"`output_dir` must be a new or empty folder, or one of an earlier download, got {output_dir} with "
                 "other files."
             )
+    files = _list_files(repo_id, revision)
+    if files is not None and INDEX not in files:  # before anything comes
+        found = abbreviate(sorted(files)) or "no files"
+        raise ValueError(f"`repo_id` must hold a pipeline, with a {INDEX}, got {repo_id!r} with {found}.")
     try:
         folder = snapshot_download(repo_id, revision=revision, local_dir=output_dir, allow_patterns=PATTERNS)
     except (OSError, ValueError) as error:
@@ -60,9 +65,17 @@ def download(repo_id: str, revision: str | None = None, output_dir: Path | None 
         raise OSError(
             f"`repo_id` must be a repository on the Hub that can be reached, got {name!r}: {reason}"
         ) from error
-    if not (Path(folder) / INDEX).is_file():
+    if not (Path(folder) / INDEX).is_file():  # what the cache has of it
         raise ValueError(f"`repo_id` must hold a pipeline, with a {INDEX}, got {repo_id!r}.")
     return Path(folder)
+
+
+def _list_files(repo_id: str, revision: str | None) -> list[str] | None:
+    """Names of the files of a repository; `None` if it cannot be reached, of which the download knows more."""
+    try:
+        return HfApi().list_repo_files(repo_id, revision=revision)
+    except (OSError, ValueError):
+        return None
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,6 +12,8 @@ The first term is the velocity of standard normal tokens. So an MLP of zero, whi
 with the mean and the deviations of those of images, and its target has unit size at all times.
 """
 
+import inspect
+
 import torch
 import torch.nn as nn
 from diffusers.configuration_utils import register_to_config
@@ -200,3 +202,11 @@ class TokenPrior(DoDModelMixin):
         if truncation != 1:
             tokens = means[class_labels].lerp(tokens, truncation)
         return mean + std * tokens
+
+
+#: Settings of [`TokenPrior.generate`] that have a default -> the default.
+GENERATION_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(TokenPrior.generate).parameters.items()
+    if parameter.default is not inspect.Parameter.empty
+}

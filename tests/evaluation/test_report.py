@@ -13,8 +13,8 @@ from diffusers_dod.evaluation import evaluate, report
 from diffusers_dod.evaluation.reproduce import reproduce
 from diffusers_dod.metrics.frechet import feature_statistics, frechet_distance
 from diffusers_dod.metrics.kernel_distance import squared_discrepancy
-from diffusers_dod.metrics.table import COMPUTED
-from diffusers_dod.results import read_results
+from diffusers_dod.metrics.table import COMPUTED, name_by_extractor
+from diffusers_dod.results import as_metric, read_results
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:FID of", "ignore:The covariance", "ignore:The last split")
@@ -87,8 +87,15 @@ def test_the_conventions_by_their_definitions(world, capsys):
     for _ in range(100):
         values.append(squared_discrepancy(*(rows[rng.choice(len(rows), 40, replace=False)] for rows in features)))
     assert found["drawn subsets"] == pytest.approx(np.mean(values), rel=1e-3, abs=1e-7)
-    assert "| 10 splits | IS |" in capsys.readouterr().out
+    assert "| 10 splits | Inception Score |" in capsys.readouterr().out
     assert run("--no-conventions")["data"]["conventions"] == {}
+
+
+@pytest.mark.parametrize("extractor, title", [("inception", "FID"), ("dinov2", "FD-DINOv2")])
+def test_a_convention_has_the_title_of_its_metric(extractor, title):
+    metrics = name_by_extractor({"fid": as_metric(3.0)}, extractor)
+    table, conventions = report.to_tables(metrics, {"cut off": 4.0}, extractor, ["markdown"])
+    assert f"| {title} | 3 |" in table and f"| cut off | {title} | 4 |" in conventions
 
 
 def test_images_are_resized_as_by_clean_fid():

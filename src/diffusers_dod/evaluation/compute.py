@@ -33,6 +33,7 @@ PAPER_PARAMETERS = {"DoD-S": (27, 21), "DoD-B": (105, 86), "DoD-XL": (527, 86)}
 PAPER_COSTS = {"FiTv2-B": EvaluationCost(27.3), "DoD-B": EvaluationCost(26.5, 26.5, 24.6)}
 PAPER_STEPS = (30, 120)  # of each stage of a DoD; a FiTv2, of one stage, takes twice as many
 GUIDED = 2.0  # any scale but 1
+PARTS = ("first_stage", "later_stages", "latent_embedder")  # of the costs of an evaluation
 IMAGENET_PRESETS = tuple(name for name in PRESETS if not name.endswith("-Desk"))
 
 
@@ -68,7 +69,7 @@ def _evaluation_table(costs: dict[str, ModelCost]) -> str:
         row = [name, *(_format(size, 1e6) for size in (cost.transformer_parameters, cost.latent_embedder_parameters))]
         row.append(" + ".join(map(str, PAPER_PARAMETERS[name])) if name in PAPER_PARAMETERS else "-")
         for figures in (cost.linear_macs, cost.flops):
-            row += [_format(figure, 1e9) for figure in vars(figures).values()]
+            row += [_format(getattr(figures, part), 1e9) for part in PARTS]
         paper = PAPER_COSTS.get(name, EvaluationCost(None))
         rows.append([*row, _format(paper.first_stage), _format(paper.latent_embedder)])
     return format_table([*header, "paper, backbone", "paper, LEM"], rows)
@@ -116,8 +117,8 @@ def compute_tables(
         f"{name}/{part}_{unit}": as_metric(figure)
         for name, cost in costs.items()
         for unit in UNITS
-        for part, figure in vars(getattr(cost, unit)).items()
-        if figure is not None
+        for part in PARTS
+        if (figure := getattr(getattr(cost, unit), part)) is not None
     }
 
     sampling: list[list[str]] = []

@@ -27,7 +27,7 @@ from ..metrics.inception_score import RunningInceptionScore
 from ..metrics.kernel_distance import SUBSET_SIZE, squared_discrepancy
 from ..metrics.statistics import merge_statistics
 from ..metrics.summary import FeatureSummary
-from ..metrics.table import COMPUTED, METRICS
+from ..metrics.table import COMPUTED, METRICS, name_by_extractor
 from ..options import option, parse_options
 from ..records import read_npz_headers
 from ..seeding import stateless_generator
@@ -200,8 +200,14 @@ def _drawn_kid(samples: np.ndarray, reference: np.ndarray) -> float:
     return float(np.mean([squared_discrepancy(*pair) for pair in drawn]))
 
 
+def _title(metric: str, extractor: str) -> str:
+    """Title of a metric on the features of an extractor."""
+    (name,) = name_by_extractor({metric: None}, extractor)
+    return METRICS[name].title
+
+
 def to_tables(
-    metrics: dict[str, dict[str, Any]], conventions: dict[str, float], formats: Collection[str]
+    metrics: dict[str, dict[str, Any]], conventions: dict[str, float], extractor: str, formats: Collection[str]
 ) -> list[str]:
     """
     Formats a report.
@@ -209,6 +215,7 @@ def to_tables(
     Args:
         metrics (`dict[str, dict]`): The numbers by name.
         conventions (`dict[str, float]`): The numbers of [`compute_conventions`].
+        extractor (`str`): Name of the extractor of both, which some titles depend on.
         formats (`Collection[str]`): Names among `FORMATS`.
 
     Returns:
@@ -221,9 +228,9 @@ def to_tables(
     header = ["metric", "value", "95 % interval"]
     tables = [FORMATS[name](header, rows, text=["95 % interval"]) for name in formats]
     if conventions:
-        titles = {name: CONVENTIONS[name] for name in conventions}
         rows = [
-            [name, titles[name][0].upper(), f"{value:.5g}", titles[name][1]] for name, value in conventions.items()
+            [name, _title(CONVENTIONS[name][0], extractor), f"{value:.5g}", CONVENTIONS[name][1]]
+            for name, value in conventions.items()
         ]
         tables.append(
             format_table(["convention", "metric", "value", "what differs"], rows, ["metric", "what differs"])
@@ -248,9 +255,9 @@ def main(argv: list[str] | None = None) -> None:
             conventions = compute_conventions(evaluator, samples, summary, options.num_samples)
         if is_main:
             metrics = evaluator.compute(summary, judge.num_groups > 0)
-            print("\n\n".join(to_tables(metrics, conventions, options.format)))
+            print("\n\n".join(to_tables(metrics, conventions, judge.extractor, options.format)))
             for name, reason in left_out.items():
-                print(f"\n{METRICS[name].title} is left out: {reason}.")
+                print(f"\n{_title(name, judge.extractor)} is left out: {reason}.")
             if options.output_file is not None:
                 data |= {"conventions": conventions, "left_out": left_out}
                 evaluator.write(options.output_file, argv, metrics, data, task="report")
