@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shlex
 import shutil
 
 import pytest
@@ -14,6 +15,8 @@ from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDTransformer2DMo
 from diffusers_dod.cards import describe_loading
 from diffusers_dod.checkpoint_manifest import STATE_FOLDER, find_damage
 from diffusers_dod.data.textures import TEXTURE_CLASSES
+from diffusers_dod.evaluation.options import load_pipeline
+from diffusers_dod.evaluation.sample import SamplingOptions
 from diffusers_dod.finetuning import difffit_parameters, freeze_all_but
 from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.options import parse_options
@@ -327,7 +330,8 @@ def test_the_lines_that_load_an_adapter_run(adapters, pretrained):
     block = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     block = block.replace("path/or/hub-id/of/the/base", base).replace("path/or/hub-id", run)
     options = parse_options(TrainingOptions, arguments(run, "--pretrained_model_name_or_path", base, *LORA))
-    _, *end = describe_end(options, 16, TEXTURE_CLASSES).splitlines()
+    *commands, python = describe_end(options, 16, TEXTURE_CLASSES).partition("To load them:\n")
+    end = python.splitlines()
     assert "transformer=" not in " ".join(describe_loading(options, run, tuple(f"class {id}" for id in range(10))))
     images = []
     for lines in (block, "\n".join(line.strip() for line in end)):
@@ -340,6 +344,11 @@ def test_the_lines_that_load_an_adapter_run(adapters, pretrained):
     assert torch.equal(*images)
     scope["pipe"].unload_lora_weights()
     assert not torch.equal(scope["pipe"]("bricks", num_inference_steps=1, seed=0, output_type="pt").images, images[0])
+    (command,) = re.findall(r"evaluation\.(sample .*)", commands[0])
+    found = parse_options(SamplingOptions, shlex.split(command)[1:])
+    pipe = load_pipeline(found.pretrained_model_name_or_path, found.lora_weights)
+    assert pipe.id2label == dict(enumerate(TEXTURE_CLASSES))
+    assert torch.equal(pipe("bricks", num_inference_steps=1, seed=0, output_type="pt").images, images[0])
     assert "LoRA adapters of rank 3, scaled by 2, in backbone and latent embedder: `to_q`" in card
     with pytest.raises(ValueError, match=says("classes of this pipeline, 10", "`num_classes=12`")):
         DoDPipeline.from_pretrained(base).load_lora_weights(run)

@@ -46,8 +46,8 @@ HUB_TASKS = ("evaluate", "train")  # of one setting each: their numbers are the 
 # Settings that numbers depend on, as far as they differ from these values; `None` is no value at all. Options
 # of the call are always shown, as their defaults are the checkpoint's.
 SETTINGS = dict.fromkeys(list_options(CallOptions)) | {name: field.default for name, field in GUIDANCE_FIELDS.items()}
-SETTINGS |= dict.fromkeys(("labels", "seed", "dtype", "guidance_model_sha256"))
-SETTINGS |= {"allow_tf32": False, "prior_noise": 0.0}
+SETTINGS |= dict.fromkeys(("labels", "seed", "dtype", "guidance_model_sha256", "lora_weights_sha256"))
+SETTINGS |= {"allow_tf32": False, "prior_noise": 0.0, "use_token_prior": False}
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -474,7 +474,19 @@ def count_model(model: Preset | DiffusionPipeline, latent_size: tuple[int, int] 
         `TypeError`, `ValueError`: the model is neither, or does not take latents of this size.
     """
     check_type("model", model, (Preset, DiffusionPipeline))
-    return _count_preset(model if isinstance(model, Preset) else Preset.from_pipeline(model), latent_size)
+    cost = _count_preset(model if isinstance(model, Preset) else Preset.from_pipeline(model), latent_size)
+    token_prior = getattr(model, "token_prior", None)
+    return cost if token_prior is None else _with_token_prior(cost, token_prior)
+
+
+def _with_token_prior(cost: ModelCost, token_prior: TokenPrior) -> ModelCost:
+    with torch.device("meta"):
+        inputs = torch.empty(1, *token_prior.token_shape), torch.empty(1), torch.zeros(1, dtype=torch.int64)
+        figures = _count_operations(partial(TokenPrior.from_config(token_prior.config), *inputs))
+    costs = {unit: getattr(cost, unit) for unit in UNITS}
+    return replace(
+        cost, **{unit: replace(costs[unit], token_prior=figure) for unit, figure in zip(UNITS, figures, strict=True)}
+    )
 
 
 @_counted_once
@@ -489,9 +501,6 @@ def _count_preset(preset: Preset, latent_size: tuple[int, int] | None) -> ModelC
             counts.append(_count_operations(lambda: transformer(*inputs, prior_embeds=prior_embeds)))
             counts.append(_count_operations(lambda: embedder(latents)))
             counts.append(_count_operations(lambda: embedder.decode(tokens, *latents.shape[2:])))
-            if (token_prior := getattr(model, "token_prior", None)) is not None:
-                token_prior = TokenPrior.from_config(token_prior.config)
-                counts.append(_count_operations(lambda: token_prior(tokens, *inputs[1:])))
     flops, linear_macs = (EvaluationCost(*figures) for figures in zip(*counts, strict=True))
     embedder_parameters = 0 if embedder is None else embedder.num_parameters()
     return ModelCost(transformer.num_parameters(), embedder_parameters, flops, linear_macs)

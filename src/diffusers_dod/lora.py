@@ -3,12 +3,80 @@
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin, _fetch_state_dict
 from diffusers.utils import USE_PEFT_BACKEND
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
+
+from .checkpoint_manifest import ADAPTER, CHECKPOINT_MANIFEST, check_checkpoint
+from .records import check_safetensors_header, parse_json
+
+
+CLASSES = "classes"  # in front of the names of classes, among the metadata of adapters
+
+
+def find_lora_file(lora_weights: str | os.PathLike) -> Path:
+    """
+    Finds the file of LoRA adapters.
+
+    Args:
+        lora_weights (`str` or `os.PathLike`): A folder with `pytorch_lora_weights.safetensors`, a safetensors file, or
+            a repository on the Hub.
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        `OSError`: there is no such folder, file or repository.
+        `ValueError`: the folder has no such file or is a damaged checkpoint, or the file is no safetensors file.
+    """
+    wanted = f"`lora_weights` must be a folder or a repository on the Hub with {ADAPTER}, or a safetensors file"
+    path = Path(lora_weights)
+    if path.is_dir():
+        if not (path / ADAPTER).is_file():
+            raise ValueError(f"{wanted}, got {str(path)!r} without any.")
+        if (path / CHECKPOINT_MANIFEST).is_file():
+            check_checkpoint("lora_weights", path)
+        path = path / ADAPTER
+    elif not path.is_file():
+        try:
+            path = Path(hf_hub_download(str(lora_weights), ADAPTER))
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise OSError(f"{wanted}, got {str(lora_weights)!r}, which is none here: {reason}") from error
+    check_safetensors_header(path)
+    return path
+
+
+def read_lora_classes(file: Path) -> tuple[int | None, dict[str, str] | None]:
+    """
+    Reads which classes LoRA adapters are of, as far as their file says it.
+
+    Args:
+        file (`Path`): The file, from [`find_lora_file`].
+
+    Returns:
+        `tuple[int | None, dict[str, str] | None]`: Number of the classes, and their names by id.
+
+    Raises:
+        `ValueError`: the file is no safetensors file, or its metadata are damaged.
+    """
+    table = f"{DoDLoraLoaderMixin.transformer_name}.class_embed.lora_embedding_A"
+    try:
+        with safe_open(file, framework="pt") as weights:
+            metadata = parse_json((weights.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}").encode())
+            number = weights.get_slice(table).get_shape()[1] - 1 if table in weights.keys() else None
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"`lora_weights` must be an undamaged safetensors file, got {file}: {error}") from error
+    names = metadata.get(f"{CLASSES}.id2label") if isinstance(metadata, dict) else None
+    if not isinstance(names, (dict, type(None))):
+        raise ValueError(f"`lora_weights` must name classes by their ids, got {names!r} in {file}.")
+    return len(names) if names and number is None else number, names
 
 
 class DoDLoraLoaderMixin(LoraBaseMixin):
@@ -135,6 +203,7 @@ class DoDLoraLoaderMixin(LoraBaseMixin):
         safe_serialization: bool = True,
         transformer_lora_adapter_metadata: dict | None = None,
         latent_embedder_lora_adapter_metadata: dict | None = None,
+        id2label: Mapping[int | str, str] | None = None,
     ) -> None:
         """
         Saves the adapters of one or both components as one file.
@@ -153,6 +222,9 @@ class DoDLoraLoaderMixin(LoraBaseMixin):
                 the scale of the adapter, `lora_alpha / r`, is lost, with a warning.
             latent_embedder_lora_adapter_metadata (`dict`, *optional*):
                 Configuration of the latent embedder's adapter.
+            id2label (`Mapping[int | str, str]`, *optional*):
+                Names of the classes of the adapters, for commands that load them. By default those of the pipeline
+                that they are loaded into.
 
         Raises:
             `ValueError`: no adapter was given.
@@ -174,10 +246,11 @@ class DoDLoraLoaderMixin(LoraBaseMixin):
                 "whatever its `lora_alpha` and `r`.",
                 stacklevel=2,
             )
+        names = {} if id2label is None else {CLASSES: {"id2label": {str(key): id2label[key] for key in id2label}}}
         cls._save_lora_weights(
             save_directory=save_directory,
             lora_layers=layers,
-            lora_metadata={name: metadata[name] for name in layers},
+            lora_metadata={name: metadata[name] for name in layers} | names,
             is_main_process=is_main_process,
             weight_name=weight_name,
             save_function=save_function,

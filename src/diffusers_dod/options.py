@@ -30,7 +30,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, is_dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -271,6 +271,26 @@ def from_values(kind: type[T], values: Mapping[str, Any]) -> T:
         elif name in values:
             arguments[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
     return kind(**arguments)
+
+
+def check_types(kind: type, values: Mapping[str, Any]) -> None:
+    """
+    Raises unless values of options, which come from a file in JSON, have the types of the options.
+
+    Args:
+        kind (`type`): A dataclass of options.
+        values (`Mapping[str, Any]`): Values by name; others than those of options are not looked at.
+
+    Raises:
+        `TypeError`: a value has another type.
+    """
+    types = {float: Real, int: Integral, Path: str}
+    for name, known in list_options(kind).items():
+        if name in values and not (values[name] is None and known.default is None):
+            entries = [values[name]] if known.nargs is None else values[name]
+            check_type(name, entries, list)
+            for entry in entries:
+                check_type(name, entry, types.get(known.type, known.type))
 
 
 def replace_values(options: T, **values: Any) -> T:

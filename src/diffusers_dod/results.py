@@ -25,7 +25,8 @@ import torch
 from huggingface_hub import snapshot_download
 
 from .checks import check_type
-from .files import folder_sha256, write_json
+from .files import file_sha256, folder_sha256, write_json
+from .lora import find_lora_file
 from .records import Count, Sha256, one_of, read_record
 from .shipped import find_shipped
 
@@ -57,6 +58,66 @@ def checkpoint_sha256(path: str | os.PathLike) -> str:
     components = [name for name, value in read_record(index, dict[str, Any]).items() if isinstance(value, list)]
     files = [index] + [file for name in components for file in (folder / name).rglob("*") if file.is_file()]
     return folder_sha256(folder, sorted(files))
+
+
+class LoraIdentity(TypedDict):
+    """The LoRA adapters that a pipeline has."""
+
+    path: str
+    sha256: Sha256
+
+
+class CheckpointIdentity(TypedDict):
+    """The pipeline that results are of."""
+
+    path: str
+    sha256: Sha256
+    lora_weights: NotRequired[LoraIdentity]
+
+
+def identify_checkpoint(path: str | os.PathLike, lora_weights: str | os.PathLike | None = None) -> CheckpointIdentity:
+    """
+    Finds out which pipeline a path is, and which LoRA adapters it has.
+
+    Args:
+        path (`str` or `os.PathLike`): A folder, or a repository on the Hub.
+        lora_weights (`str` or `os.PathLike`, *optional*): The adapters, see [`find_lora_file`].
+
+    Returns:
+        [`CheckpointIdentity`].
+
+    Raises:
+        `ValueError`, `OSError`: there is no pipeline, or there are no adapters.
+    """
+    identity: CheckpointIdentity = {"path": str(path), "sha256": checkpoint_sha256(path)}
+    if lora_weights is not None:
+        identity["lora_weights"] = {"path": str(lora_weights), "sha256": lora_sha256(lora_weights)}
+    return identity
+
+
+def lora_sha256(lora_weights: str | os.PathLike) -> str:
+    """Hash of the file of LoRA adapters, see [`find_lora_file`], of which `lora_weights` is the place."""
+    return file_sha256(find_lora_file(lora_weights))
+
+
+def check_same_checkpoint(wanted: CheckpointIdentity, found: CheckpointIdentity, which: str) -> None:
+    """
+    Raises unless two pipelines are the same, adapters included, wherever they lie.
+
+    Args:
+        wanted ([`CheckpointIdentity`]): The wanted one.
+        found ([`CheckpointIdentity`]): The other one.
+        which (`str`): What the wanted one is, for the message.
+
+    Raises:
+        `ValueError`: they differ.
+    """
+    pairs = {"checkpoint": (wanted, found), "lora_weights": [one.get("lora_weights") for one in (wanted, found)]}
+    for name, pair in pairs.items():
+        expected, received = (part and part["sha256"] for part in pair)
+        if expected != received:
+            place = "" if pair[1] is None else f" in {pair[1]['path']}"
+            raise ValueError(f"`{name}` must be {which}, of SHA-256 {expected}, got {received}{place}.")
 
 
 @lru_cache  # it reads files, and samples ask for each chunk
@@ -136,7 +197,7 @@ def write_results(
     data: dict[str, Any],
     settings: dict[str, Any],
     device: torch.device | str,
-    checkpoint: str | os.PathLike | dict[str, str] | None = None,
+    checkpoint: str | os.PathLike | CheckpointIdentity | None = None,
 ) -> dict[str, Any]:
     """
     Writes a result atomically.
@@ -150,7 +211,7 @@ def write_results(
         settings (`dict`): All other settings that the numbers depend on.
         device (`torch.device` or `str`): The device that computed the numbers.
         checkpoint (`str`, `os.PathLike` or `dict`, *optional*):
-            The pipeline; or its `path` and `sha256`, as in a manifest of samples.
+            The pipeline; or its identity, as in a manifest of samples.
 
     Returns:
         `dict`: The content of the file.
@@ -160,7 +221,7 @@ def write_results(
         `OSError`: the file cannot be written, or the checkpoint cannot be reached.
     """
     if checkpoint is not None and not isinstance(checkpoint, dict):
-        checkpoint = {"path": str(checkpoint), "sha256": checkpoint_sha256(checkpoint)}
+        checkpoint = identify_checkpoint(checkpoint)
     results = {
         "format": RESULTS_FORMAT,
         "task": task,
@@ -181,13 +242,6 @@ class Metric(TypedDict):
 
     value: float
     interval: list[float] | None
-
-
-class CheckpointIdentity(TypedDict):
-    """The pipeline that results are of."""
-
-    path: str
-    sha256: Sha256
 
 
 class SampledSettings(TypedDict):

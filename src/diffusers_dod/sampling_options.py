@@ -1,11 +1,39 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """Options of commands for the call of the pipeline. Manifests and cards use the same names."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from .options import find_given, option
+from .options import find_given, option, to_values
 from .tableaus import SOLVERS
+
+
+STAGE_OPTIONS = ("stage_inference_steps", "stage_solvers", "stage_guidance_scales")  # a value for each stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenPriorOptions:
+    """A token prior in place of stage 1, see docs/sampling.md."""
+
+    use_token_prior: bool = option(False, help="The pipeline's token prior draws latent tokens in place of stage 1.")
+    token_prior_num_inference_steps: int | None = option(
+        None, at_least=1, needs="use_token_prior", help="Its steps; 50 by default."
+    )
+    token_prior_guidance_scale: float | None = option(
+        None, at_least=0, needs="use_token_prior", help="Scale of its class guidance; 1, none, by default."
+    )
+    token_prior_truncation: float | None = option(
+        None,
+        at_least=0,
+        at_most=1,
+        needs="use_token_prior",
+        help="Share of the distance between its tokens and the mean of their class that is kept; 1 by default.",
+    )
+
+    @property
+    def first_stage(self) -> int:
+        """Number of the first stage that is run."""
+        return 2 if self.use_token_prior else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,20 +52,33 @@ class CallOptions:
     prior_noise: float = option(0.0, at_least=0, at_most=1, help="Level of the noise that the LEM sees in samples.")
     height: int | None = option(None, at_least=1, help="Height in pixels; the trained size by default.")
     width: int | None = option(None, at_least=1, help="Width in pixels; the trained size by default.")
+    token_prior: TokenPriorOptions = field(default_factory=TokenPriorOptions)
 
     def find_conflicts(self) -> list[str]:
         """Messages about options that do not fit each other."""
-        of_stages = {name: getattr(self, name) for name in ("stage_inference_steps", "stage_solvers")}
-        of_stages["stage_guidance_scales"] = self.stage_guidance_scales
-        return [
-            f"`{name}` must hold {self.num_stages} values, got {len(values)}."
-            for name, values in of_stages.items()
-            if None not in (values, self.num_stages) and len(values) != self.num_stages
-        ] + [
+        found = [] if self.num_stages is None else self.find_wrong_lists(self.num_stages)
+        if self.token_prior.use_token_prior and "first_stage_guidance_scale" in find_given(self):
+            found.append(
+                "`first_stage_guidance_scale` must not be given with `use_token_prior`, which takes the place of "
+                f"stage 1, got {self.first_stage_guidance_scale}."
+            )
+        return found + [
             f"`stage_guidance_scales` and `{name}` must not both be given, got {list(self.stage_guidance_scales)} and "
             f"{getattr(self, name)}."
             for name in ("guidance_scale", "first_stage_guidance_scale")
             if self.stage_guidance_scales is not None and name in find_given(self)
+        ]
+
+    def find_wrong_lists(self, num_stages: int) -> list[str]:
+        """Messages about options for each stage that is run, of `num_stages` in all, with another number of values."""
+        number = num_stages - self.token_prior.first_stage + 1
+        if self.token_prior.use_token_prior and number < 1:
+            return [f"`num_stages` must be >= 2 with `use_token_prior`, which stands for stage 1, got {num_stages}."]
+        lists = {name: getattr(self, name) for name in STAGE_OPTIONS}
+        return [
+            f"`{name}` must hold {number} values, one for each stage that is run, got {len(values)}."
+            for name, values in lists.items()
+            if values is not None and len(values) != number
         ]
 
     def to_call(self, num_stages: int, has_priors: bool) -> dict[str, Any]:
@@ -54,7 +95,7 @@ class CallOptions:
         guidance_scale, first_scale = self.guidance_scale, self.first_stage_guidance_scale
         if self.stage_guidance_scales is not None:
             guidance_scale = self.stage_guidance_scales
-        elif has_priors and first_scale != 1:
+        elif has_priors and first_scale != 1:  # which is not given with a token prior
             guidance_scale = [first_scale, *[guidance_scale] * (num_stages - 1)]
         return {
             "num_stages": num_stages,
@@ -64,4 +105,5 @@ class CallOptions:
             "prior_noise": self.prior_noise,
             "height": self.height,
             "width": self.width,
+            **to_values(self.token_prior),
         }

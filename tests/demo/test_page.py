@@ -28,8 +28,8 @@ from PIL import Image  # noqa: E402
 from diffusers_dod import DoDPipeline, desk_checkpoint  # noqa: E402
 from diffusers_dod.command_line import INTERRUPTED_EXIT_CODE  # noqa: E402
 from diffusers_dod.demo import _page  # noqa: E402
-from diffusers_dod.demo.sampler import Sampler  # noqa: E402
-from diffusers_dod.demo.settings import DemoOptions, Limits  # noqa: E402
+from diffusers_dod.demo.settings import DemoOptions  # noqa: E402
+from diffusers_dod.evaluation.gallery import Limits, Sampler  # noqa: E402
 from diffusers_dod.image_settings import read_image_settings  # noqa: E402
 from diffusers_dod.results import checkpoint_sha256  # noqa: E402
 

@@ -14,17 +14,16 @@ from helpers import says, tiny_pipeline
 from diffusers_dod import demo
 from diffusers_dod.demo import main
 from diffusers_dod.demo.settings import (
-    MODES,
     DemoOptions,
-    Limits,
-    check_settings,
-    count_images,
     default_settings,
     from_query,
+    open_pipeline,
     parse_numbers,
     to_query,
 )
+from diffusers_dod.evaluation.gallery import MODES, Limits, check_settings, count_images
 from diffusers_dod.options import parse_options
+from diffusers_dod.results import checkpoint_sha256
 
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +32,12 @@ LIMITS = Limits()
 
 def restore(pipe, query):
     return default_settings(pipe, LIMITS, **from_query(dict(parse_qsl(query.removeprefix("?"), strict_parsing=True))))
+
+
+def test_visitors_see_no_path_of_the_server(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "tiny")
+    _, identity = open_pipeline(DemoOptions(checkpoint=str(tmp_path / "tiny"), device="cpu"))
+    assert identity == {"path": "tiny", "sha256": checkpoint_sha256(tmp_path / "tiny")}
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import noise_image, says
+from helpers import noise_image, says, tiny_token_prior
 from PIL import Image
 
 from diffusers_dod import DoDPipeline, desk_checkpoint
-from diffusers_dod.evaluation import draw
+from diffusers_dod.demo.settings import DemoOptions, open_pipeline
+from diffusers_dod.evaluation import draw, gallery
 from diffusers_dod.evaluation.draw import main
 from diffusers_dod.image_reading import center_crop
 from diffusers_dod.image_settings import read_image_settings, save_with_settings
@@ -114,6 +115,22 @@ def test_variations_of_an_image(tmp_path):
         call("marble", "--image", photo, *QUICK, "-o", output)
 
 
+def test_a_token_prior_takes_the_place_of_stage_1(tmp_path):
+    output, options = tmp_path / "image.png", ["--use_token_prior", "--token_prior_truncation", 0.5, *QUICK]
+    with pytest.raises(ValueError, match=says("`use_token_prior`", "without a `token_prior`")):
+        call("marble", *options, "-o", output)
+    pipe = DoDPipeline.from_pretrained(desk_checkpoint(), token_prior=tiny_token_prior(num_classes=12))
+    pipe.save_pretrained(tmp_path / "pipeline")
+    call("marble", "--count", 2, *options, "--checkpoint", tmp_path / "pipeline", "--all-stages", "-o", output)
+    settings = {"use_token_prior": True, "token_prior_truncation": 0.5, "num_inference_steps": 1, "seed": 0}
+    images = pipe(["marble"] * 2, **settings).images
+    assert np.array_equal(cells(read(output), 1, 2)[0], [np.asarray(image) for image in images])
+    call("--like", output, "-o", tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == output.read_bytes()
+    with pytest.raises(ValueError, match=says("`stages` must be >= 2", "`use_token_prior`", "got 1")):
+        call("marble", *options, "--stages", 1, "--checkpoint", tmp_path / "pipeline", "-o", output)
+
+
 def test_nothing_else_is_overwritten(tmp_path):
     path, folder = tmp_path / "image.png", tmp_path / "folder"
     noise_image(8, 8).save(path)
@@ -152,10 +169,10 @@ def test_an_unknown_class_is_named_with_those_like_it(tmp_path):
 
 def test_what_cannot_be_drawn_again_is_refused(grid, tmp_path):
     output = ["-o", tmp_path / "again.png"]
-    with pytest.raises(ValueError, match=says("`checkpoint` must be the one", "0" * 64)):
+    with pytest.raises(ValueError, match=says("`checkpoint` must be what", "drawn with", "0" * 64)):
         call("--like", change(grid, checkpoint={"sha256": "0" * 64}), *output)
-    with pytest.raises(ValueError, match="drawn by `dod sample`, got .* of 'demo'"):
-        call("--like", change(grid, task="demo"), *output)
+    with pytest.raises(ValueError, match="drawn by `dod sample` or `dod demo`, got .* of 'other'"):
+        call("--like", change(grid, task="other"), *output)
     with pytest.raises(ValueError, match="`count` must be an integer >= 1, got 0"):
         call("--like", change(grid, options={"count": 0}), *output)
     others = {"class_labels": 5, "count": None, "all_stages": 1, "seed": 1.5, "steps": ["1"], "image": 3}
@@ -169,6 +186,20 @@ def test_what_cannot_be_drawn_again_is_refused(grid, tmp_path):
     with pytest.raises(ValueError, match="`output` must be a file"):
         call("--like", grid, "-o", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_of_the_demo_is_drawn_again(tmp_path, capsys):
+    pipe, identity = open_pipeline(DemoOptions(device="cpu"))
+    sampler = gallery.Sampler(pipe, gallery.Limits(max_batch_size=3), identity)
+    settings = gallery.Settings(classes=(1, 4), num_images=2, steps=1)
+    sampler.save(sampler.sample(settings).rows[2][1], tmp_path / "demo.png")
+    call("--like", tmp_path / "demo.png", "-o", tmp_path / "again.png", "--device", "cpu")
+    assert "bit for bit" in capsys.readouterr().out
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "demo.png").read_bytes()
+    with pytest.raises(ValueError, match=says("`like`", "one of the 4 images of its settings")):
+        call("--like", change(tmp_path / "demo.png", options={"sample_index": 7}), "-o", tmp_path / "again.png")
+    with pytest.raises(TypeError, match=says("`classes`", "list")):
+        call("--like", change(tmp_path / "demo.png", options={"classes": 3}), "-o", tmp_path / "again.png")
 
 
 def test_other_pixels_and_versions_are_said(grid, tmp_path, capsys, monkeypatch):

@@ -196,7 +196,9 @@ def test_another_checkpoint_is_refused(tmp_path, command):
     assert reproduce.reproduce(published, 0.0)[0]["agrees"]
     index = tmp_path / "pipeline" / "model_index.json"
     index.write_text(index.read_text() + " ")
-    with pytest.raises(ValueError, match=says(str(tmp_path / "pipeline"), "published checkpoint", "got")):
+    with pytest.raises(
+        ValueError, match=says(str(tmp_path / "pipeline"), "`checkpoint` must be the published", "got")
+    ):
         reproduce.reproduce(published, 0.0)
     assert len(command.calls) == 1
 
@@ -215,5 +217,5 @@ def test_files_of_something_else_are_refused(tmp_path):
 
 
 def test_everything_that_a_command_writes_is_redirected():
-    names = ("output_file", "output_dir", "cache_dir", "save_statistics", "grid_file", "nearest_grid")
+    names = ("output_file", "output_dir", "cache_dir", "save_statistics", "grid_file", "nearest_grid", "samples_dir")
     assert reproduce.OUTPUTS == {f"--{name}" for name in names}

@@ -13,7 +13,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import fresh_accelerator, says, tiny_pipeline, tiny_transformer
+from helpers import fresh_accelerator, says, tiny_pipeline, tiny_token_prior, tiny_transformer
 from launch import run_command, started, torchrun, wait_until
 from PIL import Image
 
@@ -136,6 +136,10 @@ def test_the_manifest_says_what_they_are(checkpoint, finished):
         "guidance_rescale": 0.0,
         "guidance_cosine_threshold": None,
         "prior_noise": 0.0,
+        "use_token_prior": False,
+        "token_prior_num_inference_steps": None,
+        "token_prior_guidance_scale": None,
+        "token_prior_truncation": None,
         "height": 16,
         "width": 16,
         "format": finished.name,
@@ -514,6 +518,55 @@ def test_a_weaker_model_is_the_guide(checkpoint, tmp_path):
         run(checkpoint, tmp_path / "samples", *options)
 
 
+def test_a_token_prior_takes_the_place_of_stage_1(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    tiny_pipeline(token_prior=tiny_token_prior(), default_num_stages=3).save_pretrained(checkpoint)
+    options = ["--use_token_prior", "--token_prior_num_inference_steps", "3", "--token_prior_guidance_scale", "2"]
+    options += ["--stage_inference_steps", "1", "2", "--num_images", "2", "--all_stages"]
+    run(checkpoint, tmp_path / "samples", *options)
+    assert sorted(path.name for path in (tmp_path / "samples").glob("stage-*")) == ["stage-2", "stage-3"]
+    settings = json.loads((tmp_path / "samples/stage-3/manifest.json").read_text())["settings"]
+    assert settings["token_prior_num_inference_steps"] == 3 and settings["token_prior_guidance_scale"] == 2
+    assert settings["token_prior_truncation"] == 1 and settings["first_stage_guidance_scale"] is None
+    assert settings["use_token_prior"] is True and settings["stage_solvers"] == ["euler", "euler"]
+    pipeline = DoDPipeline.from_pretrained(checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        draw_labels("random", 5, 2, 10).tolist(),
+        seed=5,
+        num_inference_steps=[1, 2],
+        use_token_prior=True,
+        token_prior_num_inference_steps=3,
+        token_prior_guidance_scale=2.0,
+        output_type="np",
+        return_stages=True,
+    ).stages
+    for stage, images in zip((2, 3), expected, strict=True):
+        np.testing.assert_array_equal(read_images(tmp_path / f"samples/stage-{stage}"), np.round(255 * images))
+    with pytest.raises(ValueError, match=says("`output_dir`", "`token_prior_truncation` = 0.5", "got 1.0")):
+        run(checkpoint, tmp_path / "samples", *options, "--token_prior_truncation", "0.5")
+
+
+def test_a_pipeline_without_a_token_prior_is_refused_before_anything_is_written(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=says("`use_token_prior`", "without a `token_prior`")):
+        run(checkpoint, tmp_path / "samples", "--use_token_prior")
+    assert not (tmp_path / "samples").exists()
+
+
+def test_samples_from_before_an_option_had_its_default(checkpoint, references, tmp_path):
+    shutil.copytree(references["png"], tmp_path / "samples")
+    path = tmp_path / "samples/manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"settings": {**manifest["settings"], "use_token_prior": None}}))
+    with pytest.raises(ValueError, match=says("`use_token_prior` = False", "got None")):
+        run(checkpoint, tmp_path / "samples", "--format", "png")
+    del manifest["settings"]["use_token_prior"]
+    path.write_text(json.dumps(manifest))
+    assert run(checkpoint, tmp_path / "samples", "--format", "png") == manifest
+    more = run(checkpoint, tmp_path / "samples", "--format", "png", "--num_images", "8")["settings"]
+    assert more == {**manifest["settings"], "num_images": 8, "use_token_prior": False}
+
+
 @pytest.mark.parametrize(
     ("options", "guidance_scale"),
     [
@@ -522,6 +575,8 @@ def test_a_weaker_model_is_the_guide(checkpoint, tmp_path):
         ("--first_stage_guidance_scale 1.5", [1.5, None, None]),
         ("--first_stage_guidance_scale 1.5 --guidance_scale 4", [1.5, 4.0, 4.0]),
         ("--stage_guidance_scales 2 3 4", (2.0, 3.0, 4.0)),
+        ("--use_token_prior --guidance_scale 4", 4.0),
+        ("--use_token_prior --stage_guidance_scales 3 4", (3.0, 4.0)),
     ],
 )
 def test_scales_of_the_command_as_those_of_a_call(options, guidance_scale):

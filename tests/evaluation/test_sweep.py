@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from helpers import says, tiny_pipeline, tiny_transformer
+from helpers import says, tiny_pipeline, tiny_token_prior, tiny_transformer
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -149,6 +149,24 @@ def test_the_table_has_scales_and_compute(finished, checkpoint):
     row = next(row for row in rows if row[:5] == ["2", "pipeline", "2", "euler", "1.5:3"])
     flops = sampling_compute(DoDPipeline.from_pretrained(checkpoint), [2, 2], [1.5, 3.0])["flops"]
     assert float(row[5]) == pytest.approx(flops / 1e9, rel=1e-3)
+
+
+def test_a_token_prior_takes_the_place_of_stage_1(tmp_path, extractor, capsys):
+    token_prior = tiny_token_prior(num_classes=10)
+    pipeline = tiny_pipeline(token_prior=token_prior, default_num_stages=3, default_guidance_scale=2.0)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    options = ["--use_token_prior", "--token_prior_num_inference_steps", 2, "--metrics", "fid"]
+    results = run(tmp_path / "run", tmp_path / "pipeline", extractor, *options, "--num_inference_steps", 1)
+    assert fids(results["metrics"]) == ["fid/stage-2/pipeline/1/euler/2", "fid/stage-3/pipeline/1/euler/2:2"]
+    assert results["settings"]["use_token_prior"] is True
+    row = (tmp_path / "run/sweep.md").read_text().splitlines()[-1].split("|")
+    cost = sampling_compute(pipeline, [1, 1], [2.0, 2.0], use_token_prior=True, token_prior_num_inference_steps=2)
+    assert float(row[6]) == pytest.approx(cost["flops"] / 1e9, rel=1e-3)
+    with pytest.raises(ValueError, match=says("`output_dir`", "`use_token_prior` = False", "True")):
+        run(tmp_path / "run", tmp_path / "pipeline", extractor, "--metrics", "fid")
+    with pytest.raises(SystemExit):
+        run(tmp_path / "run", tmp_path / "pipeline", extractor, *options, "--first_stage_guidance_scales", 2)
+    assert "`first_stage_guidance_scales` must not be given with `use_token_prior`" in capsys.readouterr().err
 
 
 def test_plots(finished):
@@ -411,6 +429,7 @@ def test_intervals_of_seeds():
         (["--device", "nowhere", "--metrics", "is"], ["`device`", "'nowhere'", "`reference` must not be given"]),
         (["--num_groups", 20], ["`num_images`", ">= 20, got 10"]),
         (["--num_inference_steps", 0], ["`num_inference_steps`", ">= 1, got 0"]),
+        (["--use_token_prior", "--metrics", "is"], ["`use_token_prior`", "without a `token_prior`"]),
         (["--guidance_power", -1], ["`guidance_power`", "in (0, inf), got -1"]),
     ],
 )

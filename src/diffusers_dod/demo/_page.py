@@ -13,22 +13,19 @@ import gradio as gr
 import torch
 
 from ..data.image_grid import make_grid
-from ..pipeline_dod import DoDPipeline
-from ..results import checkpoint_sha256
-from ..shipped import desk_checkpoint
-from .sampler import Cost, Result, Sampler, open_photo, stream
-from .settings import (
+from ..evaluation.gallery import (
     FIXED_SOLVERS,
     MAX_SCALE,
     MODES,
-    DemoOptions,
+    Cost,
+    Result,
+    Sampler,
     Settings,
-    default_settings,
-    from_query,
-    parse_numbers,
-    to_query,
+    open_photo,
+    stream,
     trained_size,
 )
+from .settings import DemoOptions, default_settings, from_query, open_pipeline, parse_numbers, to_query
 
 
 FOR_VISITORS = (ValueError, TypeError, FloatingPointError, torch.OutOfMemoryError)  # errors whose message they see
@@ -87,12 +84,10 @@ SHOW_IMAGES = """() => {
 
 def serve(options: DemoOptions) -> None:
     """Loads the pipeline that `options` name, draws the example, and serves the page until it is interrupted."""
-    path = options.checkpoint or str(desk_checkpoint())
-    pipe = DoDPipeline.from_pretrained(path).to(options.device)
-    pipe.set_progress_bar_config(disable=True)
-    name = Path(path).resolve().name if Path(path).is_dir() else path
+    pipe, identity = open_pipeline(options)
+    name = identity["path"].removeprefix("checkpoints/")
     print(f"Draws an example with {name} on {options.device} first ...", flush=True)
-    sampler = Sampler(pipe, options.limits, {"path": name, "sha256": checkpoint_sha256(path)})
+    sampler = Sampler(pipe, options.limits, identity)
     with tempfile.TemporaryDirectory(prefix="dod-demo-") as folder:
         launch(Page(sampler, name, Path(folder)).build(), options)
 

@@ -1,46 +1,30 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""Settings of a visitor of the demo, the link that holds them, and the limits of the server."""
+"""Options of the demo, the settings that its page has at first, and the link that holds those of a visitor."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from ..checks import check_at_least, check_number, shown
-from ..evaluation.options import device_option
-from ..options import check_options, from_values, list_options, option, to_values
+from ..checks import shown
+from ..evaluation.gallery import FIXED_SOLVERS, MAX_SCALE, Limits, Settings
+from ..evaluation.options import DESK_CHECKPOINT, device_option, load_pipeline, lora_weights_option
+from ..options import from_values, list_options, option, to_values
 from ..pipeline_dod import DoDPipeline
-from ..tableaus import SOLVERS
+from ..results import CheckpointIdentity, identify_checkpoint
 
 
-MODES = ("classes", "variations", "between", "grid")
-FIXED_SOLVERS = tuple(name for name, solver in SOLVERS.items() if not solver.is_adaptive)
 MAX_TEXT = 1000  # characters of a value in a link
-MAX_SCALE = 20.0
 OF_ONE_MODE = {"num_between": "between", "grid_scales": "grid", "first_scales": "grid"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """The most that a visitor may ask for at once. The server checks it, whatever the page allows."""
-
-    max_stages: int = option(4, at_least=1, at_most=8, help="Stages.")
-    max_inference_steps: int = option(100, at_least=1, help="Steps of a stage.")
-    max_images: int = option(32, at_least=1, help="Images of the last stage.")
-    max_batch_size: int = option(16, at_least=1, help="Images at a time; more are drawn one batch after the other.")
-    max_size_factor: float = option(2.0, at_least=1, help="Sides of an image, as a multiple of the trained ones.")
-    max_upload_mb: int = option(20, at_least=1, help="Megabytes of a photo.")
-    max_megapixels: int = option(50, at_least=1, help="Millions of pixels of a photo.")
-    max_waiting: int = option(50, at_least=1, help="Visitors who wait for their turn; others are sent away.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
     """Options of the command that serves the demo."""
 
-    checkpoint: str | None = option(
-        None, help="The pipeline (folder or Hub id); by default the one that comes with the package."
-    )
+    checkpoint: str = option(DESK_CHECKPOINT, help="Pipeline (folder or Hub id); this one comes with the package.")
+    lora_weights: str | None = lora_weights_option()
     device: str = device_option()
     host: str = option("127.0.0.1", help="Address to listen at; 0.0.0.0 is every one of the machine.")
     port: int = option(7860, at_least=0, at_most=65535, help="Port to listen at; 0 is any that is free.")
@@ -48,76 +32,25 @@ class DemoOptions:
     limits: Limits = field(default_factory=Limits)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """All that the images of a visitor depend on, but for the photos."""
-
-    mode: str = option("classes", choices=MODES, help="What is drawn.")
-    classes: tuple[int, ...] = option((0,), at_least=0, is_distinct=True, help="Ids of the classes.")
-    num_images: int = option(4, at_least=1, help="Images of each class.")
-    num_between: int = option(6, at_least=2, help="Images from one start to the other.")
-    num_stages: int = option(2, at_least=1, help="Number of stages.")
-    steps: int = option(20, at_least=1, help="Intervals of a stage.")
-    solver: str = option("euler", choices=FIXED_SOLVERS, help="Solver of all stages.")
-    scales: tuple[float, ...] = option((1.0, 3.0), at_least=0, at_most=MAX_SCALE, help="Guidance scale of each stage.")
-    grid_scales: tuple[float, ...] = option(
-        (1.0, 2.0, 3.0, 5.0, 8.0), at_least=0, at_most=MAX_SCALE, is_distinct=True, help="Columns of the grid."
-    )
-    first_scales: tuple[float, ...] | None = option(
-        None,
-        at_least=0,
-        at_most=MAX_SCALE,
-        is_distinct=True,
-        help="Guidance scales of stage 1, a row of the grid each.",
-    )
-    size: int | None = option(None, at_least=1, help="Side of the images in pixels; the trained one by default.")
-    seed: int = option(0, at_least=0, below=2**32, help="Seed of the noise.")
-
-
-def check_settings(settings: Settings, limits: Limits, pipe: DoDPipeline) -> None:
+def open_pipeline(options: DemoOptions) -> tuple[DoDPipeline, CheckpointIdentity]:
     """
-    Raises unless settings are in range, fit the pipeline and are within the limits of the server.
+    Loads the pipeline of the demo.
 
     Args:
-        settings ([`Settings`]): The settings of a visitor.
-        limits ([`Limits`]): The limits.
-        pipe ([`DoDPipeline`]): The pipeline.
+        options ([`DemoOptions`]): The options.
+
+    Returns:
+        `tuple[DoDPipeline, CheckpointIdentity]`: The pipeline, and what visitors may know of it: no path.
 
     Raises:
-        `ValueError`, `TypeError`: they are not; the message is for the visitor.
+        `OSError`, `ValueError`, `ImportError`: see [`load_pipeline`].
     """
-    for name, known in list_options(Settings).items():
-        if known.default is not None and getattr(settings, name) is None:
-            raise ValueError(f"`{name}` must be given, got None.")
-    check_options(settings)
-    num_classes = pipe.transformer.config.num_classes
-    for label in settings.classes:
-        check_at_least("classes", label, 0, num_classes - 1)
-    most = limits.max_stages if pipe.latent_embedder is not None else 1
-    check_at_least("num_stages", settings.num_stages, 1, most)
-    if settings.mode in ("variations", "between"):
-        check_at_least("num_stages", settings.num_stages, 2, most)
-    if len(settings.scales) != settings.num_stages:
-        raise ValueError(f"`scales` must hold one for each of {settings.num_stages} stages, got {settings.scales}.")
-    check_at_least("steps", settings.steps, 1, limits.max_inference_steps)
-    if settings.size is not None:
-        largest = trained_size(pipe) * limits.max_size_factor
-        check_number("size", settings.size, 1, largest)
-    if (total := count_images(settings)) > limits.max_images:
-        raise ValueError(f"This server draws at most {limits.max_images} images at once, got {total}.")
-
-
-def count_images(settings: Settings) -> int:
-    """Number of images of the last stage that `settings` ask for."""
-    if settings.mode == "between":
-        return settings.num_between
-    columns = len(settings.grid_scales) * len(settings.first_scales or (1,)) if settings.mode == "grid" else 1
-    return len(settings.classes) * settings.num_images * columns
-
-
-def trained_size(pipe: DoDPipeline) -> int:
-    """Side in pixels of the images that a pipeline, `pipe`, was trained on."""
-    return pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    pipe = load_pipeline(options.checkpoint, options.lora_weights).to(options.device)
+    identity = identify_checkpoint(options.checkpoint, options.lora_weights)
+    for part in (identity, identity.get("lora_weights")):
+        if part is not None and part["path"] != DESK_CHECKPOINT and Path(part["path"]).exists():
+            part["path"] = Path(part["path"]).resolve().name
+    return pipe, identity
 
 
 def default_settings(pipe: DoDPipeline, limits: Limits, **values: Any) -> Settings:

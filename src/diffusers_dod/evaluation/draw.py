@@ -7,7 +7,7 @@ Draws images of classes, or variations of an image, as one PNG file with caption
     dod sample marble --image photo.jpg --count 8 -o variations.png     variations: the photo in place of stage 1
     dod sample marble bricks --count 4 -o images/                       a folder with a file for each image
     dod sample 207 --checkpoint outputs/dod-b --device cuda -o dog.png  a class by its id, of another pipeline
-    dod sample --like marble.png -o again.png                           the same image again, bit for bit
+    dod sample --like marble.png -o again.png                           the same image again, or one of `dod demo`
 
 A file holds all settings that it was drawn with, the hash of the checkpoint and the versions: `dod info` shows them.
 `dod sample-dataset` writes many images, for an evaluation.
@@ -17,14 +17,12 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..checks import check_type
 from ..command_line import run_main
 from ..data.image_folder import IMAGE_SUFFIXES
 from ..data.image_grid import make_grid
@@ -33,13 +31,24 @@ from ..files import check_output, file_sha256, replacing, replacing_files
 from ..guidance_options import GuidanceOptions
 from ..image_reading import cover_and_crop, to_image
 from ..image_settings import ImageSettings, pixels_sha256, read_image_settings, save_with_settings
-from ..options import check_options, find_given, from_values, list_options, option, parse_options, to_json, to_values
+from ..options import (
+    check_options,
+    check_types,
+    find_given,
+    from_values,
+    option,
+    parse_options,
+    replace_values,
+    to_json,
+    to_values,
+)
 from ..pipeline_dod import DoDPipeline
 from ..pipeline_inputs import find_image_size
-from ..results import checkpoint_sha256, describe_versions
-from ..shipped import find_shipped
+from ..results import check_same_checkpoint, describe_versions, identify_checkpoint
+from ..sampling_options import TokenPriorOptions
 from ..tableaus import SOLVERS
-from .options import device_option
+from . import gallery
+from .options import DESK_CHECKPOINT, device_option, load_pipeline, lora_weights_option
 
 
 TASK = "sample"
@@ -48,7 +57,7 @@ NULL = "null"  # among class labels: no class
 COLUMNS = 8  # images in a row
 MIN_SIDE = 128  # in pixels, to which the small images of a grid are enlarged
 # What an image does not depend on, or its file says elsewhere.
-UNRECORDED = ("output", "like", "device", "checkpoint")
+UNRECORDED = ("output", "like", "device", "checkpoint", "lora_weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +68,9 @@ class DrawingOptions:
         (), is_positional=True, nargs="*", help=f"Names or ids of classes; `{NULL}` is no class."
     )
     output: Path = option(aliases=("o",), help="PNG file of all images, or folder of a PNG file for each.")
-    like: Path | None = option(None, help="PNG file of this command that is drawn again, with its own settings.")
+    like: Path | None = option(
+        None, help="PNG file of this command, or of the demo, that is drawn again, with its own settings."
+    )
     image: Path | None = option(None, help="Image in place of stage 1: variations of it are drawn.")
     count: int = option(1, at_least=1, help="Number of images of each class.")
     all_stages: bool = option(False, aliases=("all-stages",), help="Show each stage, not the last one alone.")
@@ -76,12 +87,12 @@ class DrawingOptions:
     seed: int = option(0, at_least=0, below=2**63, help="Seed of the noise.")
     height: int | None = option(None, at_least=1, help="Height in pixels; the trained size by default.")
     width: int | None = option(None, at_least=1, help="Width in pixels; the trained size by default.")
-    checkpoint: str = option(
-        "checkpoints/dod-desk", help="Pipeline (folder or Hub id); this one comes with the package."
-    )
+    checkpoint: str = option(DESK_CHECKPOINT, help="Pipeline (folder or Hub id); this one comes with the package.")
+    lora_weights: str | None = lora_weights_option()
     batch_size: int = option(16, at_least=1, help="Images at a time.")
     dtype: str = option("float32", choices=DTYPES, help="Data type of the weights.")
     device: str = device_option()
+    token_prior: TokenPriorOptions = field(default_factory=TokenPriorOptions)
     guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
 
     @property
@@ -132,21 +143,22 @@ class Drawing:
         wanted (`tuple[int, int]`, *optional*): Index and stage of the only image that is wanted. By default all are.
 
     Raises:
-        `OSError`: there is no such pipeline.
-        `ValueError`: a class is unknown, or the image cannot be read.
+        `OSError`: there is no such pipeline, or there are no such adapters.
+        `ValueError`: a class is unknown, the image cannot be read, or the adapters are of another pipeline.
     """
 
     def __init__(self, options: DrawingOptions, wanted: tuple[int, int] | None = None):
         self.options = options
         self.wanted = wanted
-        self.checkpoint = {"path": options.checkpoint, "sha256": checkpoint_sha256(options.checkpoint)}
-        pipeline = DoDPipeline.from_pretrained(find_shipped(options.checkpoint), dtype=DTYPES[options.dtype])
+        self.checkpoint = identify_checkpoint(options.checkpoint, options.lora_weights)
+        pipeline = load_pipeline(options.checkpoint, options.lora_weights, options.dtype)
         self.pipeline = pipeline.to(options.device)
-        self.pipeline.set_progress_bar_config(disable=True)
         self.labels = self._find_labels()
         self.original = None if options.image is None else self._read_original(options.image)
-        if self.original is not None and not self.stages:
-            raise ValueError("`stages` must be >= 2 with `image`, which needs a latent embedder, got 1.")
+        if not self.stages:
+            raise ValueError(
+                "`stages` must be >= 2 with `image` or `use_token_prior`, which stand for stage 1, got 1."
+            )
         if not self.places:
             raise ValueError(f"`like` must be one of the {self.num_images} images of its call, got {wanted}.")
 
@@ -172,9 +184,10 @@ class Drawing:
 
     @property
     def stages(self) -> list[int]:
-        """The stages that are shown. A given image stands for stage 1."""
+        """The stages that are shown. A given image, or the token prior, stands for stage 1."""
         default = 1 if self.pipeline.latent_embedder is None else self.pipeline.config.default_num_stages
-        stages = range(1 if self.original is None else 2, (self.options.stages or default) + 1)
+        first = self.options.token_prior.first_stage if self.original is None else 2
+        stages = range(first, (self.options.stages or default) + 1)
         return list(stages if self.options.all_stages else stages[-1:])
 
     @property
@@ -248,6 +261,7 @@ class Drawing:
             schedulers=_one_or_all(options.solver),
             guidance=options.guidance.to_guidance(),
             image=self.original,
+            **to_values(options.token_prior),
             height=options.height,
             width=options.width,
             seed=options.seed,
@@ -345,55 +359,54 @@ def write(drawing: Drawing) -> str:
 # -------------------------------------------------------------------------------------------------------------- again
 
 
-def recall(options: DrawingOptions) -> tuple[DrawingOptions, ImageSettings]:
+def recall(options: DrawingOptions, settings: ImageSettings) -> DrawingOptions:
     """
-    Reads the options that an image was drawn with.
+    Finds the options that an image of this command was drawn with.
 
     Args:
-        options ([`DrawingOptions`]): Options with `like`. Output and device stay, and the checkpoint if it is given.
+        options ([`DrawingOptions`]): Options with `like`. Output, device, checkpoint and adapters stay.
+        settings ([`ImageSettings`]): The settings in the file.
 
     Returns:
-        `tuple[DrawingOptions, ImageSettings]`: Options without `like`, and the settings in the file.
+        [`DrawingOptions`]: Options without `like`.
 
     Raises:
-        `OSError`: the image cannot be read.
-        `ValueError`, `TypeError`: it is none of this command, or options have another meaning here.
+        `OSError`: an image that it was drawn from cannot be read.
+        `ValueError`, `TypeError`: options have another meaning here.
     """
-    settings = read_image_settings(options.like, "like")
-    if settings["task"] != TASK:
-        raise ValueError(f"`like` must be drawn by `dod sample`, got {options.like} of {settings['task']!r}.")
     extra = ("image_sha256", "index", "stage", "defaults")
     values = {name: value for name, value in settings["options"].items() if name not in extra}
-    _check_types(values)
+    check_types(DrawingOptions, values)
     if values.get("image") is not None:
         values["image"] = Path(values["image"])
         if not values["image"].is_file() or file_sha256(values["image"]) != settings["options"].get("image_sha256"):
             raise ValueError(f"`like` must have been drawn from an image that is still there, got {values['image']}.")
-    values |= {name: getattr(options, name) for name in ("output", "device")}
-    is_given = "checkpoint" in find_given(options)
-    values["checkpoint"] = options.checkpoint if is_given else settings["checkpoint"]["path"]
+    values |= {name: getattr(options, name) for name in ("output", "device", "checkpoint", "lora_weights")}
     recalled = from_values(DrawingOptions, values)
     check_options(recalled)
-    if not recalled.is_grid:
-        raise ValueError(f"`output` must be a file that ends with {SUFFIX}, got {options.output}.")
-    found = checkpoint_sha256(recalled.checkpoint)
-    if found != settings["checkpoint"]["sha256"]:
-        raise ValueError(
-            f"`checkpoint` must be the one that {options.like} was drawn with, of SHA-256 "
-            f"{settings['checkpoint']['sha256']}, got {recalled.checkpoint} of {found}."
-        )
-    return recalled, settings
+    return recalled
 
 
-def _check_types(values: dict[str, Any]) -> None:
-    """Raises a `TypeError` unless values of options, which come from a file, have the types of the options."""
-    types = {float: Real, int: Integral, Path: str}
-    for name, known in list_options(DrawingOptions).items():
-        if name in values and not (values[name] is None and known.default is None):
-            entries = [values[name]] if known.nargs is None else values[name]
-            check_type(name, entries, list)
-            for entry in entries:
-                check_type(name, entry, types.get(known.type, known.type))
+def recall_checkpoint(options: DrawingOptions, settings: ImageSettings) -> DrawingOptions:
+    """
+    Finds the pipeline that an image was drawn with.
+
+    Args:
+        options ([`DrawingOptions`]): Options with `like`.
+        settings ([`ImageSettings`]): The settings in the file.
+
+    Returns:
+        [`DrawingOptions`]: Options with the checkpoint and the adapters of the file, unless they are given.
+
+    Raises:
+        `OSError`, `ValueError`: they are not there, or others.
+    """
+    checkpoint, given = settings["checkpoint"], find_given(options)
+    places = {"checkpoint": checkpoint["path"], "lora_weights": checkpoint.get("lora_weights", {}).get("path")}
+    options = replace_values(options, **{name: given.get(name, place) for name, place in places.items()})
+    found = identify_checkpoint(options.checkpoint, options.lora_weights)
+    check_same_checkpoint(checkpoint, found, f"what {options.like} was drawn with")
+    return options
 
 
 def find_differences(settings: ImageSettings, device: str) -> list[str]:
@@ -408,12 +421,33 @@ def find_differences(settings: ImageSettings, device: str) -> list[str]:
 
 def draw_again(options: DrawingOptions) -> bool:
     """
-    Draws the image `like` of the `options` again, and says whether it is the same, and what may be why it is not.
+    Draws an image again, and says whether it is the same, and what may be why it is not.
+
+    Args:
+        options ([`DrawingOptions`]): Options with `like`.
+
+    Returns:
+        `bool`: Whether the pixels are the same.
+
+    Raises:
+        `OSError`: a file cannot be read or written.
+        `ValueError`, `TypeError`: the image cannot be drawn again, or something else is in the way.
     """
-    recalled, settings = recall(options)
-    index, stage = (settings["options"].get(name) for name in ("index", "stage"))
-    is_same = write(Drawing(recalled, None if index is None else (index, stage))) == settings["pixels_sha256"]
-    differences = find_differences(settings, recalled.device)
+    settings = read_image_settings(options.like, "like")
+    if settings["task"] not in (TASK, gallery.TASK):
+        raise ValueError(
+            f"`like` must be drawn by `dod sample` or `dod demo`, got {options.like} of {settings['task']!r}."
+        )
+    if not options.is_grid:
+        raise ValueError(f"`output` must be a file that ends with {SUFFIX}, got {options.output}.")
+    options = recall_checkpoint(options, settings)
+    if settings["task"] == TASK:
+        index, stage = (settings["options"].get(name) for name in ("index", "stage"))
+        sha256 = write(Drawing(recall(options, settings), None if index is None else (index, stage)))
+    else:
+        sha256 = _write_of_demo(options, settings)
+    is_same = sha256 == settings["pixels_sha256"]
+    differences = find_differences(settings, options.device)
     if is_same:
         print(f"Wrote {options.output}: the pixels of {options.like}, bit for bit.")
     else:
@@ -421,6 +455,24 @@ def draw_again(options: DrawingOptions) -> bool:
     for line in differences:
         print(f"  {line}", file=sys.stderr)
     return is_same
+
+
+def _write_of_demo(options: DrawingOptions, settings: ImageSettings) -> str:
+    """Draws an image of the demo again and writes it; returns the hash of its pixels."""
+    check_output("output", options.output)
+    check_is_own(options.output)
+    pipeline = load_pipeline(options.checkpoint, options.lora_weights).to(options.device)
+    image = gallery.draw_again(pipeline, settings["options"])
+    with replacing(options.output) as unfinished:
+        save_with_settings(
+            image,
+            unfinished,
+            task=settings["task"],
+            options=settings["options"],
+            checkpoint=identify_checkpoint(options.checkpoint, options.lora_weights),
+            device=options.device,
+        )
+    return pixels_sha256(image)
 
 
 def main(argv: list[str] | None = None) -> None:

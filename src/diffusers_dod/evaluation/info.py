@@ -29,6 +29,7 @@ from ..command_line import run_main
 from ..data.latents import SHARD_MANIFEST, ShardManifest, find_damaged_shards
 from ..files import METRICS_FILE, file_sha256
 from ..image_settings import read_image_settings
+from ..lora import read_lora_classes
 from ..metrics.extractors import is_inception
 from ..options import option, parse_options
 from ..records import check_safetensors_header, find_record, read_lines, read_record
@@ -228,12 +229,20 @@ def describe_adapters(folder: Path, name: str, with_hash: bool) -> Description |
         for key in weights.keys():
             part = key.partition(".")[0]
             sizes[part] = sizes.get(part, 0) + math.prod(weights.get_slice(key).get_shape())
-    facts = {part: f"{count:,} parameters of adapters" for part, count in sizes.items()} | _describe_training(folder)
+    facts = {part: f"{count:,} parameters of adapters" for part, count in sizes.items()}
+    facts |= {"classes": _describe_classes(read_lora_classes(file)[1]), **_describe_training(folder)}
     if (folder / CHECKPOINT_MANIFEST).is_file():
         facts["step"] = f"{read_record(folder / CHECKPOINT_MANIFEST, CheckpointManifest)['step']:,}"
         if with_hash:
             facts["damage"] = find_damage(folder) or "none"
-    return Description("LoRA adapters", facts, [f"pipe.load_lora_weights({name!r})  # Python; pipe is their pipeline"])
+    word = shlex.quote(name)
+    commands = [
+        f"pipe.load_lora_weights({name!r})  # Python; pipe is their pipeline",
+        f"dod sample 0 --checkpoint PIPELINE --lora_weights {word} -o image.png",
+        f"dod sample-dataset --pretrained_model_name_or_path PIPELINE --lora_weights {word} --num_images 1000 "
+        "--output_dir samples",
+    ]
+    return Description("LoRA adapters", facts, commands)
 
 
 # ----------------------------------------------------------------------------------------------------- all other kinds
@@ -316,7 +325,9 @@ def describe_results(path: Path, name: str, with_hash: bool) -> Description | No
     if path.suffix != ".json" or "task" not in (find_record(path, dict[str, Any]) or {}):
         return None
     results = read_results(path)
-    facts: dict[str, Any] = {"task": results["task"], "checkpoint": (results.get("checkpoint") or {}).get("path")}
+    checkpoint = results.get("checkpoint") or {}
+    facts: dict[str, Any] = {"task": results["task"], "checkpoint": checkpoint.get("path")}
+    facts["lora_weights"] = checkpoint.get("lora_weights", {}).get("path")
     for metric, entry in results["metrics"].items():
         interval = entry["interval"]
         facts[metric] = f"{entry['value']:.6g}" + (f"  [{interval[0]:.6g}, {interval[1]:.6g}]" if interval else "")
@@ -346,12 +357,13 @@ def describe_image(path: Path, name: str, with_hash: bool) -> Description | None
         return None
     settings = read_image_settings(path)
     options = {key: json.dumps(value) for key, value in settings["options"].items() if value is not None}
+    parts = {"checkpoint": settings["checkpoint"], "lora_weights": settings["checkpoint"].get("lora_weights")}
     facts = {
-        "checkpoint": f"{settings['checkpoint']['path']}, SHA-256 {settings['checkpoint']['sha256']}",
+        **{name: part and f"{part['path']}, SHA-256 {part['sha256']}" for name, part in parts.items()},
         **options,
         "versions": _format_versions(settings["versions"]),
     }
-    commands = [f"dod sample --like {shlex.quote(name)} -o again.png"] if settings["task"] == "sample" else []
+    commands = [f"dod sample --like {shlex.quote(name)} -o again.png"]
     return Description(f"Image of the command {settings['task']}", facts, commands)
 
 

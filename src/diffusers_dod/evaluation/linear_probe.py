@@ -40,10 +40,10 @@ from ..command_line import run_main
 from ..metrics.intervals import wilson_interval
 from ..metrics.table import METRICS
 from ..options import option, parse_options, replace_values
-from ..results import as_metric, checkpoint_sha256, write_results
+from ..results import as_metric, identify_checkpoint, write_results
 from ..seeding import stateless_generator
 from ..tables import format_table
-from .options import ComparisonOptions, draw_labelled_images, load_pipeline
+from .options import ComparisonOptions, draw_labelled_images, load_with_embedder
 from .token_features import FEATURES, RANDOM_LEM_SEED, cache_path, compute_tokens, read_tokens, write_tokens
 
 
@@ -334,12 +334,15 @@ def main(argv: list[str] | None = None) -> None:
         train_indices.sort()
         test_indices.sort()
 
-    sha256 = checkpoint_sha256(comparison.pretrained_model_name_or_path)
+    checkpoint = identify_checkpoint(comparison.pretrained_model_name_or_path, comparison.lora_weights)
+    sha256 = {"checkpoint": checkpoint["sha256"]}
+    if "lora_weights" in checkpoint:
+        sha256["lora_weights"] = checkpoint["lora_weights"]["sha256"]
     pipeline = None
     tokens = []
     for source, indices, description in ((images, train_indices, data), (test_images, test_indices, test_data)):
         settings = {
-            "checkpoint": sha256,
+            **sha256,
             "data": {name: value for name, value in description.items() if name != "name"},  # wherever it lies
             "indices": hashlib.sha256(json.dumps(indices).encode()).hexdigest(),
             "columns": [comparison.images.image_column, comparison.images.label_column],
@@ -352,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
         if path is not None and path.exists():
             tokens.append(read_tokens(path, settings))
             continue
-        pipeline = load_pipeline(comparison) if pipeline is None else pipeline
+        pipeline = load_with_embedder(comparison) if pipeline is None else pipeline
         tokens.append(
             compute_tokens(pipeline, source, indices, comparison.batch_size, comparison.dataloader_num_workers)
         )
@@ -398,7 +401,7 @@ def main(argv: list[str] | None = None) -> None:
             "dtype": comparison.dtype,
         },
         device=comparison.device,
-        checkpoint=comparison.pretrained_model_name_or_path,
+        checkpoint=checkpoint,
     )
 
 

@@ -7,15 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import is_peft_available
 from torch.utils.data import DataLoader, Subset
 
 from ..data.labelled_images import MAX_WORKERS, TRANSFORM, ImageOptions, LabelledImages, load_labelled_images
 from ..data.latents import DTYPES
+from ..lora import find_lora_file, read_lora_classes
 from ..options import option
 from ..pipeline_dod import DoDPipeline
 from ..seeding import stateless_generator
 from ..shipped import find_shipped
+from ..transformer_dod import DoDTransformer2DModel
 from .images import image_identity
+
+
+DESK_CHECKPOINT = "checkpoints/dod-desk"  # which comes with the package
 
 
 def check_device(name: str, device: str) -> None:
@@ -31,11 +37,21 @@ def device_option() -> Any:
     return option("cuda" if torch.cuda.is_available() else "cpu", check=check_device, help="Device to compute on.")
 
 
+def lora_weights_option() -> Any:
+    """Declares the option of the LoRA adapters that the pipeline of a command gets."""
+    return option(
+        None,
+        help="LoRA adapters for the pipeline: folder of a training with `--lora_rank`, safetensors file or Hub id "
+        "(needs `pip install 'diffusers-dod[lora]'`).",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ComparisonOptions:
     """Pipeline and images of a command that compares both."""
 
     pretrained_model_name_or_path: str = option(help="The pipeline (folder or Hub id).")
+    lora_weights: str | None = lora_weights_option()
     num_images: int = option(
         50_000, at_least=2, aliases=("num_pictures",), help="Number of images; drawn at random if there are more."
     )
@@ -120,25 +136,68 @@ def read_batches(
         yield indices[start : start + batch_size], batch["image"], torch.as_tensor(batch["label"])
 
 
-def load_pipeline(options: ComparisonOptions) -> DoDPipeline:
+def load_pipeline(path: str, lora_weights: str | None = None, dtype: str = "float32") -> DoDPipeline:
     """
-    Loads the pipeline that the options name, without progress bars.
+    Loads the pipeline of a command, without a bar of its progress.
+
+    Args:
+        path (`str`): The pipeline, a folder or a Hub id.
+        lora_weights (`str`, *optional*): LoRA adapters that it gets, see [`find_lora_file`]. If they are of other
+            classes, it gets these, too, each from its null class; it has no token prior then.
+        dtype (`str`, defaults to `"float32"`): Name of the data type of the weights.
+
+    Returns:
+        [`DoDPipeline`], on the CPU.
+
+    Raises:
+        `OSError`: there is no such pipeline, or there are no such adapters.
+        `ValueError`: a file is something else or damaged, or the adapters do not fit the pipeline.
+        `ImportError`: PEFT is not installed.
+    """
+    path, loading = find_shipped(path), {"dtype": DTYPES[dtype]}
+    if lora_weights is None:
+        pipeline = DoDPipeline.from_pretrained(path, **loading)
+    else:
+        if not is_peft_available():
+            raise ImportError("`lora_weights` needs PEFT: `pip install 'diffusers-dod[lora]'`.")
+        file = find_lora_file(lora_weights)
+        pipeline = DoDPipeline.from_pretrained(path, **_find_class_arguments(path, file, loading), **loading)
+        try:
+            pipeline.load_lora_weights(file)
+        except (RuntimeError, ValueError) as error:  # the former of PyTorch, for weights of other shapes
+            raise ValueError(f"`lora_weights` must be adapters of {path}, got {lora_weights}: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _find_class_arguments(path: str, file: Path, loading: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that give a pipeline the classes of the adapters in a file."""
+    num_classes, names = read_lora_classes(file)
+    arguments: dict[str, Any] = {} if names is None else {"id2label": names}
+    if num_classes not in (None, DoDTransformer2DModel.load_config(path, subfolder="transformer")["num_classes"]):
+        loading = loading | {"subfolder": "transformer", "num_classes": num_classes}
+        transformer = DoDTransformer2DModel.from_pretrained(path, **loading)
+        arguments = {"transformer": transformer, "token_prior": None, "id2label": names}
+    return arguments
+
+
+def load_with_embedder(options: ComparisonOptions) -> DoDPipeline:
+    """
+    Loads the pipeline that the options name, which must have a latent embedder.
 
     Args:
         options ([`ComparisonOptions`]): The options.
 
     Returns:
-        [`DoDPipeline`].
+        [`DoDPipeline`], on the device of the options.
 
     Raises:
-        `ValueError`: the pipeline has no latent embedder.
+        `OSError`, `ValueError`, `ImportError`: see [`load_pipeline`]; or the pipeline has no latent embedder.
     """
-    path = find_shipped(options.pretrained_model_name_or_path)
-    pipeline = DoDPipeline.from_pretrained(path, dtype=DTYPES[options.dtype])
+    pipeline = load_pipeline(options.pretrained_model_name_or_path, options.lora_weights, options.dtype)
     if pipeline.latent_embedder is None:
         raise ValueError(
             "`pretrained_model_name_or_path` must hold a pipeline with a `latent_embedder`, "
             f"got {options.pretrained_model_name_or_path!r}."
         )
-    pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(options.device)

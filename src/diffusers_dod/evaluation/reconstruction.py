@@ -42,10 +42,10 @@ from ..metrics.statistics import RunningStatistics, merge_statistics
 from ..metrics.table import METRICS
 from ..options import option, parse_options
 from ..pipeline_dod import DoDPipeline
-from ..results import as_metric, checkpoint_sha256, describe_versions, half_width, read_results, write_results
+from ..results import as_metric, describe_versions, half_width, identify_checkpoint, read_results, write_results
 from ..tableaus import SOLVERS
 from ..tables import format_table
-from .options import ComparisonOptions, draw_labelled_images, load_pipeline, read_batches
+from .options import ComparisonOptions, draw_labelled_images, load_with_embedder, read_batches
 
 
 AUTOENCODER = "autoencoder"
@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     extractor = None
     if options.extractor is not None:
         extractor = load_extractor(options.extractor, options.trust_extractor, comparison.device, "extractor")
-    pipeline = load_pipeline(comparison)
+    pipeline = load_with_embedder(comparison)
     images, indices, data = draw_labelled_images(comparison, comparison.num_images)
     check_classes(pipeline, images.class_names)
     indices.sort()
@@ -301,10 +301,7 @@ def main(argv: list[str] | None = None) -> None:
         "schedulers": options.solver,
     }
     identity = {
-        "checkpoint": {
-            "path": comparison.pretrained_model_name_or_path,
-            "sha256": checkpoint_sha256(comparison.pretrained_model_name_or_path),
-        },
+        "checkpoint": identify_checkpoint(comparison.pretrained_model_name_or_path, comparison.lora_weights),
         "data": data,
         "settings": {
             "class_labels": "those of the images",

@@ -24,7 +24,7 @@ from ..command_line import run_main
 from ..files import file_sha256
 from ..metrics.extractors import extractor_file, has_code
 from ..options import build_parser, list_options, option, parse_options
-from ..results import checkpoint_sha256, read_results
+from ..results import check_same_checkpoint, identify_checkpoint, read_results
 from . import sample
 from .compare import CompareOptions
 from .compute import ComputeOptions
@@ -199,11 +199,8 @@ def reproduce(
     if not trust_extractor:
         _check_code(path, published["argv"])
     if (checkpoint := published.get("checkpoint")) is not None:
-        found = checkpoint_sha256(checkpoint["path"])
-        if found != checkpoint["sha256"]:
-            raise ValueError(
-                f"{checkpoint['path']} must be the published checkpoint, {checkpoint['sha256']}, got {found}."
-            )
+        found = identify_checkpoint(checkpoint["path"], checkpoint.get("lora_weights", {}).get("path"))
+        check_same_checkpoint(checkpoint, found, "the published one")
     _check_files(path, published["data"])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -48,17 +48,19 @@ from ..files import (
 )
 from ..guidance import Guidance
 from ..guidance_options import GuidanceOptions
-from ..options import option, parse_options, to_argv, to_json, to_values
+from ..options import list_options, option, parse_options, to_argv, to_json, to_values
 from ..pipeline_dod import DoDPipeline
+from ..pipeline_inputs import check_token_settings
 from ..processes import all_or_none, check_processes, end_processes, end_with_launcher, process_group_timeout
 from ..records import Count, Sha256, find_record, read_record
-from ..results import checkpoint_sha256, describe_versions
+from ..results import checkpoint_sha256, describe_versions, identify_checkpoint, lora_sha256
 from ..sampling_options import CallOptions
 from ..seeding import stateless_generator
 from ..shipped import find_shipped
+from ..token_prior import GENERATION_DEFAULTS
 from ..transformer_dod import DoDTransformer2DModel
 from .images import CHUNKS, LABELS_FILE, SAMPLES_MANIFEST, NpzImages, SamplesManifest
-from .options import DTYPES
+from .options import DTYPES, load_pipeline, lora_weights_option
 
 
 logger = logging.getLogger(__name__)
@@ -95,6 +97,7 @@ class SamplingOptions:
     dtype: str = option("float32", choices=DTYPES, help="Data type of the weights of all models.")
     allow_tf32: bool = option(False, help="TF32 products and convolutions on NVIDIA GPUs.")
     guidance_model: str | None = guidance_model_option()
+    lora_weights: str | None = lora_weights_option()
     call: CallOptions = field(default_factory=CallOptions)
     guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
 
@@ -154,28 +157,33 @@ def sample_settings(options: SamplingOptions, pipeline: DoDPipeline) -> dict[str
         `dict`: The settings, ready for JSON. Defaults of the checkpoint are filled in.
 
     Raises:
-        `ValueError`: an option for each stage has not as many values as there are stages.
+        `ValueError`: an option for each stage has not as many values as there are stages, or there is no token prior.
     """
     call = to_json(to_values(options.call) | to_values(options.guidance))
     if options.guidance_model is not None:
         call["guidance_model_sha256"] = checkpoint_sha256(options.guidance_model)
+    if options.lora_weights is not None:
+        call["lora_weights_sha256"] = lora_sha256(options.lora_weights)
     has_embedder = pipeline.latent_embedder is not None
     if call["num_stages"] is None:
         call["num_stages"] = pipeline.config.default_num_stages if has_embedder else 1
-    for name in ("stage_inference_steps", "stage_solvers", "stage_guidance_scales"):
-        if call[name] is not None and len(call[name]) != call["num_stages"]:
-            raise ValueError(
-                f"`{name}` must hold {call['num_stages']} values, one for each stage, got {len(call[name])}."
-            )
+    if wrong := options.call.find_wrong_lists(call["num_stages"]):
+        raise ValueError("\n".join(wrong))
+    token_prior = options.call.token_prior
+    check_token_settings(token_prior.use_token_prior, pipeline.token_prior, pipeline.latent_embedder, prior=None)
+    if token_prior.use_token_prior:
+        defaults = {f"token_prior_{name}": value for name, value in GENERATION_DEFAULTS.items()}
+        call |= {name: value for name, value in defaults.items() if call[name] is None}
     if call["num_inference_steps"] is None and call["stage_inference_steps"] is None:
         call["num_inference_steps"] = pipeline.config.default_num_inference_steps
-    if call["stage_guidance_scales"] is not None:
+    if call["stage_guidance_scales"] is not None or token_prior.use_token_prior:
         call["first_stage_guidance_scale"] = None
-    elif call["guidance_scale"] is None:
+    if call["stage_guidance_scales"] is None and call["guidance_scale"] is None:
         call["guidance_scale"] = pipeline.config.default_guidance_scale
     if call["stage_solvers"] is None:
         scheduler = pipeline.scheduler
-        call["stage_solvers"] = [scheduler.config.get("solver", type(scheduler).__name__)] * call["num_stages"]
+        number = call["num_stages"] - token_prior.first_stage + 1
+        call["stage_solvers"] = [scheduler.config.get("solver", type(scheduler).__name__)] * number
     trained_size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
     for name in ("height", "width"):
         call[name] = trained_size if call[name] is None else call[name]
@@ -340,6 +348,9 @@ class SampleFolder:
 
     def _with_settings(self, found: dict[str, Any]) -> "SampleFolder":
         """The folder with the settings found in it: the same, but for fewer images."""
+        known = to_json({name: field.default for name, field in list_options(SamplingOptions).items()})
+        # Older ones lack options, which then had their defaults.
+        found = {name: known[name] for name in self.settings if name in known} | found
         for name in [*self.settings, *found]:
             wanted, value = self.settings.get(name), found.get(name)
             can_go_on = name == "num_images" and isinstance(value, int) and 0 < value < wanted
@@ -446,16 +457,14 @@ def sample(options: SamplingOptions, accelerator: Accelerator) -> list[dict[str,
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
     torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each shape, of which adaptive steps have many
     with accelerator.local_main_process_first():  # which downloads what is on the Hub
-        path = find_shipped(options.pretrained_model_name_or_path)
-        pipeline = DoDPipeline.from_pretrained(path, dtype=DTYPES[options.dtype])
+        pipeline = load_pipeline(options.pretrained_model_name_or_path, options.lora_weights, options.dtype)
         settings = sample_settings(options, pipeline)
         guidance = load_guidance(options)
     pipeline.to(accelerator.device)
     if guidance.transformer is not None:
         guidance.transformer.to(accelerator.device)
-    pipeline.set_progress_bar_config(disable=True)
     labels = draw_labels(options.labels, options.seed, options.num_images, pipeline.transformer.config.num_classes)
-    stages = range(1, settings["num_stages"] + 1)
+    stages = range(options.call.token_prior.first_stage, settings["num_stages"] + 1)
     if options.all_stages:
         folders = {n: options.output_dir / f"stage-{n}" for n in stages}
     else:
@@ -482,10 +491,7 @@ def sample(options: SamplingOptions, accelerator: Accelerator) -> list[dict[str,
                     details = {
                         "task": "sample",
                         "argv": to_argv(options),
-                        "checkpoint": {
-                            "path": options.pretrained_model_name_or_path,
-                            "sha256": settings["checkpoint_sha256"],
-                        },
+                        "checkpoint": identify_checkpoint(options.pretrained_model_name_or_path, options.lora_weights),
                         "num_classes": None if labels is None else pipeline.transformer.config.num_classes,
                     }
                     for output in outputs.values():
@@ -504,6 +510,7 @@ def _sample_chunks(
     """Deals chunks to the processes, one to each at a time, so that an error in one ends all."""
     first = next(iter(outputs.values()))
     call = options.call.to_call(first.settings["num_stages"], has_priors=pipeline.latent_embedder is not None)
+    first_stage = options.call.token_prior.first_stage
     progress = tqdm(
         total=options.num_images,
         initial=options.num_images - sum(len(first.indices(chunk)) for chunk in missing),
@@ -529,7 +536,7 @@ def _sample_chunks(
                         **call,
                     )[-1]
                     for n, output in outputs.items():
-                        images = stages[n - 1] if options.all_stages else stages
+                        images = stages[n - first_stage] if options.all_stages else stages
                         output.write(chunk, to_uint8(images), accelerator.device)
             progress.update(sum(len(first.indices(chunk)) for chunk in dealt))
 

@@ -15,8 +15,9 @@ Samples and evaluates a checkpoint over guidance scales x steps x solvers x aver
 
 Scales are named for all stages up to the judged one, such as `1:3`: stage 1 at one of `--first_stage_guidance_scales`,
 all later stages at one of `--guidance_scales`. With one stage there are only the first scales. Without a latent
-embedder both options mean the only stage. Every setting is sampled and judged as by the commands
-`sample` and `evaluate`, in one process. `--samples_dir` keeps the samples, for a second sweep with another judge.
+embedder both options mean the only stage. With `--use_token_prior` they begin with stage 2. Every setting is sampled
+and judged as by the commands `sample` and `evaluate`, in one process. `--samples_dir` keeps the samples, for a second
+sweep with another judge.
 """
 
 import itertools
@@ -44,8 +45,16 @@ from ..metrics.table import METRICS
 from ..options import check_options, option, parse_options, to_argv, to_json, to_values
 from ..pipeline_dod import DoDPipeline
 from ..records import read_record
-from ..results import as_metric, checkpoint_sha256, half_width, read_results, write_results
-from ..sampling_options import CallOptions
+from ..results import (
+    as_metric,
+    checkpoint_sha256,
+    half_width,
+    identify_checkpoint,
+    lora_sha256,
+    read_results,
+    write_results,
+)
+from ..sampling_options import CallOptions, TokenPriorOptions
 from ..scheduling_dod import DoDFlowMatchScheduler
 from ..shipped import find_shipped
 from ..tableaus import SOLVERS
@@ -53,7 +62,7 @@ from ..tables import format_table
 from . import evaluate, sample
 from .evaluate import EvaluationOptions, JudgeOptions
 from .images import open_images
-from .options import DTYPES
+from .options import DTYPES, load_pipeline, lora_weights_option
 from .sample import LABELS, SamplingOptions
 
 
@@ -97,6 +106,8 @@ class SweepOptions:
     )
     prior_noise: float = option(0.0, at_least=0, at_most=1, help="Level of the noise that the LEM sees in samples.")
     guidance_model: str | None = sample.guidance_model_option()
+    lora_weights: str | None = lora_weights_option()
+    token_prior: TokenPriorOptions = field(default_factory=TokenPriorOptions)
     output_dir: Path = option(writes="folder", help="Folder of the sweep.")
     samples_dir: Path | None = option(
         None,
@@ -110,6 +121,11 @@ class SweepOptions:
     def find_conflicts(self) -> list[str]:
         """Messages about options that do not fit each other."""
         found = []
+        if self.token_prior.use_token_prior and self.first_stage_guidance_scales is not None:
+            found.append(
+                "`first_stage_guidance_scales` must not be given with `use_token_prior`, which takes the place of "
+                f"stage 1, got {list(self.first_stage_guidance_scales)}."
+            )
         if self.num_images < self.judge.num_groups:
             found.append(f"`num_images` must be an integer >= {self.judge.num_groups}, got {self.num_images}.")
         if not self.judge.wanted_metrics:
@@ -163,7 +179,7 @@ def format_scales(scales: Sequence[float]) -> str:
 
 def list_scales(options: SweepOptions, has_embedder: bool) -> list[list[float]]:
     """
-    Lists the guidance scales of all stages, for each setting.
+    Lists the guidance scales of all stages that are run, for each setting.
 
     Args:
         options ([`SweepOptions`]): The options, with the checkpoint's defaults.
@@ -174,6 +190,8 @@ def list_scales(options: SweepOptions, has_embedder: bool) -> list[list[float]]:
     """
     if not has_embedder:
         return [[scale] for scale in options.guidance_scales or options.first_stage_guidance_scales]
+    if options.token_prior.use_token_prior:
+        return [[scale] * (options.num_stages - 1) for scale in options.guidance_scales]
     later_scales = options.guidance_scales if options.num_stages > 1 else [None]
     grid = itertools.product(options.first_stage_guidance_scales, later_scales)
     return [[first] + [later] * (options.num_stages - 1) for first, later in grid]
@@ -208,21 +226,24 @@ class Sweep:
         options = self.options
         names = ("extractor", "resolution", "num_groups", "num_images", "batch_size", "labels", "dtype", "prior_noise")
         settings = {name: value for name, value in to_values(options).items() if name in names}
-        settings = to_json(settings | {"metrics": options.judge.wanted_metrics} | to_values(options.guidance))
+        settings |= to_values(options.guidance) | to_values(options.token_prior)
+        settings = to_json(settings | {"metrics": options.judge.wanted_metrics})
         settings["extractor_sha256"] = self.evaluator.extractor_sha256
         settings["reference"] = self.evaluator.reference and self.evaluator.reference.data
         settings["checkpoint_sha256"] = checkpoint_sha256(self.checkpoint)
-        model = options.guidance_model
+        model, adapters = options.guidance_model, options.lora_weights
         settings["guidance_model_sha256"] = None if model is None else checkpoint_sha256(model)
+        settings["lora_weights_sha256"] = None if adapters is None else lora_sha256(adapters)
         for average in options.averages:
             path = self.checkpoint / STATE_FOLDER / f"ema-{average}.safetensors"
             settings[f"{average}_sha256"] = file_sha256(path) if path.is_file() else None
         path = options.output_dir / "options.json"
         found = read_record(path, dict[str, Any]) if path.exists() else {}
         for name, value in settings.items():
-            # A sweep may go on with more averages; older ones had no noise of priors and no weaker model.
-            missing = value if name.endswith("_sha256") and name != "guidance_model_sha256" else None
-            if found and found.get(name, {"prior_noise": 0.0}.get(name, missing)) != value:
+            # A sweep may go on with more averages; older ones had no noise of priors, token prior and other weights.
+            is_average = name.endswith("_sha256") and name not in ("guidance_model_sha256", "lora_weights_sha256")
+            missing = value if is_average else None
+            if found and found.get(name, {"prior_noise": 0.0, "use_token_prior": False}.get(name, missing)) != value:
                 raise ValueError(
                     f"`output_dir` must be the folder of a sweep with `{name}` = {value!r}, got {options.output_dir} "
                     f"with {found.get(name)!r}: use another one."
@@ -248,7 +269,7 @@ class Sweep:
             average (`str`): The average of the weights.
             num_inference_steps (`int`): Steps of each stage.
             solver (`str`): Solver of all stages, or the class of the checkpoint's scheduler if that has no solvers.
-            scales (`Sequence[float]`): Guidance scale of each stage.
+            scales (`Sequence[float]`): Guidance scale of each stage that is run.
             seed (`int`): Seed of the samples.
 
         Returns:
@@ -257,14 +278,14 @@ class Sweep:
         Raises:
             `ValueError`: the options of sampling and judging do not fit.
         """
-        options = self.options
+        options, first = self.options, self.options.token_prior.first_stage
         paths = {}
-        for stage in range(1, len(scales) + 1):
-            parts = (average, num_inference_steps, solver, format_scales(scales[:stage]).replace(":", "-"), seed)
+        for number, stage in enumerate(range(first, first + len(scales)), start=1):
+            parts = (average, num_inference_steps, solver, format_scales(scales[:number]).replace(":", "-"), seed)
             paths[stage] = options.output_dir / "settings" / f"{'_'.join(map(str, parts))}_stage-{stage}.json"
         missing = [stage for stage, path in paths.items() if not path.exists()]
         if missing:
-            scales = scales[: missing[-1]]
+            scales = scales[: missing[-1] - first + 1]
             samples = (options.samples_dir or options.output_dir / "samples") / paths[missing[-1]].stem
             sampling = SamplingOptions(
                 pretrained_model_name_or_path=str(self.pipeline_folder(average)),
@@ -277,12 +298,14 @@ class Sweep:
                 all_stages=True,
                 dtype=options.dtype,
                 guidance_model=options.guidance_model,
+                lora_weights=options.lora_weights,
                 call=CallOptions(
-                    num_stages=len(scales),
+                    num_stages=first - 1 + len(scales),
                     num_inference_steps=num_inference_steps,
                     stage_solvers=(solver,) * len(scales) if solver in SOLVERS else None,
                     stage_guidance_scales=tuple(scales),
                     prior_noise=options.prior_noise,
+                    token_prior=options.token_prior,
                 ),
                 guidance=options.guidance,
             )
@@ -311,34 +334,38 @@ class Sweep:
             `ValueError`: see [`Sweep.run_setting`] and [`write_average`].
         """
         options = self.options
-        pipeline = DoDPipeline.from_pretrained(self.checkpoint)
+        pipeline = load_pipeline(str(self.checkpoint), options.lora_weights)
         side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
         num_classes = None if options.labels == "null" else pipeline.transformer.config.num_classes
         self.evaluator.check((side, side), num_classes)  # before anything is sampled
         cost, guidance = count_model(pipeline), options.guidance.to_guidance()
+        token_prior, first = to_values(options.token_prior), options.token_prior.first_stage
+        del token_prior["token_prior_truncation"]  # which costs nothing
         metrics: dict[str, dict[str, Any]] = {}
         rows: dict[str, dict[str, Any]] = {}
         all_scales = list_scales(options, pipeline.latent_embedder is not None)
         grid = itertools.product(options.averages, options.num_inference_steps, options.solvers, all_scales)
         for average, num_steps, solver, scales in grid:
             of_seeds = [self.run_setting(average, num_steps, solver, scales, seed) for seed in options.seeds]
-            for stage in range(1, options.num_stages + 1):
-                label = f"stage-{stage}/{average}/{num_steps}/{solver}/{format_scales(scales[:stage])}"
+            for number, stage in enumerate(range(first, options.num_stages + 1), start=1):
+                label = f"stage-{stage}/{average}/{num_steps}/{solver}/{format_scales(scales[:number])}"
                 if label in rows:
                     continue  # it is the same for all scales of later stages
                 row = rows[label] = {
                     "average": average,
                     "num_inference_steps": num_steps,
                     "solver": solver,
-                    "scales": format_scales(scales[:stage]),
-                    "scale": scales[stage - 1],
+                    "scales": format_scales(scales[:number]),
+                    "scale": scales[number - 1],
                     "stage": stage,
                     "gflops": None,
                 }
-                if solver != "dopri5" and has_known_cost(guidance) and options.guidance_model is None:
-                    solvers = [solver] * stage if solver in SOLVERS else None
+                is_known = solver != "dopri5" and has_known_cost(guidance)
+                if is_known and options.guidance_model is None and options.lora_weights is None:
+                    solvers = [solver] * number if solver in SOLVERS else None
+                    steps = [num_steps] * number
                     found = sampling_compute(
-                        pipeline, [num_steps] * stage, scales[:stage], solvers, guidance, cost=cost
+                        pipeline, steps, scales[:number], solvers, guidance, cost=cost, **token_prior
                     )
                     row["gflops"] = found["flops"] / 1e9
                 for name in of_seeds[0][stage]:
@@ -402,8 +429,8 @@ def draw_plots(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
                 constant = f"scales {row['scales']}"
             else:  # a line goes along the scales of a stage
                 constant = f"{row['num_inference_steps']} steps"
-                if row["stage"] > 1:
-                    constant += f", stage 1 at {row['scales'].split(':')[0]}"
+                if ":" in row["scales"]:
+                    constant += f", stage {row['stage'] - row['scales'].count(':')} at {row['scales'].split(':')[0]}"
             parts = [f"stage {row['stage']}", row["average"], row["solver"], constant]
             half = half_width(row[y])
             lines.setdefault(", ".join(part for part in parts if part != PIPELINE), []).append((*point, half))
@@ -446,7 +473,12 @@ def fill_in_defaults(options: SweepOptions) -> SweepOptions:
         num_stages = config["default_num_stages"] if has_embedder else 1
     if num_stages > 1 and not has_embedder:
         raise ValueError(f"`num_stages` must be 1 without a latent embedder, got {num_stages}.")
-    if has_embedder:
+    if options.token_prior.use_token_prior:
+        if config.get("token_prior", [None])[0] is None:
+            raise ValueError("`use_token_prior` must be False without a `token_prior`, got True.")
+        if num_stages < 2:
+            raise ValueError(f"`num_stages` must be >= 2 with `use_token_prior`, got {num_stages}.")
+    elif has_embedder:
         first_scales = first_scales or (1.0,)
     later_scales = options.guidance_scales
     if num_stages == 1 and first_scales and later_scales:
@@ -485,6 +517,8 @@ def main(argv: list[str] | None = None) -> None:
         settings |= {"metrics": options.judge.wanted_metrics, "extractor_sha256": sweep.evaluator.extractor_sha256}
         if options.guidance_model is not None:
             settings["guidance_model_sha256"] = checkpoint_sha256(options.guidance_model)
+        if options.lora_weights is not None:
+            settings["lora_weights_sha256"] = lora_sha256(options.lora_weights)
         reference = sweep.evaluator.reference
         write_results(
             options.output_file or options.output_dir / "sweep.json",
@@ -498,7 +532,7 @@ def main(argv: list[str] | None = None) -> None:
             },
             settings=settings,
             device=options.judge.device,
-            checkpoint=options.pretrained_model_name_or_path,
+            checkpoint=identify_checkpoint(options.pretrained_model_name_or_path, options.lora_weights),
         )
 
 

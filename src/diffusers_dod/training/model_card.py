@@ -151,7 +151,7 @@ def write_model_card(
 
 def describe_end(options: TrainingOptions, resolution: int, class_names: tuple[str, ...] = ()) -> str:
     """
-    Says where the pipeline of a finished run is, and which commands sample and evaluate it; how adapters are loaded.
+    Says where the pipeline, or the adapters, of a finished run are, and which commands sample and evaluate them.
 
     Args:
         options ([`TrainingOptions`]): The run's options.
@@ -162,21 +162,24 @@ def describe_end(options: TrainingOptions, resolution: int, class_names: tuple[s
         `str`: A line, and a line for each command.
     """
     images, folder = options.data.images, os.path.abspath(options.output.output_dir)
-    if options.model.lora.lora_rank is not None:
-        loading = describe_loading(options, folder, class_names)
-        return "\n".join([f"The LoRA adapters are in {folder}. To load them:", *(f"  {line}" for line in loading)])
+    has_adapters, place = options.model.lora.lora_rank is not None, shlex.quote(folder)
+    if has_adapters:
+        place = f"{shlex.quote(str(options.model.pretrained_model_name_or_path))} --lora_weights {place}"
     reference = images.train_data_dir or images.dataset_name or "path/to/images"
     if reference == TEXTURES:
         reference = f"{TEXTURES}:{options.data.num_train_samples}:{options.data.seed + 1}"
     samples, extractor = f"{folder}-samples", options.validation.fid_extractor or INCEPTION
     commands = [
-        f"sample --pretrained_model_name_or_path {shlex.quote(folder)} --num_images 1000 "
-        f"--output_dir {shlex.quote(samples)}",
+        f"sample --pretrained_model_name_or_path {place} --num_images 1000 --output_dir {shlex.quote(samples)}",
         f"evaluate {shlex.quote(samples)} --reference {shlex.quote(reference)} --resolution {resolution} "
         f"--extractor {shlex.quote(extractor)} --output_file {shlex.quote(samples + '.json')}",
     ]
     lines = [f"  python -m diffusers_dod.evaluation.{command}" for command in commands]
-    return "\n".join([f"The pipeline is in {folder}. To sample it, and to evaluate the samples:", *lines])
+    if not has_adapters:
+        return "\n".join([f"The pipeline is in {folder}. To sample it, and to evaluate the samples:", *lines])
+    loading = [f"  {line}" for line in describe_loading(options, folder, class_names)]
+    first = f"The LoRA adapters are in {folder}. To sample with them, and to evaluate the samples:"
+    return "\n".join([first, *lines, "To load them:", *loading])
 
 
 def read_sources(path: Path) -> dict[str, Any]:
@@ -274,8 +277,9 @@ def build_card(sources: Mapping[str, Any], name: str) -> ModelCard:
         model, _ = find_preset(options)
     results = {file: read_results(Path(file)) for file in sources.get("results", ())}
     for file, content in results.items():
-        found = (content.get("checkpoint") or {}).get("sha256")
-        if found != checkpoint:
+        identity = content.get("checkpoint") or {}
+        if identity.get("sha256") != checkpoint or "lora_weights" in identity:
+            found = f"{identity.get('sha256')}{' with LoRA adapters' if 'lora_weights' in identity else ''}"
             raise ValueError(f"`results` must be of the checkpoint {checkpoint} in {folder}, got {file} of {found}.")
     return fill_card(
         options,

@@ -205,7 +205,7 @@ def save_pipeline(pipeline: DoDPipeline, folder: Path) -> None:
         # A set has another order in each process.
         config["target_modules"] = sorted(config["target_modules"])
         adapters[f"{name}_lora_adapter_metadata"] = config
-    pipeline.save_lora_weights(folder, **adapters)
+    pipeline.save_lora_weights(folder, **adapters, id2label=pipeline.config.id2label)
 
 
 def use_fast_attention(model: DoDJointModel | DoDPipeline, device: torch.device, backend: str | None = None) -> None:

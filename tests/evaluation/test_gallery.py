@@ -13,8 +13,8 @@ from helpers import noise_image, says, tiny_pipeline
 from launch import PATIENCE_S
 from PIL import Image
 
-from diffusers_dod.demo.sampler import Result, Sampler, Stopped, open_photo, stream
-from diffusers_dod.demo.settings import Limits, default_settings
+from diffusers_dod.demo.settings import default_settings
+from diffusers_dod.evaluation.gallery import Limits, Result, Sampler, Stopped, draw_again, open_photo, stream
 from diffusers_dod.image_reading import cover_and_crop
 from diffusers_dod.image_settings import read_image_settings
 
@@ -158,6 +158,22 @@ def test_each_file_holds_its_settings(sampler, tmp_path):
     expected = {"seed": 9, "weight": 0.5, "stage": 2, "class_label": 5, "class_name": "crane", "mode": "between"}
     assert read["options"].items() >= expected.items()
     assert read["options"]["stage_guidance_scales"] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.get("mode") != "variations"], ids=str)
+def test_a_file_is_enough_to_draw_an_image_again(sampler, tmp_path, case):
+    case = dict(case)
+    photos = {end: photo(seed=end) for end in case.pop("photos", [])}
+    for row in sampler.sample(settings_of(sampler, **case, steps=2), photos).rows:
+        sampler.save(row[-1], tmp_path / "image.png")
+        options = read_image_settings(tmp_path / "image.png")["options"]
+        if photos:
+            with pytest.raises(ValueError, match=says("`like`", "classes alone", "a photo")):
+                draw_again(sampler.pipe, options)
+        else:
+            assert np.array_equal(draw_again(sampler.pipe, options), row[-1].image)
+    with pytest.raises(ValueError, match=says("`batch_size`", ">= 1", "got 0")):
+        draw_again(sampler.pipe, options | {"batch_size": 0})
 
 
 # ------------------------------------------------------------------------------------------------------------- stop

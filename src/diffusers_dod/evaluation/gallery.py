@@ -1,11 +1,13 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """
-Sampling of what a visitor asks for: a plan of calls of the pipeline, what they cost, and rows of images.
+Sampling of what a visitor of the demo asks for: settings, limits of the server, a plan of calls of the pipeline, what
+they cost, and rows of images.
 
 Every image of a later stage has a start: a sample of stage 1 or a photo. Latent tokens of the start, or tokens between
 two starts, are its prior. So all modes are one sampling of starts, and one of images.
 """
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -16,15 +18,20 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..checks import MAX_STEPS, check_at_least, check_number
 from ..compute import ModelCost, count_model, sampling_compute
 from ..image_reading import cover_and_crop
 from ..image_settings import save_with_settings
-from ..options import to_json, to_values
-from ..pipeline_dod import DoDPipeline
+from ..options import check_options, check_types, from_values, list_options, option, to_json, to_values
+from ..pipeline_dod import MAX_STAGES, DoDPipeline
 from ..results import CheckpointIdentity
-from .settings import Limits, Settings, check_settings, trained_size
+from ..tableaus import SOLVERS
 
 
+TASK = "demo"
+MODES = ("classes", "variations", "between", "grid")
+FIXED_SOLVERS = tuple(name for name, solver in SOLVERS.items() if not solver.is_adaptive)
+MAX_SCALE = 20.0
 PHOTO_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 #: Called after each step with their number so far, that of all steps, and the stage. It may raise [`Stopped`].
 Report = Callable[[int, int, int], None]
@@ -33,6 +40,92 @@ PHOTO = -1  # in place of the class of a start
 
 class Stopped(Exception):
     """The visitor has cancelled, or is gone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The most that a visitor may ask for at once. The server checks it, whatever the page allows."""
+
+    max_stages: int = option(4, at_least=1, at_most=8, help="Stages.")
+    max_inference_steps: int = option(100, at_least=1, help="Steps of a stage.")
+    max_images: int = option(32, at_least=1, help="Images of the last stage.")
+    max_batch_size: int = option(16, at_least=1, help="Images at a time; more are drawn one batch after the other.")
+    max_size_factor: float = option(2.0, at_least=1, help="Sides of an image, as a multiple of the trained ones.")
+    max_upload_mb: int = option(20, at_least=1, help="Megabytes of a photo.")
+    max_megapixels: int = option(50, at_least=1, help="Millions of pixels of a photo.")
+    max_waiting: int = option(50, at_least=1, help="Visitors who wait for their turn; others are sent away.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that the images of a visitor depend on, but for the photos."""
+
+    mode: str = option("classes", choices=MODES, help="What is drawn.")
+    classes: tuple[int, ...] = option((0,), at_least=0, is_distinct=True, help="Ids of the classes.")
+    num_images: int = option(4, at_least=1, help="Images of each class.")
+    num_between: int = option(6, at_least=2, help="Images from one start to the other.")
+    num_stages: int = option(2, at_least=1, help="Number of stages.")
+    steps: int = option(20, at_least=1, help="Intervals of a stage.")
+    solver: str = option("euler", choices=FIXED_SOLVERS, help="Solver of all stages.")
+    scales: tuple[float, ...] = option((1.0, 3.0), at_least=0, at_most=MAX_SCALE, help="Guidance scale of each stage.")
+    grid_scales: tuple[float, ...] = option(
+        (1.0, 2.0, 3.0, 5.0, 8.0), at_least=0, at_most=MAX_SCALE, is_distinct=True, help="Columns of the grid."
+    )
+    first_scales: tuple[float, ...] | None = option(
+        None,
+        at_least=0,
+        at_most=MAX_SCALE,
+        is_distinct=True,
+        help="Guidance scales of stage 1, a row of the grid each.",
+    )
+    size: int | None = option(None, at_least=1, help="Side of the images in pixels; the trained one by default.")
+    seed: int = option(0, at_least=0, below=2**32, help="Seed of the noise.")
+
+
+def check_settings(settings: Settings, limits: Limits, pipe: DoDPipeline) -> None:
+    """
+    Raises unless settings are in range, fit the pipeline and are within the limits of the server.
+
+    Args:
+        settings ([`Settings`]): The settings of a visitor.
+        limits ([`Limits`]): The limits.
+        pipe ([`DoDPipeline`]): The pipeline.
+
+    Raises:
+        `ValueError`, `TypeError`: they are not; the message is for the visitor.
+    """
+    for name, known in list_options(Settings).items():
+        if known.default is not None and getattr(settings, name) is None:
+            raise ValueError(f"`{name}` must be given, got None.")
+    check_options(settings)
+    num_classes = pipe.transformer.config.num_classes
+    for label in settings.classes:
+        check_at_least("classes", label, 0, num_classes - 1)
+    most = limits.max_stages if pipe.latent_embedder is not None else 1
+    check_at_least("num_stages", settings.num_stages, 1, most)
+    if settings.mode in ("variations", "between"):
+        check_at_least("num_stages", settings.num_stages, 2, most)
+    if len(settings.scales) != settings.num_stages:
+        raise ValueError(f"`scales` must hold one for each of {settings.num_stages} stages, got {settings.scales}.")
+    check_at_least("steps", settings.steps, 1, limits.max_inference_steps)
+    if settings.size is not None:
+        largest = trained_size(pipe) * limits.max_size_factor
+        check_number("size", settings.size, 1, largest)
+    if (total := count_images(settings)) > limits.max_images:
+        raise ValueError(f"This server draws at most {limits.max_images} images at once, got {total}.")
+
+
+def count_images(settings: Settings) -> int:
+    """Number of images of the last stage that `settings` ask for."""
+    if settings.mode == "between":
+        return settings.num_between
+    columns = len(settings.grid_scales) * len(settings.first_scales or (1,)) if settings.mode == "grid" else 1
+    return len(settings.classes) * settings.num_images * columns
+
+
+def trained_size(pipe: DoDPipeline) -> int:
+    """Side in pixels of the images that a pipeline, `pipe`, was trained on."""
+    return pipe.transformer.config.sample_size * pipe.vae_scale_factor
 
 
 @dataclass(frozen=True)
@@ -346,6 +439,8 @@ class Sampler:
             "sample_index": wanted.index,
             "stage": stage,
             "stage_guidance_scales": [wanted.starts[0].scale, *wanted.scales][:stage],
+            "photos": sorted({start.index for start in wanted.starts if start.label == PHOTO}),
+            "batch_size": self.limits.max_batch_size,  # the last bits depend on it
         }
         if settings.mode == "between":
             options["weight"] = wanted.weight
@@ -363,7 +458,45 @@ class Sampler:
             drawn.image.save(path)
         else:
             about = {"options": drawn.options, "checkpoint": self.checkpoint, "device": self.pipe.device}
-            save_with_settings(drawn.image, path, "demo", **about)
+            save_with_settings(drawn.image, path, TASK, **about)
+
+
+def draw_again(pipe: DoDPipeline, options: Mapping[str, Any]) -> Image.Image:
+    """
+    Draws an image of the demo again, in the same batch.
+
+    Args:
+        pipe ([`DoDPipeline`]): The pipeline.
+        options (`Mapping[str, Any]`): The settings in the image's file, which may come from anybody.
+
+    Returns:
+        `PIL.Image.Image`: The image.
+
+    Raises:
+        `ValueError`, `TypeError`: settings are out of range, or the image was drawn from a photo.
+    """
+    values = {name: options[name] for name in list_options(Settings) if name in options}
+    check_types(Settings, values)
+    batch_size = options.get("batch_size", Limits.max_batch_size)
+    check_at_least("batch_size", batch_size, 1)
+    if options.get("photos") or values.get("mode") == "variations":
+        raise ValueError(
+            "`like` must be drawn from classes alone, got an image of a photo, which its file does not hold."
+        )
+    settings = from_values(Settings, values)
+    most = max(1, count_images(settings))
+    limits = Limits(
+        max_stages=MAX_STAGES,
+        max_inference_steps=MAX_STEPS,
+        max_images=most,
+        max_batch_size=batch_size,
+        max_size_factor=math.inf,
+    )
+    result = Sampler(pipe, limits, {"path": "", "sha256": ""}).sample(settings)
+    for drawn in (drawn for row in result.rows for drawn in row):
+        if all(drawn.options.get(name) == value for name, value in options.items()):
+            return drawn.image
+    raise ValueError(f"`like` must be one of the {count_images(settings)} images of its settings, got another one.")
 
 
 class _Call:
