@@ -37,6 +37,7 @@ from PIL import Image
 
 from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, DoDPipelineOutput, Guidance
 from diffusers_dod.autoencoders import denormalize_latents, normalize_latents
+from diffusers_dod.compute import sampling_compute
 from diffusers_dod.pipeline_inputs import to_label_ids
 from diffusers_dod.seeding import PRIOR_NOISE, stateless_noise
 
@@ -144,6 +145,21 @@ def test_defaults_are_those_of_the_config():
     assert tiny_pipeline().config.default_num_stages == 2
     single = tiny_pipeline(latent_embedder=None)  # the default of 2 does not reach a model without priors
     assert len(single([1], return_stages=True, output_type="latent").stages) == 1
+
+
+def test_a_checkpoint_may_guide_stage_1_by_default(tmp_path):
+    tiny_pipeline(default_guidance_scale=3.0, default_first_stage_guidance_scale=2.0).save_pretrained(tmp_path)
+    pipe, plain = load(tmp_path), tiny_pipeline(default_guidance_scale=3.0)
+    for scale, expected in (
+        (None, [2.0, 3.0]),
+        (1.5, [2.0, 1.5]),  # a single scale is for stages from 2 on
+        ([None, None], [2.0, 3.0]),
+        ([1.0, 4.0], [1.0, 4.0]),
+    ):
+        assert torch.equal(sample(pipe, guidance_scale=scale).images, sample(plain, guidance_scale=expected).images)
+    assert torch.equal(sample(pipe, num_stages=1).images, sample(plain, num_stages=1, guidance_scale=[2.0]).images)
+    guided = sampling_compute(pipe)["stages"][0]["num_guided_evaluations"]
+    assert guided == sampling_compute(plain)["stages"][1]["num_guided_evaluations"] > 0
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
@@ -1130,6 +1146,13 @@ BAD_COMPONENTS = [
     ("id2label", lambda: dict(id2label={0: 5}), ValueError, "names (str, not empty)", "got 0: 5"),
     ("default_guidance_scale", lambda: dict(default_guidance_scale=NAN), ValueError, "[0, 1000000]", "got nan"),
     ("default_guidance_scale", lambda: dict(default_guidance_scale=-1), ValueError, "[0, 1000000]", "got -1"),
+    (
+        "default_first_stage_guidance_scale",
+        lambda: dict(default_first_stage_guidance_scale=-1),
+        ValueError,
+        "[0, 1000000]",
+        "got -1",
+    ),
     ("default_guidance_scale", lambda: dict(default_guidance_scale="5"), TypeError, "float", "got '5'"),
     ("default_num_inference_steps", lambda: dict(default_num_inference_steps=0), ValueError, ">= 1", "got 0"),
     ("default_num_inference_steps", lambda: dict(default_num_inference_steps=2.5), TypeError, "int", "got 2.5"),

@@ -591,6 +591,7 @@ def sampling_compute(
         default_num_inference_steps=defaults["default_num_inference_steps"],
         default_guidance_scale=defaults["default_guidance_scale"],
         has_priors=has_embedder,
+        default_first_stage_guidance_scale=defaults.get("default_first_stage_guidance_scale", 1.0),
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         schedulers=copy.deepcopy(schedulers),

@@ -95,6 +95,8 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
         default_num_inference_steps (`int`, defaults to 30): Default number of intervals of each stage.
         default_num_stages (`int`, defaults to 2): Default number of stages. Without a latent embedder there is only
             one.
+        default_first_stage_guidance_scale (`float`, defaults to 1.0): Default scale of stage 1 with a latent embedder;
+            1, the paper's, is no guidance.
 
     Raises:
         `ValueError`, `TypeError`: an argument is out of range or the components do not fit together.
@@ -115,10 +117,12 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
         default_guidance_scale: float = 5.5,
         default_num_inference_steps: int = 30,
         default_num_stages: int = 2,
+        default_first_stage_guidance_scale: float = 1.0,
     ):
         super().__init__()
         check_components(transformer, scheduler, vae, latent_embedder, token_prior)
         check_number("default_guidance_scale", default_guidance_scale, 0, 1_000_000)
+        check_number("default_first_stage_guidance_scale", default_first_stage_guidance_scale, 0, 1_000_000)
         check_at_least("default_num_inference_steps", default_num_inference_steps, 1, MAX_STEPS)
         check_at_least("default_num_stages", default_num_stages, 1, MAX_STAGES)
         names = check_id2label(id2label, None if transformer is None else transformer.config.num_classes)
@@ -131,6 +135,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
                     "default_guidance_scale": default_guidance_scale,
                     "default_num_inference_steps": default_num_inference_steps,
                     "default_num_stages": default_num_stages,
+                    "default_first_stage_guidance_scale": default_first_stage_guidance_scale,
                 }
             ),
         )
@@ -326,9 +331,9 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
                 checkpoint's default. Solvers of higher order evaluate the model several times per interval. Adaptive
                 solvers choose their own steps and ignore it.
             guidance_scale (`float` or `Sequence[float | None]`, *optional*):
-                Guidance scale, >= 0; 1 is no guidance. A single value applies from stage 2 on and leaves stage 1
-                unguided (paper); a list has one value for each stage that is run. `None` is the default: 1 for stage
-                1, the checkpoint's scale for others. Without a latent embedder a single value guides the only stage.
+                Guidance scale, >= 0; 1 is no guidance. A single value applies from stage 2 on; a list has one value
+                for each stage that is run. `None` is the checkpoint's default, which for stage 1 is 1 (paper) unless
+                the checkpoint says otherwise. Without a latent embedder a single value guides the only stage.
             guidance ([`Guidance`] or one of Diffusers' guiders, *optional*):
                 Settings of guidance. By default `Guidance()`: the null condition lacks class and prior. A guider has
                 its own `guidance_scale`, which then is the default; a scale of 1 turns it off in a stage.
@@ -441,6 +446,7 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
             self.config.default_num_inference_steps,
             getattr(guidance, "guidance_scale", self.config.default_guidance_scale),  # a guider has a scale of its own
             has_priors=self.latent_embedder is not None,
+            default_first_stage_guidance_scale=self.config.default_first_stage_guidance_scale,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             schedulers=schedulers,

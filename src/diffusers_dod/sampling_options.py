@@ -45,7 +45,9 @@ class CallOptions:
     guidance_scale: float | None = option(
         None, at_least=0, help="From stage 2 on, or of the only stage without a LEM; the checkpoint's by default."
     )
-    first_stage_guidance_scale: float = option(1.0, at_least=0, help="Guidance scale of stage 1.")
+    first_stage_guidance_scale: float | None = option(
+        None, at_least=0, help="Guidance scale of stage 1; the checkpoint's by default, which is 1 for most."
+    )
     stage_inference_steps: tuple[int, ...] | None = option(None, at_least=1, help="Steps of each stage.")
     stage_solvers: tuple[str, ...] | None = option(None, choices=SOLVERS, help="Solver of each stage.")
     stage_guidance_scales: tuple[float, ...] | None = option(None, at_least=0, help="Guidance scale of each stage.")
@@ -95,7 +97,7 @@ class CallOptions:
         guidance_scale, first_scale = self.guidance_scale, self.first_stage_guidance_scale
         if self.stage_guidance_scales is not None:
             guidance_scale = self.stage_guidance_scales
-        elif has_priors and first_scale != 1:  # which is not given with a token prior
+        elif has_priors and first_scale is not None:  # which is not given with a token prior
             guidance_scale = [first_scale, *[guidance_scale] * (num_stages - 1)]
         return {
             "num_stages": num_stages,

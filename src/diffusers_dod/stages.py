@@ -272,6 +272,7 @@ def plan_stages(
     default_num_inference_steps: int,
     default_guidance_scale: float,
     has_priors: bool,
+    default_first_stage_guidance_scale: float = 1.0,
     num_inference_steps: int | Sequence[int | None] | None = None,
     guidance_scale: float | Sequence[float | None] | None = None,
     schedulers: str | SchedulerMixin | Sequence[str | SchedulerMixin | None] | None = None,
@@ -280,7 +281,7 @@ def plan_stages(
     """
     Plans the stages of a call, from its arguments and the pipeline's defaults.
 
-    A single `guidance_scale` leaves stage 1 unguided (paper), unless it is the only stage of a model without priors.
+    A single `guidance_scale` is for stages from 2 on, or for the only stage of a model without priors.
 
     Args:
         numbers (`Sequence[int]`): Numbers of the stages to run.
@@ -288,6 +289,8 @@ def plan_stages(
         default_num_inference_steps (`int`): Intervals of a stage for which the call gives none.
         default_guidance_scale (`float`): Scale of a guided stage for which the call gives none.
         has_priors (`bool`): Whether the model has a latent embedder.
+        default_first_stage_guidance_scale (`float`, defaults to 1.0): Scale of stage 1 of a model with priors, unless
+            `guidance_scale` has one for it; 1, the paper's, is no guidance.
         num_inference_steps (`int` or `Sequence[int | None]`, *optional*): Intervals of all stages, or of each, >= 1.
         guidance_scale (`float` or `Sequence[float | None]`, *optional*): Scale, or a scale for each stage, >= 0.
         schedulers (`str`, `SchedulerMixin` or a sequence of them, *optional*):
@@ -317,16 +320,17 @@ def plan_stages(
         per_stage("schedulers", schedulers, len(numbers)),
         strict=True,
     ):
-        is_unguided = number == 1 and has_priors
         steps = default_num_inference_steps if steps is None else steps
-        scale = default_guidance_scale if scale is None and not is_unguided else scale
+        if number == 1 and has_priors:
+            scale = default_first_stage_guidance_scale if scale is None or not has_scales else scale
+        elif scale is None:
+            scale = default_guidance_scale
         try:
             check_at_least("num_inference_steps", steps, 1, MAX_STEPS)
-            check_number("guidance_scale", 1.0 if scale is None else scale, 0)
+            check_number("guidance_scale", scale, 0)
             found = _find_scheduler(scheduler, given)
         except (TypeError, ValueError) as error:
             where = f" of stage {number}" if has_lists else ""
             raise type(error)(str(error).replace("` must", f"`{where} must", 1)) from error
-        scale = 1.0 if scale is None or (is_unguided and not has_scales) else float(scale)
-        planned.append(Stage(number, found, steps, scale, sigmas))
+        planned.append(Stage(number, found, steps, float(scale), sigmas))
     return planned

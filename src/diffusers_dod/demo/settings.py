@@ -70,7 +70,8 @@ def default_settings(pipe: DoDPipeline, limits: Limits, **values: Any) -> Settin
     num_stages = values.get("num_stages", min(config.default_num_stages, limits.max_stages) if has_priors else 1)
     solver = pipe.scheduler.config.get("solver", "euler")
     scale = min(config.default_guidance_scale, MAX_SCALE)
-    scales = (1.0, *[scale] * min(num_stages - 1, limits.max_stages)) if has_priors else (scale,)
+    first_scale = min(config.default_first_stage_guidance_scale, MAX_SCALE)
+    scales = (first_scale, *[scale] * min(num_stages - 1, limits.max_stages)) if has_priors else (scale,)
     defaults = {
         "classes": tuple(sorted({num_classes // 3, num_classes // 2}))[: limits.max_images],
         "num_images": 1 if limits.max_images < 4 else 2,

@@ -219,6 +219,7 @@ class Drawing:
                 "stages": config.default_num_stages,
                 "steps": config.default_num_inference_steps,
                 "scale": config.default_guidance_scale,
+                "first_scale": config.default_first_stage_guidance_scale,
             },
         }
 

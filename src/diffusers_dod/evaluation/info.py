@@ -177,10 +177,12 @@ def describe_pipeline(folder: Path, name: str, with_hash: bool) -> Description |
         if isinstance(entry, list) and len(entry) == 2 and entry[0] is not None:
             facts[part] = _describe_component(folder / part, entry)
     steps, scale = index.get("default_num_inference_steps"), index.get("default_guidance_scale")
+    first_scale = index.get("default_first_stage_guidance_scale", 1.0)
     facts |= {
         "classes": _describe_classes(index.get("id2label")),
         "size": _find_size(folder, index),
-        "defaults": f"{index.get('default_num_stages')} stages of {steps} steps, guidance scale {scale}",
+        "defaults": f"{index.get('default_num_stages')} stages of {steps} steps, guidance scale {scale}"
+        + (f", {first_scale} in stage 1" if first_scale != 1 else ""),
         **training,
     }
     kind = "Pipeline of a training run" if any(training.values()) else "Pipeline"

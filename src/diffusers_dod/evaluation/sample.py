@@ -178,6 +178,8 @@ def sample_settings(options: SamplingOptions, pipeline: DoDPipeline) -> dict[str
         call["num_inference_steps"] = pipeline.config.default_num_inference_steps
     if call["stage_guidance_scales"] is not None or token_prior.use_token_prior:
         call["first_stage_guidance_scale"] = None
+    elif call["first_stage_guidance_scale"] is None:
+        call["first_stage_guidance_scale"] = pipeline.config.default_first_stage_guidance_scale
     if call["stage_guidance_scales"] is None and call["guidance_scale"] is None:
         call["guidance_scale"] = pipeline.config.default_guidance_scale
     if call["stage_solvers"] is None:

@@ -85,7 +85,7 @@ class SweepOptions:
         None, at_least=1, help="Number of stages, all of which are judged; the checkpoint's by default."
     )
     first_stage_guidance_scales: tuple[float, ...] | None = option(
-        None, at_least=0, is_distinct=True, help="Scales of stage 1; 1 by default where other stages follow."
+        None, at_least=0, is_distinct=True, help="Scales of stage 1; the checkpoint's by default, which is 1 for most."
     )
     guidance_scales: tuple[float, ...] | None = option(
         None,
@@ -479,7 +479,7 @@ def fill_in_defaults(options: SweepOptions) -> SweepOptions:
         if num_stages < 2:
             raise ValueError(f"`num_stages` must be >= 2 with `use_token_prior`, got {num_stages}.")
     elif has_embedder:
-        first_scales = first_scales or (1.0,)
+        first_scales = first_scales or (config.get("default_first_stage_guidance_scale", 1.0),)
     later_scales = options.guidance_scales
     if num_stages == 1 and first_scales and later_scales:
         raise ValueError(
