@@ -3,6 +3,7 @@ What the tests share. Libraries are imported where they are needed: pytest-xdist
 tests out, does not wait for them.
 """
 
+import gc
 from collections import Counter
 from collections.abc import Iterator
 
@@ -10,6 +11,17 @@ import pytest
 
 
 NUM_SHOWN_FAILURES = 3
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    """What is imported stays. The garbage collector would look through all of it again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture

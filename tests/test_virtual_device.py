@@ -242,6 +242,7 @@ def test_training_does_not_wait_for_the_device(found):
     assert_none(found["count_waits_of_training"])
 
 
+@pytest.mark.slow
 def test_training_in_two_processes_does_not_wait_for_the_device(tmp_path):
     assert_none(run(tmp_path, count_waits_of_training, num_processes=2)["count_waits_of_training"])
 

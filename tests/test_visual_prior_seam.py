@@ -4,6 +4,7 @@ Another encoder of the visual prior, the thirty lines of `GridEncoder`, does all
 It is trained, saved, loaded, sampled with, measured, put on a card and exported, without a change of the package.
 """
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -362,16 +363,31 @@ torch.testing.assert_close(images, expected)
 """
 
 
-def test_the_exported_pipeline_brings_its_code(pipe, tmp_path):
+@pytest.fixture
+def exported(pipe, tmp_path) -> Path:
     pipe.save_pretrained(tmp_path / "saved")
-    folder = export_remote_code(tmp_path / "saved", tmp_path / "exported")
-    assert json.loads((folder / "model_index.json").read_text())["latent_embedder"] == GRID_ENCODER
-    code = (folder / "latent_embedder" / "test_visual_prior_seam.py").read_text()
+    return export_remote_code(tmp_path / "saved", tmp_path / "exported")
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_the_exported_pipeline_brings_its_code(pipe, exported):
+    assert json.loads((exported / "model_index.json").read_text())["latent_embedder"] == GRID_ENCODER
+    file = exported / "latent_embedder" / "test_visual_prior_seam.py"
+    code = file.read_text()
     assert "class GridEncoder" in code and "class VisualPriorMixin" in code
     for unneeded in ("diffusers_dod import", "class LatentEmbeddingModule", "pytest", "def test_"):
         assert unneeded not in code.partition("import")[2]
+    spec = importlib.util.spec_from_file_location("exported_encoder", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    encoder = module.GridEncoder.from_pretrained(exported / "latent_embedder")
+    assert torch.equal(encoder(noise(1)).prior_embeds, pipe.latent_embedder(noise(1)).prior_embeds)
+
+
+@pytest.mark.slow
+def test_the_exported_pipeline_needs_no_package(pipe, exported, tmp_path):
     torch.save(draw(pipe), tmp_path / "images.pt")
-    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(folder), str(tmp_path / "images.pt")]
+    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(exported), str(tmp_path / "images.pt")]
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     process = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
     assert process.returncode == 0, process.stderr

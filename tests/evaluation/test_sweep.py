@@ -55,14 +55,16 @@ def fids(metrics: dict) -> list[str]:
     return [name for name in metrics if name.startswith("fid/")]
 
 
-def run(folder: Path, checkpoint: Path, extractor: Path, *arguments: object) -> dict:
-    side = DoDPipeline.from_pretrained(checkpoint).transformer.config.sample_size
+def run(folder: Path, checkpoint: Path, extractor: Path, *arguments: object, is_plotted: bool = False) -> dict:
     pipeline = DoDPipeline.from_pretrained(checkpoint)
-    resolution = side * pipeline.vae_scale_factor
+    resolution = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
     options = ["--pretrained_model_name_or_path", checkpoint, "--reference", "textures:24:5", "--extractor"]
     options += [f"{extractor}:extractor", "--resolution", resolution, "--num_images", 10, "--batch_size", 5]
     options += ["--num_groups", 2, "--output_dir", folder]
-    sweep.main([*map(str, options), *map(str, arguments)])
+    with pytest.MonkeyPatch.context() as patch:
+        if not is_plotted:  # that takes longer than the sampling
+            patch.setattr(sweep, "draw_plots", lambda rows, folder: [])
+        sweep.main([*map(str, options), *map(str, arguments)])
     return read_results(folder / "sweep.json")
 
 
@@ -91,7 +93,7 @@ def finished(tmp_path_factory, checkpoint, extractor, calls) -> Path:
                 return function(*arguments, **options)
 
             patch.setattr(module, name, count)
-        run(folder, checkpoint, extractor, *GRID)
+        run(folder, checkpoint, extractor, *GRID, is_plotted=True)
     return folder
 
 
