@@ -36,6 +36,7 @@ def test_views_are_free_and_numbers_are_read_once():
 def test_an_output_is_only_written():
     x, out = torch.ones(6, 4), torch.empty(6, 4)
     assert count(lambda: torch.mul(x, 2.0, out=out)) == [("mul", 0, 2 * 96)]
+    assert count(out.copy_, x) == [("copy_", 0, 2 * 96)]
 
 
 def test_a_norm_copies_what_is_not_contiguous():
@@ -116,9 +117,9 @@ def guided(num_layers: int) -> Work:
 
 def test_a_block_trains_within_its_bounds():
     (one, kept_one), (two, kept_two) = training(1), training(2)
-    assert two.num_operations - one.num_operations <= 124
+    assert two.num_operations - one.num_operations <= 112
     assert two.num_bytes - one.num_bytes <= 5.49e9
-    assert kept_two - kept_one <= BATCH_SIZE * 16.1e6
+    assert kept_two - kept_one <= BATCH_SIZE * 15.5e6
 
 
 def test_a_block_samples_within_its_bounds():
@@ -131,5 +132,5 @@ def test_a_block_samples_within_its_bounds():
 def test_a_step_of_the_largest_model_is_within_its_bounds():
     work, kept = training(28)
     assert training_work(XL, LATENTS, 1000, TrainingStep(batch_size=BATCH_SIZE)) == work
-    assert work.num_operations <= 4_400 and work.num_bytes <= 170e9
-    assert kept <= BATCH_SIZE * 508e6
+    assert work.num_operations <= 4_000 and work.num_bytes <= 170e9
+    assert kept <= BATCH_SIZE * 491e6

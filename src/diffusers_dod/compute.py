@@ -240,7 +240,7 @@ def count_kept_bytes(
 
 def count_work(model: DoDJointModel, batch: dict[str, torch.Tensor], num_priors: int, mixed_precision: str) -> Work:
     """
-    Operations of a forward and backward pass.
+    Operations of a forward and backward pass; only the first pass makes tables of positions, which are left out.
 
     Args:
         model ([`DoDJointModel`]): The model, on the CPU or fake.
@@ -251,6 +251,8 @@ def count_work(model: DoDJointModel, batch: dict[str, torch.Tensor], num_priors:
     Returns:
         [`Work`].
     """
+    with torch.no_grad(), _autocast(mixed_precision):
+        model(**batch, num_priors=num_priors)
     with OperationCounter() as counter:
         with _autocast(mixed_precision):
             loss = model(**batch, num_priors=num_priors).mean()

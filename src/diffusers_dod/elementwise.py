@@ -7,6 +7,7 @@ The eager form has first derivatives only; `torch.func` and compilers get the fo
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -22,6 +23,18 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 Parts = tuple[torch.Tensor, ...]
 
 
+class _NoContext:
+    """Stands in for the context of a function whose gradient nobody wants."""
+
+    def save_for_backward(self, *tensors: torch.Tensor) -> None:
+        """Keeps nothing."""
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    # The bookkeeping of autograd takes longer than a kernel of a small model.
+    return function.apply(*args) if torch.is_grad_enabled() else function.forward(_NoContext(), *args)
+
+
 def _part_views(rows: torch.Tensor, num_priors: int, num_tokens: int, chunks: int) -> list[list[torch.Tensor]]:
     """Views of `rows` by part and chunk."""
     per_token = num_priors * num_tokens
@@ -31,8 +44,22 @@ def _part_views(rows: torch.Tensor, num_priors: int, num_tokens: int, chunks: in
     return [list(part.chunk(chunks, dim=-1)) for part in parts]
 
 
+def _collect(grads: tuple[torch.Tensor, ...], num_priors: int, num_tokens: int, chunks: int) -> torch.Tensor:
+    """
+    Puts the gradients of all views of rows together, in one pass.
+
+    Autograd would concatenate chunks first and then parts.
+    """
+    parts = [grads[begin : begin + chunks] for begin in range(0, len(grads), chunks)]
+    num_rows = sum(part[0].shape[0] * part[0].shape[1] for part in parts)
+    rows_grad = grads[0].new_empty(num_rows, sum(grad.shape[-1] for grad in parts[0]))
+    for part, (view,) in zip(parts, _part_views(rows_grad, num_priors, num_tokens, 1), strict=True):
+        torch.cat(part, dim=-1, out=view)
+    return rows_grad
+
+
 class _SplitRows(torch.autograd.Function):
-    """Collects the gradients of all views in one pass; autograd would concatenate chunks first and then parts."""
+    """Views of rows, by part and chunk."""
 
     @staticmethod
     def forward(
@@ -44,13 +71,33 @@ class _SplitRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        num_priors, num_tokens, chunks = ctx.layout
-        parts = [grads[begin : begin + chunks] for begin in range(0, len(grads), chunks)]
-        num_rows = sum(part[0].shape[0] * part[0].shape[1] for part in parts)
-        rows_grad = grads[0].new_empty(num_rows, sum(grad.shape[-1] for grad in parts[0]))
-        for part, (view,) in zip(parts, _part_views(rows_grad, num_priors, num_tokens, 1), strict=True):
-            torch.cat(part, dim=-1, out=view)
-        return rows_grad, None, None, None
+        return _collect(grads, *ctx.layout), None, None, None
+
+
+class _AddRows(torch.autograd.Function):
+    """Views of a sum. Shifts have a memory of their own: the backward pass does not need it."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, own: torch.Tensor, shared: torch.Tensor, num_priors: int, num_tokens: int
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.layout = (num_priors, num_tokens, 6)
+        own, shared = (rows.unflatten(-1, (2, 3, -1)) for rows in (own, shared))
+        shifts, others = own[:, :, 0] + shared[:, :, 0], own[:, :, 1:] + shared[:, :, 1:]
+        views = []
+        for (shift_0, shift_1), (scale_0, gate_0, scale_1, gate_1) in zip(
+            _part_views(shifts.flatten(1), num_priors, num_tokens, 2),
+            _part_views(others.flatten(1), num_priors, num_tokens, 4),
+            strict=True,
+        ):
+            views += [shift_0, scale_0, gate_0, shift_1, scale_1, gate_1]
+        return tuple(views)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows_grad = _collect(grads, *ctx.layout)
+        return rows_grad, rows_grad, None, None
 
 
 def split_rows(rows: torch.Tensor, num_priors: int, num_tokens: int, chunks: int) -> list[Parts]:
@@ -71,9 +118,29 @@ def split_rows(rows: torch.Tensor, num_priors: int, num_tokens: int, chunks: int
     if _needs_formula():
         parts = _part_views(rows, num_priors, num_tokens, chunks)
     else:
-        views = _SplitRows.apply(rows, num_priors, num_tokens, chunks)
+        views = _apply(_SplitRows, rows, num_priors, num_tokens, chunks)
         parts = [views[begin : begin + chunks] for begin in range(0, len(views), chunks)]
     return list(zip(*parts, strict=True))
+
+
+def add_modulations(own: torch.Tensor, shared: torch.Tensor, num_priors: int, num_tokens: int) -> list[Parts]:
+    """
+    Adds two modulations of a block, and cuts the sum into its six chunks, each of them in parts.
+
+    Args:
+        own (`torch.Tensor` of shape `(K * T + B - K, 6 * d)`): Shift, scale and gate of the attention, then those of
+            the SwiGLU: a row for each token of K samples, and a row for each of the others.
+        shared (`torch.Tensor` of shape `(K * T + B - K, 6 * d)`): The same.
+        num_priors (`int`): Number K of samples with a row per token.
+        num_tokens (`int`): Number T of tokens of a sample.
+
+    Returns:
+        `list[tuple[torch.Tensor, ...]]`: As from [`split_rows`].
+    """
+    if _needs_formula() or not torch.is_grad_enabled():
+        return split_rows(own + shared, num_priors, num_tokens, 6)
+    views = _apply(_AddRows, own, shared, num_priors, num_tokens)
+    return list(zip(views[:6], views[6:], strict=True)) if len(views) > 6 else [(view,) for view in views]
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
@@ -120,39 +187,47 @@ class _Rotate(torch.autograd.Function):
     """Complex product of pairs with unit numbers; nothing of the input is kept."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, x: torch.Tensor, rotation: torch.Tensor, heads: int) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(rotation)
-        return _complex_product(x, torch.view_as_complex(rotation))
+        x_float = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+        return _complex_product(x_float, torch.view_as_complex(rotation)).to(x.dtype).split(heads, dim=2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: FunctionCtx, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (rotation,) = ctx.saved_tensors
-        return _complex_product(grad, torch.view_as_complex(rotation).conj()), None
+        batch_size, num_tokens, heads, head_dim = grads[0].shape
+        dtype = torch.promote_types(grads[0].dtype, torch.float32)
+        grad_float = grads[0].new_empty(batch_size, num_tokens, len(grads) * heads, head_dim, dtype=dtype)
+        for part, grad in zip(grad_float.split(heads, dim=2), grads, strict=True):
+            part.copy_(grad)
+        grad_float = _complex_product(grad_float, torch.view_as_complex(rotation).conj())
+        return grad_float.to(grads[0].dtype), None, None
 
 
 def _complex_product(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    x_float = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-    pairs = torch.view_as_complex(x_float.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * factor[:, None]).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * factor[:, None]).flatten(-2)
 
 
-def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, rotation: torch.Tensor, heads: int) -> tuple[torch.Tensor, ...]:
     """
     Rotates neighbouring channels of queries or keys, in fp32.
 
     Args:
-        x (`torch.Tensor` of shape `(B, T, heads, head_dim)`): Queries or keys.
+        x (`torch.Tensor` of shape `(B, T, n * heads, head_dim)`): Queries, keys or both.
         rotation (`torch.Tensor` of shape `(T, head_dim / 2, 2)`): Cosines and sines in fp32.
+        heads (`int`): Number of heads of the queries, and of the keys.
 
     Returns:
-        `torch.Tensor` of shape `(B, T, heads, head_dim)`, in the dtype of `x`.
+        `tuple[torch.Tensor, ...]`: Each of the n, of shape `(B, T, heads, head_dim)`, in the dtype of `x`.
     """
     if not _needs_formula():
-        return _Rotate.apply(x, rotation)
+        return _apply(_Rotate, x, rotation, heads)
     first, second = x.to(rotation.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rotation[:, None].unbind(-1)
-    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).to(x.dtype)
+    rotated = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return rotated.flatten(-2).to(x.dtype).split(heads, dim=2)
 
 
 def _sum_to(grad: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
@@ -182,14 +257,14 @@ class _Modulate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x, *scale = ctx.saved_tensors
-        x_grad = torch.empty_like(grad)
+        x_grad, product = torch.empty_like(grad), grad * x
         shift_grads, scale_grads = [], []
-        for x_, grad_, out, scale_ in zip(
-            *(tensor.split(_sizes(scale)) for tensor in (x, grad, x_grad)), scale, strict=True
+        for grad_, product_, out, scale_ in zip(
+            *(tensor.split(_sizes(scale)) for tensor in (grad, product, x_grad)), scale, strict=True
         ):
             torch.addcmul(grad_, grad_, scale_, out=out)
             shift_grads.append(_sum_to(grad_, scale_))
-            scale_grads.append(_sum_to(grad_ * x_, scale_))
+            scale_grads.append(_sum_to(product_, scale_))
         return x_grad, *shift_grads, *scale_grads
 
 
@@ -206,7 +281,7 @@ def modulate(x: torch.Tensor, shift: Parts, scale: Parts) -> torch.Tensor:
         `torch.Tensor` of shape `(B, T, d)`.
     """
     if not _needs_formula():
-        return _Modulate.apply(x, *shift, *scale)
+        return _apply(_Modulate, x, *shift, *scale)
     samples = x.split(_sizes(scale))
     return torch.cat([x_ + x_ * scale_ + shift_ for x_, shift_, scale_ in zip(samples, shift, scale, strict=True)])
 
@@ -228,13 +303,13 @@ class _AddGated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x, *gate = ctx.saved_tensors
-        x_grad = torch.empty_like(x)
+        x_grad, product = torch.empty_like(x), grad * x
         gate_grads = []
-        for x_, grad_, out, gate_ in zip(
-            *(tensor.split(_sizes(gate)) for tensor in (x, grad, x_grad)), gate, strict=True
+        for grad_, product_, out, gate_ in zip(
+            *(tensor.split(_sizes(gate)) for tensor in (grad, product, x_grad)), gate, strict=True
         ):
             torch.mul(grad_, gate_, out=out)
-            gate_grads.append(_sum_to(grad_ * x_, gate_))
+            gate_grads.append(_sum_to(product_, gate_))
         return grad, x_grad, *gate_grads
 
 
@@ -251,7 +326,7 @@ def add_gated(residual: torch.Tensor, x: torch.Tensor, gate: Parts) -> torch.Ten
         `torch.Tensor` of shape `(B, T, d)`.
     """
     if not _needs_formula():
-        return _AddGated.apply(residual, x, *gate)
+        return _apply(_AddGated, residual, x, *gate)
     samples = x.split(_sizes(gate))
     return residual + torch.cat([x_ * gate_ for x_, gate_ in zip(samples, gate, strict=True)])
 
@@ -293,6 +368,6 @@ class GatedSilu(nn.Module):
         """Maps `hidden_states` (..., dim) to `value * SiLU(gate)`, half as wide as the projection."""
         hidden_states = self.proj(hidden_states)
         if not _needs_formula():
-            return _GatedSilu.apply(hidden_states)
+            return _apply(_GatedSilu, hidden_states)
         value, gate = hidden_states.chunk(2, dim=-1)
         return value * F.silu(gate)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
-"""The mixin of both models: checked weights, clean configs, and layers that are kept out of quantization."""
+"""What the models share: checked weights, clean configs, layers kept out of quantization, and Linears in fp32."""
 
 import copy
 import os
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.model_loading_utils import _add_variant
 from diffusers.models.modeling_utils import ModelMixin
@@ -42,6 +44,22 @@ def _reason(error: BaseException) -> str:
     while cause is not None and not isinstance(cause, SafetensorError):
         cause = cause.__cause__ or cause.__context__
     return str(error) if cause is None or cause is error else f"{error} ({cause})"
+
+
+@torch.compiler.assume_constant_result
+def _is_tf32_allowed() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+class FP32Linear(nn.Linear):
+    """A Linear that computes in at least fp32, whatever the dtype of its weights, and never in TF32."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Maps `input` (..., in_features) to (..., out_features) in fp32, or in fp64 if the weights are fp64."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        # There is no TF32 in products of fp64, and these are small.
+        exact = torch.float64 if input.device.type in ("cpu", "cuda") and _is_tf32_allowed() else dtype
+        return F.linear(input.to(exact), self.weight.to(exact), self.bias.to(exact)).to(dtype)
 
 
 class DoDModelMixin(StrictConfigMixin, ModelMixin, ConfigMixin):

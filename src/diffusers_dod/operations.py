@@ -118,7 +118,8 @@ class OperationCounter(TorchDispatchMode):
         if func.is_view or name in _NO_KERNELS:
             return result
         only_written = {argument.name for argument in func._schema.arguments if argument.is_out}
-        read = [args, {name: value for name, value in kwargs.items() if name not in only_written}]
+        read = [args[1:] if name == "copy_" else args]
+        read.append({name: value for name, value in kwargs.items() if name not in only_written})
         sources = {id(tensor): tensor for tensor in tree_leaves(read) if isinstance(tensor, torch.Tensor)}
         results = [tensor for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
         if not results:

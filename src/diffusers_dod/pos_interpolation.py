@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .checks import check_choice, check_type
 
@@ -34,12 +33,11 @@ def cached_table(tables: dict[tuple, torch.Tensor], key: tuple, make: Callable[[
     """
     if torch.compiler.is_compiling():
         return make()
+    key = (*key, torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE))  # a fake table is for its mode
     table = tables.get(key)
     if table is None:
         with torch.inference_mode(False), torch.no_grad():  # for training too, whoever asks first
             table = make()
-        if isinstance(table, FakeTensor):  # of a mode that ends
-            return table
         if len(tables) >= MAX_TABLES:
             tables.clear()
         tables[key] = table

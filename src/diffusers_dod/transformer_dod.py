@@ -26,8 +26,17 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 
 from .checks import MAX_CLASSES, MAX_SIZE, check_at_least, check_label_ids, check_latents, check_number, check_type
-from .elementwise import GatedSilu, PlainLayerNorm, add_gated, modulate, rotate, split_rows, without_autocast
-from .modeling_utils import DoDModelMixin
+from .elementwise import (
+    GatedSilu,
+    PlainLayerNorm,
+    add_gated,
+    add_modulations,
+    modulate,
+    rotate,
+    split_rows,
+    without_autocast,
+)
+from .modeling_utils import DoDModelMixin, FP32Linear
 from .pos_interpolation import (
     PosInterpolationMixin,
     attention_factor,
@@ -123,15 +132,13 @@ class DoDAttnProcessor:
         Returns:
             `torch.Tensor` of shape `(B, T, query_dim)`.
         """
-        query, key, value = attn.project(hidden_states)
-        query = query.unflatten(-1, (-1, attn.head_dim))  # (B, T, heads, head_dim)
-        key = key.unflatten(-1, (-1, attn.head_dim))
-        value = value.unflatten(-1, (-1, attn.head_dim))
-
+        # (B, T, heads, head_dim) each, but queries and keys may be one tensor (B, T, 2 * heads, head_dim).
+        *queries_keys, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in attn.project(hidden_states))
         if attn.norm_q is not None:
-            query, key = attn.norm_q(query), attn.norm_k(key)
+            queries_keys = [norm(part) for norm, part in zip((attn.norm_q, attn.norm_k), queries_keys, strict=False)]
         if image_rotary_emb is not None:
-            query, key = rotate(query, image_rotary_emb), rotate(key, image_rotary_emb)
+            queries_keys = [x for part in queries_keys for x in rotate(part, image_rotary_emb, attn.heads)]
+        query, key = queries_keys if len(queries_keys) == 2 else queries_keys[0].chunk(2, dim=2)
 
         hidden_states = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
@@ -170,15 +177,25 @@ class DoDAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(self.inner_dim, query_dim), nn.Dropout(0.0)])
         self.set_processor(processor or self._default_processor_cls())
 
-    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Maps `hidden_states` (B, T, query_dim) to queries, keys and values, each (B, T, heads * dim_head)."""
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """
+        Maps tokens to queries, keys and values.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, T, query_dim)`): The tokens.
+
+        Returns:
+            `tuple[torch.Tensor, ...]`: Queries, keys and values, each of shape `(B, T, heads * dim_head)`. Queries and
+            keys are one tensor of shape `(B, T, 2 * heads * dim_head)` if one product makes and one norm takes them.
+        """
+        sizes = (self.inner_dim,) * 3 if self.norm_q is None else (2 * self.inner_dim, self.inner_dim)
         if self.fused_projections:
-            return self.to_qkv(hidden_states).chunk(3, dim=-1)
+            return self.to_qkv(hidden_states).split(sizes, dim=-1)
         layers = (self.to_q, self.to_k, self.to_v)
         if torch.is_grad_enabled() and all(_is_plain_linear(layer) for layer in layers):  # one product for all three
             weight = torch.cat([layer.weight for layer in layers])
             bias = torch.cat([layer.bias for layer in layers])
-            return F.linear(hidden_states, weight, bias).chunk(3, dim=-1)
+            return F.linear(hidden_states, weight, bias).split(sizes, dim=-1)
         return tuple(layer(hidden_states) for layer in layers)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -253,22 +270,6 @@ class DoDRotaryPosEmbed(nn.Module):
             angles = torch.outer(position, frequencies)
             parts.append(factor * torch.stack([angles.cos(), angles.sin()], dim=-1))
         return torch.cat(parts, dim=1)
-
-
-@torch.compiler.assume_constant_result
-def _is_tf32_allowed() -> bool:
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-class FP32Linear(nn.Linear):
-    """A Linear that computes in at least fp32, whatever the dtype of its weights, and never in TF32."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Maps `input` (..., in_features) to (..., out_features) in fp32, or in fp64 if the weights are fp64."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        # There is no TF32 in products of fp64, and these are small.
-        exact = torch.float64 if input.device.type in ("cpu", "cuda") and _is_tf32_allowed() else dtype
-        return F.linear(input.to(exact), self.weight.to(exact), self.bias.to(exact)).to(dtype)
 
 
 class DoDTimestepEmbedding(nn.Module):
@@ -348,9 +349,9 @@ class DoDTransformerBlock(nn.Module):
         Returns:
             `torch.Tensor` of shape `(B, T, d)`.
         """
-        modulation = self.adaln_up(self.adaln_down(conditioning)) + global_modulation
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = split_rows(
-            modulation, num_priors, hidden_states.shape[1], 6
+        modulation = self.adaln_up(self.adaln_down(conditioning))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = add_modulations(
+            modulation, global_modulation, num_priors, hidden_states.shape[1]
         )
 
         attn_output = self.attn(
