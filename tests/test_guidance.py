@@ -1099,3 +1099,19 @@ def test_what_a_guider_cannot_do_is_refused(idle_pipe, kwargs, error, fragments)
     with pytest.raises(error, match=says(*fragments)):
         idle_pipe([1], **{"guidance": guiders.ClassifierFreeGuidance(guidance_scale=3.0), **kwargs})
     assert not idle_pipe.evaluated
+
+
+def test_all_modules_are_asked_for_their_dtype_as_often_in_many_steps_as_in_few(monkeypatch):
+    asked, dtype = [], DoDTransformer2DModel.dtype
+
+    def ask(model):
+        asked.append(model)
+        return dtype.fget(model)
+
+    monkeypatch.setattr(DoDTransformer2DModel, "dtype", property(ask))
+    pipe, numbers = tiny_pipeline(), []
+    for num_inference_steps in (2, 5):
+        asked.clear()
+        pipe([1, 3], num_stages=2, num_inference_steps=num_inference_steps, seed=0, output_type="latent")
+        numbers.append(len(asked))
+    assert numbers[0] == numbers[1]

@@ -9,6 +9,7 @@ scale.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -402,6 +403,10 @@ class GuidedVelocity:
         self._layout: tuple[list[int], list[bool]] | None = None
         self._rows: slice | torch.Tensor = slice(0)  # of the guided samples, in that layout
 
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        return self.transformer.dtype  # which asks all modules
+
     def rows_to_guide(
         self, timestep: torch.Tensor | float, guidance_scale: float, indices: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -527,7 +532,7 @@ class GuidedVelocity:
         kind = "unguided" if not own else "guided" if isinstance(rows, slice) else "partly_guided"
         with self.transformer.cache_context(f"{self.cache_name}_{kind}"):
             velocities = self.transformer(
-                torch.cat([latents] + [latents[rows]] * len(own)).to(self.transformer.dtype),
+                torch.cat([latents] + [latents[rows]] * len(own)).to(self._dtype),
                 torch.cat([timestep] + [timestep[rows]] * len(own)),
                 torch.cat(labels),
                 prior_embeds=prior_embeds,
