@@ -22,7 +22,9 @@ import io
 import logging
 import shutil
 import zipfile
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -96,6 +98,7 @@ class SamplingOptions:
     all_stages: bool = option(False, help="Write the images of each stage, not of the last one alone.")
     dtype: str = option("float32", choices=DTYPES, help="Data type of the weights of all models.")
     allow_tf32: bool = option(False, help="TF32 products and convolutions on NVIDIA GPUs.")
+    write_while_sampling: bool = option(True, help="Whether a thread writes images while the next are sampled.")
     guidance_model: str | None = guidance_model_option()
     lora_weights: str | None = lora_weights_option()
     call: CallOptions = field(default_factory=CallOptions)
@@ -520,7 +523,14 @@ def _sample_chunks(
         unit="images",
         disable=None if accelerator.is_main_process else True,
     )
-    with progress:
+
+    def write(chunk: int, stages: Any) -> None:
+        for n, output in outputs.items():
+            images = stages[n - first_stage] if options.all_stages else stages
+            output.write(chunk, to_uint8(images), accelerator.device)
+
+    pending: deque[Future[None]] = deque()
+    with progress, ThreadPoolExecutor(max_workers=1) as writer:
         for start in range(0, len(missing), accelerator.num_processes):
             dealt = missing[start : start + accelerator.num_processes]
             with all_or_none():
@@ -537,10 +547,13 @@ def _sample_chunks(
                         guidance=guidance,
                         **call,
                     )[-1]
-                    for n, output in outputs.items():
-                        images = stages[n - first_stage] if options.all_stages else stages
-                        output.write(chunk, to_uint8(images), accelerator.device)
+                    pending.append(writer.submit(write, chunk, stages))
+                while len(pending) > options.write_while_sampling:
+                    pending.popleft().result()
             progress.update(sum(len(first.indices(chunk)) for chunk in dealt))
+        with all_or_none():
+            while pending:
+                pending.popleft().result()
 
 
 def main(argv: list[str] | None = None) -> None:
