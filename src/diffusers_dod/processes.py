@@ -193,6 +193,9 @@ def end_processes(accelerator: Accelerator) -> None:
     _waiting_group.cache_clear()
 
 
+DEFAULT_WORKERS = 8  # at most, of a GPU
+
+
 def choose_num_workers(num_workers: int | None, device: torch.device, num_processes: int) -> int:
     """
     Chooses how many processes read data for this one.
@@ -208,7 +211,7 @@ def choose_num_workers(num_workers: int | None, device: torch.device, num_proces
     if num_workers is not None or device.type != "cuda":
         return num_workers or 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)))
+    return min(DEFAULT_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)))
 
 
 def worker_settings(num_workers: int) -> dict[str, Any]:

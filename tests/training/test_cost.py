@@ -288,9 +288,24 @@ def test_the_slowest_part_of_a_step_counts():
     assert step.total == 3
     assert replace(step, launching=4.0).total == 4
     assert replace(step, data=1.0).total == 3 and replace(step, data=4.0).total == 4.5
-    assert replace(step, data=4.0, num_workers=2).total == 3 and replace(step, data=8.0, num_workers=2).total == 4
+    assert replace(step, data=2.0, num_workers=2).total == 3 and replace(step, data=4.0, num_workers=2).total == 4
     assert replace(step, optimizer=1.0).total == 4
     assert replace(step, all_reduce=2.0).total == 3 and replace(step, all_reduce=2.5).total == 3.5
+
+
+def test_workers_share_the_reading_of_a_batch():
+    alone, shared = (
+        estimate_step(WORK, SIZES_OF_STATES, H100, data_seconds=4.0, num_workers=number) for number in (0, 8)
+    )
+    assert (alone.data, shared.data) == (4.0, 0.5)
+    assert alone.total == pytest.approx(4.0 + alone.launching + alone.optimizer)
+    assert shared.total == pytest.approx(shared.gpu + shared.optimizer)
+
+
+@pytest.mark.parametrize(("argv", "expected"), [((), 8), (("--dataloader_num_workers", 0), 0)])
+def test_a_run_has_the_workers_that_cuda_has_by_default(tmp_path, argv, expected):
+    run = cost._Run.count(options(tmp_path, "--preset", "Tiny", "--resolution", 8, *argv), num_processes=2)
+    assert run.step_time(H100, is_compiled=False).num_workers == expected
 
 
 def test_precision_decides_about_the_peak():
@@ -368,7 +383,7 @@ def test_a_run_is_described_without_data(tmp_path):
     assert report.count("    eager: ") == report.count("    compiled: ") == 2
     eager = report.split("3 x H100:")[1].split("eager: ")[1]
     parallel = {"num_micro_batches": 2, "num_processes": 3}
-    time = estimate_step(work, found, GPUS["H100"], **parallel, data_seconds=8 * (190e-6 + 5e-9 * 192)).total
+    time = estimate_step(work, found, GPUS["H100"], **parallel, data_seconds=8 * 191e-6, num_workers=8).total
     assert f"{24 / time:,.0f} images/s" in eager.splitlines()[0]
     assert "12 classes: the data are not looked at" in report and "Computed, not measured" in report
 

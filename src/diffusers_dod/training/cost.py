@@ -28,6 +28,7 @@ from ..data.latents import SHARD_MANIFEST, LatentShape
 from ..operations import Work
 from ..options import describe, find_given, option, parse_options, read_recipe
 from ..presets import PRESETS, Preset
+from ..processes import DEFAULT_WORKERS
 from ..records import read_record
 from ..shipped import RECIPES, find_recipe, find_shipped
 from ..tables import format_table
@@ -83,7 +84,7 @@ class StepTime:
         products (`float`): The GPU on matrix products of forward and backward pass.
         elementwise (`float`): The GPU on all else of them.
         launching (`float`): The CPU on launching both.
-        data (`float`, defaults to 0.0): The CPU on reading the batch.
+        data (`float`, defaults to 0.0): Reading the batch, by all workers at the same time.
         num_workers (`int`, defaults to 0): Processes that read; with 0 the launching process reads.
         optimizer (`float`, defaults to 0.0): Clipping, AdamW and averages.
         all_reduce (`float`, defaults to 0.0): Sum of the gradients of all processes.
@@ -108,7 +109,7 @@ class StepTime:
         cpu = self.launching + (self.data if self.num_workers == 0 else 0.0)
         passes = max(self.gpu, cpu)
         step = passes + max(self.all_reduce - OVERLAP * passes, 0.0) + self.optimizer
-        return max(step, self.data / self.num_workers) if self.num_workers > 0 else step
+        return max(step, self.data)
 
 
 def estimate_step(
@@ -154,7 +155,7 @@ def estimate_step(
         products=num_micro_batches * seconds[True],
         elementwise=num_micro_batches * seconds[False] * left_bytes,
         launching=num_micro_batches * work.num_operations * left_launches * LAUNCH_SECONDS,
-        data=data_seconds,
+        data=data_seconds / max(num_workers, 1),
         num_workers=num_workers,
         optimizer=optimizer_bytes / bandwidth,
         all_reduce=2 * (num_processes - 1) / num_processes * cost.gradient_bytes / LINK_BANDWIDTH,
@@ -314,6 +315,7 @@ class _Run:
         return self.options.optimizer.max_train_steps * self.images_per_step
 
     def step_time(self, gpu: GPU, is_compiled: bool) -> StepTime:
+        num_workers = self.options.data.encoding.dataloader_num_workers
         sample_seconds = SAMPLE_SECONDS + NUMBER_SECONDS * math.prod(self.latent_shape)
         return estimate_step(
             self.work,
@@ -324,7 +326,7 @@ class _Run:
             num_processes=self.num_processes,
             is_compiled=is_compiled,
             data_seconds=sample_seconds * self.images_per_step / self.num_processes,
-            num_workers=self.options.data.encoding.dataloader_num_workers or 0,  # only those that are named
+            num_workers=DEFAULT_WORKERS if num_workers is None else num_workers,
         )
 
     def estimates(
