@@ -6,40 +6,50 @@ Times what the package does against peers that do the same, on one thread of a C
     python benchmarks/bench.py --rows "stage 1 / broadcast, fp32" --repetitions 21
 
 A row is a ratio of two times. Both are measured in turns, so that what else the machine does slows both down, and the
-row has the median of the ratios with their quartiles. A row has moved if its quartiles and those of
-`benchmarks/results.json` do not meet. Rows that `--output_file` has already are not measured again: remove it to start
-anew. `--update` makes what is measured the results to compare with.
+row has the median of the ratios with their quartiles. Rows named "growth with" have in place of a ratio the exponent b
+of time ~ size^b: the slope over the upper half of the sizes, both in logarithms. A row has moved if its quartiles and
+those of `benchmarks/results.json` do not meet. Rows that `--output_file` has already are not measured again: remove it
+to start anew. `--update` makes what is measured the results to compare with.
 """
 
 import argparse
 import copy
 import gc
 import json
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 from diffusers.training_utils import EMAModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_dod import DoDPipeline
+from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline
 from diffusers_dod.data.encoding import EncodingOptions, encode_latents, finish_latents, latent_settings
 from diffusers_dod.data.labelled_images import LabelledImages
 from diffusers_dod.data.latents import LatentDataset
 from diffusers_dod.data.sample_stream import PositionSampler, SampleDraws, TrainingSamples, collate_priors_first
 from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
+from diffusers_dod.evaluation.sample import SamplingOptions, sample
 from diffusers_dod.files import write_json
 from diffusers_dod.losses import DoDJointModel
+from diffusers_dod.metrics.frechet import frechet_distance
+from diffusers_dod.metrics.kernel_distance import kernel_distance
+from diffusers_dod.metrics.precision_recall import ReferenceManifold
+from diffusers_dod.metrics.statistics import RunningStatistics
 from diffusers_dod.operations import FLOP_FORMULAS
+from diffusers_dod.options import from_values
 from diffusers_dod.presets import PRESETS
 from diffusers_dod.tables import format_table
 from diffusers_dod.training.ema import WeightAverage
@@ -202,9 +212,14 @@ def optimizer() -> Row:
     return *runs, 1.0
 
 
-def pipeline_overhead() -> Row:
+def desk_pipeline() -> DoDPipeline:
     pipe = DoDPipeline.from_pretrained(ROOT / "checkpoints" / "dod-desk")
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pipeline_overhead() -> Row:
+    pipe = desk_pipeline()
     num_steps, labels = 20, torch.zeros(4, dtype=torch.int64)
     latents = torch.randn(4, pipe.transformer.config.in_channels, *[pipe.transformer.config.sample_size] * 2)
 
@@ -305,8 +320,108 @@ def growth(kind: str) -> Row:
     return ours, theirs, flops(theirs) / flops(ours)
 
 
-# By the name of a row: what makes it, and the goal of its ratio.
-ROWS: dict[str, tuple[Callable[[], Row], float | None]] = {}
+# -------------------------------------------------------------------------------------------------- how times grow
+
+# A curve has a run for each size.
+Curve = dict[int, Run]
+
+
+def batch_curve(batch_size: int) -> Run:
+    return without_gradients(Backbone(batch_size=batch_size).stage_1)
+
+
+def token_curve(num_tokens: int) -> Run:
+    return without_gradients(Backbone(size=2 * math.isqrt(num_tokens)).stage_1)
+
+
+def stage_curve(num_stages: int) -> Run:
+    pipe = desk_pipeline()
+    call = {"num_inference_steps": 2, "seed": 0, "output_type": "latent"}
+    return lambda: pipe([0] * 4, num_stages=num_stages, **call)
+
+
+def class_curve(num_classes: int) -> Run:
+    transformer, latent_embedder = PRESETS["DoD-Desk"].override(num_classes=num_classes).build()
+    names = {index: f"class {index}" for index in range(num_classes)}
+    pipe = DoDPipeline(transformer, DoDFlowMatchScheduler(), latent_embedder=latent_embedder, id2label=names)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_stages": 1, "num_inference_steps": 4, "seed": 0, "output_type": "latent"}
+    return lambda: pipe([f"class {num_classes - 1}"] * 4, **call)
+
+
+def shard_curve(num_shards: int) -> Run:
+    num_samples, folder = 256, Path(tempfile.mkdtemp())
+    images = LabelledImages(TextureDataset(num_samples, size=8, seed=0), TEXTURE_CLASSES, "benchmark", 8)
+    options = EncodingOptions(shard_size=num_samples // num_shards)
+    encode_latents(images, None, folder, options)
+    finish_latents(folder, latent_settings(images, None, options))
+    order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(0)).tolist()
+
+    def read() -> None:
+        latents = LatentDataset(folder)
+        for index in order:
+            latents.read(index)
+
+    return read
+
+
+def sampling_curve(num_images: int) -> Run:
+    values = {"pretrained_model_name_or_path": str(ROOT / "checkpoints" / "dod-desk"), "num_images": num_images}
+    values |= {"batch_size": 16, "num_stages": 1, "num_inference_steps": 1}
+
+    def run() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            sample(from_values(SamplingOptions, values | {"output_dir": Path(folder) / "samples"}), Accelerator())
+
+    return run
+
+
+def _features(num_samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features of samples, and as many of a reference."""
+    generator = np.random.default_rng(0)
+    return tuple(generator.standard_normal((num_samples, 64), dtype=np.float32) for _ in range(2))
+
+
+def fid_curve(num_samples: int) -> Run:
+    groups = _features(num_samples)
+
+    def run() -> None:
+        statistics = [RunningStatistics() for _ in groups]
+        for part, rows in zip(statistics, groups, strict=True):
+            part.update(rows)
+        frechet_distance(*statistics[0].result(), *statistics[1].result())
+
+    return run
+
+
+def kid_curve(num_samples: int) -> Run:
+    samples, reference = _features(num_samples)
+    return lambda: kernel_distance(samples, reference)
+
+
+def precision_curve(num_samples: int) -> Run:
+    samples, reference = _features(num_samples)
+    return lambda: ReferenceManifold(reference).compare(samples)
+
+
+# By what grows: what makes the run of a size, the sizes, and what the exponent is at most. The attention compares all
+# pairs of tokens, and the other products grow with their number; precision and recall are about all pairs of samples.
+# From 10,000 samples on KID compares subsets of one size, whose number grows.
+CURVES: dict[str, tuple[Callable[[int], Run], tuple[int, ...], float]] = {
+    "the batch": (batch_curve, (1, 2, 4, 8), 1.05),
+    "the tokens": (token_curve, (64, 144, 256, 576, 1024), 1.3),
+    "the stages of a call": (stage_curve, (1, 2, 4, 8, 16), 1.1),
+    "the classes, of a call": (class_curve, (100, 1000, 10_000, 100_000), 0.1),
+    "the shards that are read": (shard_curve, (4, 16, 64, 256), 1.05),
+    "the images of a sampling run": (sampling_curve, (8, 32, 128, 512), 1.05),
+    "the samples, FID": (fid_curve, (2500, 10_000, 40_000, 160_000), 1.05),
+    "the samples, KID": (kid_curve, (5000, 10_000, 20_000, 40_000), 1.05),
+    "the samples, precision and recall": (precision_curve, (512, 1024, 2048, 4096), 2.2),
+}
+
+
+# By the name of a row: what makes it, and the goal of its ratio, or of its exponent.
+ROWS: dict[str, tuple[Callable[[], Row | Curve], float | None]] = {}
 for _dtype, _floor in (("fp32", 1.15), ("bf16", 1.35)):
     for _kind, _goal in (("stage 1", 0.82), ("guided", 0.92), ("training", None)):
         ROWS[f"{_kind} / broadcast, {_dtype}"] = (
@@ -326,26 +441,42 @@ ROWS |= {
     "twice the batch, by FLOP": (lambda: growth("batch"), None),
     "four times the tokens, by FLOP": (lambda: growth("tokens"), None),
 }
+for _kind, (_make, _sizes, _goal) in CURVES.items():
+    ROWS[f"growth with {_kind}"] = (
+        lambda make=_make, sizes=_sizes: {size: make(size) for size in sizes},
+        _goal,
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(row: Row, num_repetitions: int) -> dict[str, float]:
-    """Quartiles of the ratios of times, which are those of this process's CPU, or the wall's where it only waits."""
-    ours, theirs, factor = row
-    ratios = []
+def exponent(times: Mapping[int, float]) -> float:
+    """The slope of the upper half of `times`, by size, both in logarithms."""
+    upper = sorted(times.items())[(len(times) - 1) // 2 :]
+    return float(np.polyfit(*np.log(upper).T, deg=1)[0])
+
+
+def measure(row: Row | Curve, num_repetitions: int) -> dict[str, float]:
+    """
+    Quartiles of the ratios of times, or of the exponents of their growth.
+
+    Times are those of this process's CPU, or the wall's where it only waits.
+    """
+    runs = list(row.values()) if isinstance(row, dict) else row[:2]
+    found = []
     for repetition in range(num_repetitions + 1):
         times = []
-        for run in (ours, theirs):
+        for run in runs:
             gc.collect()
             start, cpu_start = time.perf_counter(), time.process_time()
             run()
             wall, cpu = time.perf_counter() - start, time.process_time() - cpu_start
             times.append(cpu if cpu > 0.1 * wall else wall)
         if repetition > 0:  # the first is a warm-up
-            ratios.append(times[0] / times[1] * factor)
-    lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+            is_curve = isinstance(row, dict)
+            found.append(exponent(dict(zip(row, times, strict=True))) if is_curve else times[0] / times[1] * row[2])
+    lower, median, upper = statistics.quantiles(found, n=4, method="inclusive")
     return {"lower": round(lower, 4), "median": round(median, 4), "upper": round(upper, 4)}
 
 
@@ -373,7 +504,7 @@ def describe(results: dict[str, dict[str, float]], committed: dict[str, dict[str
                 compare(found, before),
             ]
         )
-    return format_table(["ratio of times", "median", "quartiles", "committed", "goal", "moved"], lines)
+    return format_table(["ratio of times, or exponent", "median", "quartiles", "committed", "goal", "moved"], lines)
 
 
 def main(argv: list[str] | None = None) -> None:

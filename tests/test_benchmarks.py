@@ -66,9 +66,44 @@ def test_the_command_goes_on_and_compares(bench, tmp_path, capsys):
     assert "| stage 1 / DiT, by FLOP, fp32 | 0.20 | 0.10 to 0.30 |" in capsys.readouterr().out
 
 
-def test_every_row_has_a_result_to_compare_with(bench):
+def test_every_ratio_has_a_result_to_compare_with(bench):
     committed = json.loads((BENCHMARKS / "results.json").read_text())
-    assert list(committed) == list(bench["ROWS"])
+    ratios = [name for name in bench["ROWS"] if not name.startswith("growth with ")]
+    assert len(ratios) == len(bench["ROWS"]) - len(bench["CURVES"])
+    assert set(ratios) <= set(committed) <= set(bench["ROWS"])
+
+
+def test_an_exponent_is_that_of_the_upper_half(bench):
+    times = {1: 100.0, 10: 100.0, 100: 1e4, 1000: 1e6}  # a fixed time at first
+    assert bench["exponent"](dict(reversed(times.items()))) == pytest.approx(2)
+    assert bench["exponent"]({1: 5.0, 4: 10.0}) == pytest.approx(0.5)
+
+
+def test_a_curve_is_measured_in_turns(bench):
+    calls = []
+    found = bench["measure"]({size: lambda size=size: calls.append(size) for size in (1, 2, 4)}, num_repetitions=2)
+    assert calls == [1, 2, 4] * 3  # the first are a warm-up
+    assert found["lower"] <= found["median"] <= found["upper"]
+
+
+SMALL = {
+    "the tokens": 4,
+    "the classes, of a call": 12,
+    "the shards that are read": 2,
+    "the images of a sampling run": 2,
+    "the samples, FID": 70,
+    "the samples, KID": 70,
+    "the samples, precision and recall": 8,
+}
+
+
+@pytest.mark.parametrize("name", [*SMALL, "the batch", "the stages of a call"])
+def test_the_runs_of_every_curve_are_whole(bench, name):
+    make, sizes, goal = bench["CURVES"][name]
+    assert goal > 0 and sorted(set(sizes)) == list(sizes) and len(sizes) >= 4
+    assert len(bench["CURVES"]) == len(SMALL) + 2
+    with fresh_accelerator():
+        make(SMALL.get(name, 1))()
 
 
 # ------------------------------------------------------------------------------------------------- modes of inference
