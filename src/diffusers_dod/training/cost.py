@@ -69,7 +69,7 @@ LINK_BANDWIDTH = 0.7 * 450e9  # bytes per second from a GPU to the next (NVLink)
 OVERLAP = 2 / 3  # of forward and backward pass, during which gradients are summed: the backward pass
 SAMPLE_SECONDS, NUMBER_SECONDS = 190e-6, 5e-9  # of a CPU core, to read a sample and each number of its latents
 # What a compiler leaves of the bytes of elementwise operations and of the launches, by benchmarks/count_compiled.py.
-COMPILED_BYTES, COMPILED_LAUNCHES = 0.83, 0.82
+COMPILED_BYTES, COMPILED_LAUNCHES = 0.84, 0.85
 PRICE_PER_GPU_HOUR = 2.5  # US dollars
 RECIPE_PROCESSES = 8  # of the ImageNet recipes, whose batch is that of one of them
 LATENT_CHANNELS, SPATIAL_FACTOR = 4, 8  # of an autoencoder whose config cannot be reached
