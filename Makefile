@@ -76,11 +76,11 @@ check: install
 	$(BIN)/ruff format --check .
 	! grep -rnE --include=*.py "weights_only ?= ?False|allow_pickle ?= ?True" src training examples benchmarks docs
 
-# Known vulnerabilities of the pinned versions. Before a release: it asks the network.
+# Known vulnerabilities of the pinned versions. Before a release: it asks PyPI, and fails if a package is not known there.
 audit:
 	test -x $(VENV)-audit/bin/python || $(PYTHON) -m venv $(VENV)-audit
 	$(VENV)-audit/bin/python -m pip install --quiet pip-audit
-	$(VENV)-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	$(VENV)-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 # The site of the documentation, with the reference of all names and options: outputs/docs/index.html.
 docs: install
