@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "options.json"
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "checkpoints/dod-desk/README.md")]
 DOCUMENTS += sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("model_cards/*.md")])
+SCRIPTS = {"judges": "training/desk/judge_priors.py"}  # tasks of results that are no evaluation of the package
 RECIPES = sorted(ROOT.glob("training/recipes/*.yaml"))
 sys.path.insert(0, str(ROOT / "training" / "study"))
 import study  # noqa: E402
@@ -82,7 +83,7 @@ def list_commands() -> Iterator[tuple[str, list[str]]]:
     for path in sorted(ROOT.glob("docs/results/**/*.json")):
         results = json.loads(path.read_text())
         if "argv" in results:
-            yield f"diffusers_dod.evaluation.{results['task']}", results["argv"]
+            yield SCRIPTS.get(results["task"], f"diffusers_dod.evaluation.{results['task']}"), results["argv"]
             manifest = results["data"].get("samples", {}).get("manifest")
             if manifest is not None:
                 yield "diffusers_dod.evaluation.sample", manifest["argv"]

@@ -10,6 +10,7 @@ weights have 8 bits. Features are the means over all places after `mixed2` and `
 side, to which smaller ones are enlarged.
 """
 
+import argparse
 import base64
 import hashlib
 import io
@@ -101,6 +102,7 @@ def to_state(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     """Downloads the package and writes the weights."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with urllib.request.urlopen(PACKAGE) as response:  # noqa: S310, the address is a constant
         package = response.read()
     if (found := hashlib.sha256(package).hexdigest()) != PACKAGE_SHA256:

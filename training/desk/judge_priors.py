@@ -32,8 +32,8 @@ IMAGE_SEED = 102  # of the images whose priors are bounds: neither the judges' n
 # Arguments of the pipeline's call. `image` says whose visual prior an image has: one of its class, or of another.
 ONE, TWO = {"num_stages": 1}, {"num_stages": 2}
 SETS: dict[str, dict[str, Any]] = {
-    "stage 1, unguided": {**ONE, "guidance_scale": 1.0},
-    "stage 1, guided": {**ONE, "guidance_scale": 3.0},
+    "stage 1, unguided": {**ONE, "guidance_scale": [1.0]},
+    "stage 1, guided": {**ONE, "guidance_scale": [3.0]},
     "stage 2 after unguided stage 1": {**TWO, "guidance_scale": [1.0, 3.0]},
     "stage 2 after guided stage 1": {**TWO, "guidance_scale": [3.0, 3.0]},
     "stage 2, tokens drawn": {

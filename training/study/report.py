@@ -28,6 +28,7 @@ from diffusers_dod.tables import format_table
 
 
 PAGE = Path("docs/study.md")
+JUDGES = Path("docs/results/desk_judges.json")  # of training/desk/judge_priors.py
 IMAGES = Path("docs/images")
 DOD = ("dod-seed0", "dod-seed1", "dod-seed2")
 OFTEN = ("dod-ps25", "dod-ps25-seed1", "dod-ps25-seed2")  # DoD that has its prior more often: p_s = 0.25
@@ -477,6 +478,38 @@ def class_table(results: Results) -> str:
     return format_table(["DoD trained", *header], rows)
 
 
+def _judges_rows(labels: Callable[[dict], list[str]]) -> tuple[list[str], list[list[str]]]:
+    """The judges of [`JUDGES`], and a row of their corrected FIDs for each of the `labels` of its metrics."""
+    metrics = read_results(JUDGES)["metrics"]
+    judges = list(dict.fromkeys(name.split("/")[1] for name in metrics))
+
+    def cell(judge: str, label: str) -> str:
+        metric = metrics[f"fid_corrected/{judge}/{label}"]
+        return show((metric["value"], half_width(metric)))
+
+    return judges, [[label, *(cell(judge, label) for judge in judges)] for label in labels(metrics)]
+
+
+def judges_table(results: Results) -> str:
+    """Table of sources of priors by several judges."""
+    metrics, prefix = read_results(JUDGES)["metrics"], "accuracy/classes/"
+    shares = {name.removeprefix(prefix): metric for name, metric in metrics.items() if name.startswith(prefix)}
+    judges, rows = _judges_rows(lambda _: list(shares))
+    for row in rows:
+        share = shares[row[0]]
+        row.append(show((share["value"], half_width(share)), 1, percent=True))
+    return format_table(["samples", *judges, "recognised, %"], rows)
+
+
+def judges_differences_table(results: Results) -> str:
+    """Table of the differences between sources of priors by several judges."""
+    start = "fid_corrected/classes/"
+    judges, rows = _judges_rows(
+        lambda metrics: [name.removeprefix(start) for name in metrics if name.startswith(start) and " - " in name]
+    )
+    return format_table(["difference", *judges], rows)
+
+
 def draw_plots(results: Results, folder: Path) -> None:
     """Draws `study.png` in `folder`: FID and rFID by scale, FID and losses of training by images seen."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
@@ -557,6 +590,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "training-differences": training_differences_table,
     "training-compute": training_compute_table,
     "class": class_table,
+    "judges": judges_table,
+    "judges-differences": judges_differences_table,
 }
 
 
