@@ -158,6 +158,9 @@ def test_a_checkpoint_may_guide_stage_1_by_default(tmp_path):
     ):
         assert torch.equal(sample(pipe, guidance_scale=scale).images, sample(plain, guidance_scale=expected).images)
     assert torch.equal(sample(pipe, num_stages=1).images, sample(plain, num_stages=1, guidance_scale=[2.0]).images)
+    for scale, message in ((-3, "got -3"), (NAN, "got nan"), ("abc", "got 'abc'")):  # although one stage needs none
+        with pytest.raises((ValueError, TypeError), match=says("`guidance_scale`", message)):
+            pipe([1], num_stages=1, guidance_scale=scale)
     guided = sampling_compute(pipe)["stages"][0]["num_guided_evaluations"]
     assert guided == sampling_compute(plain)["stages"][1]["num_guided_evaluations"] > 0
 

@@ -125,7 +125,10 @@ def test_a_pipeline_and_its_folder_tell_the_preset(is_plain, tmp_path):
     pipeline.save_pretrained(tmp_path)
     assert Preset.from_pretrained(tmp_path) == preset
     assert preset.pipeline_config == dict(
-        default_guidance_scale=2.0, default_num_inference_steps=2, default_num_stages=2
+        default_guidance_scale=2.0,
+        default_num_inference_steps=2,
+        default_num_stages=2,
+        default_first_stage_guidance_scale=1.0,
     )
     with torch.device("meta"):
         models = preset.build()

@@ -5,7 +5,7 @@ from golden_data import CONFIG, SHAPES, golden, golden_model, timestep_of
 from helpers import says
 
 from diffusers_dod import DoDTransformer2DModel
-from diffusers_dod.transformer_dod import patchify, unpatchify
+from diffusers_dod.transformer_dod import DoDAttention, patchify, unpatchify
 
 
 PRIOR_DIM = 24
@@ -270,3 +270,17 @@ def test_arguments_of_other_types(model, replaced, fragments):
     names = ("hidden_states", "timestep", "class_labels")
     with pytest.raises(TypeError, match=says(*fragments)):
         model(**{**dict(zip(names, inputs(2), strict=True)), **replaced})
+
+
+def test_projections_are_three_tensors_and_hooks_of_norms_see_their_own():
+    attention = DoDAttention(8, heads=2, dim_head=4)
+    tokens = torch.randn(1, 3, 8)
+    plain = attention(tokens)
+    shapes, seen = [], []
+    for is_training in (True, False):
+        with torch.set_grad_enabled(is_training):
+            shapes.append([tuple(part.shape) for part in attention.project(tokens)])
+    assert shapes == [[(1, 3, 8)] * 3] * 2
+    attention.norm_k.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
+    torch.testing.assert_close(attention(tokens), plain)
+    assert seen == [(1, 3, 2, 4)]

@@ -74,7 +74,7 @@ def _list_files(repo_id: str, revision: str | None) -> list[str] | None:
     """Names of the files of a repository; `None` if it cannot be reached, of which the download knows more."""
     try:
         return HfApi().list_repo_files(repo_id, revision=revision)
-    except (OSError, ValueError):
+    except Exception:  # errors of the client's connections have no base of their own
         return None
 
 

@@ -3,7 +3,8 @@
 The elementwise parts of a transformer block, in few passes over memory.
 
 Each function has its formula, which a compiler fuses, and a form for eager execution that moves and keeps fewer bytes.
-The eager form has first derivatives only; `torch.func` and compilers get the formula.
+The eager form has first derivatives in reverse mode only, and its results must not be changed in place. `torch.func`
+and compilers get the formula.
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -47,7 +47,7 @@ def find_lora_file(lora_weights: str | os.PathLike) -> Path:
         try:
             path = Path(hf_hub_download(str(lora_weights), ADAPTER))
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise OSError(f"{wanted}, got {str(lora_weights)!r}, which is none here: {reason}") from error
     check_safetensors_header(path)
     return path

@@ -321,10 +321,9 @@ def plan_stages(
         strict=True,
     ):
         steps = default_num_inference_steps if steps is None else steps
-        if number == 1 and has_priors:
-            scale = default_first_stage_guidance_scale if scale is None or not has_scales else scale
-        elif scale is None:
-            scale = default_guidance_scale
+        is_first = number == 1 and has_priors
+        if scale is None:
+            scale = default_first_stage_guidance_scale if is_first else default_guidance_scale
         try:
             check_at_least("num_inference_steps", steps, 1, MAX_STEPS)
             check_number("guidance_scale", scale, 0)
@@ -332,5 +331,6 @@ def plan_stages(
         except (TypeError, ValueError) as error:
             where = f" of stage {number}" if has_lists else ""
             raise type(error)(str(error).replace("` must", f"`{where} must", 1)) from error
+        scale = default_first_stage_guidance_scale if is_first and not has_scales else scale
         planned.append(Stage(number, found, steps, float(scale), sigmas))
     return planned

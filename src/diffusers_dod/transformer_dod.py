@@ -102,10 +102,11 @@ def unpatchify(tokens: torch.Tensor, patch_size: int, height: int, width: int) -
     return tokens.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, height, width)
 
 
-def _is_plain_linear(layer: nn.Module) -> bool:
-    """Whether a layer is nothing but a product with its weight: no adapter, no quantization and no hook."""
-    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
-    return type(layer) is nn.Linear and "forward" not in vars(layer) and not any(hooks)
+def _is_plain(layer: nn.Module | None, cls: type[nn.Module]) -> bool:
+    """Whether a layer is of exactly this class: no adapter, no quantization and no hook."""
+    if type(layer) is not cls or "forward" in vars(layer):
+        return False
+    return not any((layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks))
 
 
 class DoDAttnProcessor:
@@ -133,7 +134,7 @@ class DoDAttnProcessor:
             `torch.Tensor` of shape `(B, T, query_dim)`.
         """
         # (B, T, heads, head_dim) each, but queries and keys may be one tensor (B, T, 2 * heads, head_dim).
-        *queries_keys, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in attn.project(hidden_states))
+        *queries_keys, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in attn._project(hidden_states))
         if attn.norm_q is not None:
             queries_keys = [norm(part) for norm, part in zip((attn.norm_q, attn.norm_k), queries_keys, strict=False)]
         if image_rotary_emb is not None:
@@ -177,7 +178,7 @@ class DoDAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(self.inner_dim, query_dim), nn.Dropout(0.0)])
         self.set_processor(processor or self._default_processor_cls())
 
-    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Maps tokens to queries, keys and values.
 
@@ -185,14 +186,22 @@ class DoDAttention(nn.Module, AttentionModuleMixin):
             hidden_states (`torch.Tensor` of shape `(B, T, query_dim)`): The tokens.
 
         Returns:
-            `tuple[torch.Tensor, ...]`: Queries, keys and values, each of shape `(B, T, heads * dim_head)`. Queries and
-            keys are one tensor of shape `(B, T, 2 * heads * dim_head)` if one product makes and one norm takes them.
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Each of shape `(B, T, heads * dim_head)`.
         """
-        sizes = (self.inner_dim,) * 3 if self.norm_q is None else (2 * self.inner_dim, self.inner_dim)
+        *queries_keys, value = self._project(hidden_states)
+        query, key = queries_keys if len(queries_keys) == 2 else queries_keys[0].chunk(2, dim=-1)
+        return query, key, value
+
+    def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """As `project`, but queries and keys are one tensor if one product makes them and one norm can take both."""
+        is_one = _is_plain(self.norm_q, PlainLayerNorm) and _is_plain(self.norm_k, PlainLayerNorm)
+        sizes = (2 * self.inner_dim, self.inner_dim) if is_one else (self.inner_dim,) * 3
         if self.fused_projections:
             return self.to_qkv(hidden_states).split(sizes, dim=-1)
         layers = (self.to_q, self.to_k, self.to_v)
-        if torch.is_grad_enabled() and all(_is_plain_linear(layer) for layer in layers):  # one product for all three
+        if torch.is_grad_enabled() and all(
+            _is_plain(layer, nn.Linear) for layer in layers
+        ):  # one product for all three
             weight = torch.cat([layer.weight for layer in layers])
             bias = torch.cat([layer.bias for layer in layers])
             return F.linear(hidden_states, weight, bias).split(sizes, dim=-1)

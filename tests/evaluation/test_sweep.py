@@ -206,7 +206,7 @@ def test_a_second_judge_takes_the_kept_samples(tmp_path, finished, checkpoint, e
     for name in fids(first):
         assert second[name]["value"] == pytest.approx(25 * first[name]["value"], rel=1e-6)
         assert first[name]["value"] == read_results(finished / "sweep.json")["metrics"][name]["seeds"][0]
-    with pytest.raises(ValueError, match=says("`output_dir`", "`prior_noise`")):
+    with pytest.raises(ValueError, match=says("`samples_dir`", "`prior_noise`")):
         run(tmp_path / "third", checkpoint, other, *grid, "--prior_noise", 0.5)
 
 

@@ -71,7 +71,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples_dir", type=Path, default=Path("outputs/judge-priors"))
     parser.add_argument("--output_file", type=Path, required=True)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.num_samples % len(TEXTURE_CLASSES) or args.num_samples < 1:
+        parser.error(f"`num_samples` must be a multiple of {len(TEXTURE_CLASSES)}, got {args.num_samples}.")
+    return args
 
 
 def draw_samples(pipeline: DoDPipeline, call: dict[str, Any], args: argparse.Namespace) -> np.ndarray:

@@ -157,7 +157,8 @@ class Drawing:
         self.original = None if options.image is None else self._read_original(options.image)
         if not self.stages:
             raise ValueError(
-                "`stages` must be >= 2 with `image` or `use_token_prior`, which stand for stage 1, got 1."
+                "`stages` must be >= 2 with `image` or `use_token_prior`, which stand for stage 1 and need a latent "
+                "embedder, got 1."
             )
         if not self.places:
             raise ValueError(f"`like` must be one of the {self.num_images} images of its call, got {wanted}.")

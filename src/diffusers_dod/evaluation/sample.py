@@ -55,7 +55,7 @@ from ..pipeline_dod import DoDPipeline
 from ..pipeline_inputs import check_token_settings
 from ..processes import all_or_none, check_processes, end_processes, end_with_launcher, process_group_timeout
 from ..records import Count, Sha256, find_record, read_record
-from ..results import checkpoint_sha256, describe_versions, identify_checkpoint, lora_sha256
+from ..results import checkpoint_sha256, describe_versions, lora_sha256
 from ..sampling_options import CallOptions
 from ..seeding import stateless_generator
 from ..shipped import find_shipped
@@ -468,6 +468,9 @@ def sample(options: SamplingOptions, accelerator: Accelerator) -> list[dict[str,
     pipeline.to(accelerator.device)
     if guidance.transformer is not None:
         guidance.transformer.to(accelerator.device)
+    checkpoint = {"path": options.pretrained_model_name_or_path, "sha256": settings["checkpoint_sha256"]}
+    if options.lora_weights is not None:
+        checkpoint["lora_weights"] = {"path": options.lora_weights, "sha256": settings["lora_weights_sha256"]}
     labels = draw_labels(options.labels, options.seed, options.num_images, pipeline.transformer.config.num_classes)
     stages = range(options.call.token_prior.first_stage, settings["num_stages"] + 1)
     if options.all_stages:
@@ -496,7 +499,7 @@ def sample(options: SamplingOptions, accelerator: Accelerator) -> list[dict[str,
                     details = {
                         "task": "sample",
                         "argv": to_argv(options),
-                        "checkpoint": identify_checkpoint(options.pretrained_model_name_or_path, options.lora_weights),
+                        "checkpoint": checkpoint,
                         "num_classes": None if labels is None else pipeline.transformer.config.num_classes,
                     }
                     for output in outputs.values():

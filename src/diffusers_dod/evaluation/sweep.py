@@ -310,7 +310,12 @@ class Sweep:
                 guidance=options.guidance,
             )
             check_options(sampling)
-            sample.sample(sampling, self.accelerator)
+            try:
+                sample.sample(sampling, self.accelerator)
+            except ValueError as error:
+                if options.samples_dir is None:
+                    raise
+                raise ValueError(str(error).replace("`output_dir`", "`samples_dir`", 1)) from error
             for stage in missing:
                 archive = str(samples / f"stage-{stage}" / sample.ARCHIVE)
                 metrics, data = self.evaluator.evaluate(open_images(archive, options.judge.resolution))
