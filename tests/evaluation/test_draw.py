@@ -173,6 +173,8 @@ def test_what_cannot_be_drawn_again_is_refused(grid, tmp_path):
         call("--like", change(grid, checkpoint={"sha256": "0" * 64}), *output)
     with pytest.raises(ValueError, match="drawn by `dod sample` or `dod demo`, got .* of 'other'"):
         call("--like", change(grid, task="other"), *output)
+    with pytest.raises(ValueError, match=says("`checkpoint` must be given with `like`", "'own'")):
+        call("--like", change(grid, checkpoint={"path": "own"}), *output)  # as a demo of a folder says it
     with pytest.raises(ValueError, match="`count` must be an integer >= 1, got 0"):
         call("--like", change(grid, options={"count": 0}), *output)
     others = {"class_labels": 5, "count": None, "all_stages": 1, "seed": 1.5, "steps": ["1"], "image": 3}

@@ -405,6 +405,9 @@ def recall_checkpoint(options: DrawingOptions, settings: ImageSettings) -> Drawi
     """
     checkpoint, given = settings["checkpoint"], find_given(options)
     places = {"checkpoint": checkpoint["path"], "lora_weights": checkpoint.get("lora_weights", {}).get("path")}
+    for name, place in places.items():
+        if name not in given and place is not None and "/" not in place and not Path(place).exists():
+            raise ValueError(f"`{name}` must be given with `like`: {options.like} knows the name {place!r} alone.")
     options = replace_values(options, **{name: given.get(name, place) for name, place in places.items()})
     found = identify_checkpoint(options.checkpoint, options.lora_weights)
     check_same_checkpoint(checkpoint, found, f"what {options.like} was drawn with")
