@@ -4,6 +4,7 @@ tests out, does not wait for them.
 """
 
 import gc
+import signal
 from collections import Counter
 from collections.abc import Iterator
 
@@ -11,6 +12,10 @@ import pytest
 
 
 NUM_SHOWN_FAILURES = 3
+
+# A shell starts what is in the background with SIGINT ignored, and so would be all processes that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
