@@ -279,7 +279,8 @@ def tuning_table(results: Results) -> str:
         for rate in ("1e-3", "2e-3", "4e-3", "8e-3"):
             run = f"{name}-tune-{rate}"
             cells = [show(results.stage(run, "fid_corrected", scales, step=4000)) for scales in choices]
-            rows.append([label, rate, *cells])
+            if set(cells) != {"-"}:
+                rows.append([label, rate, *cells])
     return format_table(["", "learning rate", *choices], rows)
 
 
