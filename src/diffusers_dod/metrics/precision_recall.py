@@ -141,7 +141,7 @@ class ReferenceManifold:
     Args:
         reference (`np.ndarray` of shape `(m, d)`): Features of the reference, m > k.
         num_neighbors (`int`, defaults to 3): The number k of neighbours.
-        block_size (`int`, defaults to 2048): At most this number squared of distances are in memory at once.
+        block_size (`int`, defaults to 512): At most this number squared of distances are in memory at once, 2 MB.
         device (`torch.device` or `str`, defaults to `"cpu"`): Device that computes distances. It must have float64.
 
     Raises:
@@ -152,7 +152,7 @@ class ReferenceManifold:
         self,
         reference: np.ndarray,
         num_neighbors: int = 3,
-        block_size: int = 2048,
+        block_size: int = 512,
         device: torch.device | str = "cpu",
     ):
         check_at_least("num_neighbors", num_neighbors, 1)
