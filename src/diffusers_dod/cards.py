@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .checks import check_choice
 from .compute import sampling_compute, training_cost
-from .data.labelled_images import TEXTURES
+from .data.labelled_images import PROCEDURAL
 from .files import METRICS_FILE
 from .guidance_options import GUIDANCE_FIELDS
 from .latent_embedding import LatentEmbeddingModule, VisualPriorMixin
@@ -308,12 +308,12 @@ def _optimizer(options: TrainingOptions) -> str:
 
 def _is_own(dataset_name: str | None) -> bool:
     """Whether images are no data set of the Hub."""
-    return dataset_name is None or dataset_name == TEXTURES or _is_local(dataset_name)
+    return dataset_name is None or dataset_name in PROCEDURAL or _is_local(dataset_name)
 
 
 def _images(dataset_name: str | None) -> str:
-    if dataset_name == TEXTURES:
-        return "procedural textures (`diffusers_dod.data.textures`)"
+    if dataset_name in PROCEDURAL:
+        return f"procedural {dataset_name} (`diffusers_dod.data.{dataset_name}`)"
     return "own images" if _is_own(dataset_name) else f"`{dataset_name}`"
 
 

@@ -21,14 +21,17 @@ from torch.utils.data import Dataset
 from ..checks import MAX_CLASSES
 from ..image_reading import cover_and_crop
 from ..options import option
+from ._procedural import ProceduralDataset
 from .class_names import clean_class_name, clean_class_names, list_classes
 from .image_folder import ImageFolder, LeftOut, check_bad_images
-from .textures import TEXTURE_CLASSES, TextureDataset
+from .scenes import SceneDataset
+from .textures import TextureDataset
 
 
 logger = logging.getLogger(__name__)
 
-TEXTURES = "textures"
+#: Sets of images that are rendered, by the name that `dataset_name` has.
+PROCEDURAL: dict[str, type[ProceduralDataset]] = {"textures": TextureDataset, "scenes": SceneDataset}
 SHARD_SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}  # by builder of `datasets`
 TRAIN_WORDS = frozenset(("train", "training"))  # in names of files
 OTHER_SPLIT_WORDS = frozenset(("dev", "eval", "test", "testing", "val", "valid", "validation"))
@@ -195,7 +198,10 @@ class ImageOptions:
     """Source of images."""
 
     dataset_name: str | None = option(
-        None, is_place=True, is_free=True, help="`textures` (procedural) or a data set that `datasets` can load."
+        None,
+        is_place=True,
+        is_free=True,
+        help="`textures` or `scenes` (procedural), or a data set that `datasets` can load.",
     )
     train_data_dir: str | None = option(
         None,
@@ -235,7 +241,7 @@ def load_labelled_images(
     images: ImageOptions, num_train_samples: int, seed: int, on_bad_image: str = "error"
 ) -> LabelledImages:
     """
-    Opens the procedural `textures`, a data set of the Hub, or a folder.
+    Opens the procedural `textures` or `scenes`, a data set of the Hub, or a folder.
 
     A folder has one sub-folder of images per class, see [`ImageFolder`], or no such images but Parquet files or
     WebDataset's tar files, see [`find_shards`].
@@ -259,11 +265,10 @@ def load_labelled_images(
         raise ValueError(errors[0])
     dataset_name, folder, resolution = images.dataset_name, images.train_data_dir, images.resolution
     image_column, label_column = images.image_column, images.label_column
-    if dataset_name == TEXTURES:
-        dataset = TextureDataset(num_train_samples, size=resolution, seed=seed)
-        return LabelledImages(
-            dataset, TEXTURE_CLASSES, f"{TEXTURES}-{resolution}-{num_train_samples}-{seed}", resolution
-        )
+    if dataset_name in PROCEDURAL:
+        dataset = PROCEDURAL[dataset_name](num_train_samples, size=resolution, seed=seed)
+        fingerprint = f"{dataset_name}-{resolution}-{num_train_samples}-{seed}"
+        return LabelledImages(dataset, dataset.class_names, fingerprint, resolution)
 
     if folder is None:
         source, left_out = open_dataset(dataset_name), {}

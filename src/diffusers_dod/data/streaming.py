@@ -28,7 +28,7 @@ from ..seeding import stateless_generator
 from .class_names import clean_class_names
 from .encoding import EncodingOptions, Share
 from .labelled_images import (
-    TEXTURES,
+    PROCEDURAL,
     Columns,
     ImageOptions,
     check_label_column,
@@ -94,7 +94,7 @@ def _open_folder(folder: str) -> datasets.IterableDataset:
 
 
 def _open_dataset(name: str) -> datasets.IterableDataset:
-    if name == TEXTURES:
+    if name in PROCEDURAL:
         raise ValueError(
             f"`dataset_name` must be a stored data set to be streamed, not a procedural one, got {name!r}."
         )

@@ -8,12 +8,23 @@ afterwards in one place.
 """
 
 import math
-import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset
+
+from ._procedural import (
+    SUPERSAMPLING,
+    ProceduralDataset,
+    average_samples,
+    check_label,
+    check_seeds,
+    check_size,
+    draw_palette,
+    draw_timber,
+    make_generator,
+    to_bytes,
+)
 
 
 class _Pattern(NamedTuple):
@@ -36,10 +47,7 @@ NUM_ATTRIBUTES = 9
 # Patterns are laid out on a canvas of this many units, whatever the size of the image in pixels. All lengths below are
 # in these units, so a larger image shows the same scene with finer detail.
 _EXTENT = 32.0
-_SUPERSAMPLING = 2
 _GRAIN_STD = 0.016
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-_SEED_LIMIT = 2**64
 
 
 # Building blocks
@@ -72,48 +80,6 @@ def _value_noise(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.n
     upper = lattice[top, left] * (1.0 - fu) + lattice[top, right] * fu
     lower = lattice[bottom, left] * (1.0 - fu) + lattice[bottom, right] * fu
     return upper * (1.0 - fv) + lower * fv
-
-
-def _with_luma(hue: float, saturation: float, luma: float) -> np.ndarray:
-    """RGB colour of exactly the given luma, darkened towards black or tinted towards white as needed."""
-    pure = np.clip(np.abs((6.0 * hue + np.array([0.0, 4.0, 2.0])) % 6.0 - 3.0) - 1.0, 0.0, 1.0)
-    color = (1.0 - saturation * (1.0 - pure)).astype(np.float32)
-    natural = float(color @ _LUMA)
-    if luma <= natural:
-        return color * (luma / natural)
-    return color + (1.0 - color) * ((luma - natural) / (1.0 - natural))
-
-
-def _painters_hue(turn: float) -> float:
-    """HSV hue at a turn of the painters' colour wheel, which gives green less and orange more room than HSV does."""
-    return float(np.interp(turn % 1.0, np.arange(7) / 6.0, [0.0, 0.07, 0.145, 0.36, 0.6, 0.78, 1.0]))
-
-
-def _palette(rng: np.random.Generator) -> np.ndarray:
-    """Two colours, (2, 3): related hues, one dark and one light, in either order."""
-    hue = rng.uniform()
-    # Analogous, split, triadic and complementary hues are the pairs that painters call harmonious.
-    other = hue + rng.choice([-1.0, 1.0]) * rng.choice([0.08, 0.2, 0.33, 0.5]) + rng.normal(0.0, 0.02)
-    dark = rng.uniform(0.12, 0.42)
-    light = rng.uniform(dark + 0.34, 0.92)
-    colors = [
-        _with_luma(_painters_hue(hue), rng.uniform(0.5, 0.9), dark),
-        _with_luma(_painters_hue(other), rng.uniform(0.25, 0.75), light),
-    ]
-    return np.stack(colors if rng.uniform() < 0.5 else colors[::-1])
-
-
-def _timber_palette(rng: np.random.Generator) -> np.ndarray:
-    """Two browns, (2, 3): light early wood and dark late wood, from maple to mahogany."""
-    hue = rng.uniform(0.03, 0.12)
-    dark = rng.uniform(0.12, 0.32)
-    light = rng.uniform(dark + 0.3, 0.8)
-    return np.stack(
-        [
-            _with_luma(hue + rng.uniform(0.0, 0.02), rng.uniform(0.45, 0.75), light),
-            _with_luma(hue, rng.uniform(0.55, 0.85), dark),
-        ]
-    )
 
 
 # The classes: each takes the generator, the coordinates of the samples (origin in the middle, y pointing down) and the
@@ -284,60 +250,6 @@ _CLASSES: dict[str, Callable[[np.random.Generator, np.ndarray, np.ndarray, float
 TEXTURE_CLASSES: tuple[str, ...] = tuple(_CLASSES)
 
 
-# Checks of the input
-
-
-def _integer(name: str, value: Any, accepted: str) -> int:
-    """Converts `value` to a plain `int`; a `bool` is refused."""
-    if not isinstance(value, bool | np.bool_):
-        try:
-            return operator.index(value)
-        except TypeError:
-            pass
-    raise TypeError(f"`{name}` must be {accepted}, but is {value!r} of type `{type(value).__name__}`.")
-
-
-def _check_label(label: Any) -> int:
-    accepted = f"an integer in 0..{len(TEXTURE_CLASSES) - 1}"
-    number = _integer("label", label, accepted)
-    if not 0 <= number < len(TEXTURE_CLASSES):
-        raise ValueError(f"`label` must be {accepted}, but is {number}.")
-    return number
-
-
-def _check_size(size: Any) -> int:
-    accepted = "a positive multiple of 8"
-    number = _integer("size", size, accepted)
-    if number < 1 or number % 8:
-        raise ValueError(f"`size` must be {accepted}, but is {number}.")
-    return number
-
-
-def _check_seed(seed: Any, accepted: str = "an integer in 0..2**64-1") -> int:
-    number = _integer("seed", seed, accepted)
-    if not 0 <= number < _SEED_LIMIT:
-        raise ValueError(f"`seed` must be {accepted}, but is {number}.")
-    return number
-
-
-def _check_seeds(seed: Any) -> list[int]:
-    accepted = "an integer in 0..2**64-1 or a non-empty sequence of them"
-    if isinstance(seed, np.ndarray):
-        seed = seed.tolist()
-    if isinstance(seed, str | bytes) or not isinstance(seed, Sequence):
-        return [_check_seed(seed, accepted)]
-    if len(seed) == 0:
-        raise ValueError(f"`seed` must be {accepted}, but is {seed!r}.")
-    return [_check_seed(part, accepted) for part in seed]
-
-
-def _generator(label: int, seeds: list[int]) -> np.random.Generator:
-    # `SeedSequence` pads with zeros and cuts long integers into words of 32 bits. Adding the length and both words of
-    # every part keeps different seeds different: (5,) and (5, 0), or (2**32,) and (0, 1).
-    words = [word for part in seeds for word in (part & 0xFFFFFFFF, part >> 32)]
-    return np.random.default_rng([label, len(seeds), *words])
-
-
 # Public API
 
 
@@ -380,16 +292,16 @@ def render_texture(label: int, seed: int | Sequence[int], size: int = 32) -> tup
         ((32, 32, 3), (9,))
         ```
     """
-    label, seeds, size = _check_label(label), _check_seeds(seed), _check_size(size)
-    rng = _generator(label, seeds)
-    samples = _SUPERSAMPLING * size
+    label, seeds, size = check_label(label, len(TEXTURE_CLASSES)), check_seeds(seed), check_size(size)
+    rng = make_generator(label, seeds)
+    samples = SUPERSAMPLING * size
     px = _EXTENT / samples
     axis = ((np.arange(samples) + 0.5) * px - 0.5 * _EXTENT).astype(np.float32)
     x, y = np.meshgrid(axis, axis)
 
     name = TEXTURE_CLASSES[label]
     # Wood in any colour reads as warped stripes; in brown it reads as wood.
-    colors = _timber_palette(rng) if name == "wood" else _palette(rng)
+    colors = draw_timber(rng) if name == "wood" else draw_palette(rng)
     sun, strength = rng.uniform(0.0, 2.0 * math.pi), rng.uniform(0.0, 0.16)
     pattern = _CLASSES[name](rng, x, y, px)
 
@@ -397,17 +309,16 @@ def render_texture(label: int, seed: int | Sequence[int], size: int = 32) -> tup
     light = np.broadcast_to(np.asarray(pattern.light, dtype=np.float32), x.shape)[..., None]
     canvas = canvas * (1.0 - np.clip(-light, 0.0, 1.0)) + (1.0 - canvas) * np.clip(light, 0.0, 1.0)
     canvas = canvas * (1.0 + strength * _rotate(x, y, sun)[0] / (0.5 * _EXTENT))[..., None]
-    image = canvas.reshape(size, _SUPERSAMPLING, size, _SUPERSAMPLING, 3).mean((1, 3))
+    image = average_samples(canvas, size)
     # The grain is grey: coloured noise would be three times as hard to imitate for a generator, and look worse.
     image = image + _GRAIN_STD * rng.standard_normal((size, size, 1), dtype=np.float32)
-    image = np.rint(255.0 * np.clip(image, 0.0, 1.0)).astype(np.uint8)
 
     pose = (0.0, 0.0) if pattern.angle is None else (math.cos(2.0 * pattern.angle), math.sin(2.0 * pattern.angle))
     attributes = np.array([*colors.ravel(), math.log2(pattern.scale / _EXTENT), *pose], dtype=np.float32)
-    return image, attributes
+    return to_bytes(image), attributes
 
 
-class TextureDataset(Dataset[dict[str, Any]]):
+class TextureDataset(ProceduralDataset):
     """
     Map-style dataset of procedural textures with balanced classes.
 
@@ -436,43 +347,10 @@ class TextureDataset(Dataset[dict[str, Any]]):
         ```
     """
 
-    def __init__(self, num_samples: int, size: int = 32, seed: int = 0) -> None:
-        self.num_samples = _integer("num_samples", num_samples, "an integer of at least 1")
-        if self.num_samples < 1:
-            raise ValueError(f"`num_samples` must be an integer of at least 1, but is {self.num_samples}.")
-        self.size = _check_size(size)
-        self.seed = _check_seed(seed)
+    class_names = TEXTURE_CLASSES
+    default_size = 32
 
-    def __len__(self) -> int:
-        return self.num_samples
+    def __init__(self, num_samples: int, size: int = default_size, seed: int = 0) -> None:
+        super().__init__(num_samples, size, seed)
 
-    @property
-    def labels(self) -> np.ndarray:
-        """Labels of all images, of shape (n,), without rendering them."""
-        return np.arange(self.num_samples) % len(TEXTURE_CLASSES)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """
-        Renders one image.
-
-        Args:
-            index (`int`):
-                Position of the image, in `-len(self)..len(self)-1`. As in a list, negative positions count from the
-                end.
-
-        Returns:
-            `dict[str, Any]`: `"image"`, `uint8` RGB of shape `(size, size, 3)`; `"label"`, an `int` in 0..11;
-            `"attributes"`, `float32` of shape `(9,)` as explained in [`render_texture`].
-
-        Raises:
-            `IndexError`: `index` is out of range.
-            `TypeError`: `index` is not an integer.
-        """
-        accepted = f"an integer in {-self.num_samples}..{self.num_samples - 1}"
-        position = _integer("index", index, accepted)
-        if not -self.num_samples <= position < self.num_samples:
-            raise IndexError(f"`index` must be {accepted}, but is {position}.")
-        position %= self.num_samples
-        label = position % len(TEXTURE_CLASSES)
-        image, attributes = render_texture(label, (self.seed, position), self.size)
-        return {"image": image, "label": label, "attributes": attributes}
+    render = staticmethod(render_texture)

@@ -182,9 +182,7 @@ class JudgeOptions:
     metrics: tuple[str, ...] | None = option(
         None, choices=COMPUTED, is_distinct=True, help="`fid` by default, if there is a reference."
     )
-    resolution: int | None = option(
-        None, at_least=1, help="Side in pixels of images that are cropped, and of textures."
-    )
+    resolution: int | None = option(None, at_least=1, help="Side in pixels of images that are cropped or rendered.")
     image_column: str = option("image", help="Column of the images of a data set.")
     label_column: str = option("label", help="Column of its class ids.")
     batch_size: int = option(64, at_least=1, help="Images at a time.")

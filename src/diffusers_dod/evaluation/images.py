@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..checks import check_at_least
 from ..data.image_folder import IMAGE_SUFFIXES, ImageFolder
-from ..data.labelled_images import TEXTURES, ImageOptions, LabelledImages, load_labelled_images, source_files
+from ..data.labelled_images import PROCEDURAL, ImageOptions, LabelledImages, load_labelled_images, source_files
 from ..files import file_sha256, folder_sha256
 from ..processes import worker_settings
 from ..records import DAMAGED_ZIP, Count, read_npz_headers, read_record
@@ -30,7 +30,6 @@ SAMPLES_MANIFEST = "manifest.json"
 MAX_PIXELS = 1 << 26  # of an image
 LABELS_FILE = "labels.txt"
 CHUNKS = "chunks"
-TEXTURE_RESOLUTION = 32
 
 
 def draw_indices(num_available: int, num_images: int | None = None, shuffle: bool = False) -> np.ndarray:
@@ -408,14 +407,14 @@ def open_images(
     Opens images by their name.
 
     - `*.npz`: an npz file.
-    - `textures:<number>:<seed>`: procedural textures.
+    - `textures:<number>:<seed>` or `scenes:<number>:<seed>`: procedural images.
     - A folder of the sampler or of PNG files.
     - A folder with a sub-folder per class, or with Parquet or tar files; or a data set of the Hub. Their images are
       cropped as ADM does, to the resolution, which must be given.
 
     Args:
         name (`str`): The name.
-        resolution (`int`, *optional*): Height and width in pixels. By default 32 for textures.
+        resolution (`int`, *optional*): Height and width in pixels. By default 32 for textures and 64 for scenes.
         image_column (`str`, defaults to `"image"`): Column of the images of a data set.
         label_column (`str`, defaults to `"label"`): Column of the classes of a data set.
 
@@ -439,14 +438,12 @@ def open_images(
         if resolution is not None and tuple(source.resolution) != (resolution, resolution):
             raise ValueError(f"`resolution` must be that of {name!r}, {source.resolution}, got {resolution}.")
         return source
-    if name.split(":")[0] == TEXTURES:
-        numbers = name.split(":")[1:]
+    kind, *numbers = name.split(":")
+    if kind in PROCEDURAL:
         if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
-            raise ValueError(f"Procedural images must be named as `textures:<number>:<seed>`, got {name!r}.")
-        images = load_labelled_images(
-            ImageOptions(dataset_name=TEXTURES, resolution=resolution or TEXTURE_RESOLUTION), *map(int, numbers)
-        )
-        return DatasetImages(name, images)
+            raise ValueError(f"Procedural images must be named as `{kind}:<number>:<seed>`, got {name!r}.")
+        options = ImageOptions(dataset_name=kind, resolution=resolution or PROCEDURAL[kind].default_size)
+        return DatasetImages(name, load_labelled_images(options, *map(int, numbers)))
     if path.is_dir() and (stages := sorted(file.parent for file in path.glob("*/manifest.json"))):
         raise ValueError(f"Samples of several stages must be named one by one, such as {stages[-1]}, got {name!r}.")
     if resolution is None:

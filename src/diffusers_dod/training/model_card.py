@@ -23,7 +23,7 @@ from ..cards import CARD, CURVES, describe_loading, fill_card, read_model
 from ..checkpoint_manifest import CHECKPOINT_MANIFEST, CheckpointManifest
 from ..checks import check_at_least, shown
 from ..command_line import run_main
-from ..data.labelled_images import TEXTURES
+from ..data.labelled_images import PROCEDURAL
 from ..files import METRICS_FILE, replacing
 from ..metrics.extractors import INCEPTION
 from ..options import build_parser, find_places, from_values, option, parse_options, read_recipe, to_recipe
@@ -166,8 +166,8 @@ def describe_end(options: TrainingOptions, resolution: int, class_names: tuple[s
     if has_adapters:
         place = f"{shlex.quote(str(options.model.pretrained_model_name_or_path))} --lora_weights {place}"
     reference = images.train_data_dir or images.dataset_name or "path/to/images"
-    if reference == TEXTURES:
-        reference = f"{TEXTURES}:{options.data.num_train_samples}:{options.data.seed + 1}"
+    if reference in PROCEDURAL:
+        reference = f"{reference}:{options.data.num_train_samples}:{options.data.seed + 1}"
     samples, extractor = f"{folder}-samples", options.validation.fid_extractor or INCEPTION
     commands = [
         f"sample --pretrained_model_name_or_path {place} --num_images 1000 --output_dir {shlex.quote(samples)}",
