@@ -1,7 +1,9 @@
 """Positions on grids larger than the trained one: the trained ones below it, and formulas of their own above."""
 
+import copy
 import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_1d_rotary_pos_embed, get_1d_sincos_pos_embed_from_grid
 from helpers import assert_near, normal, says, tiny_latent_embedder, tiny_pipeline, tiny_transformer
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusers_dod import DoDPipeline
 from diffusers_dod.latent_embedding import sincos_pos_embed
@@ -62,7 +65,7 @@ def run(model, rows, columns):
     latents = normal(2, 4, 2 * rows, 2 * columns)
     if hasattr(model, "encode"):
         return model(latents).prior_embeds
-    return model(latents, 400.0, LABELS, normal(1, rows * columns, 32, seed=1)).sample
+    return model(latents, 400.0, LABELS.clone(), normal(1, rows * columns, 32, seed=1)).sample
 
 
 def assert_differ(actual: torch.Tensor, other: torch.Tensor) -> None:
@@ -479,3 +482,13 @@ def test_a_compiled_model_follows_every_choice(fresh_compiler):
         assert_near(outputs[-1], run(model, 8, 8))
         for other in outputs[:-1]:
             assert_differ(outputs[-1], other)
+
+
+@both_models
+def test_a_model_that_was_run_with_fake_tensors_is_copied_and_pickled(make):
+    model = make()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        run(model, 4, 6)
+    expected = run(model, 4, 6)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(run(copied, 4, 6), expected)

@@ -23,7 +23,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from .checks import MAX_SIZE, check_at_least, check_latents, check_number, check_tensor
 from .modeling_utils import DoDModelMixin
-from .pos_interpolation import PosInterpolationMixin, cached_table, grid_scales, interpolate_frequencies
+from .pos_interpolation import PosInterpolationMixin, PositionTables, grid_scales, interpolate_frequencies
 from .transformer_dod import (
     MAX_LAYERS,
     MAX_RATIO,
@@ -360,7 +360,7 @@ class LatentEmbeddingModule(VisualPriorMixin, AttentionMixin, PosInterpolationMi
             )
         self.inner_dim = dim
         self.token_shape = (num_latent_tokens, latent_token_dim)
-        self._tables: dict[tuple, torch.Tensor] = {}
+        self._tables = PositionTables()
 
         def blocks(num_layers: int) -> nn.ModuleList:
             return nn.ModuleList(
@@ -412,7 +412,7 @@ class LatentEmbeddingModule(VisualPriorMixin, AttentionMixin, PosInterpolationMi
             config.pos_interpolation,
             config.pos_interpolation_decoupled,
         )
-        return cached_table(self._tables, key, lambda: sincos_pos_embed(*key))
+        return self._tables.find(key, lambda: sincos_pos_embed(*key))
 
     @apply_lora_scale("attention_kwargs")
     def encode(self, latents: torch.Tensor, attention_kwargs: dict[str, Any] | None = None) -> torch.Tensor:

@@ -19,29 +19,37 @@ YARN_MAX_ROTATIONS = 32
 MAX_TABLES = 64  # of positions that a model keeps
 
 
-def cached_table(tables: dict[tuple, torch.Tensor], key: tuple, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """
-    Looks a table of positions up, or makes and keeps it.
+class PositionTables:
+    """Tables of positions that a model has made. Copies of it, pickled ones too, make their own."""
 
-    Args:
-        tables (`dict[tuple, torch.Tensor]`): The tables that were made before.
-        key (`tuple`): All that the table depends on.
-        make (`Callable`): Makes the table.
+    def __init__(self):
+        self._tables: dict[tuple, torch.Tensor] = {}
 
-    Returns:
-        `torch.Tensor`.
-    """
-    if torch.compiler.is_compiling():
-        return make()
-    key = (*key, torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE))  # a fake table is for its mode
-    table = tables.get(key)
-    if table is None:
-        with torch.inference_mode(False), torch.no_grad():  # for training too, whoever asks first
-            table = make()
-        if len(tables) >= MAX_TABLES:
-            tables.clear()
-        tables[key] = table
-    return table
+    def find(self, key: tuple, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """
+        Looks a table up, or makes and keeps it.
+
+        Args:
+            key (`tuple`): All that the table depends on.
+            make (`Callable`): Makes the table.
+
+        Returns:
+            `torch.Tensor`.
+        """
+        if torch.compiler.is_compiling():
+            return make()
+        key = (*key, torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE))  # a fake table is for its mode
+        table = self._tables.get(key)
+        if table is None:
+            with torch.inference_mode(False), torch.no_grad():  # for training too, whoever asks first
+                table = make()
+            if len(self._tables) >= MAX_TABLES:
+                self._tables.clear()
+            self._tables[key] = table
+        return table
+
+    def __reduce__(self) -> tuple[type["PositionTables"], tuple[()]]:
+        return PositionTables, ()
 
 
 class PosInterpolationMixin:

@@ -39,8 +39,8 @@ from .elementwise import (
 from .modeling_utils import DoDModelMixin, FP32Linear
 from .pos_interpolation import (
     PosInterpolationMixin,
+    PositionTables,
     attention_factor,
-    cached_table,
     grid_scales,
     interpolate_frequencies,
 )
@@ -225,7 +225,7 @@ class DoDRotaryPosEmbed(nn.Module):
         super().__init__()
         self.dim = dim
         self.theta = theta
-        self._tables: dict[tuple, torch.Tensor] = {}
+        self._tables = PositionTables()
 
     def forward(
         self,
@@ -253,7 +253,7 @@ class DoDRotaryPosEmbed(nn.Module):
             for tokens in row-major order.
         """
         key = (rows, columns, device, trained_size, pos_interpolation, pos_interpolation_decoupled)
-        return cached_table(self._tables, key, lambda: self._rotation(*key))
+        return self._tables.find(key, lambda: self._rotation(*key))
 
     def _rotation(
         self,
