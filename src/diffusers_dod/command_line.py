@@ -14,7 +14,7 @@ from torch import distributed
 
 from .checks import hide_secrets
 from .options import DEBUG
-from .processes import OtherProcessError
+from .processes import OtherProcessError, describe_error
 
 
 ERROR_EXIT_CODE = 2  # that of argparse
@@ -58,7 +58,7 @@ def run_main(main: Callable[[], None]) -> None:
         if shows_traceback:
             traceback.print_exc()
         elif _is_first_to_fail():
-            text = hide_secrets(str(error)) or type(error).__name__
+            text = hide_secrets(describe_error(error))
             print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr, flush=True)
         sys.exit(ERROR_EXIT_CODE)
     finally:

@@ -178,6 +178,11 @@ class StopSignal:
         return bool(answered[1] > 0)
 
 
+def describe_error(error: BaseException) -> str:
+    """The message of an `error` in one block of lines, its notes included."""
+    return "\n".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
+
+
 class OtherProcessError(RuntimeError):
     """Raised in a process when another one has failed."""
 
@@ -259,7 +264,7 @@ def all_or_none() -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    messages = gather_patiently(None if error is None else str(error))
+    messages = gather_patiently(None if error is None else describe_error(error))
     if error is not None:
         raise error
     for message in messages:

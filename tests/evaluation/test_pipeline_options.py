@@ -86,6 +86,15 @@ def test_adapters_bring_their_classes(world):
     assert describe(str(world / "classes")).facts["classes"] == "3: newt, ant, crane"
 
 
+def test_a_token_prior_of_other_classes_than_the_adapters_is_the_reason(world, tmp_path):
+    arguments = ["--use_token_prior", "--lora_weights", world / "classes", "-o", tmp_path / "image.png"]
+    with pytest.raises(ValueError, match=says("`use_token_prior`", "adapters of other classes", "classes")):
+        call("newt", "--checkpoint", world / "pipeline", *arguments)
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    with pytest.raises(ValueError, match=says("`use_token_prior`", "without a `token_prior`")):
+        call("newt", "--checkpoint", tmp_path / "pipeline", *arguments)
+
+
 @pytest.mark.parametrize(
     ("names", "expected"), [({}, {}), ({"id2label": {key: f"class {key}" for key in range(10)}}, "class 1")]
 )

@@ -20,6 +20,7 @@ from launch import PATIENCE_S, run_command, started, torchrun, wait_until
 from PIL import Image
 
 from diffusers_dod import DoDPipeline
+from diffusers_dod.command_line import run_main
 from diffusers_dod.evaluation.images import open_images
 from diffusers_dod.evaluation.sample import SampleFolder, SamplingOptions, draw_labels, main, to_uint8
 from diffusers_dod.files import file_sha256, in_use
@@ -715,6 +716,26 @@ def test_an_image_that_cannot_be_written_ends_the_command(checkpoint, tmp_path, 
     assert contents(tmp_path / "samples") == contents(tmp_path / "expected")
 
 
+def test_an_error_of_sampling_does_not_hide_that_of_writing(checkpoint, tmp_path, monkeypatch, capsys):
+    call = DoDPipeline.__call__
+
+    def fail_later(self, *args, sample_indices, **kwargs):
+        if sample_indices.start:
+            raise FloatingPointError("Samples are not finite")
+        return call(self, *args, sample_indices=sample_indices, **kwargs)
+
+    def refuse(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(DoDPipeline, "__call__", fail_later)
+    monkeypatch.setattr(SampleFolder, "write", refuse)
+    monkeypatch.setattr(sys, "argv", ["sample_dod.py", *command(checkpoint, tmp_path / "samples")])
+    with fresh_accelerator(), pytest.raises(SystemExit):
+        run_main(main)
+    errors = capsys.readouterr().err
+    assert "error: Samples are not finite\nBefore that" in errors and "No space left on device" in errors
+
+
 def test_a_chunk_that_is_missing_in_the_end_is_an_error(tmp_path):
     folder = SampleFolder(tmp_path, {"num_images": 3, "batch_size": 1, "format": "png"}, np.arange(3))
     folder.open()
@@ -762,12 +783,31 @@ def test_killed_and_restarted_on_two_processes(checkpoint, tmp_path):
     assert contents(folder) == contents(tmp_path / "one")
 
 
+# The command, whose processes leave their error beside the output folder, and end as if there was none: torchrun would
+# end the others.
+NOTES_ERRORS = """
+import os, sys
+from pathlib import Path
+from diffusers_dod.evaluation.sample import main
+
+folder = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+try:
+    main(sys.argv[1:])
+except Exception as error:
+    folder.with_name(f"error-{os.environ['RANK']}").write_text(f"{type(error).__name__}: {error}")
+"""
+
+
 @pytest.mark.slow
-def test_an_error_of_one_process_ends_all(checkpoint, tmp_path):
-    folder = tmp_path / "samples"
+@pytest.mark.parametrize("num_images", [2000, 4])  # it fails between chunks, and after the last one
+def test_an_error_of_writing_in_one_process_ends_all(checkpoint, tmp_path, num_images):
+    folder, script = tmp_path / "samples", tmp_path / "script.py"
     (folder / "chunks" / "000001.json").mkdir(parents=True)  # the second process cannot write its note
-    arguments = command(checkpoint, folder, "--num_images", "2000")
-    output = run_command([*torchrun(tmp_path / "logs"), SCRIPT, *arguments], tmp_path / "output", succeeds=False)
-    assert "000001.json" in output
+    script.write_text(NOTES_ERRORS)
+    arguments = command(checkpoint, folder, "--num_images", str(num_images))
+    run_command([*torchrun(tmp_path / "logs"), script, *arguments], tmp_path / "output")
+    errors = [(tmp_path / f"error-{rank}").read_text() for rank in range(2)]
+    assert errors[0].startswith("OtherProcessError: Another process failed: ") and "000001.json" in errors[0]
+    assert errors[1].startswith("IsADirectoryError: ") and "000001.json" in errors[1]
     found = {path.name for path in folder.glob("chunks/0*.json")}
-    assert {"000001.json"} < found <= {"000000.json", "000001.json", "000002.json"}
+    assert {"000001.json"} < found <= {f"{chunk:06d}.json" for chunk in range(4)}

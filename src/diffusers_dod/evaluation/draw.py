@@ -151,7 +151,9 @@ class Drawing:
         self.options = options
         self.wanted = wanted
         self.checkpoint = identify_checkpoint(options.checkpoint, options.lora_weights)
-        pipeline = load_pipeline(options.checkpoint, options.lora_weights, options.dtype)
+        pipeline = load_pipeline(
+            options.checkpoint, options.lora_weights, options.dtype, options.token_prior.use_token_prior
+        )
         self.pipeline = pipeline.to(options.device)
         self.labels = self._find_labels()
         self.original = None if options.image is None else self._read_original(options.image)

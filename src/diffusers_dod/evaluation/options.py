@@ -136,7 +136,9 @@ def read_batches(
         yield indices[start : start + batch_size], batch["image"], torch.as_tensor(batch["label"])
 
 
-def load_pipeline(path: str, lora_weights: str | None = None, dtype: str = "float32") -> DoDPipeline:
+def load_pipeline(
+    path: str, lora_weights: str | None = None, dtype: str = "float32", use_token_prior: bool = False
+) -> DoDPipeline:
     """
     Loads the pipeline of a command, without a bar of its progress.
 
@@ -145,13 +147,15 @@ def load_pipeline(path: str, lora_weights: str | None = None, dtype: str = "floa
         lora_weights (`str`, *optional*): LoRA adapters that it gets, see [`find_lora_file`]. If they are of other
             classes, it gets these, too, each from its null class; it has no token prior then.
         dtype (`str`, defaults to `"float32"`): Name of the data type of the weights.
+        use_token_prior (`bool`, defaults to `False`): Whether the command needs the pipeline's token prior.
 
     Returns:
         [`DoDPipeline`], on the CPU.
 
     Raises:
         `OSError`: there is no such pipeline, or there are no such adapters.
-        `ValueError`: a file is something else or damaged, or the adapters do not fit the pipeline.
+        `ValueError`: a file is something else or damaged, the adapters do not fit the pipeline, or they are of other
+            classes than the token prior that is needed.
         `ImportError`: PEFT is not installed.
     """
     path, loading = find_shipped(path), {"dtype": DTYPES[dtype]}
@@ -161,7 +165,14 @@ def load_pipeline(path: str, lora_weights: str | None = None, dtype: str = "floa
         if not is_peft_available():
             raise ImportError("`lora_weights` needs PEFT: `pip install 'diffusers-dod[lora]'`.")
         file = find_lora_file(lora_weights)
-        pipeline = DoDPipeline.from_pretrained(path, **_find_class_arguments(path, file, loading), **loading)
+        arguments = _find_class_arguments(path, file, loading)
+        has_token_prior = (DoDPipeline.load_config(path).get("token_prior") or [None])[0] is not None
+        if use_token_prior and has_token_prior and "token_prior" in arguments:
+            raise ValueError(
+                f"`use_token_prior` must be False with adapters of other classes than those of {path}, which are all "
+                f"that its token prior knows, got True with {lora_weights}."
+            )
+        pipeline = DoDPipeline.from_pretrained(path, **arguments, **loading)
         try:
             pipeline.load_lora_weights(file)
         except (RuntimeError, ValueError) as error:  # the former of PyTorch, for weights of other shapes

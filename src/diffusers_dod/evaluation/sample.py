@@ -23,9 +23,9 @@ import logging
 import shutil
 import zipfile
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -462,7 +462,12 @@ def sample(options: SamplingOptions, accelerator: Accelerator) -> list[dict[str,
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
     torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each shape, of which adaptive steps have many
     with accelerator.local_main_process_first():  # which downloads what is on the Hub
-        pipeline = load_pipeline(options.pretrained_model_name_or_path, options.lora_weights, options.dtype)
+        pipeline = load_pipeline(
+            options.pretrained_model_name_or_path,
+            options.lora_weights,
+            options.dtype,
+            use_token_prior=options.call.token_prior.use_token_prior,
+        )
         settings = sample_settings(options, pipeline)
         guidance = load_guidance(options)
     pipeline.to(accelerator.device)
@@ -540,16 +545,17 @@ def _sample_chunks(
                 for chunk in dealt[accelerator.process_index :][:1]:
                     indices = first.indices(chunk)
                     known = first.labels is not None
-                    stages = pipeline(
-                        first.labels[indices.start : indices.stop] if known else [None] * len(indices),
-                        seed=options.seed,
-                        sample_indices=indices,
-                        output_type="np",
-                        return_stages=options.all_stages,
-                        return_dict=False,
-                        guidance=guidance,
-                        **call,
-                    )[-1]
+                    with _with_notes(pending):
+                        stages = pipeline(
+                            first.labels[indices.start : indices.stop] if known else [None] * len(indices),
+                            seed=options.seed,
+                            sample_indices=indices,
+                            output_type="np",
+                            return_stages=options.all_stages,
+                            return_dict=False,
+                            guidance=guidance,
+                            **call,
+                        )[-1]
                     pending.append(writer.submit(write, chunk, stages))
                 while len(pending) > options.write_while_sampling:
                     pending.popleft().result()
@@ -557,6 +563,18 @@ def _sample_chunks(
         with all_or_none():
             while pending:
                 pending.popleft().result()
+
+
+@contextmanager
+def _with_notes(pending: Iterable[Future[None]]) -> Iterator[None]:
+    """Context in which an error of sampling hides none of writing: that is a note of it."""
+    try:
+        yield
+    except Exception as error:
+        for future in pending:
+            if (other := future.exception()) is not None:
+                error.add_note(f"Before that, images could not be written: {other}")
+        raise
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -339,7 +339,9 @@ class Sweep:
             `ValueError`: see [`Sweep.run_setting`] and [`write_average`].
         """
         options = self.options
-        pipeline = load_pipeline(str(self.checkpoint), options.lora_weights)
+        pipeline = load_pipeline(
+            str(self.checkpoint), options.lora_weights, use_token_prior=options.token_prior.use_token_prior
+        )
         side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
         num_classes = None if options.labels == "null" else pipeline.transformer.config.num_classes
         self.evaluator.check((side, side), num_classes)  # before anything is sampled
