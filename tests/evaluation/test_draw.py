@@ -177,6 +177,10 @@ def test_what_cannot_be_drawn_again_is_refused(grid, tmp_path):
         call("--like", change(grid, checkpoint={"path": "own"}), *output)  # as a demo of a folder says it
     with pytest.raises(ValueError, match="`count` must be an integer >= 1, got 0"):
         call("--like", change(grid, options={"count": 0}), *output)
+    too_large = {"count": 400_000, "height": 65_537, "width": 10**9, "stages": 1001, "steps": [10**7]}
+    for name, value in too_large.items():
+        with pytest.raises(ValueError, match=says(f"`{name}` must be", "got")):
+            call("--like", change(grid, options={name: value}), *output)
     others = {"class_labels": 5, "count": None, "all_stages": 1, "seed": 1.5, "steps": ["1"], "image": 3}
     for name, value in others.items():
         with pytest.raises(TypeError, match=f"`{name}` must be of type"):
@@ -200,6 +204,10 @@ def test_an_image_of_the_demo_is_drawn_again(tmp_path, capsys):
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "demo.png").read_bytes()
     with pytest.raises(ValueError, match=says("`like`", "one of the 4 images of its settings")):
         call("--like", change(tmp_path / "demo.png", options={"sample_index": 7}), "-o", tmp_path / "again.png")
+    too_large = {"batch_size": 10_001, "num_images": 5001, "size": 64 * SIDE + 2, "steps": 10**7}
+    for name, value in too_large.items():
+        with pytest.raises(ValueError, match=says(f"`{name}` must be", "got")):
+            call("--like", change(tmp_path / "demo.png", options={name: value}), "-o", tmp_path / "again.png")
     with pytest.raises(TypeError, match=says("`classes`", "list")):
         call("--like", change(tmp_path / "demo.png", options={"classes": 3}), "-o", tmp_path / "again.png")
 

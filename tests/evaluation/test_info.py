@@ -1,6 +1,7 @@
 """`dod info`: everything that the package writes is recognised, and nothing else is."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -104,12 +105,39 @@ def test_results_and_images(tmp_path):
     ]
     image = tmp_path / "image.png"
     checkpoint = {"path": "user/name", "sha256": "0" * 64}
-    save_with_settings(noise_image(8, 8), image, "sample", {"seed": 3}, checkpoint=checkpoint, device="cpu")
+    options = {"class_labels": ["marble"], "seed": 3}
+    save_with_settings(noise_image(8, 8), image, "sample", options, checkpoint=checkpoint, device="cpu")
     found = describe(str(image))
     assert found.facts["seed"] == "3" and found.commands == [f"dod sample --like {image} -o again.png"]
     noise_image(8, 8).save(image)
     with pytest.raises(ValueError, match="without any"):
         describe(str(image))
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "fragments"),
+    [
+        ("other", {}, ["drawn by `dod sample` or `dod demo`", "'other'"]),
+        ("sample", {"class_labels": ["marble"], "image": "gone.jpg"}, ["an image that is still there", "gone.jpg"]),
+        ("sample", {"class_labels": ["marble"], "count": 1_000_001}, ["`count`", "at most 1000000", "1000001"]),
+        ("demo", {"mode": "variations"}, ["an image of a photo"]),
+        ("demo", {"mode": "between", "photos": [0]}, ["an image of a photo"]),
+        ("demo", {"num_images": 10_001}, ["`num_images`", "at most 10000", "10001"]),
+    ],
+)
+def test_an_image_that_cannot_be_drawn_again_is_not_suggested(tmp_path, task, options, fragments):
+    image, checkpoint = tmp_path / "image.png", {"path": "user/name", "sha256": "0" * 64}
+    save_with_settings(noise_image(8, 8), image, task, options, checkpoint=checkpoint, device="cpu")
+    found = describe(str(image))
+    assert found.commands == [] and re.search(says(*fragments), found.facts["drawn again"])
+
+
+def test_an_image_of_a_demo_of_a_folder_needs_its_checkpoint(tmp_path):
+    image, part = tmp_path / "image.png", {"path": "own", "sha256": "0" * 64}
+    checkpoint = part | {"lora_weights": part | {"path": "my adapters"}}
+    save_with_settings(noise_image(8, 8), image, "demo", {"seed": 3}, checkpoint=checkpoint, device="cpu")
+    others = "--checkpoint .../own --lora_weights '.../my adapters'"
+    assert describe(str(image)).commands == [f"dod sample --like {image} {others} -o again.png"]
 
 
 def test_what_is_nothing_of_the_package(tmp_path, capsys, monkeypatch):

@@ -156,7 +156,10 @@ def test_an_image_of_the_demo_is_drawn_again_with_its_adapters(world, tmp_path, 
     pipe, identity = open_pipeline(DemoOptions(**options))
     assert (identity["path"], identity["lora_weights"]["path"]) == ("pipeline", "one")
     sampler = gallery.Sampler(pipe, gallery.Limits(), identity)
-    result = sampler.sample(gallery.Settings(num_images=1, steps=1))
+    settings = gallery.Settings(num_images=1, steps=1)
+    assert "FLOP</b> without the adapters." in sampler.cost(settings).to_html()
+    assert "FLOP</b>." in gallery.Sampler(pipe, gallery.Limits(), {}).cost(settings).to_html()
+    result = sampler.sample(settings)
     sampler.save(result.rows[0][1], tmp_path / "demo.png")
     argv = ["--like", str(tmp_path / "demo.png"), "-o", str(tmp_path / "again.png"), "--device", "cpu"]
     draw.main([*argv, "--checkpoint", options["checkpoint"], "--lora_weights", options["lora_weights"]])

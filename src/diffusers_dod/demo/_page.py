@@ -17,7 +17,6 @@ from ..evaluation.gallery import (
     FIXED_SOLVERS,
     MAX_SCALE,
     MODES,
-    Cost,
     Result,
     Sampler,
     Settings,
@@ -374,20 +373,10 @@ class Page:
     def _show_scales(self, num_stages: int) -> list:
         return [gr.update(visible=number < num_stages) for number in range(self.max_stages)]
 
-    def _describe(self, cost: Cost) -> str:
-        unit, size = next(
-            (u, s) for u, s in (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)) if cost.flops >= s or s == 1e6
-        )
-        images = "image" if cost.num_images == 1 else "images"
-        return (
-            f"<b>{cost.num_images} {images}</b> for <b>{cost.num_evaluations:,}</b> evaluations of the model, "
-            f"<b>{cost.flops / size:.3g} {unit}</b>."
-        )
-
     def _show_cost(self, *values) -> tuple[str, Any]:
         try:
             settings, photos = self._split(values)
-            return self._describe(self.sampler.cost(settings, photos)), to_query(settings)
+            return self.sampler.cost(settings, photos).to_html(), to_query(settings)
         except gr.Error as error:
             return _error(error.message), gr.skip()
         except FOR_VISITORS as error:

@@ -23,6 +23,7 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..checks import MAX_IMAGES, MAX_SIDE, MAX_STEPS
 from ..command_line import run_main
 from ..data.image_folder import IMAGE_SUFFIXES
 from ..data.image_grid import make_grid
@@ -42,7 +43,7 @@ from ..options import (
     to_json,
     to_values,
 )
-from ..pipeline_dod import DoDPipeline
+from ..pipeline_dod import MAX_STAGES, DoDPipeline
 from ..pipeline_inputs import find_image_size
 from ..results import check_same_checkpoint, describe_versions, identify_checkpoint
 from ..sampling_options import TokenPriorOptions
@@ -74,9 +75,11 @@ class DrawingOptions:
     image: Path | None = option(None, help="Image in place of stage 1: variations of it are drawn.")
     count: int = option(1, at_least=1, help="Number of images of each class.")
     all_stages: bool = option(False, aliases=("all-stages",), help="Show each stage, not the last one alone.")
-    stages: int | None = option(None, at_least=1, help="Number of stages; the checkpoint's by default.")
+    stages: int | None = option(
+        None, at_least=1, at_most=MAX_STAGES, help="Number of stages; the checkpoint's by default."
+    )
     steps: tuple[int, ...] | None = option(
-        None, at_least=1, help="Steps of all stages, or of each; the checkpoint's by default."
+        None, at_least=1, at_most=MAX_STEPS, help="Steps of all stages, or of each; the checkpoint's by default."
     )
     scale: tuple[float, ...] | None = option(
         None, at_least=0, help="Guidance scale from stage 2 on, or of each stage; the checkpoint's by default."
@@ -85,8 +88,12 @@ class DrawingOptions:
         None, choices=SOLVERS, help="Solver of all stages, or of each; the checkpoint's by default."
     )
     seed: int = option(0, at_least=0, below=2**63, help="Seed of the noise.")
-    height: int | None = option(None, at_least=1, help="Height in pixels; the trained size by default.")
-    width: int | None = option(None, at_least=1, help="Width in pixels; the trained size by default.")
+    height: int | None = option(
+        None, at_least=1, at_most=MAX_SIDE, help="Height in pixels; the trained size by default."
+    )
+    width: int | None = option(
+        None, at_least=1, at_most=MAX_SIDE, help="Width in pixels; the trained size by default."
+    )
     checkpoint: str = option(DESK_CHECKPOINT, help="Pipeline (folder or Hub id); this one comes with the package.")
     lora_weights: str | None = lora_weights_option()
     batch_size: int = option(16, at_least=1, help="Images at a time.")
@@ -107,6 +114,8 @@ class DrawingOptions:
             found.append(f"`output` must be a folder or end with {SUFFIX}, got {self.output}.")
         if self.like is None and not self.class_labels:
             found.append(f"`class_labels` must name at least one class, or be `{NULL}` for no class, got none.")
+        if (total := len(self.class_labels) * self.count) > MAX_IMAGES:
+            found.append(f"`count` must be for at most {MAX_IMAGES} images of all classes, got {total}.")
         if self.like is not None and (others := find_given(self).keys() - UNRECORDED):
             found.append(f"`like` must be given without other settings, got {', '.join(sorted(others))}.")
         return found
@@ -391,6 +400,38 @@ def recall(options: DrawingOptions, settings: ImageSettings) -> DrawingOptions:
     return recalled
 
 
+def check_like(options: DrawingOptions, settings: ImageSettings) -> None:
+    """
+    Raises unless an image can be drawn again, as far as its file tells.
+
+    Args:
+        options ([`DrawingOptions`]): Options with `like`.
+        settings ([`ImageSettings`]): The settings in the file.
+
+    Raises:
+        `OSError`, `ValueError`, `TypeError`: another command has drawn it, see [`recall`] and [`gallery.recall`].
+    """
+    if settings["task"] not in (TASK, gallery.TASK):
+        raise ValueError(
+            f"`like` must be drawn by `dod sample` or `dod demo`, got {options.like} of {settings['task']!r}."
+        )
+    if settings["task"] == TASK:
+        recall(options, settings)
+    else:
+        gallery.recall(settings["options"])
+
+
+def _find_places(settings: ImageSettings) -> dict[str, str | None]:
+    checkpoint = settings["checkpoint"]
+    return {"checkpoint": checkpoint["path"], "lora_weights": checkpoint.get("lora_weights", {}).get("path")}
+
+
+def find_names(settings: ImageSettings) -> dict[str, str]:
+    """Options that `like` needs beside it: what the `settings` know by name alone, as those of the demo may."""
+    places = _find_places(settings).items()
+    return {name: place for name, place in places if place and "/" not in place and not Path(place).exists()}
+
+
 def recall_checkpoint(options: DrawingOptions, settings: ImageSettings) -> DrawingOptions:
     """
     Finds the pipeline that an image was drawn with.
@@ -405,14 +446,13 @@ def recall_checkpoint(options: DrawingOptions, settings: ImageSettings) -> Drawi
     Raises:
         `OSError`, `ValueError`: they are not there, or others.
     """
-    checkpoint, given = settings["checkpoint"], find_given(options)
-    places = {"checkpoint": checkpoint["path"], "lora_weights": checkpoint.get("lora_weights", {}).get("path")}
-    for name, place in places.items():
-        if name not in given and place is not None and "/" not in place and not Path(place).exists():
+    given, places = find_given(options), _find_places(settings)
+    for name, place in find_names(settings).items():
+        if name not in given:
             raise ValueError(f"`{name}` must be given with `like`: {options.like} knows the name {place!r} alone.")
     options = replace_values(options, **{name: given.get(name, place) for name, place in places.items()})
     found = identify_checkpoint(options.checkpoint, options.lora_weights)
-    check_same_checkpoint(checkpoint, found, f"what {options.like} was drawn with")
+    check_same_checkpoint(settings["checkpoint"], found, f"what {options.like} was drawn with")
     return options
 
 
@@ -441,10 +481,7 @@ def draw_again(options: DrawingOptions) -> bool:
         `ValueError`, `TypeError`: the image cannot be drawn again, or something else is in the way.
     """
     settings = read_image_settings(options.like, "like")
-    if settings["task"] not in (TASK, gallery.TASK):
-        raise ValueError(
-            f"`like` must be drawn by `dod sample` or `dod demo`, got {options.like} of {settings['task']!r}."
-        )
+    check_like(options, settings)
     if not options.is_grid:
         raise ValueError(f"`output` must be a file that ends with {SUFFIX}, got {options.output}.")
     options = recall_checkpoint(options, settings)

@@ -7,7 +7,6 @@ Every image of a later stage has a start: a sample of stage 1 or a photo. Latent
 two starts, are its prior. So all modes are one sampling of starts, and one of images.
 """
 
-import math
 import queue
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from ..compute import ModelCost, count_model, sampling_compute
 from ..image_reading import cover_and_crop
 from ..image_settings import save_with_settings
 from ..options import check_options, check_types, from_values, list_options, option, to_json, to_values
-from ..pipeline_dod import MAX_STAGES, DoDPipeline
+from ..pipeline_dod import DoDPipeline
 from ..results import CheckpointIdentity
 from ..tableaus import SOLVERS
 
@@ -32,6 +31,8 @@ TASK = "demo"
 MODES = ("classes", "variations", "between", "grid")
 FIXED_SOLVERS = tuple(name for name, solver in SOLVERS.items() if not solver.is_adaptive)
 MAX_SCALE = 20.0
+MAX_AT_ONCE = 10_000  # images, of which a server may draw fewer
+MAX_SIZE_FACTOR = 64
 PHOTO_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 #: Called after each step with their number so far, that of all steps, and the stage. It may raise [`Stopped`].
 Report = Callable[[int, int, int], None]
@@ -47,10 +48,14 @@ class Limits:
     """The most that a visitor may ask for at once. The server checks it, whatever the page allows."""
 
     max_stages: int = option(4, at_least=1, at_most=8, help="Stages.")
-    max_inference_steps: int = option(100, at_least=1, help="Steps of a stage.")
-    max_images: int = option(32, at_least=1, help="Images of the last stage.")
-    max_batch_size: int = option(16, at_least=1, help="Images at a time; more are drawn one batch after the other.")
-    max_size_factor: float = option(2.0, at_least=1, help="Sides of an image, as a multiple of the trained ones.")
+    max_inference_steps: int = option(100, at_least=1, at_most=MAX_STEPS, help="Steps of a stage.")
+    max_images: int = option(32, at_least=1, at_most=MAX_AT_ONCE, help="Images of the last stage.")
+    max_batch_size: int = option(
+        16, at_least=1, at_most=MAX_AT_ONCE, help="Images at a time; more are drawn one batch after the other."
+    )
+    max_size_factor: float = option(
+        2.0, at_least=1, at_most=MAX_SIZE_FACTOR, help="Sides of an image, as a multiple of the trained ones."
+    )
     max_upload_mb: int = option(20, at_least=1, help="Megabytes of a photo.")
     max_megapixels: int = option(50, at_least=1, help="Millions of pixels of a photo.")
     max_waiting: int = option(50, at_least=1, help="Visitors who wait for their turn; others are sent away.")
@@ -206,12 +211,24 @@ class Cost:
         num_evaluations (`int`): Evaluations of the model, an image and a guided half each counted on its own.
         flops (`float`): Floating-point operations.
         num_steps (`int`): Steps that are reported.
+        has_adapters (`bool`): Whether there are adapters, which `flops` is without.
     """
 
     num_images: int
     num_evaluations: int
     flops: float
     num_steps: int
+    has_adapters: bool
+
+    def to_html(self) -> str:
+        """Says it for the visitor."""
+        units = ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)
+        unit, size = next((unit, size) for unit, size in units if self.flops >= size or size == 1e6)
+        images = "image" if self.num_images == 1 else "images"
+        return (
+            f"<b>{self.num_images} {images}</b> for <b>{self.num_evaluations:,}</b> evaluations of the model, "
+            f"<b>{self.flops / size:.3g} {unit}</b>{' without the adapters' if self.has_adapters else ''}."
+        )
 
 
 def open_photo(path: Path, limits: Limits, height: int, width: int) -> Image.Image:
@@ -325,7 +342,7 @@ class Sampler:
             photos (`Collection[int]`, defaults to `()`): Which of the starts are photos.
 
         Returns:
-            [`Cost`]: Without the autoencoder, and the latent embedder on photos.
+            [`Cost`]: Without the autoencoder, adapters, and the latent embedder on photos.
         """
         side = settings.size or trained_size(self.pipe)
         if side not in self._costs:
@@ -347,7 +364,7 @@ class Sampler:
             for stage in count([1.0, *batch[0].scales])[1:]:
                 evaluations += len(batch) * (stage["num_evaluations"] + stage["num_guided_evaluations"])
                 flops, steps = flops + len(batch) * stage["flops"], steps + stage["num_evaluations"]
-        return Cost(len(wanted), evaluations, flops, steps)
+        return Cost(len(wanted), evaluations, flops, steps, "lora_weights" in self.checkpoint)
 
     def sample(
         self, settings: Settings, photos: Mapping[int, Image.Image] | None = None, report: Report | None = None
@@ -461,6 +478,36 @@ class Sampler:
             save_with_settings(drawn.image, path, TASK, **about)
 
 
+def recall(options: Mapping[str, Any]) -> tuple[Settings, Limits]:
+    """
+    Finds what an image of the demo was drawn with.
+
+    Args:
+        options (`Mapping[str, Any]`): The settings in the image's file, which may come from anybody.
+
+    Returns:
+        `tuple[Settings, Limits]`: The settings of the visitor, and the widest limits of a server with that batch size.
+
+    Raises:
+        `ValueError`, `TypeError`: settings are out of range or beyond what any server draws, or the image was drawn
+            from a photo.
+    """
+    values = {name: options[name] for name in list_options(Settings) if name in options}
+    check_types(Settings, values)
+    batch_size = options.get("batch_size", Limits.max_batch_size)
+    check_at_least("batch_size", batch_size, 1, MAX_AT_ONCE)
+    if options.get("photos") or values.get("mode") == "variations":
+        raise ValueError(
+            "`like` must be drawn from classes alone, got an image of a photo, which its file does not hold."
+        )
+    settings = from_values(Settings, values)
+    check_options(settings)
+    if (total := count_images(settings)) > MAX_AT_ONCE:
+        raise ValueError(f"`num_images` must be for at most {MAX_AT_ONCE} images of all rows, got {total}.")
+    widest = {name: field.option.at_most for name, field in list_options(Limits).items() if field.option.at_most}
+    return settings, Limits(**widest | {"max_batch_size": batch_size})
+
+
 def draw_again(pipe: DoDPipeline, options: Mapping[str, Any]) -> Image.Image:
     """
     Draws an image of the demo again, in the same batch.
@@ -473,25 +520,9 @@ def draw_again(pipe: DoDPipeline, options: Mapping[str, Any]) -> Image.Image:
         `PIL.Image.Image`: The image.
 
     Raises:
-        `ValueError`, `TypeError`: settings are out of range, or the image was drawn from a photo.
+        `ValueError`, `TypeError`: see [`recall`]; or the settings do not fit the pipeline.
     """
-    values = {name: options[name] for name in list_options(Settings) if name in options}
-    check_types(Settings, values)
-    batch_size = options.get("batch_size", Limits.max_batch_size)
-    check_at_least("batch_size", batch_size, 1)
-    if options.get("photos") or values.get("mode") == "variations":
-        raise ValueError(
-            "`like` must be drawn from classes alone, got an image of a photo, which its file does not hold."
-        )
-    settings = from_values(Settings, values)
-    most = max(1, count_images(settings))
-    limits = Limits(
-        max_stages=MAX_STAGES,
-        max_inference_steps=MAX_STEPS,
-        max_images=most,
-        max_batch_size=batch_size,
-        max_size_factor=math.inf,
-    )
+    settings, limits = recall(options)
     result = Sampler(pipe, limits, {"path": "", "sha256": ""}).sample(settings)
     for drawn in (drawn for row in result.rows for drawn in row):
         if all(drawn.options.get(name) == value for name, value in options.items()):

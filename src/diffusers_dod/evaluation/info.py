@@ -8,7 +8,7 @@ Says what a folder or a file of this package is, and which commands go on with i
     dod info user/dod-b                    a repository on the Hub, of which it reads no weights
     dod info training/accelerate/fsdp2.yaml --path   where a file that comes with the package is
 
-Nothing is loaded, and hashes are computed with `--hash` alone.
+Nothing is loaded, and hashes are computed with `--hash` alone, but for that of the photo that an image came from.
 """
 
 import json
@@ -35,6 +35,7 @@ from ..options import option, parse_options
 from ..records import check_safetensors_header, find_record, read_lines, read_record
 from ..results import checkpoint_sha256, read_results
 from ..shipped import find_shipped
+from . import draw
 from .images import CHUNKS, SAMPLES_MANIFEST, SamplesManifest
 
 
@@ -365,7 +366,15 @@ def describe_image(path: Path, name: str, with_hash: bool) -> Description | None
         **options,
         "versions": _format_versions(settings["versions"]),
     }
-    commands = [f"dod sample --like {shlex.quote(name)} -o again.png"]
+    try:
+        draw.check_like(draw.DrawingOptions(like=path, output=Path("again.png")), settings)
+    except (OSError, TypeError, ValueError) as error:
+        facts["drawn again"], commands = f"not possible: {error}", []
+    else:
+        others = "".join(
+            f" --{option} {shlex.quote(f'.../{place}')}" for option, place in draw.find_names(settings).items()
+        )
+        commands = [f"dod sample --like {shlex.quote(name)}{others} -o again.png"]
     return Description(f"Image of the command {settings['task']}", facts, commands)
 
 
