@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffusers_dod.compute import TrainingStep, count_kept_bytes, count_work, training_work
+from diffusers_dod.compute import TrainingStep, count_kept_bytes, count_work, training_cost, training_work
 from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.operations import Operation, OperationCounter, Work
 from diffusers_dod.presets import PRESETS
@@ -71,11 +71,6 @@ def test_the_roofline_takes_the_longer_time():
     assert seconds == {True: 2 * 10 + 100 + 50, False: 9}
 
 
-def test_blocks_are_added():
-    one, two = Work(a=3, b=1), Work(a=5, b=1, c=2)
-    assert one.deepened(two, 3) == Work(a=9, b=1, c=6)
-
-
 # ------------------------------------------------------------------------------- the largest model, at its full width
 
 
@@ -131,6 +126,8 @@ def test_a_block_samples_within_its_bounds():
 @pytest.mark.slow
 def test_a_step_of_the_largest_model_is_within_its_bounds():
     work, kept = training(28)
-    assert training_work(XL, LATENTS, 1000, TrainingStep(batch_size=BATCH_SIZE)) == work
+    step = TrainingStep(batch_size=BATCH_SIZE)
+    assert training_work(XL, LATENTS, 1000, step) == work
+    assert training_cost(XL, LATENTS, 1000, step).activation_bytes == kept
     assert work.num_operations <= 4_000 and work.num_bytes <= 170e9
     assert kept <= BATCH_SIZE * 491e6

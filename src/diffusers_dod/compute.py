@@ -6,7 +6,9 @@ A multiply-add is 2 FLOPs. Models are on the meta device or fake, so that nothin
 """
 
 import copy
+import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -37,6 +39,7 @@ from .transformer_dod import DoDTransformer2DModel
 _FLOAT_BYTES = 4  # weights, gradients, moments and averages are in fp32
 
 F = TypeVar("F", bound=Callable)
+C = TypeVar("C", bound=Counter)
 
 
 def _counted_once(count: F) -> F:
@@ -277,6 +280,51 @@ class TrainingStep:
     lora: LoraOptions = field(default_factory=LoraOptions)
 
 
+def _prior_share(preset: Preset, options: TrainingStep) -> float:
+    """Share of the images that have a prior."""
+    return 0.0 if preset.latent_embedder_config is None else 1 - options.prior_dropout_prob
+
+
+def _count_by_blocks(preset: Preset, count: Callable[[Preset], C]) -> C:
+    """What `count` counts in a model, from backbones of one and of two blocks: other blocks are like the second."""
+    num_layers = preset.transformer_config["num_layers"]
+    one, *deeper = (
+        count(replace(preset, transformer_config={**preset.transformer_config, "num_layers": depth}))
+        for depth in range(1, min(num_layers, 2) + 1)
+    )
+    for two in deeper:
+        return type(one)({key: one[key] + (num_layers - 1) * (two[key] - one[key]) for key in {*one, *two}})
+    return one
+
+
+def _count_step(
+    preset: Preset, latent_shape: tuple[int, int, int], num_classes: int, options: TrainingStep
+) -> tuple[Counter[Any], int]:
+    """Counts all that blocks add to, and the bytes of the largest block if it is computed again, or 0."""
+    model, fake = (_joint_model(preset, latent_shape, num_classes, options) for _ in range(2))
+    prior_share = _prior_share(preset, options)
+    if options.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    counts: Counter[Any] = Counter()
+    for num_priors in {math.floor(prior_share), math.ceil(prior_share)}:
+        flops = count_flops(model, latent_shape, num_priors)
+        counts["forward", num_priors], counts["training", num_priors] = flops
+    with FakeTensorMode():
+        fake = _with_fake_weights(fake)
+        batch, num_priors = _empty_batch(options.batch_size, latent_shape), round(prior_share * options.batch_size)
+        largest_block = 0
+        if options.gradient_checkpointing:
+            _, largest_block = count_kept_bytes(fake, batch, num_priors, options.mixed_precision)
+            fake.enable_gradient_checkpointing()
+        counts["kept"], _ = count_kept_bytes(fake, batch, num_priors, options.mixed_precision)
+    trainable = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    counts["trainable"] = sum(trainable)
+    counts["moments"] = sum(_moment_bytes(number, options.optimizer) for number in trainable)
+    counts["backbone"] = sum(parameter.numel() for parameter in model.transformer.parameters())
+    counts["all"] = sum(parameter.numel() for parameter in model.parameters())
+    return counts, largest_block
+
+
 @_counted_once
 def training_cost(
     preset: Preset,
@@ -289,7 +337,8 @@ def training_cost(
 
     One image with and one without a prior are counted, and mixed by their shares. Bytes are those of a micro-batch
     with the expected number of priors. With gradient checkpointing they are the kept tensors and the
-    largest block, which is computed again.
+    largest block, which is computed again. Backbones of one and of two blocks are counted; other blocks are like the
+    second.
 
     Args:
         preset ([`Preset`]): The model.
@@ -307,38 +356,30 @@ def training_cost(
         raise ValueError(f"`latent_shape` must be three integers (C, h, w), got {latent_shape}.")
     options = options or TrainingStep()
     check_options(options)
-    prior_share = 0.0 if preset.latent_embedder_config is None else 1 - options.prior_dropout_prob
-
-    model = _joint_model(preset, latent_shape, num_classes, options)
-    if options.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+    prior_share = _prior_share(preset, options)
     shares = {num_priors: share for num_priors, share in ((0, 1 - prior_share), (1, prior_share)) if share > 0}
-    counts = {num_priors: count_flops(model, latent_shape, num_priors) for num_priors in shares}
+    largest_blocks = []
+
+    def count(preset: Preset) -> Counter[Any]:
+        counts, largest_block = _count_step(preset, latent_shape, num_classes, options)
+        largest_blocks.append(largest_block)
+        return counts
+
+    counts = _count_by_blocks(preset, count)
     forward, training = (
-        sum(share * counts[num_priors][index] for num_priors, share in shares.items()) for index in (0, 1)
+        sum(share * counts[name, num_priors] for num_priors, share in shares.items())
+        for name in ("forward", "training")
     )
-
-    fake = _joint_model(preset, latent_shape, num_classes, options)
-    with FakeTensorMode():
-        fake = _with_fake_weights(fake)
-        batch, num_priors = _empty_batch(options.batch_size, latent_shape), round(prior_share * options.batch_size)
-        activations, largest_block = count_kept_bytes(fake, batch, num_priors, options.mixed_precision)
-        if options.gradient_checkpointing:
-            fake.enable_gradient_checkpointing()
-            activations = largest_block + count_kept_bytes(fake, batch, num_priors, options.mixed_precision)[0]
-
-    embedder = [] if model.latent_embedder is None else [*model.latent_embedder.parameters()]
-    trainable = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     return TrainingCost(
-        backbone_parameters=sum(parameter.numel() for parameter in model.transformer.parameters()),
-        latent_embedder_parameters=sum(parameter.numel() for parameter in embedder),
-        trainable_parameters=sum(trainable),
+        backbone_parameters=counts["backbone"],
+        latent_embedder_parameters=counts["all"] - counts["backbone"],
+        trainable_parameters=counts["trainable"],
         forward_flops=forward,
         training_flops=training,
-        moment_bytes=sum(_moment_bytes(count, options.optimizer) for count in trainable),
+        moment_bytes=counts["moments"],
         num_averages=options.num_averages,
-        activation_bytes=activations,
-        averaged_parameters=None if options.lora.lora_rank is None else sum(trainable),
+        activation_bytes=counts["kept"] + max(largest_blocks),
+        averaged_parameters=None if options.lora.lora_rank is None else counts["trainable"],
     )
 
 
@@ -367,20 +408,17 @@ def training_work(
     """
     options = options or TrainingStep()
     check_options(options)
-    prior_share = 0.0 if preset.latent_embedder_config is None else 1 - options.prior_dropout_prob
-    num_layers = preset.transformer_config["num_layers"]
-    works = []
-    for depth in range(1, min(num_layers, 2) + 1):
-        shallow = replace(preset, transformer_config={**preset.transformer_config, "num_layers": depth})
-        model = _joint_model(shallow, latent_shape, num_classes, options)
+    num_priors = round(_prior_share(preset, options) * options.batch_size)
+
+    def count(preset: Preset) -> Work:
+        model = _joint_model(preset, latent_shape, num_classes, options)
         if options.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         with FakeTensorMode():
-            model = _with_fake_weights(model)
             batch = _empty_batch(options.batch_size, latent_shape)
-            num_priors = round(prior_share * options.batch_size)
-            works.append(count_work(model, batch, num_priors, options.mixed_precision))
-    return works[0] if num_layers == 1 else works[0].deepened(works[1], num_layers - 1)
+            return count_work(_with_fake_weights(model), batch, num_priors, options.mixed_precision)
+
+    return _count_by_blocks(preset, count)
 
 
 @dataclass(frozen=True)

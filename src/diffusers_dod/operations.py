@@ -64,19 +64,6 @@ class Work(Counter):
             total[operation.flops > 0] += count * max(computing, operation.num_bytes / bandwidth)
         return total
 
-    def deepened(self, deeper: "Work", num_blocks: int) -> "Work":
-        """
-        The work of a deeper model, whose blocks are all alike.
-
-        Args:
-            deeper ([`Work`]): The work of a model that has one block more than that of this work.
-            num_blocks (`int`): How many blocks more the model has.
-
-        Returns:
-            [`Work`].
-        """
-        return Work({key: self[key] + num_blocks * (deeper[key] - self[key]) for key in {*self, *deeper}})
-
 
 _ATEN = torch.ops.aten
 FLOP_FORMULAS = flop_registry | {

@@ -18,6 +18,8 @@ from diffusers_dod.compute import (
     OPTIMIZERS,
     TrainingCost,
     TrainingStep,
+    _count_by_blocks,
+    _count_step,
     count_flops,
     count_kept_bytes,
     training_cost,
@@ -156,6 +158,42 @@ def test_gradient_checkpointing_trades_operations_for_memory():
     repeated = (checkpointed.training_flops - plain.training_flops) / plain.forward_flops
     assert 0.6 < repeated < 1
     assert checkpointed.activation_bytes < 0.6 * plain.activation_bytes
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"mixed_precision": "no", "prior_dropout_prob": 0.25},
+        # The input of the first block has no gradient, so that the second one is larger.
+        {"gradient_checkpointing": True, "lora": LoraOptions(lora_rank=4)},
+        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param({"trainable_parameters": "difffit", "optimizer": "adamw_8bit"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_blocks_after_the_second_are_like_it(step):
+    """All numbers are those of the whole model."""
+    if "lora" in step:
+        pytest.importorskip("peft")
+    preset, step = Preset(TINY["Tiny"].transformer_config | {"num_layers": 4}, LEM), TrainingStep(batch_size=4, **step)
+    found, (whole, largest_block) = (
+        training_cost(preset, SHAPE, CLASSES, step),
+        _count_step(preset, SHAPE, CLASSES, step),
+    )
+    share = step.prior_dropout_prob
+    for name in ("forward", "training"):
+        assert getattr(found, f"{name}_flops") == share * whole[name, 0] + (1 - share) * whole[name, 1]
+    assert found.activation_bytes == whole["kept"] + largest_block
+    assert (found.backbone_parameters, found.trainable_parameters) == (whole["backbone"], whole["trainable"])
+    assert found.backbone_parameters + found.latent_embedder_parameters == whole["all"]
+    assert found.moment_bytes == whole["moments"]
+
+
+def test_a_model_may_have_one_block_or_two():
+    counts = {1: Work(a=3, b=1), 2: Work(a=5, b=1, c=2)}
+    presets = [Preset({"num_layers": number}) for number in (1, 2, 4)]
+    found = [_count_by_blocks(preset, lambda one: counts[one.transformer_config["num_layers"]]) for preset in presets]
+    assert found == [counts[1], counts[2], Work(a=9, b=1, c=6)]
 
 
 def test_a_few_trainable_parameters_cost_less():
