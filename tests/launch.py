@@ -1,5 +1,9 @@
-"""Commands in processes of their own. What they wait for is long: only what hangs takes it, not what is slow."""
+"""
+Commands and functions in processes of their own. What they wait for is long: only what hangs takes it, not what is
+slow.
+"""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -7,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -72,6 +77,45 @@ def run_command(
     if (code == 0) != succeeds:
         pytest.fail(f"Exit code {code}:\n{tail(output)}", pytrace=False)
     return output.read_text()
+
+
+def run_forked(work: Callable[..., object], *arguments: object, output: Path, num_processes: int = 2) -> None:
+    """
+    Runs a function in copies of this process, which find each other as those of torchrun do, and need no imports.
+
+    All must end without an error.
+    """
+    from torch.distributed import TCPStore
+
+    context = multiprocessing.get_context("fork")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # at a port that the system chooses
+    environment = ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_processes))
+
+    def run(rank: int) -> None:
+        os.environ.update(environment | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)))
+        sys.stdout = sys.stderr = output.open("a", buffering=1)
+        for descriptor in (1, 2):
+            os.dup2(sys.stdout.fileno(), descriptor)
+        work(*arguments)
+
+    processes = [context.Process(target=run, args=(rank,)) for rank in range(num_processes)]
+    try:
+        for process in processes:
+            process.start()
+        running = {process.sentinel: process for process in processes}
+        while running:
+            ended = wait(running, PATIENCE_S)
+            if not ended:
+                pytest.fail(f"No end within {PATIENCE_S} s:\n{tail(output)}", pytrace=False)
+            for sentinel in ended:
+                if code := running.pop(sentinel).exitcode:
+                    pytest.fail(f"Exit code {code}:\n{tail(output)}", pytrace=False)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen | None = None) -> None:

@@ -1,15 +1,12 @@
 """Features from workers, processes and the cache are those of one process, to the last bit."""
 
-import multiprocessing
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import says
-from launch import run_command, torchrun
+from launch import run_command, run_forked, torchrun
 from PIL import Image
 from torch import distributed
 
@@ -87,52 +84,25 @@ def test_an_error_in_a_worker_is_that_of_the_image(sources):
     assert "Caught" not in str(caught.value)
 
 
-def run_rank(rank: int, folder: Path, names: list[str], results) -> None:
-    try:
-        distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-        for name in names:
-            results.put((name, rank, summarize(name, num_images=31)))
-        cache = FeatureCache(folder / "cache", "0" * 64)
-        for turn in ("written", "read"):
-            results.put((turn, rank, summarize(names[1], cache=cache)))
-        try:
-            features.compute_features(open_images(names[1]), extractor if rank else broken, 3)
-        except (ValueError, OtherProcessError) as error:
-            results.put(("error", rank, repr(error)))
-    except BaseException as error:
-        results.put(("failure", rank, repr(error)))
-    finally:
-        results.close()
-        results.join_thread()
-        os._exit(0)
+def check_summaries(folder: Path, expected: dict[str, FeatureSummary], whole: FeatureSummary) -> None:
+    """What each of two processes does."""
+    distributed.init_process_group("gloo")
+    for name, summary in expected.items():
+        assert_same(summarize(name, num_images=31), summary)
+    path, cache = str(folder / "png"), FeatureCache(folder / "cache", "0" * 64)
+    for _ in ("written", "read"):
+        assert_same(summarize(path, cache=cache), whole)
+    rank = distributed.get_rank()
+    with pytest.raises(OtherProcessError if rank else ValueError) as error:
+        features.compute_features(open_images(path), extractor if rank else broken, 3)
+    assert rank or "`extractor` must give finite" in str(error.value)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
 def test_two_processes_have_the_numbers_of_one(sources, tmp_path):
     Image.new("RGB", (6, 6), "white").save(Path(sources[1]) / "00.png")
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    processes = [
-        context.Process(target=run_rank, args=(rank, tmp_path, sources, results), daemon=True) for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    found = {}
-    while len(found) < 12:
-        name, rank, result = results.get(timeout=1200)
-        assert name != "failure", result
-        found[name, rank] = result
-    for process in processes:
-        process.join()
-    for name in sources:
-        expected = summarize(name, num_images=31)
-        for rank in range(2):
-            assert_same(found[name, rank], expected)
-    for turn in ("written", "read"):
-        assert_same(found[turn, 0], summarize(sources[1]))
-        assert_same(found[turn, 1], summarize(sources[1]))
+    expected = {name: summarize(name, num_images=31) for name in sources}
+    run_forked(check_summaries, tmp_path, expected, summarize(sources[1]), output=tmp_path / "output")
     assert len(list((tmp_path / "cache").iterdir())) == 1
-    assert "`extractor` must give finite" in found["error", 0] and "OtherProcessError" in found["error", 1]
 
 
 def never(images: torch.Tensor) -> torch.Tensor:

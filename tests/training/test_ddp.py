@@ -1,7 +1,6 @@
 """
-Two processes against one, with copies of the weights (DDP) and with shards of them (FSDP2). pytest starts this very
-file once under torchrun: `work` is what each process does, and the tests compare what the processes have written with
-one process that sees the joint batch.
+Two processes against one, with copies of the weights (DDP) and with shards of them (FSDP2). `work` is what each of two
+processes does, once for all tests, which compare what they have written with one process that sees the joint batch.
 """
 
 import contextlib
@@ -10,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -21,8 +19,8 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from helpers import fresh_accelerator, quicken_training
-from launch import run_command, torchrun
+from helpers import fresh_accelerator
+from launch import run_forked
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -112,6 +110,7 @@ def resume_apart(folder: Path, name: str, sees: list[str | None]) -> None:
     (folder / name / f"error-{rank}").write_text(str(error.value))
 
 
+@fresh_accelerator()
 def work(folder: Path) -> None:
     accelerator = training.build_accelerator(from_values(TrainingOptions, {"output_dir": folder}))
     assert timeouts() == [timedelta(minutes=30), timedelta(hours=24)]
@@ -156,7 +155,6 @@ def work(folder: Path) -> None:
         noted = note_dtypes(training.build_accelerator(in_bf16))
         (folder / f"dtypes-{rank}.json").write_text(json.dumps(noted))
     Accelerator.end_training = lambda self: None  # or the processes could not train again
-    quicken_training(pytest.MonkeyPatch())
 
     def train(name: str, *arguments: str) -> None:
         where = ["--train_data_dir", str(folder / "images"), "--output_dir", str(folder / name)]
@@ -196,10 +194,10 @@ def fail_to_write(folder: Path, train: Callable[..., None]) -> None:
     (folder / f"unwritten-{rank}").write_text(type(error.value).__name__)
 
 
+@fresh_accelerator()
 def work_hybrid(folder: Path) -> None:
     """Two groups of two processes, each with the whole model in shards; one step, then the other in a resumed run."""
     Accelerator.end_training = lambda self: None  # or the processes could not train again
-    quicken_training(pytest.MonkeyPatch())
     run = ["--train_data_dir", folder / "images", "--output_dir", folder / "hybrid", "--train_batch_size", 1]
     train, meshes = training.Trainer.train, []
 
@@ -279,8 +277,7 @@ def folder(tmp_path_factory) -> Path:
             Image.radial_gradient("L").rotate(40 * i + 90 * j).resize((20 + j, 20)).save(
                 folder / "images" / name / f"{j}.png"
             )
-    environment = {"HF_DATASETS_CACHE": str(folder / "cache")}
-    run_command([*torchrun(folder / "logs"), __file__, folder], folder / "output", environment)
+    run_forked(work, folder, output=folder / "output")
     assert sorted(path.name for path in folder.glob("finished-*")) == ["finished-0", "finished-1"]
     return folder
 
@@ -396,9 +393,7 @@ def test_copies_of_shards_change_nothing(folder, hybrid, name):
 
 @pytest.fixture(scope="module")
 def hybrid(folder) -> Path:
-    environment = {"HF_DATASETS_CACHE": str(folder / "cache")}
-    command = [*torchrun(folder / "hybrid-logs", 4), __file__, folder, "hybrid"]
-    run_command(command, folder / "hybrid-output", environment)
+    run_forked(work_hybrid, folder, output=folder / "hybrid-output", num_processes=4)
     return folder / "hybrid"
 
 
@@ -415,10 +410,7 @@ def test_an_average_of_shards_is_written_as_a_whole(folder):
 @pytest.fixture(scope="module")
 def one(folder) -> Path:
     """The same training by one process with twice the batch."""
-    import datasets
-
-    with fresh_accelerator(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
+    with fresh_accelerator():
         arguments = ["--train_data_dir", str(folder / "images"), "--output_dir", str(folder / "one")]
         main([*TRAIN, *arguments, "--train_batch_size", "4", "--max_train_steps", "2"])
     return folder / "one"
@@ -460,7 +452,3 @@ def test_metrics_are_those_of_one_process(folder, one):
     for our_line, line in zip(ours, expected, strict=True):
         for name in ("loss", "loss_with_prior", "loss_without_prior", "grad_norm", "learning_rate"):
             assert our_line[name] == pytest.approx(line[name], rel=1e-4), name
-
-
-if __name__ == "__main__":
-    {"work": work, "hybrid": work_hybrid}[(sys.argv[2:] or ["work"])[0]](Path(sys.argv[1]))
