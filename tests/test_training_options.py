@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import says
 
 import diffusers_dod
 from diffusers_dod.data.labelled_images import ImageOptions
@@ -215,6 +216,17 @@ def test_the_papers_recipes(name, expected):
     assert options.averages.ema_decay == (0.999, 0.9999) and dropout.label_dropout_prob == 0.1
     assert options.data.images.resolution == 256 and options.data.encoding.random_flip
     assert options.precision.mixed_precision == "bf16"
+
+
+def test_a_schedule_has_the_steps_it_needs(capsys):
+    decay = ["--lr_scheduler", "warmup_stable_decay", "--max_train_steps", "10", "--lr_warmup_steps", "4"]
+    assert parse(*SOURCE, "--output_dir", "run", *decay, "--lr_decay_steps", "6").optimizer.lr_decay_steps == 6
+    for options, words in (
+        (decay, ["must be given", "'warmup_stable_decay'", "got None"]),
+        (["--lr_decay_steps", "3"], ["must not be given", "'constant_with_warmup'", "got 3"]),
+        ([*decay, "--lr_decay_steps", "7"], ["at most the 10", "less the 4", "got 7"]),
+    ):
+        assert re.search(says("`lr_decay_steps`", *words), error_of(capsys, *SOURCE, "--output_dir", "run", *options))
 
 
 def test_recipes_without_an_embedder_say_nothing_of_it():

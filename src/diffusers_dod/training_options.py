@@ -18,7 +18,8 @@ from .processes import DISTRIBUTED_TYPES
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 # Diffusers' piecewise constant schedule needs rules of its own.
-LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT)
+WSD = "warmup_stable_decay"
+LR_SCHEDULERS = (*(kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT), WSD)
 
 
 def check_is_file(name: str, path: Path) -> None:
@@ -193,9 +194,14 @@ class OptimizerOptions:
         help="AdamW, or torchao's with moments of 8 bits (needs `pip install 'diffusers-dod[quantization]'`).",
     )
     lr_scheduler: str = option(
-        "constant_with_warmup", choices=LR_SCHEDULERS, help="Schedule of the learning rate, see Diffusers."
+        "constant_with_warmup",
+        choices=LR_SCHEDULERS,
+        help=f"Schedule of the learning rate, see Diffusers; `{WSD}` is constant until the last `--lr_decay_steps`.",
     )
     lr_warmup_steps: int = option(0, at_least=0, help="Optimizer steps of warm-up.")
+    lr_decay_steps: int | None = option(
+        None, at_least=1, help=f"Last optimizer steps, in which the rate of `{WSD}` falls to zero in a straight line."
+    )
     adam_beta1: float = option(0.9, at_least=0, below=1, help="Decay of the first moments.")
     adam_beta2: float = option(0.999, at_least=0, below=1, help="Decay of the second moments.")
     adam_epsilon: float = option(1e-8, above=0, help="Number added to the root of the second moments.")
@@ -207,6 +213,19 @@ class OptimizerOptions:
         is_free=True,
         help="Steps in a row with gradients that are not finite, which are left out, until the run gives up.",
     )
+
+    def find_conflicts(self) -> list[str]:
+        """Messages about options that do not fit each other."""
+        needs_decay = self.lr_scheduler == WSD
+        if needs_decay != (self.lr_decay_steps is not None):
+            must, schedule = "must" if needs_decay else "must not", self.lr_scheduler
+            return [f"`lr_decay_steps` {must} be given with `lr_scheduler` {schedule!r}, got {self.lr_decay_steps}."]
+        if needs_decay and self.lr_warmup_steps + self.lr_decay_steps > self.max_train_steps:
+            return [
+                f"`lr_decay_steps` must be at most the {self.max_train_steps:,} of `max_train_steps` less the "
+                f"{self.lr_warmup_steps:,} of `lr_warmup_steps`, got {self.lr_decay_steps:,}."
+            ]
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -402,6 +402,12 @@ def test_resuming_after_a_crash(tmp_path, data, finished):
     assert without_speed(read_metrics(run)) == without_speed(read_metrics(finished))
 
 
+def test_a_rate_that_is_stable_before_it_falls(tmp_path, data, finished):
+    schedule = ["--lr_scheduler", "warmup_stable_decay", "--lr_warmup_steps", 1, "--lr_decay_steps", 2]
+    whole = train(tmp_path / "whole", *data, *schedule, "--max_train_steps", 5)
+    assert [line["learning_rate"] for line in read_metrics(whole)] == pytest.approx([0.0, 1e-2, 1e-2, 1e-2, 0.5e-2])
+
+
 @pytest.mark.slow
 def test_resuming_with_a_schedule_of_the_learning_rate(tmp_path, images):
     """A cosine with warm-up: the first step after the interruption has its own rate, not that of the first step."""

@@ -1,10 +1,12 @@
 """
-Trains the autoencoder of the desk-size checkpoint on procedural textures: 32x32x3 pixels <-> 8x8x4 latents.
+Trains the autoencoder of a desk-size checkpoint on procedural images:
 
     python training/desk/train_autoencoder.py --output_dir outputs/desk-autoencoder
+    python training/desk/train_autoencoder.py --dataset_name scenes --output_dir outputs/scenes-autoencoder
 
-It writes a Diffusers `AutoencoderKL` (0.9 M parameters) with `latents_mean` and `latents_std` in its config, an image
-of reconstructions, and `metrics.json`.
+Textures: 32x32x3 pixels <-> 8x8x4 latents, 0.9 M parameters. Scenes: 64x64x3 pixels <-> 8x8x8 latents, 1.7 M. It
+writes a Diffusers `AutoencoderKL` with `latents_mean` and `latents_std` in its config, an image of reconstructions,
+and `metrics.json`.
 """
 
 import argparse
@@ -20,18 +22,24 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_dod.data.textures import TextureDataset
+from diffusers_dod.data.labelled_images import PROCEDURAL
 
 
 HELD_OUT_SEED = 1
+# Channels of the blocks, each of which but the last halves the sides, and of the latents.
+SIZES = {"textures": ((32, 64, 64), 4), "scenes": ((16, 32, 64, 96), 8)}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--resolution", type=int, default=32, help="Side of the images in pixels.")
-    parser.add_argument("--max_train_steps", type=int, default=2500)
+    parser.add_argument("--dataset_name", choices=SIZES, default="textures")
+    parser.add_argument(
+        "--resolution", type=int, help="Side of the images in pixels; that of the data set by default."
+    )
+    parser.add_argument("--max_train_steps", type=int, default=3000)
     parser.add_argument("--train_batch_size", type=int, default=64)
+    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16 where a CPU has it.")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="Peak; falls to 0 along a cosine.")
     parser.add_argument("--kl_weight", type=float, default=1e-4, help="Weight of the KL divergence per pixel.")
     parser.add_argument("--seed", type=int, default=0)
@@ -48,15 +56,19 @@ def main() -> None:
     torch.manual_seed(args.seed)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
+    images = PROCEDURAL[args.dataset_name]
+    resolution = images.default_size if args.resolution is None else args.resolution
+    channels, latent_channels = SIZES[args.dataset_name]
+
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=8,
         mid_block_add_attention=False,
-        sample_size=args.resolution,
+        sample_size=resolution,
         scaling_factor=1.0,
     ).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
@@ -65,17 +77,17 @@ def main() -> None:
     )
 
     # 1. Train: L1 + KL. Every image is seen once; a worker renders while the model trains.
-    dataset = TextureDataset(args.max_train_steps * args.train_batch_size, size=args.resolution, seed=args.seed)
+    dataset = images(args.max_train_steps * args.train_batch_size, size=resolution, seed=args.seed)
     loader = DataLoader(dataset, batch_size=args.train_batch_size, num_workers=1)
     start = time.perf_counter()
     progress = tqdm(loader, desc="autoencoder")
     for batch in progress:
         pixels = to_pixels(batch["image"]).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.mixed_precision == "bf16"):
             posterior = vae.encode(pixels).latent_dist
             reconstruction = vae.decode(posterior.sample()).sample
         l1 = F.l1_loss(reconstruction.float(), pixels)
-        kl = posterior.kl().mean() / (args.resolution**2)
+        kl = posterior.kl().mean() / resolution**2
         loss = l1 + args.kl_weight * kl
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -87,7 +99,7 @@ def main() -> None:
 
     # 2. Measure on held-out images, and the statistics that normalise the latents.
     vae.eval()
-    held_out = TextureDataset(2048, size=args.resolution, seed=HELD_OUT_SEED)
+    held_out = images(2048, size=resolution, seed=HELD_OUT_SEED)
     pixels = torch.cat([to_pixels(batch["image"]) for batch in DataLoader(held_out, batch_size=256)])
     with torch.no_grad():
         posteriors = [vae.encode(chunk).latent_dist for chunk in pixels.split(256)]
@@ -111,13 +123,17 @@ def main() -> None:
 
     # 3. Originals above reconstructions, two rows per class.
     rows = []
-    for label in range(12):
-        index = list(range(label, 12 * 16, 12))
+    num_classes = len(images.class_names)
+    for label in range(num_classes):
+        index = list(range(label, num_classes * 16, num_classes))
         originals = np.concatenate([held_out[i]["image"] for i in index], axis=1)
         decoded = ((reconstruction[index].clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
         rows += [originals, np.concatenate(list(decoded), axis=1)]
     sheet = Image.fromarray(np.concatenate(rows))
-    sheet.resize((sheet.width * 2, sheet.height * 2), Image.NEAREST).save(args.output_dir / "reconstructions.png")
+    factor = max(1, 64 // resolution)
+    sheet.resize((sheet.width * factor, sheet.height * factor), Image.NEAREST).save(
+        args.output_dir / "reconstructions.png"
+    )
 
 
 if __name__ == "__main__":

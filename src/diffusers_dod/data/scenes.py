@@ -168,6 +168,10 @@ def _draw_direction(rng: np.random.Generator) -> np.ndarray:
     return _unit(rng.standard_normal(3)).astype(np.float32)
 
 
+def _draw_shift(rng: np.random.Generator, number: int) -> np.ndarray:
+    return rng.uniform(size=number).astype(np.float32)
+
+
 def _plain(rng: np.random.Generator, p: np.ndarray, px: float | np.ndarray) -> np.ndarray:
     return np.zeros(len(p), dtype=np.float32)
 
@@ -181,7 +185,7 @@ def _stripes(rng: np.random.Generator, p: np.ndarray, px: float | np.ndarray) ->
 def _checks(rng: np.random.Generator, p: np.ndarray, px: float | np.ndarray) -> np.ndarray:
     cell = rng.uniform(0.38, 0.52)
     mix = np.zeros(len(p), dtype=np.float32)
-    for phase in (0.5 * p / cell + rng.uniform(size=3)).T:
+    for phase in (0.5 * p / cell + _draw_shift(rng, 3)).T:
         band = _coverage(2.0 * cell * (_to_edge(phase) - 0.25), px)
         mix = mix + band - 2.0 * mix * band
     return mix
@@ -189,7 +193,7 @@ def _checks(rng: np.random.Generator, p: np.ndarray, px: float | np.ndarray) -> 
 
 def _dots(rng: np.random.Generator, p: np.ndarray, px: float | np.ndarray) -> np.ndarray:
     cell, radius = rng.uniform(0.5, 0.65), rng.uniform(0.3, 0.36)
-    place = p / cell + rng.uniform(size=3)
+    place = p / cell + _draw_shift(rng, 3)
     nearest = np.minimum(*(_length(place + shift - np.rint(place + shift)) for shift in (0.0, 0.5)))
     return _coverage(cell * (radius - nearest), px)
 
@@ -212,12 +216,12 @@ def _wood(rng: np.random.Generator, p: np.ndarray, px: float | np.ndarray) -> np
 
 def _tiles(rng: np.random.Generator, p: np.ndarray, px: float | np.ndarray) -> np.ndarray:
     cell = rng.uniform(0.75, 1.05)
-    inset = cell * _to_edge(p[:, ::2] / cell + rng.uniform(size=2)).min(-1)
+    inset = cell * _to_edge(p[:, ::2] / cell + _draw_shift(rng, 2)).min(-1)
     return _coverage(0.045 - inset, px)
 
 
 def _planks(rng: np.random.Generator, p: np.ndarray, px: float | np.ndarray) -> np.ndarray:
-    width, tints = rng.uniform(0.5, 0.7), rng.uniform(0.0, 0.5, 16)
+    width, tints = rng.uniform(0.5, 0.7), 0.5 * _draw_shift(rng, 16)
     row = np.floor(p[:, 2] / width)
     gap = _coverage(0.025 - width * _to_edge(p[:, 2] / width), px)
     return np.maximum(tints[row.astype(np.int32) & 15], gap)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from diffusers.optimization import get_scheduler
 
 from ..conversion import add_prior_projection
 from ..finetuning import add_lora, difffit_parameters, freeze_all_but, has_lora
@@ -16,7 +17,7 @@ from ..pipeline_dod import DoDPipeline
 from ..presets import PRESETS, Preset
 from ..scheduling_dod import DoDFlowMatchScheduler
 from ..shipped import find_shipped
-from ..training_options import AlignmentOptions, ModelOptions, OptimizerOptions, TrainingOptions
+from ..training_options import WSD, AlignmentOptions, ModelOptions, OptimizerOptions, TrainingOptions
 from ..transformer_dod import DoDAttention, DoDTransformer2DModel
 
 
@@ -273,6 +274,28 @@ def build_optimizer(options: OptimizerOptions, model: DoDJointModel) -> torch.op
     for group in groups:
         group["lr"] = torch.tensor(group["lr"])  # a number would be compiled into the step
     return AdamW8bit(groups, **settings)
+
+
+def build_lr_scheduler(
+    options: OptimizerOptions, optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """
+    Builds the schedule of the learning rate, whose factors are functions of the step.
+
+    Args:
+        options ([`OptimizerOptions`]): Options of the schedule.
+        optimizer (`torch.optim.Optimizer`): The optimizer, with the rates that the factors are for.
+
+    Returns:
+        `torch.optim.lr_scheduler.LambdaLR`: The schedule, of Diffusers or, with a stable rate before it falls, of
+        Transformers.
+    """
+    steps = {"num_warmup_steps": options.lr_warmup_steps, "num_training_steps": options.max_train_steps}
+    if options.lr_scheduler != WSD:
+        return get_scheduler(options.lr_scheduler, optimizer, **steps)
+    from transformers import get_wsd_schedule
+
+    return get_wsd_schedule(optimizer, num_decay_steps=options.lr_decay_steps, decay_type="linear", **steps)
 
 
 def step_optimizer(optimizer: AcceleratedOptimizer, is_finite: torch.Tensor) -> None:

@@ -26,7 +26,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
@@ -69,6 +68,7 @@ from .encode_latents import load_autoencoder
 from .history import TrainingHistory, values_of_steps
 from .model_card import CARD_FILES, describe_end, write_model_card
 from .models import (
+    build_lr_scheduler,
     build_models,
     build_optimizer,
     build_pipeline,
@@ -154,12 +154,8 @@ class Trainer:
             self.history.go_on_with({"base_weights": frozen_sha256(model)})
         self.data.check_patch_size(model.transformer.config.patch_size)
         optimizer = build_optimizer(options.optimizer, model)
-        self.lr_scheduler = get_scheduler(
-            options.optimizer.lr_scheduler,
-            optimizer,
-            num_warmup_steps=options.optimizer.lr_warmup_steps,
-            num_training_steps=options.optimizer.max_train_steps,
-        )  # not prepared by accelerate, which would step it once per process
+        # Not prepared by accelerate, which would step it once per process.
+        self.lr_scheduler = build_lr_scheduler(options.optimizer, optimizer)
         if options.precision.compile:
             model.transformer.compile_repeated_blocks()
             if model.latent_embedder is not None and model.latent_embedder._repeated_blocks:
