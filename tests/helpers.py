@@ -24,6 +24,7 @@ from diffusers_dod import (
     TokenPrior,
 )
 from diffusers_dod.metrics.inception import InceptionV3
+from diffusers_dod.presets import PRESETS
 
 
 # Id 0 has two names, and one name ("crane") belongs to two ids, as in ImageNet.
@@ -200,8 +201,16 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-5
 
 
 def quicken_training(patch: pytest.MonkeyPatch) -> None:
-    """Shortens what takes most of the time of a short run: an empty plot for its card, one step for its samples."""
+    """
+    Shortens what takes most of the time of a short run.
+
+    Models of desk size have few blocks, the card has an empty plot, and samples have one step.
+    """
     from diffusers_dod.training import model_card, train
+
+    blocks = {"num_layers": 2, "num_encoder_layers": 1, "num_decoder_layers": 1}
+    patch.setitem(PRESETS, "DoD-Desk", PRESETS["DoD-Desk"].override(**blocks))
+    patch.setitem(PRESETS, "FiTv2-Desk", PRESETS["FiTv2-Desk"].override(num_layers=2))
 
     patch.setattr(model_card, "plot_metrics", lambda runs, path, **kwargs: Image.new("RGB", (1, 1)).save(path))
     patch.setattr(train, "stage_grid", partial(train.stage_grid, num_inference_steps=1))

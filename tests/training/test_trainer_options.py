@@ -248,7 +248,7 @@ def test_what_a_stream_refuses(stream, shards, images, vae, capsys, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Alignment
 
-REPA = ["--random_flip", "--checkpointing_steps", 1, "--repa_layer", 3, "--repa_prior_weight", 0.25]
+REPA = ["--random_flip", "--checkpointing_steps", 1, "--repa_layer", 1, "--repa_prior_weight", 0.25]
 REPA += ["--repa_stop_step", 2, "--max_train_steps", 4, "--ema_decay", 0.2, 0.5]
 
 
