@@ -123,12 +123,17 @@ def test_flops_are_those_of_the_formulas(name, has_prior):
     assert found.training_flops == 3 * forward - inputs
 
 
-def test_flops_of_the_paper():
-    """The paper's GFLOPs are multiply-adds of the Linears: 26.431 of the backbone and 24.619 of the LEM, of DoD-B."""
+@lru_cache
+def flops_of_base(num_priors: int) -> tuple[int, int]:
     with torch.device("meta"):
         backbone = DoDTransformer2DModel(**PRESETS["DoD-B"].transformer_config)
         model = DoDJointModel(backbone, LatentEmbeddingModule(**PRESETS["DoD-B"].latent_embedder_config))
-    forward = count_flops(model, (4, 32, 32), num_priors=1)[0]
+    return count_flops(model, (4, 32, 32), num_priors)
+
+
+def test_flops_of_the_paper():
+    """The paper's GFLOPs are multiply-adds of the Linears: 26.431 of the backbone and 24.619 of the LEM, of DoD-B."""
+    forward = flops_of_base(num_priors=1)[0]
     assert forward == forward_flops("DoD-B", has_prior=True)
     attention = 4 * 768 * (12 * 256**2 + 12 * 288**2)
     assert (forward - attention) / 2e9 == pytest.approx(26.431 + 24.619, abs=1e-3)
@@ -161,28 +166,27 @@ def test_gradient_checkpointing_trades_operations_for_memory():
 
 
 @pytest.mark.parametrize(
-    "step",
+    ("name", "step"),
     [
-        {"mixed_precision": "no", "prior_dropout_prob": 0.25},
+        ("Tiny", {"mixed_precision": "no", "prior_dropout_prob": 0.25}),
         # The input of the first block has no gradient, so that the second one is larger.
-        {"gradient_checkpointing": True, "lora": LoraOptions(lora_rank=4)},
-        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow),
-        pytest.param({"trainable_parameters": "difffit", "optimizer": "adamw_8bit"}, marks=pytest.mark.slow),
+        ("Tiny-FiTv2", {"gradient_checkpointing": True, "lora": LoraOptions(lora_rank=4)}),
+        pytest.param("Tiny", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param("Tiny", {"trainable_parameters": "difffit", "optimizer": "adamw_8bit"}, marks=pytest.mark.slow),
     ],
-    ids=str,
 )
-def test_blocks_after_the_second_are_like_it(step):
+def test_blocks_after_the_second_are_like_it(name, step):
     """All numbers are those of the whole model."""
     if "lora" in step:
         pytest.importorskip("peft")
-    preset, step = Preset(TINY["Tiny"].transformer_config | {"num_layers": 4}, LEM), TrainingStep(batch_size=4, **step)
+    preset, step = TINY[name].override(num_layers=3), TrainingStep(batch_size=4, **step)
     found, (whole, largest_block) = (
         training_cost(preset, SHAPE, CLASSES, step),
         _count_step(preset, SHAPE, CLASSES, step),
     )
-    share = step.prior_dropout_prob
-    for name in ("forward", "training"):
-        assert getattr(found, f"{name}_flops") == share * whole[name, 0] + (1 - share) * whole[name, 1]
+    share = step.prior_dropout_prob if name == "Tiny" else 1.0
+    for kind in ("forward", "training"):
+        assert getattr(found, f"{kind}_flops") == share * whole[kind, 0] + (1 - share) * whole[kind, 1]
     assert found.activation_bytes == whole["kept"] + largest_block
     assert (found.backbone_parameters, found.trainable_parameters) == (whole["backbone"], whole["trainable"])
     assert found.backbone_parameters + found.latent_embedder_parameters == whole["all"]
@@ -531,10 +535,7 @@ def test_the_options_of_the_command(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(("num_processes", "batch_size", "expected"), [(8, 32, 0.10), (64, 4, 0.40)])
 def test_waiting_for_the_process_with_the_most_priors(num_processes, batch_size, expected):
     """Numbers of docs/training.md: how much longer than the mean of independent micro-batches the longest takes."""
-    model = PRESETS["DoD-B"]
-    plain, with_prior = (
-        training_cost(model, options=TrainingStep(batch_size=1, prior_dropout_prob=p)).training_flops for p in (1, 0)
-    )
+    plain, with_prior = (flops_of_base(number)[1] for number in (0, 1))
     assert with_prior / plain == pytest.approx(2.3, abs=0.05)
     num_priors = np.random.default_rng(0).binomial(batch_size, 0.5, size=(20_000, num_processes))
     flops = (batch_size - num_priors) * plain + num_priors * with_prior

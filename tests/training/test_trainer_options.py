@@ -555,8 +555,8 @@ def test_a_recipe_names_no_folder(tmp_path, monkeypatch):
 def test_a_dry_run_creates_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["--config", RECIPES / "dod-b-imagenet256.yaml", "--train_data_dir", "images", "--dry_run"]
-    main([*map(str, arguments), "--output_dir", "run"])
-    assert "DoD-B" in capsys.readouterr().out
+    main([*map(str, arguments), "--preset", "DoD-Desk", "--output_dir", "run"])
+    assert "DoD-Desk" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 
