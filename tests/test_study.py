@@ -266,9 +266,25 @@ def test_other_ways_to_guide_stand_by_themselves(tmp_path):
         write_results(path, "sweep", [], {label: as_metric(fid)}, {}, settings, "cpu")
     results = report.Results(tmp_path)
     assert results.stage("dod-seed0", "fid", "1:3")[0] == 5
-    assert results.stage("dod-seed0", "fid", "1:3", null_condition="class")[0] == 4
+    assert results.stage("dod-seed0", "fid", "1:3", way="class")[0] == 4
     cells = [line.split("|")[4].strip() for line in report.guidance_table(results).splitlines()]
     assert cells[-3:] == ["5.00", "4.00", "-"]
+
+
+def test_results_of_other_judges_noise_and_guidance_stand_by_themselves(tmp_path):
+    """The metrics of one checkpoint have the same names for all judges and ways to guide."""
+    label = report.stage_label("fid", "3")
+    ways = {
+        "": {"extractor": "training/desk/texture_features.py:extractor", "prior_noise": 0.0, "guidance_model": None},
+        "imagenet": {"extractor": "training/desk/imagenet_features.py:extractor"},
+        "weaker": {"guidance_model": "outputs/other"},
+        "noise 0.25/spectrum": {"extractor": "training/desk/spectrum_features.py:extractor", "prior_noise": 0.25},
+    }
+    for fid, settings in enumerate(ways.values()):
+        path = tmp_path / "dod-n2-8000" / f"file-{fid}.json"
+        write_results(path, "sweep", [], {label: as_metric(float(fid))}, {}, settings, "cpu")
+    results = report.Results(tmp_path)
+    assert [results.stage("dod-n2", "fid", "3", way=way)[0] for way in ways] == [0, 1, 2, 3]
 
 
 def test_the_page_has_the_tables_of_the_results(monkeypatch):

@@ -10,7 +10,6 @@ means not measured.
 """
 
 import argparse
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +17,21 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from study import RESULTS
+from study_results import (
+    DIFFERENCE_HEADER,
+    IMAGES_PER_STEP,
+    STEPS,
+    Number,
+    Results,
+    difference_cells,
+    show,
+    show_at,
+    stage_label,
+)
 
 from diffusers_dod.compute import TrainingStep, count_model, sampling_compute, training_cost
-from diffusers_dod.files import METRICS_FILE
-from diffusers_dod.metrics.intervals import jackknife, mean_interval
 from diffusers_dod.presets import PRESETS
-from diffusers_dod.results import as_metric, half_width, read_results
+from diffusers_dod.results import half_width, read_results
 from diffusers_dod.tables import format_table
 
 
@@ -33,108 +41,8 @@ IMAGES = Path("docs/images")
 DOD = ("dod-seed0", "dod-seed1", "dod-seed2")
 OFTEN = ("dod-ps25", "dod-ps25-seed1", "dod-ps25-seed2")  # DoD that has its prior more often: p_s = 0.25
 FITV2 = ("fitv2-seed0", "fitv2-seed1", "fitv2-seed2")
-STEPS = 8000
-IMAGES_PER_STEP = 64
 LATENT_SHAPE, NUM_CLASSES = (4, 8, 8), 12
-DEFAULT = "class_and_prior"  # the null condition of the pipeline
 COLOURS = {"stage 1": "#0072B2", "stage 2": "#D55E00", "stage 2 of p_s 0.25": "#009E73", "FiTv2": "#555555"}
-
-Number = tuple[float, float] | None  # with half of its 95 % interval
-
-
-def stage_label(name: str, scales: str, steps: int = 20, null_condition: str = DEFAULT) -> str:
-    """Label of a metric of the last stage, with guidance `scales` such as `1:3` and `steps` steps each."""
-    label = f"{name}/stage-{scales.count(':') + 1}/pipeline/{steps}/euler/{scales}"
-    return label if null_condition == DEFAULT else f"{null_condition}/{label}"
-
-
-class Results:
-    """
-    All numbers of the study.
-
-    Args:
-        folder (`Path`): Folder of the results, with a folder for each checkpoint.
-
-    Raises:
-        `ValueError`: a folder has results of several checkpoints.
-    """
-
-    def __init__(self, folder: Path):
-        self.metrics: dict[str, dict[str, dict]] = {}
-        checkpoints: dict[str, str] = {}
-        for file in sorted(folder.glob("*/*.json")):
-            results = read_results(file)
-            sha256 = (results["checkpoint"] or {}).get("sha256")
-            if checkpoints.setdefault(file.parent.name, sha256) != sha256:
-                raise ValueError(
-                    f"All results in `{file.parent}` must be of one checkpoint, got another in {file.name}."
-                )
-            null = results["settings"].get("null_condition", DEFAULT)
-            metrics = {
-                name if null == DEFAULT else f"{null}/{name}": found for name, found in results["metrics"].items()
-            }
-            self.metrics.setdefault(file.parent.name, {}).update(metrics)
-        self.trainings = {
-            file.parent.name: [json.loads(line) for line in file.read_text().splitlines()]
-            for file in folder.glob(f"*/{METRICS_FILE}")
-        }
-
-    def group(self, runs: str | tuple[str, ...], step: int = STEPS) -> tuple[str, ...]:
-        """Chooses the `runs` to show after `step` steps: all if all have numbers, else the first one."""
-        runs = (runs,) if isinstance(runs, str) else runs
-        return runs if all(f"{run}-{step}" in self.metrics for run in runs) else runs[:1]
-
-    def find_all(self, runs: tuple[str, ...], name: str, step: int = STEPS) -> list[dict]:
-        """Finds the metric `name` of the checkpoints of `runs` after `step` steps; empty if one of them lacks it."""
-        found = [self.metrics.get(f"{run}-{step}", {}).get(name) for run in runs]
-        return [] if None in found else found
-
-    def find(self, runs: str | tuple[str, ...], name: str, step: int = STEPS) -> Number:
-        """Mean of the metric `name` over the [`group`] of `runs`, if all of them have it."""
-        found = self.find_all(self.group(runs, step), name, step)
-        if not found:
-            return None
-        values = [metric["value"] for metric in found]
-        is_spread = np.ptp(values) > 1e-9 * abs(np.mean(values))  # or it does not depend on the training
-        interval = mean_interval(values) if is_spread else found[0]["interval"]
-        mean = as_metric(np.mean(values), interval)
-        return mean["value"], half_width(mean)
-
-    def losses(self, run: str, name: str, window: int = 10) -> tuple[list[int], np.ndarray]:
-        """Images seen, and means of the loss `name` over `window` lines of a training; empty if it has none."""
-        lines = [line for line in self.trainings.get(run, []) if line["step"] <= STEPS and line[name] is not None]
-        images = [line["step"] * IMAGES_PER_STEP for line in lines][window - 1 :]
-        values = np.array([line[name] for line in lines])
-        return images, np.convolve(values, np.full(window, 1 / window), mode="valid") if images else values[:0]
-
-    def stage(self, runs: str | tuple[str, ...], name: str, scales: str, step: int = STEPS, **options) -> Number:
-        """A metric of the samples of the last stage, see [`stage_label`]."""
-        return self.find(runs, stage_label(name, scales, **options), step)
-
-    def differences(self, one: tuple, other: tuple, step: int = STEPS) -> list[float]:
-        """Difference of a metric of `one` to that of `other`, both (runs, name), for each seed."""
-        values = [[metric["value"] for metric in self.find_all(runs, name, step)] for runs, name in (one, other)]
-        return np.subtract(*values).tolist() if all(values) else []
-
-    def best(self, runs: str | tuple[str, ...], prefix: str, choices: list[str], **options) -> str | None:
-        """The scales with the smallest FID among `prefix` followed by each of `choices`."""
-        numbers = {prefix + choice: self.stage(runs, "fid", prefix + choice, **options) for choice in choices}
-        numbers = {scales: number[0] for scales, number in numbers.items() if number is not None}
-        return min(numbers, key=numbers.get) if numbers else None
-
-
-def show(number: Number, digits: int = 2, percent: bool = False) -> str:
-    """A number as a cell of a table."""
-    if number is None:
-        return "-"
-    value, half = (100 * part for part in number) if percent else number
-    return f"{value:.{digits}f}" + (f" ± {half:.{digits}f}" if half else "")
-
-
-def show_at(results: Results, runs: str | tuple[str, ...], scales: str | None, **options) -> str:
-    """The FID at guidance `scales`, which stand beside it, as a cell of a table."""
-    number = None if scales is None else results.stage(runs, "fid", scales, **options)
-    return show(number) if number is None else f"{show(number)} ({scales})"
 
 
 def samples_row(results: Results, label: str, runs, scales: str | None, **options) -> list[str]:
@@ -156,19 +64,6 @@ def stages_table(results: Results) -> str:
     rows.append(samples_row(results, "stage 3", DOD, "1:3:3"))
     rows += [samples_row(results, "stage 2, both guided", DOD, f"3:{scale}") for scale in ("2", "3", "4")]
     return format_table(["", "scales", "FID", "IS", "recognised, %"], rows)
-
-
-DIFFERENCE_HEADER = ["difference of FID", "found with 80 %", "of each seed"]
-
-
-def difference_cells(found: list[float]) -> list[str]:
-    """The mean of differences, the one that as many seeds would have found with a probability of 80 %, and each."""
-    if not found:
-        return ["-"] * 3
-    mean = jackknife(found, np.mean)
-    number = show((mean.value, half_width(as_metric(mean.value, mean.interval()))))
-    values = ", ".join(f"{round(value, 2) + 0.0:.2f}" for value in found)  # no -0.00
-    return [number, f"{mean.detectable():.2f}", values]
 
 
 def differences_table(results: Results) -> str:
@@ -207,16 +102,14 @@ def differences_table(results: Results) -> str:
 def guidance_table(results: Results) -> str:
     """Table of stage 2 of one run, guided away from several null conditions."""
     rows = []
-    for label, null_condition in (
-        ("(null class, S)", DEFAULT),
+    for label, way in (
+        ("(null class, S)", ""),
         ("(null class, prior)", "class"),
         ("(class, S)", "prior"),
     ):
         row = [label]
         for scales in ("1:2", "1:3", "1:4"):
-            numbers = [
-                results.stage(DOD[0], name, scales, null_condition=null_condition) for name in ("fid", "accuracy")
-            ]
+            numbers = [results.stage(DOD[0], name, scales, way=way) for name in ("fid", "accuracy")]
             row += [show(numbers[0]), show(numbers[1], 1, percent=True)]
         rows.append(row)
     header = [cell for scales in ("1:2", "1:3", "1:4") for cell in (f"FID, {scales}", "recognised, %")]
@@ -276,12 +169,13 @@ def tuning_table(results: Results) -> str:
     """Table of the learning rates that fall to zero: FID corrected for few samples, by guidance scales."""
     rows, choices = [], ("2", "3", "4", "3:2", "3:3", "3:4")
     for label, name in (("FiTv2", "fitv2"), ("DoD", "dod")):
-        for rate in ("1e-3", "2e-3", "4e-3", "8e-3"):
-            run = f"{name}-tune-{rate}"
-            cells = [show(results.stage(run, "fid_corrected", scales, step=4000)) for scales in choices]
-            if set(cells) != {"-"}:
-                rows.append([label, rate, *cells])
-    return format_table(["", "learning rate", *choices], rows)
+        for schedule, kind in (("all steps", "tune"), ("the second half", "stable")):
+            for rate in ("1e-3", "2e-3", "4e-3", "8e-3"):
+                run = f"{name}-{kind}-{rate}"
+                cells = [show(results.stage(run, "fid_corrected", scales, step=4000)) for scales in choices]
+                if set(cells) != {"-"}:
+                    rows.append([label, schedule, rate, *cells])
+    return format_table(["", "falls in", "learning rate", *choices], rows, text=["falls in"])
 
 
 def tasks_table(results: Results) -> str:
