@@ -259,15 +259,16 @@ def _blend(colors: np.ndarray, mix: np.ndarray) -> np.ndarray:
 
 def _march(distance: Distance, start: np.ndarray, rays: np.ndarray, end: np.ndarray) -> np.ndarray:
     """Follows rays from the lengths `start` to `end`; the lengths (n,) at which they meet the solid, or infinity."""
-    lengths, met = start.copy(), np.full(len(rays), np.inf, dtype=np.float32)
-    live = np.arange(len(rays))
+    met = np.full(len(rays), np.inf, dtype=np.float32)
+    places, lengths = np.arange(len(rays)), start
     for _ in range(_MARCH_STEPS):
-        free = distance(lengths[live, None] * rays[live])
+        free = distance(lengths[:, None] * rays)
         has_met = free < _HIT
-        met[live[has_met]] = lengths[live[has_met]]
-        lengths[live] += free
-        live = live[~has_met & (lengths[live] < end[live])]
-        if not len(live):
+        met[places[has_met]] = lengths[has_met]
+        lengths = lengths + free
+        live = ~has_met & (lengths < end)
+        places, lengths, rays, end = places[live], lengths[live], rays[live], end[live]
+        if not len(places):
             break
     return met
 
@@ -292,6 +293,81 @@ def _light_of(distance: Distance, points: np.ndarray, lamp: np.ndarray) -> np.nd
         lengths += np.maximum(free, 0.03)
     light[near] = least
     return light
+
+
+class _Scene:
+    """What there is in an image, and how it looks from the eye."""
+
+    def __init__(self, name: str, rng: np.random.Generator):
+        self._rng = rng
+        self._elevation, self._scale = rng.uniform(0.26, 0.58), rng.uniform(0.85, 1.15)
+        max_yaw = _MAX_YAW.get(name, math.pi)
+        yaw, sun = rng.uniform(-max_yaw, max_yaw), rng.uniform(-0.25 * math.pi, 1.25 * math.pi)  # it is not behind
+        self._lamp = _unit(np.float32([math.cos(sun), rng.uniform(0.6, 1.0), math.sin(sun)]))
+        shift = rng.uniform(-0.15, 0.15, 2)
+        self._solid_kind, self._solid_pattern, self._solid_colors = _draw_material(rng, _SOLID_MATERIALS)
+        self._floor_kind, self._floor_pattern, colors = _draw_material(rng, _FLOOR_MATERIALS)
+        self._floor_colors = colors.mean(0) + 0.5 * (colors - colors.mean(0))  # calmer than the solid
+        self._gloss, haze = rng.uniform(0.0, 0.7), rng.uniform(0.75, 1.0)
+        self._sky = (0.55 * colors.mean(0) + 0.45 * haze).astype(np.float32) ** 2
+        self._shape = _SOLIDS[name](rng)
+        cos, sin = math.cos(yaw), math.sin(yaw)
+        self._turn = np.float32([[cos, 0, -sin], [0, 1, 0], [sin, 0, cos]])
+        height = 0.6 + 0.5 * shift[1] + _EYE_DISTANCE * math.sin(self._elevation)
+        self._eye = np.float32([shift[0], height, _EYE_DISTANCE * math.cos(self._elevation)])
+
+    @property
+    def attributes(self) -> np.ndarray:
+        """The attributes, as [`render_scene`] explains."""
+        kinds = [*np.eye(len(_SOLID_MATERIALS))[self._solid_kind], *np.eye(len(_FLOOR_MATERIALS))[self._floor_kind]]
+        place = [self._lamp[0], self._lamp[2], self._elevation, math.log2(self._scale)]
+        values = [*self._solid_colors.ravel(), *self._floor_colors.ravel(), *kinds, *place]
+        return np.array(values, dtype=np.float32)
+
+    def _distance(self, points: np.ndarray) -> np.ndarray:
+        return self._shape(points @ self._turn / np.float32(self._scale)) * np.float32(self._scale)
+
+    def _cast(self, side: int) -> tuple[np.ndarray, float]:
+        """Rays from the eye through `side` * `side` places of the image, and how wide one is at the solid."""
+        cos, sin = math.cos(self._elevation), math.sin(self._elevation)
+        axis = ((2.0 * np.arange(side) + 1.0) / side - 1.0).astype(np.float32) * np.float32(_HALF_WIDTH)
+        u, v = np.meshgrid(axis, -axis)
+        rays = _unit(np.stack([u, cos * v - sin, -sin * v - cos], -1).reshape(-1, 3))
+        return rays, _EYE_DISTANCE * 2.0 * _HALF_WIDTH / side
+
+    def draw_floor(self, side: int) -> np.ndarray:
+        """Linear light (side * side, 3) of the floor, which fades into the sky."""
+        rays, px = self._cast(side)
+        canvas = np.broadcast_to(self._sky, rays.shape).copy()
+        hits = np.flatnonzero(rays[:, 1] < -0.02)
+        lengths = -self._eye[1] / rays[hits, 1]
+        points = self._eye + lengths[:, None] * rays[hits]
+        px = px * lengths / _EYE_DISTANCE / np.maximum(-rays[hits, 1], 0.15)
+        # It is dark where the solid stands, and in its shadow.
+        touch = np.clip(0.5 + 1.2 * self._distance(points + np.float32([0.0, 0.06, 0.0])), 0.0, 1.0)
+        sun = 0.85 * self._lamp[1] * _light_of(self._distance, points, self._lamp)
+        light = 0.42 * touch[:, None] + sun[:, None] * _SUN_COLOR
+        floor = _blend(self._floor_colors, self._floor_pattern(self._rng, points, px)) * light
+        canvas[hits] = self._sky + np.exp(-np.maximum(lengths - 4.0, 0.0) / 6.0)[:, None] * (floor - self._sky)
+        return canvas
+
+    def draw_solid(self, side: int) -> tuple[np.ndarray, np.ndarray]:
+        """The places (n,) of `side` * `side` that show the solid, and their linear light (n, 3)."""
+        rays, px = self._cast(side)
+        crosses, enter, leave = _cross_ball(self._eye, rays, _BALL[1] * self._scale + 0.15)
+        place = np.flatnonzero(crosses)
+        met = _march(lambda p: self._distance(self._eye + p), enter[place], rays[place], leave[place])
+        place, met = place[np.isfinite(met)], met[np.isfinite(met)]
+        rays = rays[place]
+        points = self._eye + met[:, None] * rays
+        steps = np.float32(_HIT) * np.eye(3, dtype=np.float32)
+        normals = _unit(np.stack([self._distance(points + d) - self._distance(points - d) for d in steps], -1))
+        albedo = _blend(self._solid_colors, self._solid_pattern(self._rng, points @ self._turn, px))
+        diffuse = np.maximum(normals @ self._lamp, 0.0)
+        shine = self._gloss * np.maximum(_dot(normals, _unit(self._lamp - rays)), 0.0) ** 40
+        ambient, below = 0.3 + 0.2 * normals[:, 1], 0.5 - 0.5 * normals[:, 1]
+        lit = albedo * (ambient[:, None] + 0.95 * diffuse[:, None] * _SUN_COLOR)
+        return place, lit + 0.15 * below[:, None] * self._floor_colors.mean(0) ** 2 + shine[:, None]
 
 
 # Public API
@@ -337,65 +413,12 @@ def render_scene(label: int, seed: int | Sequence[int], size: int = 64) -> tuple
         ```
     """
     label, seeds, size = check_label(label, len(SCENE_CLASSES)), check_seeds(seed), check_size(size)
-    rng = make_generator(label, seeds)
-    name = SCENE_CLASSES[label]
-
-    # What there is.
-    elevation, scale = rng.uniform(0.26, 0.58), rng.uniform(0.85, 1.15)
-    max_yaw = _MAX_YAW.get(name, math.pi)
-    yaw, sun = rng.uniform(-max_yaw, max_yaw), rng.uniform(-0.25 * math.pi, 1.25 * math.pi)  # the sun is not behind
-    lamp = _unit(np.float32([math.cos(sun), rng.uniform(0.6, 1.0), math.sin(sun)]))
-    shift = rng.uniform(-0.15, 0.15, 2)
-    solid_kind, solid_pattern, solid_colors = _draw_material(rng, _SOLID_MATERIALS)
-    floor_kind, floor_pattern, floor_colors = _draw_material(rng, _FLOOR_MATERIALS)
-    floor_colors = floor_colors.mean(0) + 0.5 * (floor_colors - floor_colors.mean(0))  # calmer than the solid
-    gloss, haze = rng.uniform(0.0, 0.7), rng.uniform(0.75, 1.0)
-    shape = _SOLIDS[name](rng)
-    turn = np.float32([[math.cos(yaw), 0, -math.sin(yaw)], [0, 1, 0], [math.sin(yaw), 0, math.cos(yaw)]])
-
-    def distance(points: np.ndarray) -> np.ndarray:
-        return shape(points @ turn / np.float32(scale)) * np.float32(scale)
-
-    # Rays from the eye through the samples of the image.
-    samples = SUPERSAMPLING * size
-    cos, sin = math.cos(elevation), math.sin(elevation)
-    eye = np.float32([shift[0], 0.6 + 0.5 * shift[1] + _EYE_DISTANCE * sin, _EYE_DISTANCE * cos])
-    axis = ((2.0 * np.arange(samples) + 1.0) / samples - 1.0).astype(np.float32) * np.float32(_HALF_WIDTH)
-    u, v = np.meshgrid(axis, -axis)
-    rays = _unit(np.stack([u, cos * v - sin, -sin * v - cos], -1).reshape(-1, 3))
-    px = _EYE_DISTANCE * 2.0 * _HALF_WIDTH / samples
-
-    # The floor, which fades into the haze.
-    sky = (0.55 * floor_colors.mean(0) + 0.45 * haze).astype(np.float32) ** 2
-    canvas = np.broadcast_to(sky, rays.shape).copy()
-    hits = np.flatnonzero(rays[:, 1] < -0.02)
-    lengths = -eye[1] / rays[hits, 1]
-    points = eye + lengths[:, None] * rays[hits]
-    wide = px * lengths / _EYE_DISTANCE / np.maximum(-rays[hits, 1], 0.15)
-    touch = np.clip(0.5 + 1.2 * distance(points + np.float32([0.0, 0.06, 0.0])), 0.0, 1.0)  # dark where it stands
-    light = 0.42 * touch[:, None] + (0.85 * lamp[1] * _light_of(distance, points, lamp))[:, None] * _SUN_COLOR
-    floor = _blend(floor_colors, floor_pattern(rng, points, wide)) * light
-    clear = np.exp(-np.maximum(lengths - 4.0, 0.0) / 6.0)[:, None]
-    canvas[hits] = sky + clear * (floor - sky)
-
-    # The solid.
-    crosses, enter, leave = _cross_ball(eye, rays, _BALL[1] * scale + 0.15)
-    crosses = np.flatnonzero(crosses)
-    met = _march(lambda p: distance(eye + p), enter[crosses], rays[crosses], leave[crosses])
-    place, met = crosses[np.isfinite(met)], met[np.isfinite(met)]
-    points = eye + met[:, None] * rays[place]
-    steps = np.float32(_HIT) * np.eye(3, dtype=np.float32)
-    normals = _unit(np.stack([distance(points + step) - distance(points - step) for step in steps], -1))
-    albedo = _blend(solid_colors, solid_pattern(rng, points @ turn, px))
-    diffuse = np.maximum(normals @ lamp, 0.0)
-    shine = gloss * np.maximum(_dot(normals, _unit(lamp - rays[place])), 0.0) ** 40
-    ambient, below = 0.3 + 0.2 * normals[:, 1], 0.5 - 0.5 * normals[:, 1]
-    lit = albedo * (ambient[:, None] + 0.95 * diffuse[:, None] * _SUN_COLOR)
-    canvas[place] = lit + 0.15 * below[:, None] * floor_colors.mean(0) ** 2 + shine[:, None]
-
-    kinds = [*np.eye(len(_SOLID_MATERIALS))[solid_kind], *np.eye(len(_FLOOR_MATERIALS))[floor_kind]]
-    attributes = [*solid_colors.ravel(), *floor_colors.ravel(), *kinds, lamp[0], lamp[2], elevation, math.log2(scale)]
-    return to_bytes(np.sqrt(average_samples(canvas, size))), np.array(attributes, dtype=np.float32)
+    scene = _Scene(SCENE_CLASSES[label], make_generator(label, seeds))
+    floor = scene.draw_floor(size).reshape(size, size, 3)
+    canvas = floor.repeat(SUPERSAMPLING, axis=0).repeat(SUPERSAMPLING, axis=1).reshape(-1, 3)
+    place, solid = scene.draw_solid(SUPERSAMPLING * size)
+    canvas[place] = solid
+    return to_bytes(np.sqrt(average_samples(canvas, size))), scene.attributes
 
 
 class SceneDataset(ProceduralDataset):
