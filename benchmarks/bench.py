@@ -9,11 +9,10 @@ A row is a ratio of two times. Both are measured in turns, so that what else the
 row has the median of the ratios with their quartiles. Rows named "growth with" have in place of a ratio the exponent b
 of time ~ size^b: the slope over the upper half of the sizes, both in logarithms. A row has moved if its quartiles and
 those of `benchmarks/results.json` do not meet. Rows that `--output_file` has already are not measured again: remove it
-to start anew. `--update` makes what is measured the results to compare with.
+to start anew. `--update` makes what is measured the results to compare with, and puts them into docs/benchmarks.md.
 """
 
 import argparse
-import copy
 import gc
 import json
 import math
@@ -58,6 +57,7 @@ from diffusers_dod.training.models import use_fast_attention
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = Path(__file__).with_name("results.json")
+PAGE = ROOT / "docs/benchmarks.md"
 NUM_LAYERS, BATCH_SIZE, DTYPES = 3, 2, {"fp32": torch.float32, "bf16": torch.bfloat16}
 Run = Callable[[], Any]
 
@@ -507,6 +507,20 @@ def describe(results: dict[str, dict[str, float]], committed: dict[str, dict[str
     return format_table(["ratio of times, or exponent", "median", "quartiles", "committed", "goal", "moved"], lines)
 
 
+def fill_page(page: str, committed: dict[str, dict[str, float]]) -> str:
+    """Puts the table of the `committed` results into a page, between `<!-- results -->` and `<!-- end -->`."""
+    lines = []
+    for name, found in committed.items():
+        goal = ROWS[name][1]
+        missed = goal is not None and round(found["median"], 2) > goal
+        quartiles = f"{found['lower']:.2f} to {found['upper']:.2f}"
+        cells = ["" if goal is None else f"{goal:.2f}", "missed" if missed else ""]
+        lines.append([name, f"{found['median']:.2f}", quartiles, *cells])
+    table = format_table(["ratio of times, or exponent", "median", "quartiles", "goal, at most", ""], lines)
+    start, _, rest = page.partition("<!-- results -->\n")
+    return f"{start}<!-- results -->\n{table}\n{rest[rest.index('<!-- end -->') :]}"
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the command; `argv` defaults to the process's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -526,7 +540,8 @@ def main(argv: list[str] | None = None) -> None:
     shown = {name: results[name] for name in args.rows}
     print(describe(shown, committed))
     if args.update:
-        write_json(COMMITTED, copy.copy(committed) | shown)
+        write_json(COMMITTED, committed | shown)
+        PAGE.write_text(fill_page(PAGE.read_text(), committed | shown))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,17 @@ def test_a_ratio_is_measured_in_turns(bench):
     assert 0 < found["lower"] <= found["median"] <= found["upper"]
 
 
+def test_the_page_has_the_results_to_compare_with(bench):
+    committed = json.loads(bench["COMMITTED"].read_text())
+    page = bench["PAGE"].read_text()
+    assert bench["fill_page"](page, committed) == page
+    assert set(committed) == set(bench["ROWS"])
+    slow = {"lower": 1.0, "median": 2.0, "upper": 3.0}
+    filled = bench["fill_page"](page, {"average / EMAModel": slow, "training / broadcast, fp32": slow})
+    rows = [line for line in filled.splitlines() if "2.00" in line]
+    assert ["missed" in row for row in rows] == [True, False]  # the second one has no goal
+
+
 def test_the_products_of_a_run_are_repeated(bench):
     x = torch.ones(3, 4)
     repeat = bench["products_of"](lambda: torch.nn.functional.gelu(x @ x.t()) @ x)
