@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from helpers import says
 
+from diffusers_dod.data import scenes
 from diffusers_dod.data.labelled_images import ImageOptions, load_labelled_images
 from diffusers_dod.data.scenes import NUM_ATTRIBUTES, SCENE_CLASSES, SceneDataset, render_scene
 from diffusers_dod.evaluation.images import open_images
@@ -68,6 +69,16 @@ def test_a_solid_stands_in_the_middle(label):
         places.append(np.argwhere(is_solid).mean(0))
         shares.append(is_solid.mean())
     assert 0.06 < np.mean(shares) < 0.5 and np.abs(np.mean(places, 0) - 15.5).max() < 6
+
+
+@each_class
+def test_a_ball_holds_the_solid(label):
+    """Rays outside of it are not followed."""
+    rng = np.random.default_rng(0)
+    points = (scenes._MIDDLE + scenes._RADIUS * scenes._unit(rng.standard_normal((2000, 3)))).astype(np.float32)
+    points = points[points[:, 1] > 0]
+    for seed in range(20):
+        assert scenes._SOLIDS[SCENE_CLASSES[label]](np.random.default_rng(seed))(points).min() > 0
 
 
 def test_light_comes_from_where_the_attributes_say():

@@ -27,7 +27,7 @@ from ._procedural import (
 
 # A solid is about 1.3 high, and stands on the floor y = 0 at the origin. x points to the right, y up, z to the viewer.
 # All points are float32 of shape (n, 3).
-_BALL = np.array([0.0, 0.65, 0.0], dtype=np.float32), 1.15  # centre and radius of a ball that holds every solid
+_MIDDLE, _RADIUS = np.array([0.0, 0.65, 0.0], dtype=np.float32), 1.25  # of a ball that holds every solid
 _EYE_DISTANCE = 5.0
 _HALF_WIDTH = 0.235  # of the image, one unit away from the eye
 _SUN_COLOR = np.array([1.0, 0.95, 0.88], dtype=np.float32)
@@ -275,17 +275,17 @@ def _march(distance: Distance, start: np.ndarray, rays: np.ndarray, end: np.ndar
 
 def _cross_ball(origins: np.ndarray, rays: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Whether rays cross a ball around the middle of the solid, and the lengths at which they enter and leave it."""
-    offset = origins - _BALL[0]
+    offset = origins - _MIDDLE
     middle = -_dot(offset, rays)
     squared = middle**2 - _dot(offset, offset) + radius**2
     half = np.sqrt(np.maximum(squared, 0.0))
     return (squared > 0) & (middle + half > 0), middle - half, middle + half
 
 
-def _light_of(distance: Distance, points: np.ndarray, lamp: np.ndarray) -> np.ndarray:
-    """How much light of the lamp reaches points of the floor, 0 to 1: shadows have soft edges."""
+def _light_of(distance: Distance, points: np.ndarray, lamp: np.ndarray, radius: float) -> np.ndarray:
+    """How much light of the lamp reaches points of the floor, 0 to 1: the solid, in a ball, casts a soft shadow."""
     light = np.ones(len(points), dtype=np.float32)
-    near = np.flatnonzero(_cross_ball(points, np.broadcast_to(lamp, points.shape), _BALL[1] + 0.1)[0])
+    near = np.flatnonzero(_cross_ball(points, np.broadcast_to(lamp, points.shape), radius)[0])
     lengths, least = np.full(len(near), 0.02, dtype=np.float32), np.ones(len(near), dtype=np.float32)
     for _ in range(_SHADOW_STEPS):
         free = np.maximum(distance(points[near] + lengths[:, None] * lamp), 0.0)
@@ -311,6 +311,7 @@ class _Scene:
         self._gloss, haze = rng.uniform(0.0, 0.7), rng.uniform(0.75, 1.0)
         self._sky = (0.55 * colors.mean(0) + 0.45 * haze).astype(np.float32) ** 2
         self._shape = _SOLIDS[name](rng)
+        self._radius = self._scale * _RADIUS + abs(self._scale - 1.0)  # its middle moves with its size
         cos, sin = math.cos(yaw), math.sin(yaw)
         self._turn = np.float32([[cos, 0, -sin], [0, 1, 0], [sin, 0, cos]])
         height = 0.6 + 0.5 * shift[1] + _EYE_DISTANCE * math.sin(self._elevation)
@@ -345,7 +346,7 @@ class _Scene:
         px = px * lengths / _EYE_DISTANCE / np.maximum(-rays[hits, 1], 0.15)
         # It is dark where the solid stands, and in its shadow.
         touch = np.clip(0.5 + 1.2 * self._distance(points + np.float32([0.0, 0.06, 0.0])), 0.0, 1.0)
-        sun = 0.85 * self._lamp[1] * _light_of(self._distance, points, self._lamp)
+        sun = 0.85 * self._lamp[1] * _light_of(self._distance, points, self._lamp, self._radius)
         light = 0.42 * touch[:, None] + sun[:, None] * _SUN_COLOR
         floor = _blend(self._floor_colors, self._floor_pattern(self._rng, points, px)) * light
         canvas[hits] = self._sky + np.exp(-np.maximum(lengths - 4.0, 0.0) / 6.0)[:, None] * (floor - self._sky)
@@ -354,7 +355,7 @@ class _Scene:
     def draw_solid(self, side: int) -> tuple[np.ndarray, np.ndarray]:
         """The places (n,) of `side` * `side` that show the solid, and their linear light (n, 3)."""
         rays, px = self._cast(side)
-        crosses, enter, leave = _cross_ball(self._eye, rays, _BALL[1] * self._scale + 0.15)
+        crosses, enter, leave = _cross_ball(self._eye, rays, self._radius)
         place = np.flatnonzero(crosses)
         met = _march(lambda p: self._distance(self._eye + p), enter[place], rays[place], leave[place])
         place, met = place[np.isfinite(met)], met[np.isfinite(met)]
