@@ -35,7 +35,8 @@ test-all: install
 test-quantization: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target build/torchao torchao
 	PYTHONPATH=build/torchao $(PYTEST) -m "not gpu" \
-		tests/test_model_features.py tests/test_docs.py tests/training/test_cost.py
+		tests/test_model_features.py tests/test_docs.py tests/training/test_cost.py \
+		tests/training/test_trainer_options.py::test_moments_of_8_bits
 
 # The demo in Chromium, that of the system (apt-get install chromium) or else Playwright's. Gradio does not admit the newest
 # Pillow yet: so it is not in $(VENV). DEMO_IMAGES=docs/images writes the images of docs/demo.md.

@@ -86,7 +86,7 @@ OUT_OF_RANGE = {
     "prior_noise": {-0.1: "[0, 1]", 1.1: "[0, 1]"},
     "logit_mean": {math.inf: "[-inf, inf)"},
     "logit_std": {0.0: "(0, inf)"},
-    "time_shift": {0.0: "(0, inf)"},
+    "time_shift": {0.0: "(0, 1000]", 1001.0: "(0, 1000]"},
     "num_processes": {0: ">= 1"},
     "logging_steps": {0: ">= 1"},
     "checkpointing_steps": {0: ">= 1"},

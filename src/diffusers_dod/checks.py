@@ -18,6 +18,7 @@ MAX_SIZE = 32768  # widths, sides in latents, and numbers of tokens
 MAX_SIDE = 65536  # pixels of a side of an image
 MAX_CLASSES = 1_000_000
 MAX_STEPS = 1_000_000  # of a solver
+MAX_SHIFT = 1000  # of times towards noise
 MAX_IMAGES = 1_000_000  # of a call
 
 

@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .adaptive import StepCallback, VelocityFunction, integrate_by_batch, integrate_by_sample
 from .checks import (
+    MAX_SHIFT,
     MAX_STEPS,
     check_at_least,
     check_choice,
@@ -177,7 +178,7 @@ class DoDFlowMatchScheduler(StrictConfigMixin, SchedulerMixin, ConfigMixin):
     ):
         check_at_least("num_train_timesteps", num_train_timesteps, 1, MAX_STEPS)
         check_choice("solver", solver, tuple(SOLVERS))
-        check_number("shift", shift, 0, 1000, open_minimum=True)
+        check_number("shift", shift, 0, MAX_SHIFT, open_minimum=True)
         check_number("rtol", rtol, 0, 1, open_minimum=True)
         check_number("atol", atol, 0, 1, open_minimum=True)
         check_choice("error_norm", error_norm, ERROR_NORMS)

