@@ -244,7 +244,7 @@ def test_a_sweep_that_is_killed_goes_on(tmp_path, checkpoint, extractor, finishe
                 pass
         results = run(tmp_path / str(number), checkpoint, extractor, *grid)
         assert results["metrics"]["fid/stage-2/pipeline/2/euler/1:3"]["value"] == expected
-        assert len(results["metrics"]) == 10 and not (tmp_path / str(number) / "samples").exists()
+        assert len(results["metrics"]) == 12 and not (tmp_path / str(number) / "samples").exists()
     assert number > 15
 
 

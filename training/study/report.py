@@ -170,11 +170,12 @@ def tuning_table(results: Results) -> str:
     rows, choices = [], ("2", "3", "4", "3:2", "3:3", "3:4")
     for label, name in (("FiTv2", "fitv2"), ("DoD", "dod")):
         for schedule, kind in (("all steps", "tune"), ("the second half", "stable")):
-            for rate in ("1e-3", "2e-3", "4e-3", "8e-3"):
+            for rate in ("1e-3", "2e-3", "4e-3", "8e-3", "4e-3-lem5e-4"):
                 run = f"{name}-{kind}-{rate}"
                 cells = [show(results.stage(run, "fid_corrected", scales, step=4000)) for scales in choices]
                 if set(cells) != {"-"}:
-                    rows.append([label, schedule, rate, *cells])
+                    rate, _, of_embedder = rate.partition("-lem")
+                    rows.append([label, schedule, f"{rate} (LEM {of_embedder})" if of_embedder else rate, *cells])
     return format_table(["", "falls in", "learning rate", *choices], rows, text=["falls in"])
 
 
