@@ -510,8 +510,8 @@ def describe(results: dict[str, dict[str, float]], committed: dict[str, dict[str
 def fill_page(page: str, committed: dict[str, dict[str, float]]) -> str:
     """Puts the table of the `committed` results into a page, between `<!-- results -->` and `<!-- end -->`."""
     lines = []
-    for name, found in committed.items():
-        goal = ROWS[name][1]
+    for name in filter(committed.__contains__, ROWS):
+        goal, found = ROWS[name][1], committed[name]
         missed = goal is not None and round(found["median"], 2) > goal
         quartiles = f"{found['lower']:.2f} to {found['upper']:.2f}"
         cells = ["" if goal is None else f"{goal:.2f}", "missed" if missed else ""]
@@ -540,8 +540,9 @@ def main(argv: list[str] | None = None) -> None:
     shown = {name: results[name] for name in args.rows}
     print(describe(shown, committed))
     if args.update:
+        page = fill_page(PAGE.read_text(encoding="utf-8"), committed | shown)
         write_json(COMMITTED, committed | shown)
-        PAGE.write_text(fill_page(PAGE.read_text(), committed | shown))
+        PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -85,6 +85,9 @@ def run_forked(work: Callable[..., object], *arguments: object, output: Path, nu
 
     All must end without an error.
     """
+    if sys.platform != "linux":
+        pytest.skip("processes are forked")
+    import torch
     from torch.distributed import TCPStore
 
     context = multiprocessing.get_context("fork")
@@ -98,6 +101,7 @@ def run_forked(work: Callable[..., object], *arguments: object, output: Path, nu
         sys.stdout = sys.stderr = output.open("a", buffering=1)
         for descriptor in (1, 2):
             os.dup2(sys.stdout.fileno(), descriptor)
+        torch.set_num_threads(1)  # OpenMP's threads of the parent do not live here
         work(*arguments)
 
     processes = [context.Process(target=run, args=(rank,)) for rank in range(num_processes)]
@@ -114,8 +118,9 @@ def run_forked(work: Callable[..., object], *arguments: object, output: Path, nu
                     pytest.fail(f"Exit code {code}:\n{tail(output)}", pytrace=False)
     finally:
         for process in processes:
-            process.kill()
-            process.join()
+            if process.pid is not None:
+                process.kill()
+                process.join()
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen | None = None) -> None:

@@ -73,6 +73,7 @@ OUT_OF_RANGE = {
     "learning_rate": {0.0: "(0, inf)", math.inf: "(0, inf)", math.nan: "(0, inf)"},
     "latent_embedder_learning_rate": {0.0: "(0, inf)"},
     "lr_warmup_steps": {-1: ">= 0"},
+    "lr_decay_steps": {0: ">= 1"},
     "adam_beta1": {-0.1: "[0, 1)", 1.0: "[0, 1)"},  # AdamW divides by 1 - beta^step
     "adam_beta2": {-0.1: "[0, 1)", 1.0: "[0, 1)"},
     "adam_epsilon": {0.0: "(0, inf)"},
@@ -224,7 +225,7 @@ def test_a_schedule_has_the_steps_it_needs(capsys):
     for options, words in (
         (decay, ["must be given", "'warmup_stable_decay'", "got None"]),
         (["--lr_decay_steps", "3"], ["must not be given", "'constant_with_warmup'", "got 3"]),
-        ([*decay, "--lr_decay_steps", "7"], ["at most the 10", "less the 4", "got 7"]),
+        ([*decay, "--lr_decay_steps", "7"], ["`lr_warmup_steps`", "at most", "together, 10", "got 4 and 7"]),
     ):
         assert re.search(says("`lr_decay_steps`", *words), error_of(capsys, *SOURCE, "--output_dir", "run", *options))
 

@@ -299,6 +299,7 @@ def _optimizer(options: TrainingOptions) -> str:
         f"that of the LEM {own_rate}": own_rate is not None,
         f"{optimizer.lr_scheduler.replace('_', ' ')} schedule": "constant" not in optimizer.lr_scheduler,
         f"{optimizer.lr_warmup_steps:,} steps of warm-up": optimizer.lr_warmup_steps > 0,
+        f"the last {optimizer.lr_decay_steps or 0:,} steps of decay": optimizer.lr_decay_steps is not None,
         f"weight decay {optimizer.adam_weight_decay:g}": True,
         f"mixed precision {precision}": precision not in (None, "no"),
         "fp32": precision == "no",

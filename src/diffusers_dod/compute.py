@@ -6,6 +6,7 @@ A multiply-add is 2 FLOPs. Models are on the meta device or fake, so that nothin
 """
 
 import copy
+import inspect
 import math
 from bisect import bisect_right
 from collections import Counter
@@ -287,14 +288,18 @@ def _prior_share(preset: Preset, options: TrainingStep) -> float:
 
 def _count_by_blocks(preset: Preset, count: Callable[[Preset], C]) -> C:
     """What `count` counts in a model, from backbones of one and of two blocks: other blocks are like the second."""
-    num_layers = preset.transformer_config["num_layers"]
-    one, *deeper = (
-        count(replace(preset, transformer_config={**preset.transformer_config, "num_layers": depth}))
-        for depth in range(1, min(num_layers, 2) + 1)
-    )
-    for two in deeper:
-        return type(one)({key: one[key] + (num_layers - 1) * (two[key] - one[key]) for key in {*one, *two}})
-    return one
+    default = inspect.signature(DoDTransformer2DModel).parameters["num_layers"].default
+    num_layers = preset.transformer_config.get("num_layers", default)
+    check_at_least("num_layers", num_layers, 1)
+
+    def count_blocks(number: int) -> C:
+        return count(replace(preset, transformer_config={**preset.transformer_config, "num_layers": number}))
+
+    one = count_blocks(1)
+    if num_layers == 1:
+        return one
+    two = count_blocks(2)
+    return type(one)({key: one[key] + (num_layers - 1) * (two[key] - one[key]) for key in {*one, *two}})
 
 
 def _count_step(

@@ -223,8 +223,8 @@ class OptimizerOptions:
             return [f"`lr_decay_steps` {must} be given with `lr_scheduler` {schedule!r}, got {self.lr_decay_steps}."]
         if needs_decay and self.lr_warmup_steps + self.lr_decay_steps > self.max_train_steps:
             return [
-                f"`lr_decay_steps` must be at most the {self.max_train_steps:,} of `max_train_steps` less the "
-                f"{self.lr_warmup_steps:,} of `lr_warmup_steps`, got {self.lr_decay_steps:,}."
+                "`lr_warmup_steps` and `lr_decay_steps` must be at most `max_train_steps` together, "
+                f"{self.max_train_steps:,}, got {self.lr_warmup_steps:,} and {self.lr_decay_steps:,}."
             ]
         return []
 

@@ -4,7 +4,6 @@ their class and how they were made (colours, scale, light), so that its 64 featu
 
     python training/desk/texture_classifier.py --output_dir checkpoints/texture-classifier
     python training/desk/texture_classifier.py --without_labels --output_dir checkpoints/texture-attributes
-    python training/desk/texture_classifier.py --dataset_name scenes --output_dir checkpoints/scene-classifier
 
 The second one is a judge that never saw a label: it learns only how textures were made. Each of the first two takes
 about 12 minutes of one CPU core. The first one reaches a held-out accuracy above 99 %.
@@ -66,9 +65,9 @@ class TextureClassifier(nn.Module):
         return features, self.to_logits(features), self.to_attributes(features)
 
     @classmethod
-    def load(cls, folder: Path, dataset_name: str = "textures") -> "TextureClassifier":
-        """Loads the judge of the images of a procedural set from a folder."""
-        model = cls(dataset_name)
+    def load(cls, folder: Path) -> "TextureClassifier":
+        """Loads the judge of textures from a folder."""
+        model = cls()
         model.load_state_dict(load_file(folder / "model.safetensors"))
         return model.eval()
 

@@ -1,7 +1,7 @@
 """
 Trains the autoencoder of a desk-size checkpoint on procedural images:
 
-    python training/desk/train_autoencoder.py --output_dir outputs/desk-autoencoder
+    python training/desk/train_autoencoder.py --mixed_precision bf16 --output_dir outputs/desk-autoencoder
     python training/desk/train_autoencoder.py --dataset_name scenes --output_dir outputs/scenes-autoencoder
 
 Textures: 32x32x3 pixels <-> 8x8x4 latents, 0.9 M parameters. Scenes: 64x64x3 pixels <-> 8x8x8 latents, 1.7 M. It

@@ -104,18 +104,9 @@ class Results:
         values = [[metric["value"] for metric in self.find_all(runs, name, step)] for runs, name in (one, other)]
         return np.subtract(*values).tolist() if all(values) else []
 
-    def scales(self, runs: tuple[str, ...], prefix: str, step: int = STEPS, **options) -> list[str]:
-        """Scales of the last stage, after `prefix`, with which all of `runs` were evaluated."""
-        start = stage_label("fid", prefix + "*", **options).removesuffix("*")
-        names = [{*self.metrics.get(f"{run}-{step}", {})} for run in runs]
-        found = {name.removeprefix(start) for name in set.intersection(*names) if name.startswith(start)}
-        return sorted((scales for scales in found if ":" not in scales), key=float)
-
-    def best(
-        self, runs: str | tuple[str, ...], prefix: str, choices: list[str], name: str = "fid", **options
-    ) -> str | None:
-        """The scales with the smallest metric `name` among `prefix` followed by each of `choices`."""
-        numbers = {prefix + choice: self.stage(runs, name, prefix + choice, **options) for choice in choices}
+    def best(self, runs: str | tuple[str, ...], prefix: str, choices: list[str], **options) -> str | None:
+        """The scales with the smallest FID among `prefix` followed by each of `choices`."""
+        numbers = {prefix + choice: self.stage(runs, "fid", prefix + choice, **options) for choice in choices}
         numbers = {scales: number[0] for scales, number in numbers.items() if number is not None}
         return min(numbers, key=numbers.get) if numbers else None
 
@@ -128,9 +119,9 @@ def show(number: Number, digits: int = 2, percent: bool = False) -> str:
     return f"{value:.{digits}f}" + (f" ± {half:.{digits}f}" if half else "")
 
 
-def show_at(results: Results, runs: str | tuple[str, ...], scales: str | None, name: str = "fid", **options) -> str:
-    """The metric `name` at guidance `scales`, which stand beside it, as a cell of a table."""
-    number = None if scales is None else results.stage(runs, name, scales, **options)
+def show_at(results: Results, runs: str | tuple[str, ...], scales: str | None, **options) -> str:
+    """The FID at guidance `scales`, which stand beside it, as a cell of a table."""
+    number = None if scales is None else results.stage(runs, "fid", scales, **options)
     return show(number) if number is None else f"{show(number)} ({scales})"
 
 

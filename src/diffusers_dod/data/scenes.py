@@ -394,8 +394,8 @@ def render_scene(label: int, seed: int | Sequence[int], size: int = 64) -> tuple
         `tuple[np.ndarray, np.ndarray]`: The image, `uint8` RGB of shape `(size, size, 3)`, and its attributes,
         `float32` of shape `(26,)`. They describe the scene:
 
-        - 0..5: both colours of the solid (RGB in 0..1),
-        - 6..11: both colours of the floor (RGB in 0..1),
+        - 0..5: both colours of the solid (RGB in 0..1); a plain one shows the first,
+        - 6..11: both colours of the floor, likewise,
         - 12..17: which material the solid has, one of them 1: plain, stripes, checks, dots, marble, wood,
         - 18..21: which material the floor has: plain, tiles, checks, planks,
         - 22..23: where the light comes from: to the right, and towards the viewer,

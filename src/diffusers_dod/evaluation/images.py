@@ -439,7 +439,7 @@ def open_images(
             raise ValueError(f"`resolution` must be that of {name!r}, {source.resolution}, got {resolution}.")
         return source
     kind, *numbers = name.split(":")
-    if kind in PROCEDURAL:
+    if kind in PROCEDURAL and (numbers or not path.is_dir()):
         if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
             raise ValueError(f"Procedural images must be named as `{kind}:<number>:<seed>`, got {name!r}.")
         options = ImageOptions(dataset_name=kind, resolution=resolution or PROCEDURAL[kind].default_size)

@@ -368,12 +368,11 @@ def describe_image(path: Path, name: str, with_hash: bool) -> Description | None
     }
     try:
         draw.check_like(draw.DrawingOptions(like=path, output=Path("again.png")), settings)
+        places = draw.find_names(settings)
     except (OSError, TypeError, ValueError) as error:
         facts["drawn again"], commands = f"not possible: {error}", []
     else:
-        others = "".join(
-            f" --{option} {shlex.quote(f'.../{place}')}" for option, place in draw.find_names(settings).items()
-        )
+        others = "".join(f" --{option} {shlex.quote(f'.../{place}')}" for option, place in places.items())
         commands = [f"dod sample --like {shlex.quote(name)}{others} -o again.png"]
     return Description(f"Image of the command {settings['task']}", facts, commands)
 

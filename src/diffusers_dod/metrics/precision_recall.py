@@ -141,7 +141,9 @@ class ReferenceManifold:
     Args:
         reference (`np.ndarray` of shape `(m, d)`): Features of the reference, m > k.
         num_neighbors (`int`, defaults to 3): The number k of neighbours.
-        block_size (`int`, defaults to 512): At most this number squared of distances are in memory at once, 2 MB.
+        block_size (`int`, *optional*):
+            At most this number squared of distances are in memory at once. By default 512 on a CPU, whose caches hold
+            them, and 2048 elsewhere.
         device (`torch.device` or `str`, defaults to `"cpu"`): Device that computes distances. It must have float64.
 
     Raises:
@@ -152,10 +154,12 @@ class ReferenceManifold:
         self,
         reference: np.ndarray,
         num_neighbors: int = 3,
-        block_size: int = 512,
+        block_size: int | None = None,
         device: torch.device | str = "cpu",
     ):
         check_at_least("num_neighbors", num_neighbors, 1)
+        if block_size is None:
+            block_size = 512 if torch.device(device).type == "cpu" else 2048
         check_at_least("block_size", block_size, 1)
         self.num_neighbors = num_neighbors
         #: Features of the reference, of shape (m, d).
