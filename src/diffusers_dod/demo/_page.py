@@ -202,7 +202,7 @@ class Page:
                 self.solver = gr.Dropdown(FIXED_SOLVERS, value=defaults.solver, label="Solver", min_width=140)
                 largest = int(self.size * limits.max_size_factor) // self.multiple * self.multiple
                 self.side = self._slider(self.multiple, largest, self.size, "Pixels", "side", step=self.multiple)
-        self.cost = gr.HTML(self._describe(self.sampler.cost(defaults)), elem_id="cost")
+        self.cost = gr.HTML(self.sampler.cost(defaults).to_html(), elem_id="cost")
         with gr.Row():
             self.generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=3, min_width=140)
             self.cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", interactive=False, min_width=100)
