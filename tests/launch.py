@@ -86,7 +86,7 @@ def run_forked(work: Callable[..., object], *arguments: object, output: Path, nu
     All must end without an error.
     """
     if sys.platform != "linux":
-        pytest.skip("processes are forked")
+        pytest.skip("forks a process with libraries loaded, which only Linux does safely")
     import torch
     from torch.distributed import TCPStore
 

@@ -224,6 +224,13 @@ def test_how_a_run_was_optimized(tmp_path):
     assert ", linear schedule, 200 steps of warm-up, weight decay 0, fp32." in build_card(desk(), "name").text
 
 
+def test_the_card_says_when_the_rate_falls(tmp_path):
+    stable = {"preset": "DoD-Desk", "lr_scheduler": "warmup_stable_decay", "lr_decay_steps": 2000}
+    sources = {"recipe": save(tmp_path / "recipe.yaml", stable)}
+    text = build_card(sources, "name").text
+    assert ", warmup stable decay schedule, the last 2,000 steps of decay, weight decay 0." in text
+
+
 def test_a_plain_fit_has_neither_stages_nor_a_prior():
     card = build_card({"recipe": "training/recipes/fitv2-b-imagenet256.yaml"}, "fitv2-b")
     assert "num_stages" not in card.text and "LEM" not in card.text

@@ -232,6 +232,16 @@ def test_procedural_images():
             open_images(name)
 
 
+def test_a_folder_may_have_the_name_of_procedural_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "scenes"
+    folder.mkdir()
+    write_images(folder, [(8, 8)] * 3)
+    source = open_images("scenes", 8)
+    assert len(source) == 6 and source.num_classes == 2
+    assert open_images("scenes:5:0", 8).num_classes == 8
+
+
 def test_folders_of_classes_are_cropped(pixels, tmp_path):
     for index, image in enumerate(pixels):
         folder = tmp_path / "ab"[index % 2]

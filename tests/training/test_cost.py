@@ -70,6 +70,15 @@ def tiny_cost(preset="Tiny", **kwargs) -> TrainingCost:
     return training_cost(TINY[preset], SHAPE, CLASSES, TrainingStep(**{"batch_size": 4, **kwargs}))
 
 
+def test_a_preset_without_a_depth_has_that_of_the_model():
+    sizes = {name: value for name, value in BACKBONE.items() if name != "num_layers"}
+    assert training_cost(Preset(sizes), SHAPE, CLASSES) == training_cost(
+        Preset(sizes | {"num_layers": 12}), SHAPE, CLASSES
+    )
+    with pytest.raises(ValueError, match=says("`num_layers`", "got 0")):
+        training_cost(Preset(sizes | {"num_layers": 0}), SHAPE, CLASSES)
+
+
 def options(tmp_path, *argv):
     source = () if "--latents_dir" in argv else ("--train_data_dir", str(tmp_path / "images"))
     return parse_options(TrainingOptions, [*source, "--output_dir", str(tmp_path / "run"), *map(str, argv)])
