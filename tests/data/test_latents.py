@@ -924,7 +924,7 @@ def test_two_processes_of_the_command_write_the_files_of_one(tmp_path):
     command = [*torchrun(tmp_path / "logs"), script, *MANY, "--latents_dir", tmp_path / "two"]
     output = run_command(command, tmp_path / "output")
     encode(*MANY, "--latents_dir", tmp_path / "one")
-    assert "on cpu: 2." in output  # some ways to launch two processes run one
+    assert "with 2 process(es) on cpu" in output  # some ways to launch two processes run one
     assert len(LatentDataset(tmp_path / "two").manifest["shards"]) == 2
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 

@@ -212,6 +212,14 @@ def test_an_image_of_the_demo_is_drawn_again(tmp_path, capsys):
         call("--like", change(tmp_path / "demo.png", options={"classes": 3}), "-o", tmp_path / "again.png")
 
 
+def test_settings_that_no_server_draws_are_refused_without_a_pipeline():
+    """So that `dod info` does not suggest to draw them."""
+    for name, value in {"num_stages": 9, "steps": 10**7, "num_images": 10_001, "num_between": 10_001}.items():
+        settings = {"classes": [1], name: value, **({"mode": "between"} if name == "num_between" else {})}
+        with pytest.raises(ValueError, match=says(f"`{name}` must be", f"got {value}")):
+            gallery.recall(settings)
+
+
 def test_other_pixels_and_versions_are_said(grid, tmp_path, capsys, monkeypatch):
     found = draw.describe_versions("cpu")
     monkeypatch.setattr(draw, "describe_versions", lambda device: {**found, "torch": "2.99"})

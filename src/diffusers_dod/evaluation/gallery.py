@@ -502,9 +502,12 @@ def recall(options: Mapping[str, Any]) -> tuple[Settings, Limits]:
         )
     settings = from_values(Settings, values)
     check_options(settings)
-    if (total := count_images(settings)) > MAX_AT_ONCE:
-        raise ValueError(f"`num_images` must be for at most {MAX_AT_ONCE} images of all rows, got {total}.")
     widest = {name: field.option.at_most for name, field in list_options(Limits).items() if field.option.at_most}
+    check_at_least("num_stages", settings.num_stages, 1, widest["max_stages"])
+    check_at_least("steps", settings.steps, 1, widest["max_inference_steps"])
+    if (total := count_images(settings)) > MAX_AT_ONCE:
+        name = "num_between" if settings.mode == "between" else "num_images"
+        raise ValueError(f"`{name}` must be for at most {MAX_AT_ONCE} images in all, got {total}.")
     return settings, Limits(**widest | {"max_batch_size": batch_size})
 
 

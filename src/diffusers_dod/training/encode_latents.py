@@ -158,7 +158,7 @@ def encode_data(
     num_workers = choose_num_workers(encoding.dataloader_num_workers, accelerator.device, accelerator.num_processes)
     encoding = replace(encoding, dataloader_num_workers=num_workers)
     logger.info(images.describe())
-    logger.info(f"Number of processes that encode, on {accelerator.device.type}: {accelerator.num_processes}.")
+    logger.info(f"Encoding with {accelerator.num_processes} process(es) on {accelerator.device.type}.")
     share = Share(accelerator.process_index, accelerator.num_processes)
     with ExitStack() as stack:
         with all_or_none():
