@@ -108,7 +108,7 @@ def test_the_judge_without_labels_knows_how_textures_were_made():
     samples = list(TextureDataset(120, seed=103))
     images = torch.from_numpy(np.stack([sample["image"] for sample in samples])).permute(0, 3, 1, 2)
     attributes = torch.from_numpy(np.stack([sample["attributes"] for sample in samples]))
-    features = extractor(images)
+    features = extractor(images).features
     assert features.shape == (120, 64)
     found = extractor.judge.to_attributes(features)
     assert (found - attributes).square().mean() < 0.06 < 0.5 * attributes.var()

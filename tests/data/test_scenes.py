@@ -27,6 +27,13 @@ def test_shapes_types_and_ranges(label, size):
     assert 0.26 <= attributes[24] <= 0.58 and math.log2(0.85) <= attributes[25] <= math.log2(1.15)
 
 
+def test_a_plain_solid_has_one_colour():
+    of_seeds = [render_scene(0, seed, 8)[1] for seed in range(40)]
+    same = [np.array_equal(attributes[:3], attributes[3:6]) for attributes in of_seeds]
+    assert same == [attributes[12] == 1 for attributes in of_seeds]
+    assert 0 < sum(same) < len(same)
+
+
 @each_class
 def test_an_image_is_a_function_of_label_and_seed(label):
     first = render_scene(label, 5, 16)

@@ -4,7 +4,7 @@ Trains the autoencoder of a desk-size checkpoint on procedural images:
     python training/desk/train_autoencoder.py --mixed_precision bf16 --output_dir outputs/desk-autoencoder
     python training/desk/train_autoencoder.py --dataset_name scenes --output_dir outputs/scenes-autoencoder
 
-Textures: 32x32x3 pixels <-> 8x8x4 latents, 0.9 M parameters. Scenes: 64x64x3 pixels <-> 8x8x8 latents, 1.7 M. It
+Textures: 32x32x3 pixels <-> 8x8x4 latents, 0.9 M parameters. Scenes: 64x64x3 pixels <-> 8x8x12 latents, 1.7 M. It
 writes a Diffusers `AutoencoderKL` with `latents_mean` and `latents_std` in its config, an image of reconstructions,
 and `metrics.json`.
 """
@@ -27,7 +27,7 @@ from diffusers_dod.data.labelled_images import PROCEDURAL
 
 HELD_OUT_SEED = 1
 # Channels of the blocks, each of which but the last halves the sides, and of the latents.
-SIZES = {"textures": ((32, 64, 64), 4), "scenes": ((16, 32, 64, 96), 8)}
+SIZES = {"textures": ((32, 64, 64), 4), "scenes": ((16, 32, 64, 96), 12)}
 
 
 def parse_args() -> argparse.Namespace:

@@ -322,7 +322,9 @@ class _Scene:
         """The attributes, as [`render_scene`] explains."""
         kinds = [*np.eye(len(_SOLID_MATERIALS))[self._solid_kind], *np.eye(len(_FLOOR_MATERIALS))[self._floor_kind]]
         place = [self._lamp[0], self._lamp[2], self._elevation, math.log2(self._scale)]
-        values = [*self._solid_colors.ravel(), *self._floor_colors.ravel(), *kinds, *place]
+        is_plain = list(_SOLID_MATERIALS)[self._solid_kind] == "plain"
+        solid_colors = self._solid_colors[[0, 0] if is_plain else [0, 1]]
+        values = [*solid_colors.ravel(), *self._floor_colors.ravel(), *kinds, *place]
         return np.array(values, dtype=np.float32)
 
     def _distance(self, points: np.ndarray) -> np.ndarray:
@@ -394,8 +396,8 @@ def render_scene(label: int, seed: int | Sequence[int], size: int = 64) -> tuple
         `tuple[np.ndarray, np.ndarray]`: The image, `uint8` RGB of shape `(size, size, 3)`, and its attributes,
         `float32` of shape `(26,)`. They describe the scene:
 
-        - 0..5: both colours of the solid (RGB in 0..1); a plain one shows the first,
-        - 6..11: both colours of the floor, likewise,
+        - 0..5: both colours of the solid (RGB in 0..1); those of a plain one are the same,
+        - 6..11: both colours of the floor; a plain one shows the first, and the sky has a mix of both,
         - 12..17: which material the solid has, one of them 1: plain, stripes, checks, dots, marble, wood,
         - 18..21: which material the floor has: plain, tiles, checks, planks,
         - 22..23: where the light comes from: to the right, and towards the viewer,
