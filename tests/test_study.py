@@ -19,6 +19,7 @@ from diffusers_dod.evaluation.sweep import SweepOptions
 from diffusers_dod.options import build_parser, parse_options
 from diffusers_dod.results import as_metric, write_results
 from diffusers_dod.training import encode_latents
+from diffusers_dod.training.token_prior import TokenPriorOptions
 from diffusers_dod.training_options import TrainingOptions
 
 
@@ -106,6 +107,37 @@ def test_runs_of_several_seeds_and_evaluations_by_several_judges():
     assert found["none-stage1"].guidance_model == str(study.OUTPUTS / "none-fitv2-seed1" / "checkpoint-1000")
     assert len({options.samples_dir for options in found.values()}) == 3  # each has a run or a noise of its own
     assert found["noised-stage2-25-spectrum"].samples_dir.name == "samples-4000-0.25"
+
+
+def test_a_token_prior_is_trained_after_its_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = []
+
+    def run_command(command, check):
+        assert check
+        commands.append(command[1:])
+        if "training/train_dod.py" in command:
+            (study.last_checkpoint(STUDY, "none-dod-seed1")).mkdir(parents=True)
+            (study.OUTPUTS / "none-dod-seed1" / "metrics.jsonl").touch()
+            assert not is_trained(STUDY, "none-dod-seed1")
+
+    is_trained = study.is_trained
+    monkeypatch.setattr(study.subprocess, "run", run_command)
+    study.train(["none-dod-seed1"])
+    _, training, token_prior = commands
+    assert training[0] == "training/train_dod.py" and token_prior[1] == "diffusers_dod.training.token_prior"
+    options = parse_options(TokenPriorOptions, token_prior[2:])
+    assert options.pretrained_model_name_or_path == "outputs/study/none-dod-seed1/checkpoint-4000"
+    assert options.steps.label_dropout_prob == 0.99 and options.data.seed == 1
+    study.train(["none-dod-seed1"])  # which was stopped after the first part
+    assert commands[3:] == [commands[0], token_prior]
+    (study.OUTPUTS / "none-dod-seed1" / "token-prior").mkdir()
+    (study.OUTPUTS / "none-dod-seed1" / "token-prior" / "model_index.json").touch()
+    assert is_trained(STUDY, "none-dod-seed1")
+    module, *argv = study.evaluation_argv(STUDY, "none-dod-seed1", 4000, "none-tokens")
+    options = parse_options(SweepOptions, argv)
+    assert options.pretrained_model_name_or_path == "outputs/study/none-dod-seed1/token-prior"
+    assert options.samples_dir.name == "samples-4000-use_token_prior"
 
 
 def test_every_part_of_the_plan_is_of_a_run():

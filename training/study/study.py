@@ -43,7 +43,10 @@ KINDS = {
     "irregular": ("voronoi", "marble", "wood", "polygon"),
 }
 NUM_HUES = 6
-WAYS = ("null_condition", "weaker_step", "prior_noise")  # options of a sweep that make other samples
+INDEX = "model_index.json"  # what a complete pipeline has
+TOKEN_PRIOR = "token-prior"  # folder of a run's pipeline with its token prior
+# Options of a sweep that make other samples.
+WAYS = ("null_condition", "weaker_step", "prior_noise", "use_token_prior")
 DATA_SEED = 0  # of the images, the default of training/encode_latents.py
 
 
@@ -86,8 +89,29 @@ def to_argv(options: dict[str, Any]) -> list[str]:
 def training_argv(study: dict[str, Any], run: str) -> list[str]:
     """Arguments of training/train_dod.py for a run."""
     options = {**study["common"], **study["runs"][run]}
+    options.pop("token_prior", None)
     places = {"latents_dir": latents_of(options.pop("labels", None)), "output_dir": OUTPUTS / run}
     return to_argv({**options, **places, "pretrained_vae_name_or_path": study["vae"]})
+
+
+def token_prior_argv(study: dict[str, Any], run: str) -> list[str]:
+    """Arguments of the command that trains the token prior of a run."""
+    options = study["runs"][run]
+    return to_argv(
+        {
+            **options["token_prior"],
+            "seed": options["seed"],
+            "latents_dir": latents_of(options.get("labels")),
+            "pretrained_model_name_or_path": last_checkpoint(study, run),
+            "output_dir": OUTPUTS / run / TOKEN_PRIOR,
+        }
+    )
+
+
+def last_checkpoint(study: dict[str, Any], run: str) -> Path:
+    """Folder of the checkpoint of `run` that has all of its steps."""
+    steps = {**study["common"], **study["runs"][run]}["max_train_steps"]
+    return OUTPUTS / run / f"checkpoint-{steps}"
 
 
 def latents_of(labels: str | None) -> Path:
@@ -148,16 +172,22 @@ def result_file(run: str, step: int, evaluation: str) -> Path:
     return RESULTS / f"{run}-{step}" / f"{evaluation}.json"
 
 
+def pipeline_of(study: dict[str, Any], run: str, step: int, evaluation: str) -> Path:
+    """Folder of the pipeline that an evaluation of `run` after `step` steps samples."""
+    has_token_prior = study["evaluations"][evaluation].get("use_token_prior", False)
+    return OUTPUTS / run / (TOKEN_PRIOR if has_token_prior else f"checkpoint-{step}")
+
+
 def evaluation_argv(study: dict[str, Any], run: str, step: int, evaluation: str) -> list[str]:
     """Module and arguments of an evaluation of the checkpoint of `run` after `step` steps."""
     options = dict(study["evaluations"][evaluation])
     module, judge = options.pop("module"), options.pop("judge", [])
-    ways = [str(options[name]) for name in WAYS if name in options]
+    ways = [name if options[name] is True else str(options[name]) for name in WAYS if name in options]
     if "weaker_step" in options:
         options["guidance_model"] = OUTPUTS / run / f"checkpoint-{options.pop('weaker_step')}"
     if module != "linear_probe":  # noise of its own for each training, so that their spread contains its chance
         options["seeds" if module == "sweep" else "seed"] = study["runs"][run]["seed"]
-    argv = ["--pretrained_model_name_or_path", str(OUTPUTS / run / f"checkpoint-{step}"), *to_argv(options)]
+    argv = ["--pretrained_model_name_or_path", str(pipeline_of(study, run, step, evaluation)), *to_argv(options)]
     if module == "sweep":  # a folder is of one judge and one way to guide
         parts = [str(step), *ways, *judge]
         argv += ["--output_dir", str(OUTPUTS / run / "-".join(["sweep", *parts]))]
@@ -172,7 +202,7 @@ def has_result(study: dict[str, Any], run: str, step: int, evaluation: str) -> b
     if not file.is_file():
         return False
     results = read_results(file)
-    checkpoint = checkpoint_sha256(OUTPUTS / run / f"checkpoint-{step}")
+    checkpoint = checkpoint_sha256(pipeline_of(study, run, step, evaluation))
     return (
         results["argv"] == evaluation_argv(study, run, step, evaluation)[1:]
         and results["checkpoint"]["sha256"] == checkpoint
@@ -204,9 +234,9 @@ def work_off(names: list[str], is_done: Callable[[str], bool], work: Callable[[s
 
 
 def is_trained(study: dict[str, Any], run: str) -> bool:
-    """Whether `run` has all of its steps."""
-    steps = {**study["common"], **study["runs"][run]}["max_train_steps"]
-    return (OUTPUTS / run / f"checkpoint-{steps}").is_dir()
+    """Whether `run` has all of its steps, and its token prior if it is to have one."""
+    has_token_prior = (OUTPUTS / run / TOKEN_PRIOR / INDEX).is_file()
+    return last_checkpoint(study, run).is_dir() and (has_token_prior or "token_prior" not in study["runs"][run])
 
 
 def train(runs: list[str]) -> None:
@@ -217,7 +247,11 @@ def train(runs: list[str]) -> None:
         argv = training_argv(study, run)
         if list((OUTPUTS / run).glob("checkpoint-*")):
             argv += ["--resume_from_checkpoint", "latest"]
-        subprocess.run([sys.executable, "training/train_dod.py", *argv], check=True)
+        if not last_checkpoint(study, run).is_dir():
+            subprocess.run([sys.executable, "training/train_dod.py", *argv], check=True)
+        if "token_prior" in study["runs"][run]:
+            command = [sys.executable, "-m", "diffusers_dod.training.token_prior"]
+            subprocess.run([*command, *token_prior_argv(study, run)], check=True)
         (RESULTS / run).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(OUTPUTS / run / METRICS_FILE, RESULTS / run / METRICS_FILE)
 
@@ -238,8 +272,7 @@ def evaluate(runs: list[str]) -> None:
 
     def find_missing(checkpoint: str) -> list[list[str]]:
         run, step, names = jobs[checkpoint]
-        if not (OUTPUTS / run / f"checkpoint-{step}").is_dir():
-            return []
+        names = [name for name in names if (pipeline_of(study, run, step, name) / INDEX).is_file()]
         return [evaluation_argv(study, run, step, name) for name in names if not has_result(study, run, step, name)]
 
     def is_done(checkpoint: str) -> bool:

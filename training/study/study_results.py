@@ -20,7 +20,11 @@ Number = tuple[float, float] | None  # with half of its 95 % interval
 
 
 def way_of(settings: dict[str, Any]) -> str:
-    """Name of what sets an evaluation apart from most: its null condition, weaker model, noise of priors, or judge."""
+    """
+    Name of what sets an evaluation apart from most.
+
+    It has its null condition, weaker model, noise of priors, token prior and judge.
+    """
     parts = []
     if settings.get("null_condition", DEFAULT) != DEFAULT:
         parts.append(settings["null_condition"])
@@ -28,6 +32,8 @@ def way_of(settings: dict[str, Any]) -> str:
         parts.append("weaker")
     if settings.get("prior_noise"):
         parts.append(f"noise {settings['prior_noise']}")
+    if settings.get("use_token_prior"):
+        parts.append("tokens")
     judge = Path(settings.get("extractor") or JUDGE).stem.removesuffix("_features")
     return "/".join([*parts, *([judge] if judge != JUDGE else [])])
 
@@ -46,16 +52,17 @@ class Results:
         folder (`Path`): Folder of the results, with a folder for each checkpoint.
 
     Raises:
-        `ValueError`: a folder has results of several checkpoints.
+        `ValueError`: a folder has results of several checkpoints. A checkpoint with a token prior is another one.
     """
 
     def __init__(self, folder: Path):
         self.metrics: dict[str, dict[str, dict]] = {}
-        checkpoints: dict[str, str] = {}
+        checkpoints: dict[tuple[str, bool], str] = {}
         for file in sorted(folder.glob("*/*.json")):
             results = read_results(file)
             sha256 = (results["checkpoint"] or {}).get("sha256")
-            if checkpoints.setdefault(file.parent.name, sha256) != sha256:
+            key = (file.parent.name, bool(results["settings"].get("use_token_prior")))
+            if checkpoints.setdefault(key, sha256) != sha256:
                 raise ValueError(
                     f"All results in `{file.parent}` must be of one checkpoint, got another in {file.name}."
                 )
