@@ -389,7 +389,10 @@ class OutputOptions:
         "one, and those of FSDP2 and DeepSpeed, are waited for.",
     )
     resume_from_checkpoint: str | None = option(
-        None, is_private=True, is_free=True, help="A checkpoint folder, or `latest` for the newest valid one."
+        None,
+        is_private=True,
+        is_free=True,
+        help="A checkpoint folder, its name in `--output_dir`, or `latest` for the newest valid one.",
     )
     allow_changed: tuple[str, ...] = option(
         (),

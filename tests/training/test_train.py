@@ -407,7 +407,7 @@ def test_a_rate_that_is_stable_before_it_falls(tmp_path, data, finished):
     run = train(tmp_path / "run", *data, *schedule, "--max_train_steps", 5, "--checkpointing_steps", 3)
     assert [line["learning_rate"] for line in read_metrics(run)] == pytest.approx([0.0, 1e-2, 1e-2, 1e-2, 0.5e-2])
     longer = ["--max_train_steps", 7, "--allow_changed", "max_train_steps"]  # from before it fell
-    train(run, *data, *schedule, *longer, "--resume_from_checkpoint", run / "checkpoint-3")
+    train(run, *data, *schedule, *longer, "--resume_from_checkpoint", "checkpoint-3")
     rates = [line["learning_rate"] for line in read_metrics(run)]
     assert rates == pytest.approx([0.0, 1e-2, 1e-2, 1e-2, 1e-2, 1e-2, 0.5e-2])
 

@@ -98,7 +98,8 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
 
     Args:
         output_dir (`Path`): The folder of the run.
-        resume_from_checkpoint (`str` or `None`): The folder of a checkpoint, or `"latest"` for the newest of the run.
+        resume_from_checkpoint (`str` or `None`): The folder of a checkpoint, its name in `output_dir`, or `"latest"` for
+            the newest of the run.
 
     Returns:
         `Path | None`: The checkpoint; `None` for a run that starts from scratch.
@@ -115,6 +116,8 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
         return None
     if resume_from_checkpoint != "latest":
         checkpoint = Path(resume_from_checkpoint)
+        if not checkpoint.exists() and (output_dir / checkpoint).is_dir():
+            checkpoint = output_dir / checkpoint
         if (damage := find_damage(checkpoint)) is not None:
             raise ValueError(f"`resume_from_checkpoint` must be an undamaged checkpoint, got {checkpoint}: {damage}.")
         return checkpoint
