@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "training" / "study"))
 import report  # noqa: E402
 import study  # noqa: E402
+import study_results  # noqa: E402
 
 
 STUDY = study.load_study()
@@ -175,25 +176,26 @@ def test_numbers_of_one_run_and_of_several(tmp_path):
     for run, value in (("dod-seed0", 1.0), ("dod-seed1", 2.0), ("dod-seed2", 6.0), ("dod-n2", 7.0)):
         write(tmp_path, run, rfid_scale_1=value)
     results = report.Results(tmp_path)
-    assert results.find("dod-n2", "rfid_scale_1") == (7.0, 1.0)  # half of its own interval
-    mean, half = results.find(report.DOD, "rfid_scale_1")
+    assert results.find("dod-n2", "rfid_scale_1") == (7.0, 1.0, True)  # half of its own interval
+    *mean, is_of_samples = results.find(report.DOD, "rfid_scale_1")
     # Student's quantile for two degrees of freedom, and the standard error of the three values.
-    assert (mean, half) == pytest.approx((3.0, 4.302653 * 7**0.5 / 3**0.5))
+    assert not is_of_samples and mean == pytest.approx([3.0, 4.302653 * 7**0.5 / 3**0.5])
     assert results.find("dod-n8", "rfid_scale_1") is None and report.show(None) == "-"
     assert results.find(report.OFTEN, "rfid_scale_1") is None
-    assert report.show((3.0, 0.25)) == "3.00 ± 0.25" and report.show((0.5, 0.01), 1, percent=True) == "50.0 ± 1.0"
+    assert report.show(report.Number(3.0, 0.25)) == "3.00 ± 0.25"
+    assert report.show(report.Number(0.5, 0.01, is_of_samples=True), 1, percent=True) == "50.0 ±ₛ 1.0"
 
 
 def test_until_all_of_several_runs_are_there_the_first_one_stands_alone(tmp_path):
     write(tmp_path, "dod-seed0", rfid_scale_1=1.0, rfid_scale_2=0.5)
     write(tmp_path, "dod-seed1", rfid_scale_1=2.0)
     results = report.Results(tmp_path)
-    assert results.group(report.DOD) == ("dod-seed0",) and results.find(report.DOD, "rfid_scale_1") == (1.0, 1.0)
+    assert results.group(report.DOD) == ("dod-seed0",) and results.find(report.DOD, "rfid_scale_1") == (1.0, 1.0, True)
     write(tmp_path, "dod-seed2", rfid_scale_1=6.0)
     results = report.Results(tmp_path)
     assert results.group(report.DOD) == report.DOD and results.find(report.DOD, "rfid_scale_1")[0] == 3
     assert results.find(report.DOD, "rfid_scale_2") is None  # which one of three has
-    assert results.find("dod-seed0", "rfid_scale_2") == (0.5, 1.0)
+    assert results.find("dod-seed0", "rfid_scale_2") == (0.5, 1.0, True)
 
 
 def test_a_folder_is_of_one_checkpoint(tmp_path):
@@ -317,6 +319,60 @@ def test_results_of_other_judges_noise_and_guidance_stand_by_themselves(tmp_path
         write_results(path, "sweep", [], {label: as_metric(float(fid))}, {}, settings, "cpu")
     results = report.Results(tmp_path)
     assert [results.stage("dod-n2", "fid", "3", way=way)[0] for way in ways] == [0, 1, 2, 3]
+
+
+JUDGES_OF_TUNED = ("texture", "attribute", "imagenet", "spectrum")
+
+
+def write_tuned(folder: Path, run: str, judge: str, fids: dict[str, float], steps: int = 20, **settings) -> None:
+    """Results of a run by a judge: the FID of the last stage by scales."""
+    settings |= {"extractor": f"training/desk/{judge}_features.py:extractor"}
+    way = study_results.way_of(settings | {"extractor": None})
+    metrics = {report.stage_label("fid_corrected", scales, steps, way): fid for scales, fid in fids.items()}
+    metrics = {name.removeprefix(f"{way}/"): as_metric(fid) for name, fid in metrics.items()}
+    name = "-".join([judge, str(steps), *fids, *settings]).replace(":", "_")
+    write_results(folder / f"{run}-4000" / f"{name}.json", "sweep", [], metrics, {}, settings, "cpu")
+
+
+def test_gains_of_visual_priors_by_labels_and_judge(tmp_path, monkeypatch):
+    for seed, judge in itertools.product((0, 1), JUDGES_OF_TUNED):
+        fitv2, dod = f"classes-fitv2-seed{seed}", f"classes-dod-seed{seed}"
+        write_tuned(tmp_path, fitv2, judge, {"3": 11.0 + seed, "4": 10.0 + seed})
+        write_tuned(tmp_path, fitv2, judge, {"3": 9.0 + seed, "4": 9.5 + seed}, steps=40)
+        write_tuned(tmp_path, dod, judge, {"1": 30.0, "3": 12.0, "1:3": 8.5, "1:4": 8.0})
+        write_tuned(tmp_path, dod, judge, {"3": 7.0 + 2 * seed}, use_token_prior=True)
+        # Without labels, a FiTv2 is guided by a weaker one, and stage 2 has an unguided stage 1.
+        write_tuned(tmp_path, f"none-fitv2-seed{seed}", judge, {"2": 20.0 + seed}, 40, guidance_model="weaker")
+        write_tuned(tmp_path, f"none-fitv2-seed{seed}", judge, {"2": 25.0 + seed}, guidance_model="weaker")
+        write_tuned(tmp_path, f"none-dod-seed{seed}", judge, {"1:3": 15.0})
+    write_tuned(tmp_path, "classes-fitv2-seed2", "texture", {"3": 1.0})  # its DoD is not there yet
+    report.draw_map(report.Results(tmp_path / "empty"), tmp_path)
+    assert not (tmp_path / "label_map.png").exists()
+    results = report.Results(tmp_path)
+    table = report.map_table(results)
+    assert len(table.splitlines()) == 2 + 4 + 2 * 4
+    none, two, drawn = cells(table, 0), cells(table, 4), cells(table, 5)
+    assert none[:5] == ["1", "0.0", "2", "classes", "two stages"] and none[7] == "1:3 - 2"
+    assert none[10] == "-5.00, -6.00"
+    assert two[:2] == ["12", "3.6"] and two[4] == "two stages" and two[7] == "1:4 - 3" and two[10] == "-1.00, -2.00"
+    assert drawn[4] == "tokens drawn" and drawn[7] == "3 - 4" and drawn[10] == "-3.00, -2.00"
+    assert drawn[5:7] == ["10.50 ± 6.35", "8.00 ± 12.71"] and drawn[8] == "-2.50 ± 6.35"
+    rows = [cells(report.tuned_table(results), row) for row in range(5)]
+    assert [row[1:3] for row in rows] == [
+        ["FiTv2, guided", "4"],
+        ["FiTv2, guided, 40 steps", "3"],
+        ["DoD, stage 1, guided", "3"],
+        ["DoD, stage 2", "1:4"],
+        ["DoD, tokens drawn", "3"],
+    ]
+    assert cells(report.tuned_differences_table(results), 2)[1:3] == ["tokens drawn - FiTv2", "3 - 4"]
+    axes = []
+    monkeypatch.setattr(report.plt, "close", lambda figure: axes.extend(figure.axes))
+    report.draw_map(results, tmp_path)
+    assert (tmp_path / "label_map.png").stat().st_size > 0
+    two, drawn = (container.lines[0].get_xydata() for container in axes[0].containers)
+    np.testing.assert_allclose(two[:, 1], [100 * 5.5 / 20.5, 100 * 1.5 / 9.5])
+    np.testing.assert_allclose(drawn, [[np.log2(12) + 0.06, 100 * 2.5 / 10.5]])
 
 
 def test_the_page_has_the_tables_of_the_results(monkeypatch):

@@ -4,8 +4,8 @@ Writes the tables and plots of docs/study.md from docs/results/study:
     python training/study/report.py
 
 A table stands between `<!-- table: name -->` and `<!-- end -->`; nothing else of the page changes. A number is the
-mean over runs that differ in their seed alone, with half of Student's 95 % interval; or it is the number of one run,
-with half of the interval of its samples. Until all runs have been evaluated, it is the number of the first run. A dash
+mean over runs that differ in their seed alone, with half of Student's 95 % interval after "±"; or it is the number of one run,
+with half of the interval of its samples after "±ₛ". Until all runs have been evaluated, it is the number of the first run. A dash
 means not measured.
 """
 
@@ -28,6 +28,7 @@ from study_results import (
     show_at,
     stage_label,
 )
+from tuned import draw_map, map_table, tuned_differences_table, tuned_table
 
 from diffusers_dod.compute import TrainingStep, count_model, sampling_compute, training_cost
 from diffusers_dod.presets import PRESETS
@@ -381,7 +382,7 @@ def _judges_rows(labels: Callable[[dict], list[str]]) -> tuple[list[str], list[l
 
     def cell(judge: str, label: str) -> str:
         metric = metrics[f"fid_corrected/{judge}/{label}"]
-        return show((metric["value"], half_width(metric)))
+        return show(Number(metric["value"], half_width(metric), is_of_samples=True))
 
     return judges, [[label, *(cell(judge, label) for judge in judges)] for label in labels(metrics)]
 
@@ -393,7 +394,7 @@ def judges_table(results: Results) -> str:
     judges, rows = _judges_rows(lambda _: list(shares))
     for row in rows:
         share = shares[row[0]]
-        row.append(show((share["value"], half_width(share)), 1, percent=True))
+        row.append(show(Number(share["value"], half_width(share), is_of_samples=True), 1, percent=True))
     return format_table(["samples", *judges, "recognised, %"], rows)
 
 
@@ -411,11 +412,11 @@ def draw_plots(results: Results, folder: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     axes = axes.flat
 
-    def draw(axis: plt.Axes, label: str, points: dict[float, Number], shift: float = 0, **style) -> None:
+    def draw(axis: plt.Axes, label: str, points: dict[float, Number | None], shift: float = 0, **style) -> None:
         # Lines are shifted against each other, so that their intervals do not cover each other.
         points = {x + shift * len(axis.containers): number for x, number in points.items() if number is not None}
         if points:
-            ys, halves = zip(*points.values(), strict=True)
+            ys, halves, _ = zip(*points.values(), strict=True)
             axis.errorbar(list(points), ys, yerr=halves, marker="o", markersize=4, capsize=3, label=label, **style)
 
     lines = {"stage 1, 20 steps": ("", DOD), "stage 2, 20 + 20 steps": ("1:", DOD)}
@@ -486,6 +487,9 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "training-differences": training_differences_table,
     "training-compute": training_compute_table,
     "class": class_table,
+    "map": map_table,
+    "tuned": tuned_table,
+    "tuned-differences": tuned_differences_table,
     "judges": judges_table,
     "judges-differences": judges_differences_table,
 }
@@ -520,6 +524,7 @@ def main() -> None:
     results = Results(RESULTS)
     PAGE.write_text(fill_page(PAGE.read_text(), results))
     draw_plots(results, IMAGES)
+    draw_map(results, IMAGES)
 
 
 if __name__ == "__main__":

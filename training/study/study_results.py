@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,15 @@ IMAGES_PER_STEP = 64
 DEFAULT = "class_and_prior"  # the null condition of the pipeline
 JUDGE = "texture"  # most results are by the classifier of textures
 
-Number = tuple[float, float] | None  # with half of its 95 % interval
+TOKENS = "tokens"  # the way of a token prior
+
+
+class Number(NamedTuple):
+    """A number with half of its 95 % interval: over trainings, or, with another sign, over the samples of one."""
+
+    value: float
+    half: float = 0.0
+    is_of_samples: bool = False
 
 
 def way_of(settings: dict[str, Any]) -> str:
@@ -33,14 +41,15 @@ def way_of(settings: dict[str, Any]) -> str:
     if settings.get("prior_noise"):
         parts.append(f"noise {settings['prior_noise']}")
     if settings.get("use_token_prior"):
-        parts.append("tokens")
+        parts.append(TOKENS)
     judge = Path(settings.get("extractor") or JUDGE).stem.removesuffix("_features")
     return "/".join([*parts, *([judge] if judge != JUDGE else [])])
 
 
 def stage_label(name: str, scales: str, steps: int = 20, way: str = "") -> str:
     """Label of a metric of the last stage, with guidance `scales` such as `1:3` and `steps` steps each."""
-    label = f"{name}/stage-{scales.count(':') + 1}/pipeline/{steps}/euler/{scales}"
+    stage = scales.count(":") + (2 if TOKENS in way.split("/") else 1)  # tokens take the place of stage 1
+    label = f"{name}/stage-{stage}/pipeline/{steps}/euler/{scales}"
     return f"{way}/{label}" if way else label
 
 
@@ -84,7 +93,7 @@ class Results:
         found = [self.metrics.get(f"{run}-{step}", {}).get(name) for run in runs]
         return [] if None in found else found
 
-    def find(self, runs: str | tuple[str, ...], name: str, step: int = STEPS) -> Number:
+    def find(self, runs: str | tuple[str, ...], name: str, step: int = STEPS) -> Number | None:
         """Mean of the metric `name` over the [`group`] of `runs`, if all of them have it."""
         found = self.find_all(self.group(runs, step), name, step)
         if not found:
@@ -93,7 +102,7 @@ class Results:
         is_spread = np.ptp(values) > 1e-9 * abs(np.mean(values))  # or it does not depend on the training
         interval = mean_interval(values) if is_spread else found[0]["interval"]
         mean = as_metric(np.mean(values), interval)
-        return mean["value"], half_width(mean)
+        return Number(mean["value"], half_width(mean), not is_spread)
 
     def losses(self, run: str, name: str, window: int = 10) -> tuple[list[int], np.ndarray]:
         """Images seen, and means of the loss `name` over `window` lines of a training; empty if it has none."""
@@ -102,7 +111,7 @@ class Results:
         values = np.array([line[name] for line in lines])
         return images, np.convolve(values, np.full(window, 1 / window), mode="valid") if images else values[:0]
 
-    def stage(self, runs: str | tuple[str, ...], name: str, scales: str, step: int = STEPS, **options) -> Number:
+    def stage(self, runs: str | tuple[str, ...], name: str, scales: str, step: int = STEPS, **options) -> Number | None:
         """A metric of the samples of the last stage, see [`stage_label`]."""
         return self.find(runs, stage_label(name, scales, **options), step)
 
@@ -111,19 +120,31 @@ class Results:
         values = [[metric["value"] for metric in self.find_all(runs, name, step)] for runs, name in (one, other)]
         return np.subtract(*values).tolist() if all(values) else []
 
-    def best(self, runs: str | tuple[str, ...], prefix: str, choices: list[str], **options) -> str | None:
-        """The scales with the smallest FID among `prefix` followed by each of `choices`."""
-        numbers = {prefix + choice: self.stage(runs, "fid", prefix + choice, **options) for choice in choices}
+    def scales(
+        self, runs: tuple[str, ...], prefix: str, name: str = "fid", step: int = STEPS, **options
+    ) -> list[str]:
+        """Scales of the last stage, after `prefix`, at which all of `runs` have the metric `name`."""
+        start = stage_label(name, prefix + "*", **options).removesuffix("*")
+        names = [{*self.metrics.get(f"{run}-{step}", {})} for run in runs]
+        found = {name.removeprefix(start) for name in set.intersection(*names) if name.startswith(start)}
+        return sorted((scales for scales in found if ":" not in scales), key=float)
+
+    def best(
+        self, runs: str | tuple[str, ...], prefix: str, choices: list[str], name: str = "fid", **options
+    ) -> str | None:
+        """The scales with the smallest metric `name` among `prefix` followed by each of `choices`."""
+        numbers = {prefix + choice: self.stage(runs, name, prefix + choice, **options) for choice in choices}
         numbers = {scales: number[0] for scales, number in numbers.items() if number is not None}
         return min(numbers, key=numbers.get) if numbers else None
 
 
-def show(number: Number, digits: int = 2, percent: bool = False) -> str:
+def show(number: Number | None, digits: int = 2, percent: bool = False) -> str:
     """A number as a cell of a table."""
     if number is None:
         return "-"
-    value, half = (100 * part for part in number) if percent else number
-    return f"{value:.{digits}f}" + (f" ± {half:.{digits}f}" if half else "")
+    value, half = (100 * part if percent else part for part in number[:2])
+    sign = "±ₛ" if number.is_of_samples else "±"
+    return f"{value:.{digits}f}" + (f" {sign} {half:.{digits}f}" if half else "")
 
 
 def show_at(results: Results, runs: str | tuple[str, ...], scales: str | None, **options) -> str:
@@ -140,6 +161,6 @@ def difference_cells(found: list[float]) -> list[str]:
     if not found:
         return ["-"] * 3
     mean = jackknife(found, np.mean)
-    number = show((mean.value, half_width(as_metric(mean.value, mean.interval()))))
+    number = show(Number(mean.value, half_width(as_metric(mean.value, mean.interval()))))
     values = ", ".join(f"{round(value, 2) + 0.0:.2f}" for value in found)  # no -0.00
     return [number, f"{mean.detectable():.2f}", values]
