@@ -4,9 +4,9 @@ Writes the tables and plots of docs/study.md from docs/results/study:
     python training/study/report.py
 
 A table stands between `<!-- table: name -->` and `<!-- end -->`; nothing else of the page changes. A number is the
-mean over runs that differ in their seed alone, with half of Student's 95 % interval after "±"; or it is the number of one run,
-with half of the interval of its samples after "±ₛ". Until all runs have been evaluated, it is the number of the first run. A dash
-means not measured.
+mean over runs that differ in their seed alone, with half of Student's 95 % interval after "±"; or it is the number of
+one run, with half of the interval of its samples after "±ₛ". Until all runs have been evaluated, it is the number of
+the first run. A dash means not measured.
 """
 
 import argparse

@@ -44,7 +44,7 @@ KINDS = {
 }
 NUM_HUES = 6
 INDEX = "model_index.json"  # what a complete pipeline has
-TOKEN_PRIOR = "token-prior"  # folder of a run's pipeline with its token prior
+PRIOR_FOLDER = "token-prior"  # folder of a run's pipeline with its token prior
 # Options of a sweep that make other samples.
 WAYS = ("null_condition", "weaker_step", "prior_noise", "use_token_prior")
 DATA_SEED = 0  # of the images, the default of training/encode_latents.py
@@ -103,7 +103,7 @@ def token_prior_argv(study: dict[str, Any], run: str) -> list[str]:
             "seed": options["seed"],
             "latents_dir": latents_of(options.get("labels")),
             "pretrained_model_name_or_path": last_checkpoint(study, run),
-            "output_dir": OUTPUTS / run / TOKEN_PRIOR,
+            "output_dir": OUTPUTS / run / PRIOR_FOLDER,
         }
     )
 
@@ -175,7 +175,7 @@ def result_file(run: str, step: int, evaluation: str) -> Path:
 def pipeline_of(study: dict[str, Any], run: str, step: int, evaluation: str) -> Path:
     """Folder of the pipeline that an evaluation of `run` after `step` steps samples."""
     has_token_prior = study["evaluations"][evaluation].get("use_token_prior", False)
-    return OUTPUTS / run / (TOKEN_PRIOR if has_token_prior else f"checkpoint-{step}")
+    return OUTPUTS / run / (PRIOR_FOLDER if has_token_prior else f"checkpoint-{step}")
 
 
 def evaluation_argv(study: dict[str, Any], run: str, step: int, evaluation: str) -> list[str]:
@@ -235,7 +235,7 @@ def work_off(names: list[str], is_done: Callable[[str], bool], work: Callable[[s
 
 def is_trained(study: dict[str, Any], run: str) -> bool:
     """Whether `run` has all of its steps, and its token prior if it is to have one."""
-    has_token_prior = (OUTPUTS / run / TOKEN_PRIOR / INDEX).is_file()
+    has_token_prior = (OUTPUTS / run / PRIOR_FOLDER / INDEX).is_file()
     return last_checkpoint(study, run).is_dir() and (has_token_prior or "token_prior" not in study["runs"][run])
 
 

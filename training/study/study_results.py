@@ -111,7 +111,9 @@ class Results:
         values = np.array([line[name] for line in lines])
         return images, np.convolve(values, np.full(window, 1 / window), mode="valid") if images else values[:0]
 
-    def stage(self, runs: str | tuple[str, ...], name: str, scales: str, step: int = STEPS, **options) -> Number | None:
+    def stage(
+        self, runs: str | tuple[str, ...], name: str, scales: str, step: int = STEPS, **options
+    ) -> Number | None:
         """A metric of the samples of the last stage, see [`stage_label`]."""
         return self.find(runs, stage_label(name, scales, **options), step)
 
@@ -120,9 +122,7 @@ class Results:
         values = [[metric["value"] for metric in self.find_all(runs, name, step)] for runs, name in (one, other)]
         return np.subtract(*values).tolist() if all(values) else []
 
-    def scales(
-        self, runs: tuple[str, ...], prefix: str, name: str = "fid", step: int = STEPS, **options
-    ) -> list[str]:
+    def scales(self, runs: tuple[str, ...], prefix: str, name: str = "fid", step: int = STEPS, **options) -> list[str]:
         """Scales of the last stage, after `prefix`, at which all of `runs` have the metric `name`."""
         start = stage_label(name, prefix + "*", **options).removesuffix("*")
         names = [{*self.metrics.get(f"{run}-{step}", {})} for run in runs]

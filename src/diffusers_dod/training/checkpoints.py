@@ -98,8 +98,8 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
 
     Args:
         output_dir (`Path`): The folder of the run.
-        resume_from_checkpoint (`str` or `None`): The folder of a checkpoint, its name in `output_dir`, or `"latest"` for
-            the newest of the run.
+        resume_from_checkpoint (`str` or `None`): The folder of a checkpoint, its name in `output_dir`, or `"latest"`
+            for the newest of the run.
 
     Returns:
         `Path | None`: The checkpoint; `None` for a run that starts from scratch.
