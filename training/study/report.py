@@ -28,7 +28,7 @@ from study_results import (
     show_at,
     stage_label,
 )
-from tuned import draw_map, map_table, tuned_differences_table, tuned_table
+from tuned import draw_map, grid_table, map_table, tuned_differences_table, tuned_table
 
 from diffusers_dod.compute import TrainingStep, count_model, sampling_compute, training_cost
 from diffusers_dod.presets import PRESETS
@@ -487,6 +487,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "training-differences": training_differences_table,
     "training-compute": training_compute_table,
     "class": class_table,
+    "grid": grid_table,
     "map": map_table,
     "tuned": tuned_table,
     "tuned-differences": tuned_differences_table,

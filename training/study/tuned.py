@@ -166,6 +166,23 @@ def _cells(found: list[float]) -> list[str]:
 PAIRS = {"two stages": (STAGE_2, FITV2_LONG), "tokens drawn": (DRAWN, FITV2)}
 
 
+def grid_table(results: Results) -> str:
+    """Table of guidance scales of the trainings that chose them, by judge."""
+    rows, scales = [], ["1", "2", "3", "4", "5.5"]
+    fitv2, dod = "fitv2-stable-4e-3", "dod-stable-4e-3-lem5e-4"
+    for label, run, prefix in (
+        ("FiTv2", fitv2, ""),
+        ("DoD, stage 1", dod, ""),
+        ("DoD, stage 2", dod, "1:"),
+        ("DoD, stage 2 after a guided stage 1", dod, "3:"),
+    ):
+        for scale in scales:
+            numbers = [results.stage(run, FID, prefix + scale, STEP, way=judge) for judge in JUDGES.values()]
+            if any(numbers):
+                rows.append([label, prefix + scale, *map(show, numbers)])
+    return format_table(["", "scales", *JUDGES], rows)
+
+
 def map_table(results: Results) -> str:
     """Table of the gain of visual priors over FiTv2 with as much sampling compute, by what labels say."""
     rows = []
