@@ -375,6 +375,18 @@ def test_gains_of_visual_priors_by_labels_and_judge(tmp_path, monkeypatch):
     np.testing.assert_allclose(drawn, [[np.log2(12) + 0.06, 100 * 2.5 / 10.5]])
 
 
+def test_guidance_scales_by_judge(tmp_path):
+    for number, judge in enumerate(JUDGES_OF_TUNED):
+        write_tuned(tmp_path, "fitv2-stable-4e-3", judge, {"3": 10.0 + number})
+        write_tuned(tmp_path, "dod-stable-4e-3-lem5e-4", judge, {"1": 30.0 + number, "1:4": 8.0 + number})
+    table = report.grid_table(report.Results(tmp_path))
+    assert [cells(table, row) for row in range(3)] == [
+        ["FiTv2", "3", "10.00", "11.00", "12.00", "13.00"],
+        ["DoD, stage 1", "1", "30.00", "31.00", "32.00", "33.00"],
+        ["DoD, stage 2", "1:4", "8.00", "9.00", "10.00", "11.00"],
+    ]
+
+
 def test_the_page_has_the_tables_of_the_results(monkeypatch):
     monkeypatch.chdir(ROOT)
     page = report.PAGE.read_text()
