@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 from PIL import Image
 
 from diffusers_dod import DoDPipeline
+from diffusers_dod.autoencoders import encode_moments
 from diffusers_dod.data.textures import TEXTURE_CLASSES
 
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoints" / "dod-desk"
 sys.path.insert(0, str(ROOT / "training" / "desk"))
+import train_autoencoder  # noqa: E402
 from texture_classifier import JudgeFeatures  # noqa: E402
 
 
@@ -59,3 +62,28 @@ def test_the_demo_draws_its_image(tmp_path):
     with Image.open(tmp_path / "demo.png") as image:
         assert image.width > 700
         assert len(set(image.resize((64, 64)).getdata())) > 500  # not a blank page
+
+
+@pytest.mark.parametrize(("name", "resolution", "channels"), [("textures", 32, 4), ("scenes", 64, 16)])
+def test_autoencoders_of_procedural_images(name, resolution, channels):
+    torch.manual_seed(0)
+    vae = train_autoencoder.build_autoencoder(name, resolution)
+    args = Namespace(kl_weight=1.0, moments_weight=1.0)
+    pixels = torch.rand(2, 3, resolution, resolution) * 2 - 1
+    latents, penalty = train_autoencoder.encode(vae, pixels, args)
+    assert latents.shape == (2, channels, 8, 8) and float(penalty) > 0
+    assert vae.decode(latents).sample.shape == pixels.shape
+    mean, std = encode_moments(pixels, vae)
+    assert mean.shape == latents.shape and (std is None) == (name == "scenes")
+
+
+def test_latents_of_scenes_are_drawn_to_mean_0_and_variance_1():
+    """The config of their autoencoder has one scale for all channels."""
+    vae = train_autoencoder.build_autoencoder("scenes", 64)
+    args, latents = Namespace(moments_weight=2.0), torch.randn(4, 16, 8, 8)
+    latents = (latents - latents.mean((0, 2, 3), keepdim=True)) / latents.std((0, 2, 3), keepdim=True)
+    penalties = []
+    for values in (latents, 3 * latents, latents + 0.5):
+        vae.encode = lambda _, values=values: Namespace(latent=values)
+        penalties.append(float(train_autoencoder.encode(vae, None, args)[1]))
+    assert penalties == pytest.approx([0.0, 8.0, 0.5], abs=1e-5)

@@ -2,11 +2,12 @@
 Trains the autoencoder of a desk-size checkpoint on procedural images:
 
     python training/desk/train_autoencoder.py --mixed_precision bf16 --output_dir outputs/desk-autoencoder
-    python training/desk/train_autoencoder.py --dataset_name scenes --output_dir outputs/scenes-autoencoder
+    python training/desk/train_autoencoder.py --dataset_name scenes --train_batch_size 16 --max_train_steps 4000 \
+        --learning_rate 3e-3 --output_dir outputs/scenes-autoencoder
 
-Textures: 32x32x3 pixels <-> 8x8x4 latents, 0.9 M parameters. Scenes: 64x64x3 pixels <-> 8x8x12 latents, 1.7 M. It
-writes a Diffusers `AutoencoderKL` with `latents_mean` and `latents_std` in its config, an image of reconstructions,
-and `metrics.json`.
+Textures: an `AutoencoderKL`, 32x32x3 pixels <-> 8x8x4 latents, 0.9 M parameters. Scenes: an `AutoencoderDC`, 64x64x3
+pixels <-> 8x8x16 latents, 2.3 M parameters, whose shortcuts let it learn in a tenth of the steps. It writes the
+autoencoder with what normalises its latents, an image of reconstructions, and `metrics.json`.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -26,14 +27,12 @@ from diffusers_dod.data.labelled_images import PROCEDURAL
 
 
 HELD_OUT_SEED = 1
-# Channels of the blocks, each of which but the last halves the sides, and of the latents.
-SIZES = {"textures": ((32, 64, 64), 4), "scenes": ((16, 32, 64, 96), 12)}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--dataset_name", choices=SIZES, default="textures")
+    parser.add_argument("--dataset_name", choices=PROCEDURAL, default="textures")
     parser.add_argument(
         "--resolution", type=int, help="Side of the images in pixels; that of the data set by default."
     )
@@ -42,6 +41,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16 where a CPU has it.")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="Peak; falls to 0 along a cosine.")
     parser.add_argument("--kl_weight", type=float, default=1e-4, help="Weight of the KL divergence per pixel.")
+    parser.add_argument("--moments_weight", type=float, default=1e-2, help="Weight of what makes latents normal.")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -51,6 +51,44 @@ def to_pixels(images: torch.Tensor | np.ndarray) -> torch.Tensor:
     return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def build_autoencoder(dataset_name: str, resolution: int) -> AutoencoderKL | AutoencoderDC:
+    """The autoencoder of images of a data set, with random weights."""
+    if dataset_name == "textures":
+        channels = (32, 64, 64)
+        return AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * len(channels),
+            up_block_types=("UpDecoderBlock2D",) * len(channels),
+            block_out_channels=channels,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=8,
+            mid_block_add_attention=False,
+            sample_size=resolution,
+            scaling_factor=1.0,
+        )
+    channels = (32, 32, 64, 128)  # the first level has no layers
+    return AutoencoderDC(
+        latent_channels=16,
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        encoder_layers_per_block=(0, 1, 2, 2),
+        decoder_layers_per_block=(0, 1, 3, 3),
+        encoder_qkv_multiscales=((),) * len(channels),
+        decoder_qkv_multiscales=((),) * len(channels),
+    )
+
+
+def encode(vae: AutoencoderKL | AutoencoderDC, pixels: torch.Tensor, args: argparse.Namespace) -> tuple:
+    """Latents to decode, and the loss that keeps them near a normal distribution."""
+    if isinstance(vae, AutoencoderKL):
+        posterior = vae.encode(pixels).latent_dist
+        return posterior.sample(), args.kl_weight * posterior.kl().mean() / pixels[0, 0].numel()
+    latents = vae.encode(pixels).latent
+    # Its config has one scale for all channels, so that they must have the same.
+    std, mean = torch.std_mean(latents.float(), dim=(0, 2, 3))
+    return latents, args.moments_weight * (mean.square() + (std - 1).square()).mean()
+
+
 def main() -> None:
     args = parse_args()
     torch.manual_seed(args.seed)
@@ -58,25 +96,13 @@ def main() -> None:
 
     images = PROCEDURAL[args.dataset_name]
     resolution = images.default_size if args.resolution is None else args.resolution
-    channels, latent_channels = SIZES[args.dataset_name]
-
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
-        block_out_channels=channels,
-        layers_per_block=1,
-        latent_channels=latent_channels,
-        norm_num_groups=8,
-        mid_block_add_attention=False,
-        sample_size=resolution,
-        scaling_factor=1.0,
-    ).to(memory_format=torch.channels_last)
+    vae = build_autoencoder(args.dataset_name, resolution).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.learning_rate, total_steps=args.max_train_steps, pct_start=0.05
     )
 
-    # 1. Train: L1 + KL. Every image is seen once; a worker renders while the model trains.
+    # 1. Train. Every image is seen once; a worker renders while the model trains.
     dataset = images(args.max_train_steps * args.train_batch_size, size=resolution, seed=args.seed)
     loader = DataLoader(dataset, batch_size=args.train_batch_size, num_workers=1)
     start = time.perf_counter()
@@ -84,17 +110,15 @@ def main() -> None:
     for batch in progress:
         pixels = to_pixels(batch["image"]).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-            posterior = vae.encode(pixels).latent_dist
-            reconstruction = vae.decode(posterior.sample()).sample
+            latents, penalty = encode(vae, pixels, args)
+            reconstruction = vae.decode(latents).sample
         l1 = F.l1_loss(reconstruction.float(), pixels)
-        kl = posterior.kl().mean() / resolution**2
-        loss = l1 + args.kl_weight * kl
-        loss.backward()
+        (l1 + penalty).backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        progress.set_postfix(l1=f"{l1.item():.4f}", kl=f"{kl.item():.3f}")
+        progress.set_postfix(l1=f"{l1.item():.4f}", penalty=f"{penalty.item():.4f}")
     seconds = time.perf_counter() - start
 
     # 2. Measure on held-out images, and the statistics that normalise the latents.
@@ -102,16 +126,20 @@ def main() -> None:
     held_out = images(2048, size=resolution, seed=HELD_OUT_SEED)
     pixels = torch.cat([to_pixels(batch["image"]) for batch in DataLoader(held_out, batch_size=256)])
     with torch.no_grad():
-        posteriors = [vae.encode(chunk).latent_dist for chunk in pixels.split(256)]
-        latents = torch.cat([posterior.mode() for posterior in posteriors])
+        encoded = [vae.encode(chunk) for chunk in pixels.split(256)]
+        latents = torch.cat([e.latent_dist.mode() if "latent_dist" in e else e.latent for e in encoded])
         reconstruction = torch.cat([vae.decode(chunk).sample for chunk in latents.split(256)])
-    vae.register_to_config(
-        latents_mean=latents.mean(dim=(0, 2, 3)).tolist(), latents_std=latents.std(dim=(0, 2, 3)).tolist()
-    )
+    std, mean = torch.std_mean(latents, dim=(0, 2, 3))
+    if isinstance(vae, AutoencoderKL):
+        vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    else:
+        vae.register_to_config(scaling_factor=1 / latents.std().item())
     vae.to(memory_format=torch.contiguous_format).save_pretrained(args.output_dir)
     metrics = {
         "held_out_l1": F.l1_loss(reconstruction, pixels).item(),
         "held_out_mse": F.mse_loss(reconstruction, pixels).item(),
+        "latents_mean": mean.tolist(),
+        "latents_std": std.tolist(),
         "parameters": vae.num_parameters(),
         "steps": args.max_train_steps,
         "batch_size": args.train_batch_size,
