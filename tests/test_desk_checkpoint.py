@@ -71,7 +71,7 @@ def test_autoencoders_of_procedural_images(name, resolution, channels):
     args = Namespace(kl_weight=1.0, moments_weight=1.0)
     pixels = torch.rand(2, 3, resolution, resolution) * 2 - 1
     latents, penalty = train_autoencoder.encode(vae, pixels, args)
-    assert latents.shape == (2, channels, 8, 8) and float(penalty) > 0
+    assert latents.shape == (2, channels, 8, 8) and penalty.item() > 0
     assert vae.decode(latents).sample.shape == pixels.shape
     mean, std = encode_moments(pixels, vae)
     assert mean.shape == latents.shape and (std is None) == (name == "scenes")
@@ -85,5 +85,5 @@ def test_latents_of_scenes_are_drawn_to_mean_0_and_variance_1():
     penalties = []
     for values in (latents, 3 * latents, latents + 0.5):
         vae.encode = lambda _, values=values: Namespace(latent=values)
-        penalties.append(float(train_autoencoder.encode(vae, None, args)[1]))
+        penalties.append(train_autoencoder.encode(vae, None, args)[1].item())
     assert penalties == pytest.approx([0.0, 8.0, 0.5], abs=1e-5)

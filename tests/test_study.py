@@ -387,6 +387,22 @@ def test_guidance_scales_by_judge(tmp_path):
     ]
 
 
+def test_variants_are_compared_at_the_scales_that_all_have(tmp_path):
+    for judge in JUDGES_OF_TUNED:
+        write_tuned(tmp_path, "dod-stable-4e-3-lem5e-4", judge, {"2": 9.0, "3": 10.0, "1:2": 5.0, "1:4": 8.0})
+        write_tuned(tmp_path, "dod-stable-ps25", judge, {"2": 12.0, "3": 11.0, "1:4": 7.0})
+        write_tuned(tmp_path, "dod-stable-ps25", judge, {"3": 6.0}, use_token_prior=True)
+    table = report.variants_table(report.Results(tmp_path))
+    assert [cells(table, row)[:3] for row in range(6)] == [
+        ["p_s 0.5, 4 tokens", "stage 1, guided", "9.00 (2)"],
+        ["p_s 0.5, 4 tokens", "stage 2", "8.00 (1:4)"],
+        ["p_s 0.5, 4 tokens", "tokens drawn", "-"],
+        ["p_s 0.25", "stage 1, guided", "11.00 (3)"],
+        ["p_s 0.25", "stage 2", "7.00 (1:4)"],
+        ["p_s 0.25", "tokens drawn", "-"],  # which the other one lacks
+    ]
+
+
 def test_the_page_has_the_tables_of_the_results(monkeypatch):
     monkeypatch.chdir(ROOT)
     page = report.PAGE.read_text()

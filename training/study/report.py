@@ -28,7 +28,7 @@ from study_results import (
     show_at,
     stage_label,
 )
-from tuned import draw_map, grid_table, map_table, tuned_differences_table, tuned_table
+from tuned import draw_map, grid_table, map_table, tuned_differences_table, tuned_table, variants_table
 
 from diffusers_dod.compute import TrainingStep, count_model, sampling_compute, training_cost
 from diffusers_dod.presets import PRESETS
@@ -488,6 +488,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "training-compute": training_compute_table,
     "class": class_table,
     "grid": grid_table,
+    "variants": variants_table,
     "map": map_table,
     "tuned": tuned_table,
     "tuned-differences": tuned_differences_table,

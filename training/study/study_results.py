@@ -147,9 +147,9 @@ def show(number: Number | None, digits: int = 2, percent: bool = False) -> str:
     return f"{value:.{digits}f}" + (f" {sign} {half:.{digits}f}" if half else "")
 
 
-def show_at(results: Results, runs: str | tuple[str, ...], scales: str | None, **options) -> str:
-    """The FID at guidance `scales`, which stand beside it, as a cell of a table."""
-    number = None if scales is None else results.stage(runs, "fid", scales, **options)
+def show_at(results: Results, runs: str | tuple[str, ...], scales: str | None, name: str = "fid", **options) -> str:
+    """The metric `name` at guidance `scales`, which stand beside it, as a cell of a table."""
+    number = None if scales is None else results.stage(runs, name, scales, **options)
     return show(number) if number is None else f"{show(number)} ({scales})"
 
 

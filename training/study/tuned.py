@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from study_results import DIFFERENCE_HEADER, TOKENS, Number, Results, difference_cells, show, stage_label
+from study_results import DIFFERENCE_HEADER, TOKENS, Number, Results, difference_cells, show, show_at, stage_label
 
 from diffusers_dod.metrics.intervals import mean_interval
 from diffusers_dod.results import half_width
@@ -68,6 +68,14 @@ COMPARISONS = (
     ("tokens drawn - stage 1", DRAWN, STAGE_1),
     ("stage 1 - FiTv2", STAGE_1, FITV2),
 )
+
+VARIANTS = {
+    "p_s 0.5, 4 tokens": "dod-stable-4e-3-lem5e-4",
+    "p_s 0.25": "dod-stable-ps25",
+    "p_s 0.75": "dod-stable-ps75",
+    "2 tokens": "dod-stable-n2",
+    "8 tokens": "dod-stable-n8",
+}
 
 
 class TunedResults:
@@ -181,6 +189,22 @@ def grid_table(results: Results) -> str:
             if any(numbers):
                 rows.append([label, prefix + scale, *map(show, numbers)])
     return format_table(["", "scales", *JUDGES], rows)
+
+
+def variants_table(results: Results) -> str:
+    """Table of other p_s and numbers of tokens at the chosen rates, one training each at its best scales, by judge."""
+    runs = {label: run for label, run in VARIANTS.items() if f"{run}-{STEP}" in results.metrics}
+    rows = []
+    for label, run in runs.items():
+        for contender in (STAGE_1, STAGE_2, DRAWN):
+            cells = []
+            for judge in JUDGES:
+                options = {"step": STEP, "way": contender.way("classes", judge)}
+                choices = results.scales(tuple(runs.values()), contender.prefix, FID, **options)
+                scales = results.best(run, contender.prefix, choices, FID, **options)
+                cells.append(show_at(results, run, scales, FID, **options))
+            rows.append([label, contender.name.removeprefix("DoD, "), *cells])
+    return format_table(["DoD", "samples", *JUDGES], rows, text=["samples"])
 
 
 def map_table(results: Results) -> str:
