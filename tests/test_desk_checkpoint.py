@@ -68,9 +68,8 @@ def test_the_demo_draws_its_image(tmp_path):
 def test_autoencoders_of_procedural_images(name, resolution, channels):
     torch.manual_seed(0)
     vae = train_autoencoder.build_autoencoder(name, resolution)
-    args = Namespace(kl_weight=1.0, moments_weight=1.0)
     pixels = torch.rand(2, 3, resolution, resolution) * 2 - 1
-    latents, penalty = train_autoencoder.encode(vae, pixels, args)
+    latents, penalty = train_autoencoder.encode(vae, pixels)
     assert latents.shape == (2, channels, 8, 8) and penalty.item() > 0
     assert vae.decode(latents).sample.shape == pixels.shape
     mean, std = encode_moments(pixels, vae)
@@ -80,10 +79,10 @@ def test_autoencoders_of_procedural_images(name, resolution, channels):
 def test_latents_of_scenes_are_drawn_to_mean_0_and_variance_1():
     """The config of their autoencoder has one scale for all channels."""
     vae = train_autoencoder.build_autoencoder("scenes", 64)
-    args, latents = Namespace(moments_weight=2.0), torch.randn(4, 16, 8, 8)
+    latents = torch.randn(4, 16, 8, 8)
     latents = (latents - latents.mean((0, 2, 3), keepdim=True)) / latents.std((0, 2, 3), keepdim=True)
     penalties = []
     for values in (latents, 3 * latents, latents + 0.5):
         vae.encode = lambda _, values=values: Namespace(latent=values)
-        penalties.append(train_autoencoder.encode(vae, None, args)[1].item())
-    assert penalties == pytest.approx([0.0, 8.0, 0.5], abs=1e-5)
+        penalties.append(train_autoencoder.encode(vae, None)[1].item())
+    assert penalties == pytest.approx([0.0, 0.04, 0.0025], abs=1e-6)

@@ -6,7 +6,7 @@ Trains the autoencoder of a desk-size checkpoint on procedural images:
         --learning_rate 3e-3 --output_dir outputs/scenes-autoencoder
 
 Textures: an `AutoencoderKL`, 32x32x3 pixels <-> 8x8x4 latents, 0.9 M parameters. Scenes: an `AutoencoderDC`, 64x64x3
-pixels <-> 8x8x16 latents, 2.3 M parameters, whose shortcuts let it learn in a tenth of the steps. It writes the
+pixels <-> 8x8x16 latents, 2.3 M parameters, whose shortcuts let it learn faster. It writes the
 autoencoder with what normalises its latents, an image of reconstructions, and `metrics.json`.
 """
 
@@ -27,6 +27,7 @@ from diffusers_dod.data.labelled_images import PROCEDURAL
 
 
 HELD_OUT_SEED = 1
+KL_WEIGHT, MOMENTS_WEIGHT = 1e-4, 1e-2  # of what keeps latents near a normal distribution
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,8 +41,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16 where a CPU has it.")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="Peak; falls to 0 along a cosine.")
-    parser.add_argument("--kl_weight", type=float, default=1e-4, help="Weight of the KL divergence per pixel.")
-    parser.add_argument("--moments_weight", type=float, default=1e-2, help="Weight of what makes latents normal.")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -78,15 +77,15 @@ def build_autoencoder(dataset_name: str, resolution: int) -> AutoencoderKL | Aut
     )
 
 
-def encode(vae: AutoencoderKL | AutoencoderDC, pixels: torch.Tensor, args: argparse.Namespace) -> tuple:
+def encode(vae: AutoencoderKL | AutoencoderDC, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents to decode, and the loss that keeps them near a normal distribution."""
     if isinstance(vae, AutoencoderKL):
         posterior = vae.encode(pixels).latent_dist
-        return posterior.sample(), args.kl_weight * posterior.kl().mean() / pixels[0, 0].numel()
+        return posterior.sample(), KL_WEIGHT * posterior.kl().mean() / pixels[0, 0].numel()
     latents = vae.encode(pixels).latent
     # Its config has one scale for all channels, so that they must have the same.
     std, mean = torch.std_mean(latents.float(), dim=(0, 2, 3))
-    return latents, args.moments_weight * (mean.square() + (std - 1).square()).mean()
+    return latents, MOMENTS_WEIGHT * (mean.square() + (std - 1).square()).mean()
 
 
 def main() -> None:
@@ -110,7 +109,7 @@ def main() -> None:
     for batch in progress:
         pixels = to_pixels(batch["image"]).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-            latents, penalty = encode(vae, pixels, args)
+            latents, penalty = encode(vae, pixels)
             reconstruction = vae.decode(latents).sample
         l1 = F.l1_loss(reconstruction.float(), pixels)
         (l1 + penalty).backward()
