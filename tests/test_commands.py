@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "options.json"
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "checkpoints/dod-desk/README.md")]
 DOCUMENTS += sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("model_cards/*.md")])
-SCRIPTS = {"judges": "training/desk/judge_priors.py"}  # tasks of results that are no evaluation of the package
+SCRIPTS = {"judges": "training/study/judge_priors.py"}  # tasks of results that are no evaluation of the package
 RECIPES = sorted(ROOT.glob("training/recipes/*.yaml"))
 sys.path.insert(0, str(ROOT / "training" / "study"))
 import study  # noqa: E402

@@ -14,7 +14,7 @@ import torch
 from diffusers_dod.metrics.inception import Convolution
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training" / "desk"))
+sys.path[:0] = [str(Path(__file__).parents[1] / "training" / name) for name in ("desk", "study")]
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,37 @@ def test_the_judge_without_labels_knows_how_textures_were_made():
     assert (found - attributes).square().mean() < 0.06 < 0.5 * attributes.var()
 
 
+def test_whose_priors_are_bounds():
+    import judge_priors
+    import study
+
+    for labels, others in (("classes", 11), ("kinds", 8), ("hues", 11)):
+        of_image = judge_priors.label_images(labels, 144)
+        if labels in study.LABELS:
+            assert of_image.tolist() == study.LABELS[labels](144, judge_priors.IMAGE_SEED)[1].tolist()
+        sources = [judge_priors.find_source(of_image, index, of_another=True) for index in range(144)]
+        assert (of_image[sources] != of_image).all() and (np.array(sources) // 12 == np.arange(144) // 12).all()
+        shifts = {(source - index) % 12 for index, source in enumerate(sources) if index % 12 == 0}
+        assert len(shifts) == others  # each in turn
+        assert [judge_priors.find_source(of_image, index, of_another=False) for index in (0, 7, 143)] == [0, 7, 143]
+
+
+def test_sets_that_are_judged():
+    import judge_priors
+
+    argv = ["--pipeline", "pipeline", "--output_file", "judges.json"]
+    assert judge_priors.find_sets(judge_priors.parse_args(argv)) == judge_priors.SETS
+    other = judge_priors.find_sets(judge_priors.parse_args([*argv, "--guidance_scale", "4"]))
+    assert [call["guidance_scale"] for call in other.values()] == [[1.0], [3.0], [1.0, 4.0], [3.0, 4.0], 4.0, 4.0, 4.0]
+    bounds = judge_priors.find_sets(judge_priors.parse_args([*argv, "--bounds"]))
+    assert list(bounds) == [judge_priors.REAL, judge_priors.WRONG] and judge_priors.find_pairs(bounds) == []
+    assert list(judge_priors.find_sets(judge_priors.parse_args([*argv, "--bounds", "--labels", "none"]))) == [
+        judge_priors.REAL
+    ]
+    with pytest.raises(SystemExit):
+        judge_priors.parse_args([*argv, "--num_samples", "13"])
+
+
 @pytest.mark.slow
 def test_sources_of_priors_by_several_judges(tmp_path, monkeypatch, capsys):
     import judge_priors
@@ -126,7 +157,6 @@ def test_sources_of_priors_by_several_judges(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         judge_priors, "SETS", {name: {**judge_priors.SETS[name], "num_inference_steps": 1} for name in kept}
     )
-    monkeypatch.setattr(judge_priors, "PAIRS", [pair for pair in judge_priors.PAIRS if set(pair) <= set(kept)])
     monkeypatch.setattr(judge_priors, "JUDGES", {name: judge_priors.JUDGES[name] for name in ("classes", "spectrum")})
     calls, call = [], DoDPipeline.__call__
 

@@ -25,6 +25,7 @@ from diffusers_dod.training_options import TrainingOptions
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "training" / "study"))
+import judge_priors  # noqa: E402
 import report  # noqa: E402
 import study  # noqa: E402
 import study_results  # noqa: E402
@@ -55,8 +56,11 @@ def test_runs_are_what_the_trainer_takes(monkeypatch):
 
 def test_evaluations_are_what_the_commands_take():
     def check(run, step, name):
-        module, *argv = study.evaluation_argv(STUDY, run, step, name)
-        args = build_parser(COMMANDS[module.rpartition(".")[2]]).parse_args(argv)
+        command, *argv = study.evaluation_argv(STUDY, run, step, name)
+        if command == "training/study/judge_priors.py":
+            args = judge_priors.parse_args(argv)
+        else:
+            args = build_parser(COMMANDS[command.rpartition(".")[2]]).parse_args(argv)
         assert args.output_file == study.result_file(run, step, name)
 
     check_all(check, EVALUATIONS)
@@ -366,13 +370,26 @@ def test_gains_of_visual_priors_by_labels_and_judge(tmp_path, monkeypatch):
         ["DoD, tokens drawn", "3"],
     ]
     assert cells(report.tuned_differences_table(results), 2)[1:3] == ["tokens drawn - FiTv2", "3 - 4"]
+    for seed in (0, 1):
+        metrics = {
+            f"fid_corrected/{judge}/{name}": as_metric(fid + seed)
+            for judge in ("classes", "spectrum")
+            for name, fid in ((judge_priors.REAL, 2.0), (judge_priors.WRONG, 40.0))
+        }
+        write_results(tmp_path / f"classes-dod-seed{seed}-4000" / "bounds.json", "judges", [], metrics, {}, {}, "cpu")
+    results = report.Results(tmp_path)
+    bounds = report.bounds_table(results)
+    assert [cells(bounds, row)[:2] for row in (0, 1)] == [["12", "classes"], ["12", "spectrum"]]
+    assert cells(bounds, 0)[2:] == ["8.00", "8.00 ± 12.71", "2.50 ± 6.35", "40.50 ± 6.35"]
     axes = []
     monkeypatch.setattr(report.plt, "close", lambda figure: axes.extend(figure.axes))
     report.draw_map(results, tmp_path)
     assert (tmp_path / "label_map.png").stat().st_size > 0
-    two, drawn = (container.lines[0].get_xydata() for container in axes[0].containers)
+    assert len(axes[1].containers) == 2  # the judge of attributes has no bounds
+    two, drawn, real = (container.lines[0].get_xydata() for container in axes[0].containers)
     np.testing.assert_allclose(two[:, 1], [100 * 5.5 / 20.5, 100 * 1.5 / 9.5])
     np.testing.assert_allclose(drawn, [[np.log2(12) + 0.06, 100 * 2.5 / 10.5]])
+    np.testing.assert_allclose(real, [[np.log2(12), 100 * 8 / 10.5]])
 
 
 def test_guidance_scales_by_judge(tmp_path):

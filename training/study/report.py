@@ -28,7 +28,7 @@ from study_results import (
     show_at,
     stage_label,
 )
-from tuned import draw_map, grid_table, map_table, tuned_differences_table, tuned_table, variants_table
+from tuned import bounds_table, draw_map, grid_table, map_table, tuned_differences_table, tuned_table, variants_table
 
 from diffusers_dod.compute import TrainingStep, count_model, sampling_compute, training_cost
 from diffusers_dod.presets import PRESETS
@@ -37,7 +37,7 @@ from diffusers_dod.tables import format_table
 
 
 PAGE = Path("docs/study.md")
-JUDGES = Path("docs/results/desk_judges.json")  # of training/desk/judge_priors.py
+JUDGES = Path("docs/results/desk_judges.json")  # of training/study/judge_priors.py
 IMAGES = Path("docs/images")
 DOD = ("dod-seed0", "dod-seed1", "dod-seed2")
 OFTEN = ("dod-ps25", "dod-ps25-seed1", "dod-ps25-seed2")  # DoD that has its prior more often: p_s = 0.25
@@ -490,6 +490,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "grid": grid_table,
     "variants": variants_table,
     "map": map_table,
+    "bounds": bounds_table,
     "tuned": tuned_table,
     "tuned-differences": tuned_differences_table,
     "judges": judges_table,

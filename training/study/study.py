@@ -119,23 +119,24 @@ def latents_of(labels: str | None) -> Path:
     return LATENTS if labels is None else LATENTS.with_name(f"latents-{labels}")
 
 
-def label_kinds(num_images: int) -> tuple[list[str], np.ndarray]:
-    """Names of 3 kinds of textures, and the one of each image."""
+def label_kinds(num_images: int, seed: int = DATA_SEED) -> tuple[list[str], np.ndarray]:
+    """Names of 3 kinds of textures, and the one of each image of a `seed`."""
     kind_of = {name: kind for kind, names in enumerate(KINDS.values()) for name in names}
     kinds = np.array([kind_of[name] for name in TEXTURE_CLASSES])
     return list(KINDS), kinds[np.arange(num_images) % len(TEXTURE_CLASSES)]
 
 
-def label_hues(num_images: int) -> tuple[list[str], np.ndarray]:
+def label_hues(num_images: int, seed: int = DATA_SEED) -> tuple[list[str], np.ndarray]:
     """
-    Names of 72 classes and the one of each image: its texture, and which sixth of the hues its second colour is of.
+    Names of 72 classes, and the one of each image of a `seed`: its texture, and the sixth of the hues of its second
+    colour.
 
     The sixths are those of the images of one texture, so that all classes have equally many.
     """
     classes = np.arange(num_images) % len(TEXTURE_CLASSES)
     hues = np.empty(num_images)
     for index, label in enumerate(classes):  # a small image has the colours of a large one
-        _, attributes = render_texture(int(label), (DATA_SEED, index), size=8)
+        _, attributes = render_texture(int(label), (seed, index), size=8)
         hues[index] = rgb_to_hsv(*attributes[3:6])[0]
     sixths = np.empty(num_images, dtype=np.int64)
     for label in range(len(TEXTURE_CLASSES)):
@@ -179,7 +180,7 @@ def pipeline_of(study: dict[str, Any], run: str, step: int, evaluation: str) -> 
 
 
 def evaluation_argv(study: dict[str, Any], run: str, step: int, evaluation: str) -> list[str]:
-    """Module and arguments of an evaluation of the checkpoint of `run` after `step` steps."""
+    """Module or script and arguments of an evaluation of the checkpoint of `run` after `step` steps."""
     options = dict(study["evaluations"][evaluation])
     module, judge = options.pop("module"), options.pop("judge", [])
     ways = [name if options[name] is True else str(options[name]) for name in WAYS if name in options]
@@ -187,13 +188,16 @@ def evaluation_argv(study: dict[str, Any], run: str, step: int, evaluation: str)
         options["guidance_model"] = OUTPUTS / run / f"checkpoint-{options.pop('weaker_step')}"
     if module != "linear_probe":  # noise of its own for each training, so that their spread contains its chance
         options["seeds" if module == "sweep" else "seed"] = study["runs"][run]["seed"]
-    argv = ["--pretrained_model_name_or_path", str(pipeline_of(study, run, step, evaluation)), *to_argv(options)]
+    is_script = module.endswith(".py")
+    name = "pipeline" if is_script else "pretrained_model_name_or_path"
+    argv = [f"--{name}", str(pipeline_of(study, run, step, evaluation)), *to_argv(options)]
     if module == "sweep":  # a folder is of one judge and one way to guide
         parts = [str(step), *ways, *judge]
         argv += ["--output_dir", str(OUTPUTS / run / "-".join(["sweep", *parts]))]
         if judge:
             argv += ["--samples_dir", str(OUTPUTS / run / "-".join(["samples", str(step), *ways]))]
-    return [f"diffusers_dod.evaluation.{module}", *argv, "--output_file", str(result_file(run, step, evaluation))]
+    command = module if is_script else f"diffusers_dod.evaluation.{module}"
+    return [command, *argv, "--output_file", str(result_file(run, step, evaluation))]
 
 
 def has_result(study: dict[str, Any], run: str, step: int, evaluation: str) -> bool:
@@ -279,8 +283,8 @@ def evaluate(runs: list[str]) -> None:
         return not find_missing(checkpoint)
 
     def evaluate_checkpoint(checkpoint: str) -> None:
-        for argv in find_missing(checkpoint):
-            subprocess.run([sys.executable, "-m", *argv], check=True)
+        for command, *argv in find_missing(checkpoint):
+            subprocess.run([sys.executable, *["-m"] * (not command.endswith(".py")), command, *argv], check=True)
 
     work_off(list(jobs), is_done, evaluate_checkpoint)
 

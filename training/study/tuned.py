@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from judge_priors import REAL, WRONG
 from study_results import DIFFERENCE_HEADER, TOKENS, Number, Results, difference_cells, show, show_at, stage_label
 
 from diffusers_dod.metrics.intervals import mean_interval
@@ -20,7 +21,8 @@ FID = "fid_corrected"
 # By the name of a judge: what its numbers are called, see `way_of`. The first one was trained on the 12 classes.
 JUDGES = {"classes": "", "attributes": "attribute", "ImageNet": "imagenet", "spectrum": "spectrum"}
 LABELS = {"none": 1, "kinds": 3, "classes": 12, "hues": 72}  # numbers of labels
-COLOURS = {"two stages": "#D55E00", "tokens drawn": "#0072B2"}  # of the sources of priors
+REAL_PRIORS = "real images"
+COLOURS = {"two stages": "#D55E00", "tokens drawn": "#0072B2", REAL_PRIORS: "#888888"}  # of the sources of priors
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,20 @@ class TunedResults:
     def values(self, contender: Contender, judge: str) -> list[float]:
         """FID of a contender at its best scales by a judge, for each seed."""
         return [metric["value"] for metric in self.metrics(contender, judge)]
+
+    def bounds(self, judge: str, name: str) -> list[dict]:
+        """FID of stage 2 with priors of the set `name` of judge_priors.py, for each seed; empty if there is none."""
+        return self.results.find_all(STAGE_2.runs(self.labels, self.seeds), f"{FID}/{judge}/{name}", STEP)
+
+    def gains(self, source: str, judge: str) -> list[float]:
+        """By how many per cent of FiTv2's mean FID that of DoD is below FiTv2's, for each seed."""
+        if source == REAL_PRIORS:
+            fitv2, found = FITV2, [metric["value"] for metric in self.bounds(judge, REAL)]
+        else:
+            dod, fitv2 = PAIRS[source]
+            found = self.values(dod, judge)
+        others = self.values(fitv2, judge)
+        return (100 * np.subtract(others, found) / np.mean(others)).tolist() if found and others else []
 
     def difference(self, one: Contender, other: Contender, judge: str) -> list[float]:
         """FID of `one` less that of `other`, each at its best scales, for each seed."""
@@ -223,27 +239,39 @@ def map_table(results: Results) -> str:
     return format_table(header, rows, text=["judge", "prior"])
 
 
+def bounds_table(results: Results) -> str:
+    """Table of DoD's sources of priors beside real images: of the same label, and of another one."""
+    rows = []
+    for labels, number in LABELS.items():
+        tuned = TunedResults(results, labels)
+        for judge in JUDGES:
+            bounds = [tuned.bounds(judge, name) for name in (REAL, WRONG)]
+            if any(bounds):
+                cells = [tuned.metrics(contender, judge) for contender in (STAGE_2, DRAWN)] + bounds
+                rows.append([str(number), judge, *map(_show_mean, cells)])
+    header = ["labels", "judge", "two stages", "tokens drawn", "real images of the label", "of another label"]
+    return format_table(header, rows, text=["judge"])
+
+
 def draw_map(results: Results, folder: Path) -> None:
     """
     Draws `label_map.png` in `folder`: by how much DoD's FID is below FiTv2's, against the bits of the label.
 
-    It takes sets of labels with at least two trainings of each model; if there are none it draws nothing.
+    Priors of real images are a bound: no source of priors is expected to be better. The figure takes sets of labels
+    with at least two trainings of each model; if there are none it draws nothing.
     """
     if not any(len(TunedResults(results, labels).seeds) > 1 for labels in LABELS):
         return
     figure, axes = plt.subplots(1, len(JUDGES), figsize=(12, 3.8), layout="constrained", sharey=True)
     bits = {labels: log2(number) for labels, number in LABELS.items()}
     for axis, judge in zip(axes, JUDGES, strict=True):
-        for shift, (name, colour) in zip((-0.06, 0.06), COLOURS.items(), strict=True):
+        for shift, (name, colour) in zip((-0.06, 0.06, 0.0), COLOURS.items(), strict=True):
             points = []
             for labels in LABELS:
-                tuned = TunedResults(results, labels)
-                dod, fitv2 = PAIRS[name]
-                found = tuned.difference(dod, fitv2, judge)
-                if len(found) > 1:
-                    gains = 100 * np.divide(found, -np.mean(tuned.values(fitv2, judge)))
+                gains = TunedResults(results, labels).gains(name, judge)
+                if len(gains) > 1:
                     low, high = mean_interval(gains)
-                    points.append((bits[labels] + shift, gains.mean(), (high - low) / 2))
+                    points.append((bits[labels] + shift, np.mean(gains), (high - low) / 2))
             if points:
                 xs, ys, halves = zip(*points, strict=True)
                 axis.errorbar(xs, ys, halves, marker="o", markersize=5, capsize=3, label=name, color=colour)
