@@ -328,14 +328,16 @@ def test_results_of_other_judges_noise_and_guidance_stand_by_themselves(tmp_path
 JUDGES_OF_TUNED = ("texture", "attribute", "imagenet", "spectrum")
 
 
-def write_tuned(folder: Path, run: str, judge: str, fids: dict[str, float], steps: int = 20, **settings) -> None:
+def write_tuned(
+    folder: Path, run: str, judge: str, fids: dict[str, float], steps: int = 20, trained: int = 4000, **settings
+) -> None:
     """Results of a run by a judge: the FID of the last stage by scales."""
     settings |= {"extractor": f"training/desk/{judge}_features.py:extractor"}
     way = study_results.way_of(settings | {"extractor": None})
     metrics = {report.stage_label("fid_corrected", scales, steps, way): fid for scales, fid in fids.items()}
     metrics = {name.removeprefix(f"{way}/"): as_metric(fid) for name, fid in metrics.items()}
     name = "-".join([judge, str(steps), *fids, *settings]).replace(":", "_")
-    write_results(folder / f"{run}-4000" / f"{name}.json", "sweep", [], metrics, {}, settings, "cpu")
+    write_results(folder / f"{run}-{trained}" / f"{name}.json", "sweep", [], metrics, {}, settings, "cpu")
 
 
 def test_gains_of_visual_priors_by_labels_and_judge(tmp_path, monkeypatch):
@@ -350,6 +352,7 @@ def test_gains_of_visual_priors_by_labels_and_judge(tmp_path, monkeypatch):
         write_tuned(tmp_path, f"none-fitv2-seed{seed}", judge, {"2": 25.0 + seed}, guidance_model="weaker")
         write_tuned(tmp_path, f"none-dod-seed{seed}", judge, {"1:3": 15.0})
     write_tuned(tmp_path, "classes-fitv2-seed2", "texture", {"3": 1.0})  # its DoD is not there yet
+    write_tuned(tmp_path, "classes-fitv2-long-seed1", "texture", {"4": 6.0}, trained=6000)
     report.draw_map(report.Results(tmp_path / "empty"), tmp_path)
     assert not (tmp_path / "label_map.png").exists()
     results = report.Results(tmp_path)
@@ -361,15 +364,20 @@ def test_gains_of_visual_priors_by_labels_and_judge(tmp_path, monkeypatch):
     assert two[:2] == ["12", "3.6"] and two[4] == "two stages" and two[7] == "1:4 - 3" and two[10] == "-1.00, -2.00"
     assert drawn[4] == "tokens drawn" and drawn[7] == "3 - 4" and drawn[10] == "-3.00, -2.00"
     assert drawn[5:7] == ["10.50 ± 6.35", "8.00 ± 12.71"] and drawn[8] == "-2.50 ± 6.35"
-    rows = [cells(report.tuned_table(results), row) for row in range(5)]
-    assert [row[1:3] for row in rows] == [
-        ["FiTv2, guided", "4"],
-        ["FiTv2, guided, 40 steps", "3"],
-        ["DoD, stage 1, guided", "3"],
-        ["DoD, stage 2", "1:4"],
-        ["DoD, tokens drawn", "3"],
+    rows = [cells(report.tuned_table(results), row) for row in range(6)]
+    assert [row[1:5] for row in rows] == [
+        ["FiTv2, guided", "2", "4", "10.50 ± 6.35"],
+        ["FiTv2, guided, 40 steps", "2", "3", "9.50 ± 6.35"],
+        ["FiTv2, trained longer", "1", "4", "6.00"],
+        ["DoD, stage 1, guided", "2", "3", "12.00"],
+        ["DoD, stage 2", "2", "1:4", "8.00"],
+        ["DoD, tokens drawn", "2", "3", "8.00 ± 12.71"],
     ]
-    assert cells(report.tuned_differences_table(results), 2)[1:3] == ["tokens drawn - FiTv2", "3 - 4"]
+    rows = [cells(report.tuned_differences_table(results), row) for row in (2, 3)]
+    assert [row[1:4] + row[5:] for row in rows] == [
+        ["tokens drawn - FiTv2", "3 - 4", "-2.50 ± 6.35", "-3.00, -2.00"],
+        ["tokens drawn - FiTv2, trained longer", "3 - 4", "3.00", "3.00"],
+    ]
     for seed in (0, 1):
         metrics = {
             f"fid_corrected/{judge}/{name}": as_metric(fid + seed)

@@ -35,6 +35,7 @@ class Contender:
         model (`str`): `dod` or `fitv2`, as the names of runs have it.
         prefix (`str`): Scales of the stages before the last one, such as `1:`.
         steps (`int`): Steps of each stage.
+        trained_steps (`int`): Steps of the training.
         is_weaker (`bool`): Whether its only stage is guided by a weaker model where there are no labels.
         has_tokens (`bool`): Whether a token prior takes the place of stage 1.
     """
@@ -43,6 +44,7 @@ class Contender:
     model: str
     prefix: str
     steps: int = 20
+    trained_steps: int = STEP
     is_weaker: bool = False
     has_tokens: bool = False
 
@@ -55,18 +57,27 @@ class Contender:
         """The trainings of the model with a set of `labels`."""
         return tuple(f"{labels}-{self.model}-seed{seed}" for seed in seeds)
 
+    def is_in(self, results: Results, labels: str, seed: int) -> bool:
+        """Whether there are results of its training with a set of `labels` and a `seed`."""
+        return f"{self.runs(labels, [seed])[0]}-{self.trained_steps}" in results.metrics
 
-FITV2, FITV2_LONG, STAGE_1, STAGE_2, DRAWN = CONTENDERS = (
+
+LONG = {"model": "fitv2-long", "trained_steps": 6000}
+FITV2, FITV2_40, LONG_FITV2, LONG_FITV2_40, STAGE_1, STAGE_2, DRAWN = CONTENDERS = (
     Contender("FiTv2, guided", "fitv2", "", is_weaker=True),
     Contender("FiTv2, guided, 40 steps", "fitv2", "", steps=40, is_weaker=True),
+    Contender("FiTv2, trained longer", prefix="", **LONG),
+    Contender("FiTv2, trained longer, 40 steps", prefix="", steps=40, **LONG),
     Contender("DoD, stage 1, guided", "dod", "", is_weaker=True),
     Contender("DoD, stage 2", "dod", "1:"),
     Contender("DoD, tokens drawn", "dod", "", has_tokens=True),
 )
 COMPARISONS = (
-    ("stage 2 - FiTv2, 40 steps", STAGE_2, FITV2_LONG),
+    ("stage 2 - FiTv2, 40 steps", STAGE_2, FITV2_40),
+    ("stage 2 - FiTv2, trained longer, 40 steps", STAGE_2, LONG_FITV2_40),
     ("stage 2 - stage 1", STAGE_2, STAGE_1),
     ("tokens drawn - FiTv2", DRAWN, FITV2),
+    ("tokens drawn - FiTv2, trained longer", DRAWN, LONG_FITV2),
     ("tokens drawn - stage 1", DRAWN, STAGE_1),
     ("stage 1 - FiTv2", STAGE_1, FITV2),
 )
@@ -87,23 +98,22 @@ class TunedResults:
     Args:
         results (`Results`): All numbers of the study.
         labels (`str`): The set, a key of [`LABELS`].
+        contenders ([`Contender`]): More that must have results.
     """
 
-    def __init__(self, results: Results, labels: str):
+    def __init__(self, results: Results, labels: str, *contenders: Contender):
         self.results = results
         self.labels = labels
-        self.seeds = [
-            seed
-            for seed in range(NUM_SEEDS)
-            if all(f"{labels}-{model}-seed{seed}-{STEP}" in results.metrics for model in ("dod", "fitv2"))
-        ]
+        needed = (STAGE_2, FITV2, *contenders)
+        self.seeds = [seed for seed in range(NUM_SEEDS) if all(one.is_in(results, labels, seed) for one in needed)]
 
     def best(self, contender: Contender, judge: str) -> str | None:
         """The scales of a contender with the smallest FID by a judge, in the mean over the seeds; `None` without."""
         if not self.seeds:
             return None
         runs = contender.runs(self.labels, self.seeds)
-        options = {"step": STEP, "steps": contender.steps, "way": contender.way(self.labels, judge)}
+        options = {"step": contender.trained_steps, "steps": contender.steps}
+        options["way"] = contender.way(self.labels, judge)
         choices = self.results.scales(runs, contender.prefix, FID, **options)
         return self.results.best(runs, contender.prefix, choices, FID, **options)
 
@@ -113,7 +123,7 @@ class TunedResults:
         if scales is None:
             return []
         label = stage_label(name, scales, contender.steps, contender.way(self.labels, judge))
-        return self.results.find_all(contender.runs(self.labels, self.seeds), label, STEP)
+        return self.results.find_all(contender.runs(self.labels, self.seeds), label, contender.trained_steps)
 
     def values(self, contender: Contender, judge: str) -> list[float]:
         """FID of a contender at its best scales by a judge, for each seed."""
@@ -156,16 +166,18 @@ def _show_mean(metrics: list[dict], digits: int | None = 2, percent: bool = Fals
 
 def tuned_table(results: Results) -> str:
     """Table of the ways to draw samples of 12 classes, by judge."""
-    tuned, rows = TunedResults(results, "classes"), []
+    rows = []
     for judge in JUDGES:
         for contender in CONTENDERS:
+            tuned = TunedResults(results, "classes", contender)
             if found := tuned.metrics(contender, judge):
                 names = ("kid", "density", "coverage")
                 others = [_show_mean(tuned.metrics(contender, judge, name), None) for name in names]
                 share = _show_mean(tuned.metrics(contender, judge, "accuracy"), 1, percent=True)
-                rows.append([judge, contender.name, tuned.best(contender, judge), _show_mean(found), *others, share])
+                scales, trainings = tuned.best(contender, judge), str(len(found))
+                rows.append([judge, contender.name, trainings, scales, _show_mean(found), *others, share])
     return format_table(
-        ["judge", "samples", "scales", "FID, corrected", "KID", "density", "coverage", "recognised, %"],
+        ["judge", "samples", "trainings", "scales", "FID, corrected", "KID", "density", "coverage", "recognised, %"],
         rows,
         text=["judge", "samples"],
     )
@@ -173,9 +185,10 @@ def tuned_table(results: Results) -> str:
 
 def tuned_differences_table(results: Results) -> str:
     """Table of the differences between them, seed by seed."""
-    tuned, rows = TunedResults(results, "classes"), []
+    rows = []
     for judge in JUDGES:
         for label, one, other in COMPARISONS:
+            tuned = TunedResults(results, "classes", one, other)
             if found := tuned.difference(one, other, judge):
                 rows.append([judge, label, f"{tuned.best(one, judge)} - {tuned.best(other, judge)}", *_cells(found)])
     return format_table(["judge", "", "scales", *DIFFERENCE_HEADER], rows, text=["judge", ""])
@@ -187,7 +200,7 @@ def _cells(found: list[float]) -> list[str]:
 
 
 # What is compared at each number of labels: each way of DoD, and FiTv2 with as much sampling compute.
-PAIRS = {"two stages": (STAGE_2, FITV2_LONG), "tokens drawn": (DRAWN, FITV2)}
+PAIRS = {"two stages": (STAGE_2, FITV2_40), "tokens drawn": (DRAWN, FITV2)}
 
 
 def grid_table(results: Results) -> str:
