@@ -103,7 +103,9 @@ def test_runs_of_several_seeds_and_evaluations_by_several_judges():
     assert [STUDY["runs"][f"classes-dod-seed{seed}"]["seed"] for seed in range(6)] == list(range(6))
     found = {}
     for name in ("tuned-stage2", "tuned-stage2-imagenet", "none-stage1", "noised-stage2-25-spectrum"):
-        run = {"none": "none-fitv2", "noised": "noised-dod"}.get(name.partition("-stage")[0], "classes-dod") + "-seed1"
+        run = {"none": "none-fitv2", "noised": "classes-noised-dod"}.get(
+            name.partition("-stage")[0], "classes-dod"
+        ) + "-seed1"
         module, *argv = study.evaluation_argv(STUDY, run, 4000, name)
         found[name] = build_parser(SweepOptions).parse_args(argv)
     first, second = found["tuned-stage2"], found["tuned-stage2-imagenet"]

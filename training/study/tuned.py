@@ -38,6 +38,7 @@ class Contender:
         trained_steps (`int`): Steps of the training.
         is_weaker (`bool`): Whether its only stage is guided by a weaker model where there are no labels.
         has_tokens (`bool`): Whether a token prior takes the place of stage 1.
+        prior_noise (`float`): Level of the noise that the LEM sees in samples.
     """
 
     name: str
@@ -47,10 +48,12 @@ class Contender:
     trained_steps: int = STEP
     is_weaker: bool = False
     has_tokens: bool = False
+    prior_noise: float = 0.0
 
     def way(self, labels: str, judge: str) -> str:
         """Name of the numbers by a `judge` with a set of `labels`, see `way_of`."""
         parts = ["weaker"] * (self.is_weaker and labels == "none") + [TOKENS] * self.has_tokens
+        parts += [f"noise {self.prior_noise}"] * (self.prior_noise > 0)
         return "/".join(filter(None, [*parts, JUDGES[judge]]))
 
     def runs(self, labels: str, seeds: Sequence[int]) -> tuple[str, ...]:
@@ -63,22 +66,29 @@ class Contender:
 
 
 LONG = {"model": "fitv2-long", "trained_steps": 6000}
-FITV2, FITV2_40, LONG_FITV2, LONG_FITV2_40, STAGE_1, STAGE_2, DRAWN = CONTENDERS = (
+FITV2, FITV2_40, LONG_FITV2, LONG_FITV2_40, STAGE_1, STAGE_2, BOTH, NOISED, NOISED_25, DRAWN = CONTENDERS = (
     Contender("FiTv2, guided", "fitv2", "", is_weaker=True),
     Contender("FiTv2, guided, 40 steps", "fitv2", "", steps=40, is_weaker=True),
     Contender("FiTv2, trained longer", prefix="", **LONG),
     Contender("FiTv2, trained longer, 40 steps", prefix="", steps=40, **LONG),
     Contender("DoD, stage 1, guided", "dod", "", is_weaker=True),
     Contender("DoD, stage 2", "dod", "1:"),
+    Contender("DoD, stage 2 after a guided stage 1", "dod", "3:"),
+    Contender("DoD of noised priors, stage 2", "noised-dod", "1:"),
+    Contender("DoD of noised priors, stage 2, noise 0.25", "noised-dod", "1:", prior_noise=0.25),
     Contender("DoD, tokens drawn", "dod", "", has_tokens=True),
 )
 COMPARISONS = (
     ("stage 2 - FiTv2, 40 steps", STAGE_2, FITV2_40),
     ("stage 2 - FiTv2, trained longer, 40 steps", STAGE_2, LONG_FITV2_40),
     ("stage 2 - stage 1", STAGE_2, STAGE_1),
+    ("stage 2, both guided - stage 2", BOTH, STAGE_2),
+    ("stage 2 of noised priors - stage 2", NOISED, STAGE_2),
+    ("stage 2 of noised priors, noise 0.25 - stage 2", NOISED_25, STAGE_2),
     ("tokens drawn - FiTv2", DRAWN, FITV2),
     ("tokens drawn - FiTv2, trained longer", DRAWN, LONG_FITV2),
     ("tokens drawn - stage 1", DRAWN, STAGE_1),
+    ("tokens drawn - stage 2", DRAWN, STAGE_2),
     ("stage 1 - FiTv2", STAGE_1, FITV2),
 )
 
