@@ -78,6 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples_dir", type=Path, default=Path("outputs/judge-priors"))
+    parser.add_argument("--cache_dir", type=Path, help="Of the features; `features` in `--samples_dir` by default.")
     parser.add_argument("--output_file", type=Path, required=True)
     args = parser.parse_args(argv)
     if args.num_samples % len(TEXTURE_CLASSES) or args.num_samples < 1:
@@ -165,7 +166,7 @@ def judge(name: str, archives: dict[str, Path], args: argparse.Namespace) -> dic
         metrics=METRICS + ("accuracy",) * (name == args.labels),
         resolution=32,
         device="cpu",
-        cache_dir=args.samples_dir / "features",
+        cache_dir=args.cache_dir or args.samples_dir / "features",
     )
     evaluator = Evaluator(options)
     summaries = {label: evaluator.summarize(open_images(str(file), 32))[0] for label, file in archives.items()}
