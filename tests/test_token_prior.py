@@ -48,6 +48,24 @@ def test_statistics_are_those_of_the_tokens():
     assert_near(prior.class_means[2], torch.zeros(2, 4))
 
 
+def test_statistics_need_no_float64_on_the_device():
+    class OnDevice(torch.Tensor):
+        """A tensor of a device without float64, as MPS is."""
+
+        def double(self):
+            raise TypeError("This device has no float64.")
+
+        def cpu(self) -> torch.Tensor:
+            return self.as_subclass(torch.Tensor)
+
+    tokens, labels = normal(50, 2, 4), torch.arange(50) % 2
+    expected, found = (TokenPrior(2, 4, num_classes=2) for _ in range(2))
+    expected.set_statistics(tokens, labels)
+    found.set_statistics(tokens.as_subclass(OnDevice), labels.as_subclass(OnDevice))
+    assert torch.equal(found.token_mean, expected.token_mean)
+    assert torch.equal(found.class_means, expected.class_means)
+
+
 def test_guidance_extrapolates_from_the_null_class():
     """In one step the tokens are a linear function of the velocity."""
     prior, noise = tiny_token_prior(), normal(3, 4, 8)

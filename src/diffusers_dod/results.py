@@ -36,6 +36,27 @@ PACKAGES = ("diffusers-dod", "torch", "diffusers", "transformers", "accelerate",
 PACKAGES += ("scikit-image",)  # where it is installed
 
 
+def find_checkpoint(path: str | os.PathLike) -> Path:
+    """
+    Finds the folder of a saved pipeline; one on the Hub is downloaded whole, if it is not in the cache.
+
+    Args:
+        path (`str` or `os.PathLike`): A folder, or a repository on the Hub.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        `ValueError`: there is no pipeline.
+        `OSError`: the repository cannot be reached.
+    """
+    path = find_shipped(os.fspath(path))
+    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(path))
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"`path` must hold a pipeline, with a model_index.json, got {path!r}.")
+    return folder
+
+
 def checkpoint_sha256(path: str | os.PathLike) -> str:
     """
     Hash of a saved pipeline: of its configs and weights, and of nothing else in its folder.
@@ -47,14 +68,10 @@ def checkpoint_sha256(path: str | os.PathLike) -> str:
         `str`: A SHA-256.
 
     Raises:
-        `ValueError`: there is no pipeline.
-        `OSError`: the repository cannot be reached.
+        `ValueError`, `OSError`: see [`find_checkpoint`].
     """
-    path = find_shipped(os.fspath(path))
-    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(path))
+    folder = find_checkpoint(path)
     index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(f"`path` must hold a pipeline, with a model_index.json, got {path!r}.")
     components = [name for name, value in read_record(index, dict[str, Any]).items() if isinstance(value, list)]
     files = [index] + [file for name in components for file in (folder / name).rglob("*") if file.is_file()]
     return folder_sha256(folder, sorted(files))

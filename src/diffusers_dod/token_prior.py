@@ -27,6 +27,27 @@ from .rectified_flow import NUM_TRAIN_TIMESTEPS, euler_step
 from .transformer_dod import MAX_LAYERS, DoDTimestepEmbedding
 
 
+def count_classes(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """
+    Counts the images of each class, of which there must be some of every class.
+
+    Args:
+        labels (`torch.Tensor` of shape `(n,)`): Class ids.
+        num_classes (`int`): Number of classes.
+
+    Returns:
+        `torch.Tensor` of shape `(num_classes,)`: The numbers of images.
+
+    Raises:
+        `ValueError`, `TypeError`: the labels have another type or shape or are out of range, or a class has none.
+    """
+    check_label_ids("labels", labels, num_classes - 1)
+    counts = torch.bincount(labels, minlength=num_classes)
+    if missing := (counts == 0).nonzero()[:, 0].tolist():
+        raise ValueError(f"`labels` must hold all {num_classes} classes, got none of {missing[:5]}.")
+    return counts
+
+
 class TokenPriorBlock(nn.Module):
     """
     A residual block: a two-layer MLP on normalised features, with a shift, a scale and a gate (AdaLN).
@@ -102,7 +123,7 @@ class TokenPrior(DoDModelMixin):
     @torch.no_grad()
     def set_statistics(self, tokens: torch.Tensor, labels: torch.Tensor) -> None:
         """
-        Measures mean and deviation of the tokens of images, and the mean of each class.
+        Measures mean and deviation of the tokens of images, and the mean of each class, on the CPU.
 
         Args:
             tokens (`torch.Tensor` of shape `(n, N, d_e)`): Latent tokens of images of all classes.
@@ -115,14 +136,12 @@ class TokenPrior(DoDModelMixin):
         if not bool(tokens.isfinite().all()):
             raise ValueError("`tokens` must be finite, got others.")
         num_classes = self.config.num_classes
-        check_label_ids("labels", labels, num_classes - 1)
-        counts = torch.bincount(labels, minlength=num_classes)
-        if missing := (counts == 0).nonzero()[:, 0].tolist():
-            raise ValueError(f"`labels` must hold all {num_classes} classes, got none of {missing[:5]}.")
-        std, mean = torch.std_mean(tokens.double(), dim=0, correction=0)
+        tokens, labels = tokens.cpu().double(), labels.cpu()  # not every device has float64
+        counts = count_classes(labels, num_classes)
+        std, mean = torch.std_mean(tokens, dim=0, correction=0)
         std = torch.where(std > 0, std, 1)
-        standardised = (tokens.double() - mean) / std
-        sums = torch.zeros(num_classes, *self.token_shape, dtype=torch.float64, device=tokens.device)
+        standardised = (tokens - mean) / std
+        sums = torch.zeros(num_classes, *self.token_shape, dtype=torch.float64)
         sums.index_add_(0, labels, standardised)
         means = torch.cat([sums / counts[:, None, None], standardised.mean(0, keepdim=True)])
         for buffer, values in ((self.token_mean, mean), (self.token_std, std), (self.class_means, means)):

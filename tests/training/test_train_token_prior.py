@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers_dod authors. Licensed under the Apache License, Version 2.0.
 """The training of a generator of latent tokens: what it learns, and the command."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from helpers import (
     tiny_pipeline,
     tiny_transformer,
 )
+from hub_server import Hub, Repo
+from launch import run_command
 
 from diffusers_dod import DoDPipeline, TokenPrior
 from diffusers_dod.training.token_prior import STATE_FILE, TOKENS_FILE, TokenPriorStepOptions, TokenPriorTraining, main
@@ -115,6 +118,42 @@ def test_other_settings_and_damaged_files_in_the_same_folder_are_refused(source,
         file.truncate(1000)
     with pytest.raises(ValueError, match=STATE_FILE):
         run(source, tmp_path, 4)
+
+
+def test_fewer_steps_than_are_done_are_refused(source, tmp_path):
+    run(source, tmp_path, 4)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=says("`max_train_steps` must be at least the 4 steps", "got 2")):
+        run(source, tmp_path, 2)
+    assert contents(tmp_path) == before
+    run(source, tmp_path, 4)
+
+
+def test_another_pipeline_is_not_replaced(source, tmp_path, capsys):
+    DoDPipeline.from_pretrained(source).save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(SystemExit):
+        run(source, tmp_path, 2)
+    assert "`output_dir` must be a new folder" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_a_class_without_images_is_found_before_the_tokens(source, tmp_path):
+    with pytest.raises(ValueError, match=says("`labels` must hold all 12 classes", "[5, 6, 7, 8, 9]")):
+        run(source, tmp_path, 2, "--num_train_samples", "5")
+    assert not (tmp_path / TOKENS_FILE).exists()
+
+
+@pytest.mark.slow  # the end point is read when huggingface_hub is imported, so that it takes a process
+def test_a_pipeline_on_the_hub_brings_its_card(source, tmp_path):
+    with Hub() as hub:
+        files = {str(path.relative_to(source)): path for path in source.rglob("*") if path.is_file()}
+        hub.repos["user/dod"] = Repo(files={name: hub.store(path.read_bytes()) for name, path in files.items()})
+        command = [sys.executable, "-m", "diffusers_dod.training.token_prior", *OPTIONS, "--max_train_steps", "2"]
+        command += ["--pretrained_model_name_or_path", "user/dod", "--output_dir", str(tmp_path / "run")]
+        run_command(command, tmp_path / "log", {**hub.environment(tmp_path / "home"), "HF_HUB_OFFLINE": "0"})
+    card = (tmp_path / "run/README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n---\n\n# A model\n\n## Token prior\n")
 
 
 def test_what_cannot_be_trained_is_refused(source, tmp_path, capsys):

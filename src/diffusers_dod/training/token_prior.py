@@ -7,7 +7,8 @@ Trains a generator of latent tokens for a pipeline, so that an image takes one s
 
 The latent embedder computes the tokens of all images once, into `output_dir/tokens.safetensors`. A small MLP learns to
 draw them, which takes minutes on a CPU. The pipeline with it goes into `output_dir`; its calls take
-`use_token_prior=True`. A run that was stopped continues where it was, with the same result.
+`use_token_prior=True`. A run that was stopped continues from its last saved step, with the same result; one that was
+stopped before all tokens were there computes them again.
 """
 
 import json
@@ -33,10 +34,10 @@ from ..pipeline_dod import DoDPipeline
 from ..processes import check_processes, end_processes
 from ..records import check_safetensors_header
 from ..rectified_flow import NUM_TRAIN_TIMESTEPS, interpolate, logit_normal_sigma, velocity_target
-from ..results import checkpoint_sha256
+from ..results import checkpoint_sha256, find_checkpoint
 from ..seeding import stateless_generator, stateless_noise
 from ..shipped import find_shipped
-from ..token_prior import TokenPrior
+from ..token_prior import TokenPrior, count_classes
 from ..training_options import DataOptions, find_mixed_folders
 from .ema import WeightAverage
 from .encode_latents import load_autoencoder
@@ -88,6 +89,11 @@ class TokenPriorOptions:
         found += find_mixed_folders(self.data.images, "output_dir", self.output_dir)
         if self.output_dir.resolve() == Path(find_shipped(self.pretrained_model_name_or_path)).resolve():
             found.append(f"`output_dir` must be another folder than that of the pipeline, got {self.output_dir}.")
+        elif (self.output_dir / DoDPipeline.config_name).exists() and not (self.output_dir / TOKENS_FILE).exists():
+            found.append(
+                "`output_dir` must be a new folder, or that of a run of this command, got "
+                f"{self.output_dir} with another pipeline, which would be lost."
+            )
         return found
 
 
@@ -184,7 +190,7 @@ class TokenPriorTraining:
         seed: int,
     ):
         self.prior, self.options, self.seed = prior.train(), options, seed
-        prior.set_statistics(tokens.to(prior.device), labels.to(prior.device))
+        prior.set_statistics(tokens, labels)
         self.tokens = ((tokens.to(prior.device) - prior.token_mean) / prior.token_std).float()
         self.labels = labels.to(prior.device)
         self.optimizer = torch.optim.Adam(prior.parameters(), lr=options.learning_rate)
@@ -297,7 +303,7 @@ def train_token_prior(options: TokenPriorOptions, accelerator: Accelerator) -> D
 
     Raises:
         `ValueError`: there are several processes, the pipeline has no latent embedder or other classes than the
-            images, or the folder has a run with other settings.
+            images, a class has no images, or the folder has a run with other settings or of more steps.
         `FloatingPointError`: the weights are not finite.
     """
     if accelerator.num_processes > 1:
@@ -311,6 +317,7 @@ def train_token_prior(options: TokenPriorOptions, accelerator: Accelerator) -> D
         raise ValueError(f"`pretrained_model_name_or_path` must hold a latent embedder, got {name!r} without.")
     latents = open_stored_latents(options.data, accelerator, vae, folder)
     check_classes(pipeline, clean_class_names(latents.manifest["class_names"]))
+    count_classes(latents.labels, pipeline.transformer.config.num_classes)
     settings = {"checkpoint": checkpoint_sha256(name), "seed": seed, **_describe_latents(latents)}
     path = folder / TOKENS_FILE
     if not path.exists():
@@ -328,6 +335,11 @@ def train_token_prior(options: TokenPriorOptions, accelerator: Accelerator) -> D
     path = folder / STATE_FILE
     if path.exists():
         training.load(path, settings)
+        if training.step > options.max_train_steps:
+            raise ValueError(
+                f"`max_train_steps` must be at least the {training.step} steps of the run in {folder}, "
+                f"got {options.max_train_steps}."
+            )
         logger.info(f"Going on from step {training.step:,}.")
     losses: list[torch.Tensor] = []
     for _ in tqdm(range(training.step, options.max_train_steps), desc="Training", disable=None):
@@ -340,7 +352,7 @@ def train_token_prior(options: TokenPriorOptions, accelerator: Accelerator) -> D
     pipeline.to("cpu").register_modules(token_prior=prior.to("cpu").eval())
     with replacing_contents(folder, DoDPipeline.config_name) as unfinished:
         pipeline.save_pretrained(unfinished)
-        _write_card(unfinished, Path(name), training)
+        _write_card(unfinished, find_checkpoint(name), training)
     return pipeline
 
 
