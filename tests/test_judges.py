@@ -114,10 +114,11 @@ def test_the_judge_without_labels_knows_how_textures_were_made():
     assert (found - attributes).square().mean() < 0.06 < 0.5 * attributes.var()
 
 
-def test_whose_priors_are_bounds():
+def test_whose_priors_are_bounds(monkeypatch):
     import judge_priors
     import study
 
+    monkeypatch.setattr(study, "load_study", lambda: {"data": {"num_train_samples": 1200}})
     for labels, others in (("classes", 11), ("kinds", 8), ("hues", 11)):
         of_image = judge_priors.label_images(labels, 144)
         if labels in study.LABELS:

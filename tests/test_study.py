@@ -84,6 +84,16 @@ def test_labels_that_say_less_or_more():
         assert np.max(found, where=sixths == low, initial=0) <= np.min(found, where=sixths == high, initial=1)
 
 
+def test_hues_of_other_images_are_told_as_in_training(monkeypatch):
+    monkeypatch.setattr(study, "load_study", lambda: {"data": {"num_train_samples": 720}})
+    trained, (_, labels) = study.find_hues(720, 0), study.label_hues(240, seed=5)
+    for index, hue in enumerate(study.find_hues(240, 5)):
+        of_texture = trained[index % 12 :: 12]  # the next smaller one of these 60 says which sixth it is
+        sixth = max(np.sum(of_texture <= hue) - 1, 0) * 6 // 60
+        assert labels[index] // 6 == index % 12 and labels[index] % 6 == sixth
+    assert len(set(np.bincount(labels, minlength=72))) > 1  # they need not be equally many
+
+
 def test_latents_get_other_labels(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "LATENTS", tmp_path / "latents")
     options = "--dataset_name textures --num_train_samples 24 --resolution 8 --shard_size 12 --latents_dir".split()

@@ -54,6 +54,7 @@ PAIRS = [
     ("stage 2 after unguided stage 1", "stage 1, guided"),
     ("stage 2 after guided stage 1", "stage 1, guided"),
     ("stage 2, tokens drawn", "stage 1, guided"),
+    ("stage 2, tokens drawn", "stage 2 after unguided stage 1"),
     ("stage 2, tokens drawn", "stage 2 after guided stage 1"),
     (REAL, "stage 2 after guided stage 1"),
 ]
@@ -144,7 +145,8 @@ def sample_all(args: argparse.Namespace) -> dict[str, Path]:
     pipeline = DoDPipeline.from_pretrained(args.pipeline)
     pipeline.set_progress_bar_config(disable=True)
     labels = label_images(args.labels, args.num_samples)
-    identity = f"{checkpoint_sha256(args.pipeline)} {args.num_samples} {args.seed} {args.batch_size} {args.labels}"
+    identity = f"{checkpoint_sha256(args.pipeline)} {args.num_samples} {args.seed} {args.batch_size}"
+    identity += f" {args.labels}" * (args.labels != "classes")
     archives = {}
     for name, call in find_sets(args).items():
         key = hashlib.sha256(f"{identity} {sorted(call.items())}".encode()).hexdigest()[:12]

@@ -126,24 +126,31 @@ def label_kinds(num_images: int, seed: int = DATA_SEED) -> tuple[list[str], np.n
     return list(KINDS), kinds[np.arange(num_images) % len(TEXTURE_CLASSES)]
 
 
+def find_hues(num_images: int, seed: int) -> np.ndarray:
+    """The hue in 0..1 of the second colour of each image of a `seed`."""
+    hues = np.empty(num_images)
+    for index in range(num_images):  # a small image has the colours of a large one
+        _, attributes = render_texture(index % len(TEXTURE_CLASSES), (seed, index), size=8)
+        hues[index] = rgb_to_hsv(*attributes[3:6])[0]
+    return hues
+
+
 def label_hues(num_images: int, seed: int = DATA_SEED) -> tuple[list[str], np.ndarray]:
     """
     Names of 72 classes, and the one of each image of a `seed`: its texture, and the sixth of the hues of its second
     colour.
 
-    The sixths are those of the images of one texture, so that all classes have equally many.
+    The sixths are those of the training images of one texture, of which all classes have equally many.
     """
-    classes = np.arange(num_images) % len(TEXTURE_CLASSES)
-    hues = np.empty(num_images)
-    for index, label in enumerate(classes):  # a small image has the colours of a large one
-        _, attributes = render_texture(int(label), (seed, index), size=8)
-        hues[index] = rgb_to_hsv(*attributes[3:6])[0]
+    hues, number = find_hues(num_images, seed), len(TEXTURE_CLASSES)
+    trained = hues if seed == DATA_SEED else find_hues(load_study()["data"]["num_train_samples"], DATA_SEED)
     sixths = np.empty(num_images, dtype=np.int64)
-    for label in range(len(TEXTURE_CLASSES)):
-        places = np.flatnonzero(classes == label)
-        sixths[places[np.argsort(hues[places], kind="stable")]] = np.arange(len(places)) * NUM_HUES // len(places)
+    for label in range(number):
+        ordered = np.sort(trained[label::number])
+        edges = ordered[np.arange(1, NUM_HUES) * len(ordered) // NUM_HUES]
+        sixths[label::number] = np.searchsorted(edges, hues[label::number], side="right")
     names = [f"{name} {sixth + 1}" for name in TEXTURE_CLASSES for sixth in range(NUM_HUES)]
-    return names, classes * NUM_HUES + sixths
+    return names, np.arange(num_images) % number * NUM_HUES + sixths
 
 
 LABELS = {"kinds": label_kinds, "hues": label_hues}
