@@ -20,11 +20,18 @@ from diffusers_dod.evaluation.sample import SamplingOptions
 from diffusers_dod.finetuning import difffit_parameters, freeze_all_but
 from diffusers_dod.losses import DoDJointModel
 from diffusers_dod.options import parse_options
+from diffusers_dod.presets import PRESETS
 from diffusers_dod.training.model_card import describe_end
 from diffusers_dod.training.train import build_models, main
 from diffusers_dod.training_options import TrainingOptions
 
 
+DEFAULTS = {
+    "default_guidance_scale": 2.5,
+    "default_num_inference_steps": 3,
+    "default_num_stages": 3,
+    "default_first_stage_guidance_scale": 1.5,
+}
 STEPS = "--max_train_steps 2 --train_batch_size 4 --learning_rate 1e-2 --num_train_samples 24 --resolution 16".split()
 
 
@@ -44,7 +51,7 @@ def train(output_dir, *more) -> dict[str, torch.Tensor]:
 def pretrained(tmp_path_factory):
     """A two-stage pipeline for 10 classes, without its names."""
     folder = tmp_path_factory.mktemp("pretrained")
-    pipe = tiny_pipeline(id2label=None)
+    pipe = tiny_pipeline(id2label=None, **DEFAULTS)
     pipe.save_pretrained(folder / "pipeline")
     pipe.vae.save_pretrained(folder / "vae")
     return folder
@@ -134,7 +141,9 @@ def test_training_goes_on_from_a_pipeline_with_the_classes_of_the_data(pretraine
     assert trained.keys() == start.keys()
     unchanged = [name for name in start if torch.equal(start[name], trained[name])]
     assert unchanged == []
-    assert len(DoDPipeline.from_pretrained(tmp_path).id2label) == 12
+    pipe = DoDPipeline.from_pretrained(tmp_path)
+    assert len(pipe.id2label) == 12
+    assert {name: pipe.config[name] for name in DEFAULTS} == DEFAULTS
 
 
 def test_the_autoencoder_of_the_pipeline_is_the_default(pretrained, tmp_path, caplog):
@@ -165,7 +174,8 @@ def test_a_pipeline_for_other_latents_is_refused(pretrained, tmp_path):
 @torch.no_grad()
 def test_a_fitv2_becomes_a_dod_that_starts_as_the_same_stage_1(tmp_path):
     fitv2 = golden_model()
-    DoDPipeline(transformer=fitv2, scheduler=DoDFlowMatchScheduler()).save_pretrained(tmp_path / "fitv2")
+    defaults = dict(default_guidance_scale=1.25, default_num_inference_steps=7, default_num_stages=1)
+    DoDPipeline(fitv2, DoDFlowMatchScheduler(), **defaults).save_pretrained(tmp_path / "fitv2")
     tiny_vae().save_pretrained(tmp_path / "vae")
     where = ["--pretrained_model_name_or_path", tmp_path / "fitv2"]
     argv = arguments(tmp_path / "run", *where)
@@ -182,6 +192,9 @@ def test_a_fitv2_becomes_a_dod_that_starts_as_the_same_stage_1(tmp_path):
     with torch.enable_grad():
         trained = train(tmp_path / "run", *where, "--pretrained_vae_name_or_path", tmp_path / "vae")
     pipe = DoDPipeline.from_pretrained(tmp_path / "run")
+    # Those of its only stage are not those of two.
+    expected = PRESETS["DoD-Desk"].pipeline_config | {"default_num_inference_steps": 7}
+    assert {name: pipe.config[name] for name in expected} == expected
     assert pipe("bricks", num_stages=2, num_inference_steps=1, output_type="pt").images.isfinite().all()
     for name in ("sample_token", "prior_proj.linear_2.weight"):  # from zero on, they learn
         assert trained[f"transformer.{name}"].abs().max() > 0

@@ -1020,6 +1020,16 @@ def test_a_guider_leaves_stage_1_alone_unless_asked(pipe, name):
     )
 
 
+def test_a_guider_guides_stage_1_at_its_own_scale_if_the_checkpoint_guides_it():
+    pipe = tiny_pipeline(default_first_stage_guidance_scale=1.5)
+    guider = guiders.AdaptiveProjectedGuidance(guidance_scale=4.0)
+    found = sample(pipe, guidance=guider, num_inference_steps=3, return_stages=True)
+    expected = sample(
+        tiny_pipeline(), guidance=guider, guidance_scale=[4.0, 4.0], num_inference_steps=3, return_stages=True
+    )
+    assert all(torch.equal(*pair) for pair in zip(found.stages, expected.stages, strict=True))
+
+
 def test_every_guider_of_diffusers_is_documented_or_refused(idle_pipe):
     """The page lists those that work, and names the one that fits but fails in Diffusers."""
     page = (Path(__file__).parents[1] / "docs" / "sampling.md").read_text()

@@ -336,7 +336,8 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
                 the checkpoint says otherwise. Without a latent embedder a single value guides the only stage.
             guidance ([`Guidance`] or one of Diffusers' guiders, *optional*):
                 Settings of guidance. By default `Guidance()`: the null condition lacks class and prior. A guider has
-                its own `guidance_scale`, which then is the default; a scale of 1 turns it off in a stage.
+                its own `guidance_scale`, which then is the default, also of stage 1 if the checkpoint guides that; a
+                scale of 1 turns it off in a stage.
             schedulers (`str`, `SchedulerMixin` or `Sequence[str | SchedulerMixin | None]`, *optional*):
                 The `solver` of a [`DoDFlowMatchScheduler`] or another flow-match scheduler: one value for all stages,
                 or one for each stage that is run. `None` is the pipeline's scheduler.
@@ -440,13 +441,17 @@ class DoDPipeline(DoDPipelineLoadingMixin, DoDPipelineEncodingMixin, DiffusionPi
             raise ValueError(f"`num_images_per_prior` must be 1 with one stage, got {num_images_per_prior}.")
         sample_indices = check_noise_source(generator, seed, sample_indices, batch_size)
         guidance = Guidance() if guidance is None else guidance
+        # A guider has a scale of its own, for every stage that is guided.
+        default_scale = getattr(guidance, "guidance_scale", self.config.default_guidance_scale)
+        first_scale = self.config.default_first_stage_guidance_scale
+        first_scale = 1.0 if first_scale == 1 else getattr(guidance, "guidance_scale", first_scale)
         stages = plan_stages(
             range(1 if prior is None and not use_token_prior else 2, num_stages + 1),
             self.scheduler,
             self.config.default_num_inference_steps,
-            getattr(guidance, "guidance_scale", self.config.default_guidance_scale),  # a guider has a scale of its own
+            default_scale,
             has_priors=self.latent_embedder is not None,
-            default_first_stage_guidance_scale=self.config.default_first_stage_guidance_scale,
+            default_first_stage_guidance_scale=first_scale,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             schedulers=schedulers,

@@ -36,6 +36,25 @@ class TokenPriorOptions:
         return 2 if self.use_token_prior else 1
 
 
+def find_idle_noise(prior_noise: float, use_token_prior: bool = False, num_stages: int | None = None) -> list[str]:
+    """
+    Finds noise of priors where no sample has a prior that can be noised.
+
+    Args:
+        prior_noise (`float`): The level of the noise.
+        use_token_prior (`bool`, defaults to `False`): Whether the token prior takes the place of stage 1.
+        num_stages (`int`, *optional*): Number of stages, if it is known.
+
+    Returns:
+        `list[str]`: A message, if there is such noise.
+    """
+    if prior_noise > 0 and use_token_prior:
+        return [f"`prior_noise` must be 0 with `use_token_prior`, got {prior_noise}."]
+    if prior_noise > 0 and num_stages == 1:
+        return [f"`prior_noise` must be 0 with one stage, got {prior_noise}."]
+    return []
+
+
 @dataclass(frozen=True, kw_only=True)
 class CallOptions:
     """Arguments of the pipeline's call, see docs/sampling.md."""
@@ -46,7 +65,7 @@ class CallOptions:
         None, at_least=0, help="From stage 2 on, or of the only stage without a LEM; the checkpoint's by default."
     )
     first_stage_guidance_scale: float | None = option(
-        None, at_least=0, help="Guidance scale of stage 1; the checkpoint's by default, which is 1 for most."
+        None, at_least=0, help="Scale of stage 1 with a LEM; the checkpoint's by default, which is 1 for most."
     )
     stage_inference_steps: tuple[int, ...] | None = option(None, at_least=1, help="Steps of each stage.")
     stage_solvers: tuple[str, ...] | None = option(None, choices=SOLVERS, help="Solver of each stage.")
@@ -58,7 +77,8 @@ class CallOptions:
 
     def find_conflicts(self) -> list[str]:
         """Messages about options that do not fit each other."""
-        found = [] if self.num_stages is None else self.find_wrong_lists(self.num_stages)
+        found = [] if self.num_stages is None else self.find_stage_conflicts(self.num_stages)
+        found += find_idle_noise(self.prior_noise, self.token_prior.use_token_prior)
         if self.token_prior.use_token_prior and "first_stage_guidance_scale" in find_given(self):
             found.append(
                 "`first_stage_guidance_scale` must not be given with `use_token_prior`, which takes the place of "
@@ -71,25 +91,24 @@ class CallOptions:
             if self.stage_guidance_scales is not None and name in find_given(self)
         ]
 
-    def find_wrong_lists(self, num_stages: int) -> list[str]:
-        """Messages about options for each stage that is run, of `num_stages` in all, with another number of values."""
+    def find_stage_conflicts(self, num_stages: int) -> list[str]:
+        """Messages about options that do not fit the number of stages, `num_stages` in all."""
         number = num_stages - self.token_prior.first_stage + 1
         if self.token_prior.use_token_prior and number < 1:
             return [f"`num_stages` must be >= 2 with `use_token_prior`, which stands for stage 1, got {num_stages}."]
         lists = {name: getattr(self, name) for name in STAGE_OPTIONS}
-        return [
+        return find_idle_noise(self.prior_noise, num_stages=num_stages) + [
             f"`{name}` must hold {number} values, one for each stage that is run, got {len(values)}."
             for name, values in lists.items()
             if values is not None and len(values) != number
         ]
 
-    def to_call(self, num_stages: int, has_priors: bool) -> dict[str, Any]:
+    def to_call(self, num_stages: int) -> dict[str, Any]:
         """
         Turns the options into arguments of a call of the pipeline.
 
         Args:
             num_stages (`int`): Number of stages.
-            has_priors (`bool`): Whether the pipeline has a latent embedder; without one there is one scale only.
 
         Returns:
             `dict`: The arguments.
@@ -97,7 +116,7 @@ class CallOptions:
         guidance_scale, first_scale = self.guidance_scale, self.first_stage_guidance_scale
         if self.stage_guidance_scales is not None:
             guidance_scale = self.stage_guidance_scales
-        elif has_priors and first_scale is not None:  # which is not given with a token prior
+        elif first_scale is not None:  # which is not given with a token prior, nor without a latent embedder
             guidance_scale = [first_scale, *[guidance_scale] * (num_stages - 1)]
         return {
             "num_stages": num_stages,

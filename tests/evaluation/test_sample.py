@@ -585,15 +585,24 @@ def test_samples_from_before_an_option_had_its_default(checkpoint, references, t
 def test_scales_of_the_command_as_those_of_a_call(options, guidance_scale):
     required = ["--pretrained_model_name_or_path", "pipe", "--output_dir", "samples"]
     call = parse_options(SamplingOptions, [*required, *options.split()]).call
-    assert call.to_call(3, has_priors=True)["guidance_scale"] == guidance_scale
-    if guidance_scale in (None, 4.0):  # what is for stage 1 is not for the only stage of another model
-        assert call.to_call(1, has_priors=False)["guidance_scale"] == guidance_scale
+    assert call.to_call(3)["guidance_scale"] == guidance_scale
+    if guidance_scale in (None, 4.0):
+        assert call.to_call(1)["guidance_scale"] == guidance_scale
 
 
-def test_the_scale_of_stage_1_is_not_that_of_a_model_without_priors():
-    required = ["--pretrained_model_name_or_path", "pipe", "--output_dir", "samples"]
-    call = parse_options(SamplingOptions, [*required, "--first_stage_guidance_scale", "1.5"]).call
-    assert call.to_call(1, has_priors=False)["guidance_scale"] is None
+def test_without_a_latent_embedder_there_is_no_scale_of_stage_1(tmp_path):
+    folder, path = tmp_path / "samples", tmp_path / "samples/manifest.json"
+    tiny_pipeline(latent_embedder=None).save_pretrained(tmp_path / "pipeline")
+    with pytest.raises(ValueError, match=says("`first_stage_guidance_scale`", "without a latent embedder", "got 1.7")):
+        run(tmp_path / "pipeline", folder, "--first_stage_guidance_scale", "1.7")
+    assert not folder.exists()
+    manifest = run(tmp_path / "pipeline", folder)
+    assert manifest["settings"]["first_stage_guidance_scale"] is None
+    # Earlier versions recorded a scale that nothing used.
+    old = manifest | {"settings": {**manifest["settings"], "first_stage_guidance_scale": 1.0}}
+    path.write_text(json.dumps(old))
+    assert run(tmp_path / "pipeline", folder) == old
+    assert run(tmp_path / "pipeline", folder, "--num_images", "8")["settings"]["num_images"] == 8
 
 
 @pytest.mark.parametrize(
@@ -602,6 +611,17 @@ def test_the_scale_of_stage_1_is_not_that_of_a_model_without_priors():
 def test_values_of_the_stages_are_as_many_as_the_checkpoint_has(checkpoint, tmp_path, name, value):
     with pytest.raises(ValueError, match=says(f"`{name}` must hold 2 values", "got 1")):
         run(checkpoint, tmp_path / "samples", f"--{name}", value)
+
+
+@pytest.mark.parametrize("options", [["--use_token_prior"], ["--num_stages", "1"]])
+def test_noise_of_priors_that_no_stage_sees(checkpoint, tmp_path, capsys, options):
+    with pytest.raises(SystemExit):
+        run(checkpoint, tmp_path / "samples", "--prior_noise", "0.3", *options)
+    assert "`prior_noise` must be 0 with" in capsys.readouterr().err
+    tiny_pipeline(default_num_stages=1).save_pretrained(tmp_path / "pipeline")
+    with pytest.raises(ValueError, match=says("`prior_noise` must be 0 with one stage, got 0.3")):
+        run(tmp_path / "pipeline", tmp_path / "samples", "--prior_noise", "0.3")
+    assert not (tmp_path / "samples").exists()
 
 
 def test_all_errors_of_options_are_reported_at_once(checkpoint, tmp_path, capsys):

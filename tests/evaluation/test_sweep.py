@@ -433,6 +433,8 @@ def test_intervals_of_seeds():
         (["--num_inference_steps", 0], ["`num_inference_steps`", ">= 1, got 0"]),
         (["--use_token_prior", "--metrics", "is"], ["`use_token_prior`", "without a `token_prior`"]),
         (["--guidance_power", -1], ["`guidance_power`", "in (0, inf), got -1"]),
+        (["--prior_noise", 0.3, "--use_token_prior"], ["`prior_noise` must be 0 with `use_token_prior`, got 0.3"]),
+        (["--prior_noise", 0.3, "--num_stages", 1], ["`prior_noise` must be 0 with one stage, got 0.3"]),
     ],
 )
 def test_bad_options(tmp_path, checkpoint, extractor, capsys, arguments, fragments):

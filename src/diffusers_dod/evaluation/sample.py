@@ -160,7 +160,8 @@ def sample_settings(options: SamplingOptions, pipeline: DoDPipeline) -> dict[str
         `dict`: The settings, ready for JSON. Defaults of the checkpoint are filled in.
 
     Raises:
-        `ValueError`: an option for each stage has not as many values as there are stages, or there is no token prior.
+        `ValueError`: options do not fit the number of stages, or the pipeline has no latent embedder or token prior
+            for them.
     """
     call = to_json(to_values(options.call) | to_values(options.guidance))
     if options.guidance_model is not None:
@@ -170,7 +171,12 @@ def sample_settings(options: SamplingOptions, pipeline: DoDPipeline) -> dict[str
     has_embedder = pipeline.latent_embedder is not None
     if call["num_stages"] is None:
         call["num_stages"] = pipeline.config.default_num_stages if has_embedder else 1
-    if wrong := options.call.find_wrong_lists(call["num_stages"]):
+    if call["first_stage_guidance_scale"] is not None and not has_embedder:
+        raise ValueError(
+            "`first_stage_guidance_scale` must not be given without a latent embedder, where `guidance_scale` is that "
+            f"of the only stage, got {call['first_stage_guidance_scale']}."
+        )
+    if wrong := options.call.find_stage_conflicts(call["num_stages"]):
         raise ValueError("\n".join(wrong))
     token_prior = options.call.token_prior
     check_token_settings(token_prior.use_token_prior, pipeline.token_prior, pipeline.latent_embedder, prior=None)
@@ -179,9 +185,8 @@ def sample_settings(options: SamplingOptions, pipeline: DoDPipeline) -> dict[str
         call |= {name: value for name, value in defaults.items() if call[name] is None}
     if call["num_inference_steps"] is None and call["stage_inference_steps"] is None:
         call["num_inference_steps"] = pipeline.config.default_num_inference_steps
-    if call["stage_guidance_scales"] is not None or token_prior.use_token_prior:
-        call["first_stage_guidance_scale"] = None
-    elif call["first_stage_guidance_scale"] is None:
+    has_first_scale = has_embedder and call["stage_guidance_scales"] is None and not token_prior.use_token_prior
+    if has_first_scale and call["first_stage_guidance_scale"] is None:
         call["first_stage_guidance_scale"] = pipeline.config.default_first_stage_guidance_scale
     if call["stage_guidance_scales"] is None and call["guidance_scale"] is None:
         call["guidance_scale"] = pipeline.config.default_guidance_scale
@@ -356,6 +361,8 @@ class SampleFolder:
         known = to_json({name: field.default for name, field in list_options(SamplingOptions).items()})
         # Older ones lack options, which then had their defaults.
         found = {name: known[name] for name in self.settings if name in known} | found
+        if self.settings.get("first_stage_guidance_scale", 1) is None:  # older ones may have one that nothing used
+            found["first_stage_guidance_scale"] = None
         for name in [*self.settings, *found]:
             wanted, value = self.settings.get(name), found.get(name)
             can_go_on = name == "num_images" and isinstance(value, int) and 0 < value < wanted
@@ -522,7 +529,7 @@ def _sample_chunks(
 ) -> None:
     """Deals chunks to the processes, one to each at a time, so that an error in one ends all."""
     first = next(iter(outputs.values()))
-    call = options.call.to_call(first.settings["num_stages"], has_priors=pipeline.latent_embedder is not None)
+    call = options.call.to_call(first.settings["num_stages"])
     first_stage = options.call.token_prior.first_stage
     progress = tqdm(
         total=options.num_images,

@@ -54,7 +54,7 @@ from ..results import (
     read_results,
     write_results,
 )
-from ..sampling_options import CallOptions, TokenPriorOptions
+from ..sampling_options import CallOptions, TokenPriorOptions, find_idle_noise
 from ..scheduling_dod import DoDFlowMatchScheduler
 from ..shipped import find_shipped
 from ..tableaus import SOLVERS
@@ -120,7 +120,7 @@ class SweepOptions:
 
     def find_conflicts(self) -> list[str]:
         """Messages about options that do not fit each other."""
-        found = []
+        found = find_idle_noise(self.prior_noise, self.token_prior.use_token_prior)
         if self.token_prior.use_token_prior and self.first_stage_guidance_scales is not None:
             found.append(
                 "`first_stage_guidance_scales` must not be given with `use_token_prior`, which takes the place of "
@@ -480,6 +480,8 @@ def fill_in_defaults(options: SweepOptions) -> SweepOptions:
         num_stages = config["default_num_stages"] if has_embedder else 1
     if num_stages > 1 and not has_embedder:
         raise ValueError(f"`num_stages` must be 1 without a latent embedder, got {num_stages}.")
+    if wrong := find_idle_noise(options.prior_noise, num_stages=num_stages):
+        raise ValueError("\n".join(wrong))
     if options.token_prior.use_token_prior:
         if config.get("token_prior", [None])[0] is None:
             raise ValueError("`use_token_prior` must be False without a `token_prior`, got True.")

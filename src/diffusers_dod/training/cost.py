@@ -214,7 +214,7 @@ def estimate_run(
 
 def find_preset(options: TrainingOptions) -> tuple[Preset, list[str]]:
     """
-    Finds the model that the options name, from configs alone, and the assumptions about it.
+    Finds the model and sampling defaults that the options name, from configs alone, and the assumptions about them.
 
     Args:
         options ([`TrainingOptions`]): The options of the trainer.
@@ -225,11 +225,14 @@ def find_preset(options: TrainingOptions) -> tuple[Preset, list[str]]:
         try:
             saved = Preset.from_pretrained(find_shipped(path))
             if saved.latent_embedder_config is None and preset.latent_embedder_config is not None:
-                # A FiTv2 becomes the backbone of a DoD.
+                # A FiTv2 becomes the backbone of a DoD; its other sampling defaults are those of its only stage.
+                kept = ("default_num_inference_steps",)
                 saved = replace(
                     saved.override(prior_embed_dim=preset.transformer_config["prior_embed_dim"]),
                     latent_embedder_config=preset.latent_embedder_config,
                     latent_embedder_class=preset.latent_embedder_class,
+                    pipeline_config=preset.pipeline_config
+                    | {name: value for name, value in saved.pipeline_config.items() if name in kept},
                 ).override(patch_size=saved.transformer_config["patch_size"])
             preset = saved
         except OSError:

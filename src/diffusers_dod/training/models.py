@@ -157,7 +157,7 @@ def build_pipeline(
         model ([`DoDJointModel`]): The model that is trained, whose parts have the form of the pipeline's.
         weights (`dict[str, torch.Tensor]`): The weights of all parts, by their names in that model.
         options ([`TrainingOptions`]): The run's options.
-        components: Passed on to the pipeline: `vae`, `id2label`.
+        components: Passed on to the pipeline: `vae`, `id2label`, sampling defaults.
 
     Returns:
         [`DoDPipeline`]: The pipeline, without a progress bar.
@@ -175,11 +175,7 @@ def build_pipeline(
                 own = trained.state_dict() | own
             averaged.load_state_dict(own, assign=True)
             averaged.requires_grad_(False).eval()
-    pipeline = DoDPipeline(
-        scheduler=DoDFlowMatchScheduler(shift=options.times.time_shift),
-        **components,
-        **PRESETS[options.model.preset].pipeline_config,
-    )
+    pipeline = DoDPipeline(scheduler=DoDFlowMatchScheduler(shift=options.times.time_shift), **components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

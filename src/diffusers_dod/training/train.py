@@ -62,7 +62,7 @@ from .checkpoints import (
     save_training_state,
     set_aside_later,
 )
-from .cost import describe_run
+from .cost import describe_run, find_preset
 from .ema import averaged_parameters, build_averages
 from .encode_latents import load_autoencoder
 from .history import TrainingHistory, values_of_steps
@@ -149,6 +149,7 @@ class Trainer:
             feature_dim=feature_dim,
             alignment=options.alignment,
         )
+        self.sampling_defaults = find_preset(options)[0].pipeline_config
         self.is_lora = has_lora(model)
         if self.is_lora:  # what a checkpoint of adapters does not hold
             self.history.go_on_with({"base_weights": frozen_sha256(model)})
@@ -278,7 +279,8 @@ class Trainer:
             names = averaged_parameters(self.joint_model)
             weights = {name: full_tensor(tensor) for name, tensor in zip(names, self.ema.shadow_params, strict=True)}
         id2label = dict(enumerate(self.data.class_names))
-        return build_pipeline(self.joint_model, weights, self.options, vae=self.vae, id2label=id2label)
+        components = {"vae": self.vae, "id2label": id2label, **self.sampling_defaults}
+        return build_pipeline(self.joint_model, weights, self.options, **components)
 
     def _check_weights(self) -> None:
         """Raises a `FloatingPointError` unless weights and averages are finite; all processes must call it."""
