@@ -154,7 +154,7 @@ def test_a_token_prior_is_trained_after_its_run(tmp_path, monkeypatch):
     module, *argv = study.evaluation_argv(STUDY, "none-dod-seed1", 4000, "none-tokens")
     options = parse_options(SweepOptions, argv)
     assert options.pretrained_model_name_or_path == "outputs/study/none-dod-seed1/token-prior"
-    assert options.samples_dir.name == "samples-4000-use_token_prior"
+    assert options.samples_dir.name == "samples-4000-1000-use_token_prior"
 
 
 def test_every_part_of_the_plan_is_of_a_run():
@@ -353,44 +353,45 @@ def write_tuned(
 
 
 def test_gains_of_visual_priors_by_labels_and_judge(tmp_path, monkeypatch):
-    for seed, judge in itertools.product((0, 1), JUDGES_OF_TUNED):
+    auto = {"guidance_model": "weaker"}
+    for seed, judge in itertools.product((0, 1, 2), JUDGES_OF_TUNED):
         fitv2, dod = f"classes-fitv2-seed{seed}", f"classes-dod-seed{seed}"
         write_tuned(tmp_path, fitv2, judge, {"3": 11.0 + seed, "4": 10.0 + seed})
-        write_tuned(tmp_path, fitv2, judge, {"3": 9.0 + seed, "4": 9.5 + seed}, steps=40)
+        write_tuned(tmp_path, fitv2, judge, {"3": 9.0 + seed, "4": 9.5 + seed}, steps=40, **auto)
+        write_tuned(tmp_path, fitv2, judge, {"2": 9.0 + seed}, **auto)
         write_tuned(tmp_path, dod, judge, {"1": 30.0, "3": 12.0, "1:3": 8.5, "1:4": 8.0})
-        write_tuned(tmp_path, dod, judge, {"3": 7.0 + 2 * seed}, use_token_prior=True)
-        # Without labels, a FiTv2 is guided by a weaker one, and stage 2 has an unguided stage 1.
-        write_tuned(tmp_path, f"none-fitv2-seed{seed}", judge, {"2": 20.0 + seed}, 40, guidance_model="weaker")
-        write_tuned(tmp_path, f"none-fitv2-seed{seed}", judge, {"2": 25.0 + seed}, guidance_model="weaker")
-        write_tuned(tmp_path, f"none-dod-seed{seed}", judge, {"1:3": 15.0})
-    write_tuned(tmp_path, "classes-fitv2-seed2", "texture", {"3": 1.0})  # its DoD is not there yet
-    write_tuned(tmp_path, "classes-fitv2-long-seed1", "texture", {"4": 6.0}, trained=6000)
+        write_tuned(tmp_path, dod, judge, {"1": 30.0, "1:3": 8.0}, **auto)
+        if seed < 2:  # the last one has not been evaluated in full
+            write_tuned(tmp_path, dod, judge, {"3": 7.0 + 2 * seed}, use_token_prior=True)
+        write_tuned(tmp_path, dod, judge, {"2": 9.0, "3": 6.0}, use_token_prior=True, **auto)
+        write_tuned(tmp_path, f"none-fitv2-seed{seed}", judge, {"2": 20.0 + seed}, 40, **auto)
+        write_tuned(tmp_path, f"none-dod-seed{seed}", judge, {"1:3": 15.0}, **auto)
+    write_tuned(tmp_path, "classes-fitv2-seed3", "texture", {"3": 1.0})  # its DoD is not there yet
+    write_tuned(tmp_path, "classes-fitv2-long-seed1", "texture", {"4": 6.0}, trained=6000, **auto)
     report.draw_map(report.Results(tmp_path / "empty"), tmp_path)
     assert not (tmp_path / "label_map.png").exists()
     results = report.Results(tmp_path)
     table = report.map_table(results)
     assert len(table.splitlines()) == 2 + 4 + 2 * 4
     none, two, drawn = cells(table, 0), cells(table, 4), cells(table, 5)
-    assert none[:5] == ["1", "0.0", "2", "classes", "two stages"] and none[7] == "1:3 - 2"
-    assert none[10] == "-5.00, -6.00"
-    assert two[:2] == ["12", "3.6"] and two[4] == "two stages" and two[7] == "1:4 - 3" and two[10] == "-1.00, -2.00"
-    assert drawn[4] == "tokens drawn" and drawn[7] == "3 - 4" and drawn[10] == "-3.00, -2.00"
-    assert drawn[5:7] == ["10.50 ± 6.35", "8.00 ± 12.71"] and drawn[8] == "-2.50 ± 6.35"
-    rows = [cells(report.tuned_table(results), row) for row in range(6)]
+    assert none[:5] == ["1", "0.0", "3", "classes", "two stages"] and none[7] == "1:3 - 2"
+    assert none[10] == "-5.00, -6.00, -7.00"
+    assert two[:2] == ["12", "3.6"] and two[4] == "two stages" and two[7] == "1:3 - 3"
+    assert two[10] == "-1.00, -2.00, -3.00"
+    assert drawn[4] == "tokens drawn" and drawn[7] == "3 - 2" and drawn[10] == "-3.00, -4.00, -5.00"
+    assert drawn[5:7] == ["10.00 ± 2.48", "6.00"] and drawn[8] == "-4.00 ± 2.48"
+    rows = [cells(report.tuned_table(results), row) for row in range(4)]
     assert [row[1:5] for row in rows] == [
-        ["FiTv2, guided", "2", "4", "10.50 ± 6.35"],
-        ["FiTv2, guided, 40 steps", "2", "3", "9.50 ± 6.35"],
-        ["FiTv2, trained longer", "1", "4", "6.00"],
-        ["DoD, stage 1, guided", "2", "3", "12.00"],
-        ["DoD, stage 2", "2", "1:4", "8.00"],
+        ["FiTv2, guided", "4", "3", "9.25 ± 8.85"],
+        ["DoD, stage 1, guided", "3", "3", "12.00"],
+        ["DoD, stage 2", "3", "1:4", "8.00"],
         ["DoD, tokens drawn", "2", "3", "8.00 ± 12.71"],
     ]
-    rows = [cells(report.tuned_differences_table(results), row) for row in (2, 3)]
-    assert [row[1:4] + row[5:] for row in rows] == [
-        ["tokens drawn - FiTv2", "3 - 4", "-2.50 ± 6.35", "-3.00, -2.00"],
-        ["tokens drawn - FiTv2, trained longer", "3 - 4", "3.00", "3.00"],
-    ]
-    for seed in (0, 1):
+    rows = {row[1]: row for row in (cells(report.tuned_differences_table(results), row) for row in range(11))}
+    drawn, longer = rows["tokens drawn - FiTv2"], rows["autoguided: tokens drawn - FiTv2, trained longer"]
+    assert drawn[2:4] == ["3 - 4", "-2.50 ± 6.35"] and drawn[5] == "-3.00, -2.00"  # of the seeds that both have
+    assert longer[2:] == ["3 - 4", "0.00", "-", "0.00"]
+    for seed in (0, 1, 2):
         metrics = {
             f"fid_corrected/{judge}/{name}": as_metric(fid + seed)
             for judge in ("classes", "spectrum")
@@ -399,17 +400,17 @@ def test_gains_of_visual_priors_by_labels_and_judge(tmp_path, monkeypatch):
         write_results(tmp_path / f"classes-dod-seed{seed}-4000" / "bounds.json", "judges", [], metrics, {}, {}, "cpu")
     results = report.Results(tmp_path)
     bounds = report.bounds_table(results)
-    assert [cells(bounds, row)[:2] for row in (0, 1)] == [["12", "classes"], ["12", "spectrum"]]
-    assert cells(bounds, 0)[2:] == ["8.00", "8.00 ± 12.71", "2.50 ± 6.35", "40.50 ± 6.35"]
+    assert [cells(bounds, row)[:3] for row in (0, 1)] == [["12", "classes", "3"], ["12", "spectrum", "3"]]
+    assert cells(bounds, 0)[3:] == ["8.00", "6.00", "3.00 ± 2.48", "41.00 ± 2.48"]
     axes = []
     monkeypatch.setattr(report.plt, "close", lambda figure: axes.extend(figure.axes))
     report.draw_map(results, tmp_path)
     assert (tmp_path / "label_map.png").stat().st_size > 0
     assert len(axes[1].containers) == 2  # the judge of attributes has no bounds
     two, drawn, real = (container.lines[0].get_xydata() for container in axes[0].containers)
-    np.testing.assert_allclose(two[:, 1], [100 * 5.5 / 20.5, 100 * 1.5 / 9.5])
-    np.testing.assert_allclose(drawn, [[np.log2(12) + 0.06, 100 * 2.5 / 10.5]])
-    np.testing.assert_allclose(real, [[np.log2(12), 100 * 8 / 10.5]])
+    np.testing.assert_allclose(two[:, 1], [100 * 6 / 21, 100 * 2 / 10])
+    np.testing.assert_allclose(drawn, [[np.log2(12) + 0.06, 100 * 4 / 10]])
+    np.testing.assert_allclose(real, [[np.log2(12), 100 * 7 / 10]])
 
 
 def test_guidance_scales_by_judge(tmp_path):

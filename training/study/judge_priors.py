@@ -20,7 +20,7 @@ import torch
 from study import LABELS
 from tqdm.auto import tqdm
 
-from diffusers_dod import DoDPipeline
+from diffusers_dod import DoDPipeline, DoDTransformer2DModel, Guidance
 from diffusers_dod.data.textures import TEXTURE_CLASSES, TextureDataset
 from diffusers_dod.evaluation.compare import compare_summaries
 from diffusers_dod.evaluation.evaluate import Evaluator, JudgeOptions
@@ -65,6 +65,7 @@ JUDGES = {
     "spectrum": "spectrum_features.py",
 }
 METRICS = ("fid", "kid", "density_coverage")
+SETTINGS = ("labels", "guidance_model", "num_samples", "batch_size", "seed")
 SHOWN = {"fid_corrected": 2, "kid": 4, "density": 2, "coverage": 2}
 
 
@@ -74,6 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--labels", choices=["classes", "none", *LABELS], default="classes", help="What is given.")
     parser.add_argument("--bounds", action="store_true", help="Only the sets with priors of real images.")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="Of stage 2.")
+    parser.add_argument("--guidance_model", help="Pipeline whose transformer, a weaker one, guides all stages.")
     parser.add_argument("--num_samples", type=int, default=2400)
     parser.add_argument("--num_reference", type=int, default=20_000)
     parser.add_argument("--batch_size", type=int, default=120)
@@ -147,6 +149,11 @@ def sample_all(args: argparse.Namespace) -> dict[str, Path]:
     labels = label_images(args.labels, args.num_samples)
     identity = f"{checkpoint_sha256(args.pipeline)} {args.num_samples} {args.seed} {args.batch_size}"
     identity += f" {args.labels}" * (args.labels != "classes")
+    guidance = Guidance()
+    if args.guidance_model is not None:
+        identity += f" {checkpoint_sha256(args.guidance_model)}"
+        weaker = DoDTransformer2DModel.from_pretrained(args.guidance_model, subfolder="transformer")
+        guidance = Guidance(transformer=weaker)
     archives = {}
     for name, call in find_sets(args).items():
         key = hashlib.sha256(f"{identity} {sorted(call.items())}".encode()).hexdigest()[:12]
@@ -154,7 +161,7 @@ def sample_all(args: argparse.Namespace) -> dict[str, Path]:
         if not archives[name].is_file():
             print(name, flush=True)
             args.samples_dir.mkdir(parents=True, exist_ok=True)
-            images = draw_samples(pipeline, call, labels, args)
+            images = draw_samples(pipeline, {**call, "guidance": guidance}, labels, args)
             with replacing(archives[name]) as unfinished, unfinished.open("wb") as file:
                 np.savez(file, arr_0=images, arr_1=labels)
     return archives
@@ -218,7 +225,9 @@ def main() -> None:
         data={"reference": reference_name(args), "images": f"textures, seed {IMAGE_SEED}"},
         settings={
             "sets": sets,
-            **{name: getattr(args, name) for name in ("labels", "num_samples", "batch_size", "seed")},
+            **{
+                name: getattr(args, name) for name in ("labels", "guidance_model", "num_samples", "batch_size", "seed")
+            },
         },
         device="cpu",
         checkpoint=args.pipeline,
