@@ -79,6 +79,27 @@ def read_lora_classes(file: Path) -> tuple[int | None, dict[str, str] | None]:
     return len(names) if names and number is None else number, names
 
 
+def adapts(file: Path, component: str) -> bool:
+    """
+    Tells whether LoRA adapters change a component of a pipeline.
+
+    Args:
+        file (`Path`): The file, from [`find_lora_file`].
+        component (`str`): Name of the component.
+
+    Returns:
+        `bool`.
+
+    Raises:
+        `ValueError`: the file is no safetensors file.
+    """
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return any(name.startswith(f"{component}.") for name in weights.keys())
+    except SafetensorError as error:
+        raise ValueError(f"`lora_weights` must be an undamaged safetensors file, got {file}: {error}") from error
+
+
 class DoDLoraLoaderMixin(LoraBaseMixin):
     """
     Loads, saves and fuses LoRA adapters of a [`DoDPipeline`]; needs the PEFT library.

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import fresh_accelerator, says, tiny_pipeline, tiny_token_prior
+from helpers import ID2LABEL, fresh_accelerator, says, tiny_pipeline, tiny_token_prior
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -24,13 +24,18 @@ FILE = "pytorch_lora_weights.safetensors"
 NAMES = {0: "newt", 1: "ant", 2: "crane"}
 
 
-def save_adapters(folder: Path, seed: int, targets=("to_q", "ff.net.2"), num_classes: int = 10, **names) -> Path:
+PARTS = ("transformer", "latent_embedder")
+
+
+def save_adapters(
+    folder: Path, seed: int, targets=("to_q", "ff.net.2"), num_classes: int = 10, parts=PARTS, **names
+) -> Path:
     """Adapters of the tiny pipeline with random weights, in a folder as a training leaves it."""
     pipe = tiny_pipeline()
     if num_classes != 10:
         pipe.transformer.resize_class_embed(num_classes)
     weights, metadata = {}, {}
-    for part in ("transformer", "latent_embedder"):
+    for part in parts:
         model = getattr(pipe, part)
         own = [target for target in targets if part == "transformer" or target != "class_embed"]
         model.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, target_modules=own))
@@ -72,7 +77,7 @@ def test_adapters_are_loaded_as_in_python(world, place):
     pipe = load_pipeline(str(world / "pipeline"), str(world / place))
     found = draw_pixels(pipe, "goldfish")
     assert np.array_equal(found, draw_pixels(expected, "goldfish")) and not np.array_equal(found, plain)
-    assert pipe.id2label == expected.id2label and pipe.token_prior is not None
+    assert pipe.id2label == expected.id2label
     in_bf16 = load_pipeline(str(world / "pipeline"), str(world / place), "bfloat16")
     weights = in_bf16.transformer.named_parameters()
     assert {weight.dtype for name, weight in weights if ".lora_" in name} == {torch.bfloat16}
@@ -93,6 +98,26 @@ def test_a_token_prior_of_other_classes_than_the_adapters_is_the_reason(world, t
     tiny_pipeline().save_pretrained(tmp_path / "pipeline")
     with pytest.raises(ValueError, match=says("`use_token_prior`", "without a `token_prior`")):
         call("newt", "--checkpoint", tmp_path / "pipeline", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("parts", "names", "reason"),
+    [
+        (PARTS[:1], None, None),
+        (PARTS[:1], ID2LABEL, None),
+        (PARTS[:1], {key: f"class {key}" for key in range(10)}, "adapters of other classes"),
+        (PARTS[:1], {key: ID2LABEL[9 - key] for key in range(10)}, "adapters of other classes"),
+        (PARTS[1:], ID2LABEL, "adapters that change the latent embedder"),
+    ],
+)
+def test_a_token_prior_stays_with_its_classes_and_latent_embedder(world, tmp_path, parts, names, reason):
+    arguments = (str(world / "pipeline"), str(save_adapters(tmp_path, 0, parts=parts, id2label=names)))
+    assert (load_pipeline(*arguments).token_prior is None) == (reason is not None)
+    if reason is None:
+        assert load_pipeline(*arguments, use_token_prior=True).token_prior is not None
+    else:
+        with pytest.raises(ValueError, match=says("`use_token_prior` must be False with", reason)):
+            load_pipeline(*arguments, use_token_prior=True)
 
 
 @pytest.mark.parametrize(

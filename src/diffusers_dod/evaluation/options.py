@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ..data.labelled_images import MAX_WORKERS, TRANSFORM, ImageOptions, LabelledImages, load_labelled_images
 from ..data.latents import DTYPES
-from ..lora import find_lora_file, read_lora_classes
+from ..lora import adapts, find_lora_file, read_lora_classes
 from ..options import option
 from ..pipeline_dod import DoDPipeline
 from ..seeding import stateless_generator
@@ -145,7 +145,8 @@ def load_pipeline(
     Args:
         path (`str`): The pipeline, a folder or a Hub id.
         lora_weights (`str`, *optional*): LoRA adapters that it gets, see [`find_lora_file`]. If they are of other
-            classes, it gets these, too, each from its null class; it has no token prior then.
+            number of classes, it gets these, too, each from its null class. It has no token prior if they are of other
+            classes, by number or name, or change the latent embedder.
         dtype (`str`, defaults to `"float32"`): Name of the data type of the weights.
         use_token_prior (`bool`, defaults to `False`): Whether the command needs the pipeline's token prior.
 
@@ -154,8 +155,8 @@ def load_pipeline(
 
     Raises:
         `OSError`: there is no such pipeline, or there are no such adapters.
-        `ValueError`: a file is something else or damaged, the adapters do not fit the pipeline, or they are of other
-            classes than the token prior that is needed.
+        `ValueError`: a file is something else or damaged, the adapters do not fit the pipeline, or they do not fit the
+            token prior that is needed.
         `ImportError`: PEFT is not installed.
     """
     path, loading = find_shipped(path), {"dtype": DTYPES[dtype]}
@@ -165,13 +166,21 @@ def load_pipeline(
         if not is_peft_available():
             raise ImportError("`lora_weights` needs PEFT: `pip install 'diffusers-dod[lora]'`.")
         file = find_lora_file(lora_weights)
+        index = DoDPipeline.load_config(path)
         arguments = _find_class_arguments(path, file, loading)
-        has_token_prior = (DoDPipeline.load_config(path).get("token_prior") or [None])[0] is not None
-        if use_token_prior and has_token_prior and "token_prior" in arguments:
-            raise ValueError(
-                f"`use_token_prior` must be False with adapters of other classes than those of {path}, which are all "
-                f"that its token prior knows, got True with {lora_weights}."
-            )
+        has_token_prior = (index.get("token_prior") or [None])[0] is not None
+        names, reason = index.get("id2label"), None
+        if "transformer" in arguments or arguments.get("id2label", names) != names:
+            reason = f"of other classes than those of {path}"
+        elif adapts(file, DoDPipeline.latent_embedder_name):
+            reason = f"that change the latent embedder of {path}"
+        if has_token_prior and reason is not None:
+            arguments["token_prior"] = None
+            if use_token_prior:
+                raise ValueError(
+                    f"`use_token_prior` must be False with adapters {reason}, for which its token prior was trained, "
+                    f"got True with {lora_weights}."
+                )
         pipeline = DoDPipeline.from_pretrained(path, **arguments, **loading)
         try:
             pipeline.load_lora_weights(file)
@@ -188,7 +197,7 @@ def _find_class_arguments(path: str, file: Path, loading: dict[str, Any]) -> dic
     if num_classes not in (None, DoDTransformer2DModel.load_config(path, subfolder="transformer")["num_classes"]):
         loading = loading | {"subfolder": "transformer", "num_classes": num_classes}
         transformer = DoDTransformer2DModel.from_pretrained(path, **loading)
-        arguments = {"transformer": transformer, "token_prior": None, "id2label": names}
+        arguments = {"transformer": transformer, "id2label": names}
     return arguments
 
 
