@@ -46,6 +46,7 @@ from diffusers_dod.training.cost import (
     estimate_step,
 )
 from diffusers_dod.training.ema import averaged_parameters
+from diffusers_dod.training.encode_latents import load_autoencoder
 from diffusers_dod.training.models import build_models, build_optimizer
 from diffusers_dod.training_options import TrainingOptions
 
@@ -463,6 +464,8 @@ def test_latents_are_those_of_the_autoencoder(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "pipeline")  # its own is the default
     argv_of_pipeline = [*RUN, "--resolution", 16, "--pretrained_model_name_or_path", tmp_path / "pipeline"]
     assert cost._find_latents(options(tmp_path, *argv_of_pipeline))[0] == (4, 8, 8)
+    load_autoencoder(None, torch.device("cpu"), str(tmp_path / "pipeline"))
+    assert cost._find_latents(args)[0] == (6, 8, 8)
     tiny_pipeline().transformer.save_config(tmp_path / "transformer")
     with pytest.raises(TypeError, match=says("`pretrained_vae_name_or_path`", "AutoencoderKL", "DoDTransformer")):
         describe_run(options(tmp_path, *argv, tmp_path / "transformer"))

@@ -254,7 +254,8 @@ def _find_latents(options: TrainingOptions) -> tuple[tuple[int, int, int], int, 
     channels, factor = 3, 1
     try:
         if (found := find_autoencoder(path, pipeline)) is not None:
-            config = diffusers.AutoModel.load_config(found[0], subfolder=found[1])
+            # Of any class. After it has loaded a model, `AutoModel` looks for the config under another name.
+            config = diffusers.AutoencoderKL.load_config(found[0], subfolder=found[1])
             cls = getattr(diffusers, str(config.get("_class_name")), None)
             with torch.device("meta"):
                 vae = config.get("_class_name") if cls is None else cls.from_config(config)
