@@ -397,7 +397,8 @@ def test_gains_of_visual_priors_by_labels_and_judge(tmp_path, monkeypatch):
             for judge in ("classes", "spectrum")
             for name, fid in ((judge_priors.REAL, 2.0), (judge_priors.WRONG, 40.0))
         }
-        write_results(tmp_path / f"classes-dod-seed{seed}-4000" / "bounds.json", "judges", [], metrics, {}, {}, "cpu")
+        file = tmp_path / f"classes-dod-seed{seed}-4000" / "bounds.json"
+        write_results(file, "judges", [], metrics, {}, auto, "cpu")
     results = report.Results(tmp_path)
     bounds = report.bounds_table(results)
     assert [cells(bounds, row)[:3] for row in (0, 1)] == [["12", "classes", "3"], ["12", "spectrum", "3"]]

@@ -5,7 +5,7 @@ Where should a visual prior come from? Four judges compare samples of a checkpoi
 
 All sets have the same classes and the same noise. `--pipeline` is the checkpoint with its token prior (`dod
 token-prior`). Samples go to `--samples_dir`, where another call finds them. It takes about an hour of one CPU core.
-With `--bounds` there are only the priors of real images: the best that a source of priors could be, and the worst.
+With `--bounds` there are only the priors of real images, of the same label and of another one.
 """
 
 import argparse

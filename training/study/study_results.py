@@ -17,6 +17,7 @@ DEFAULT = "class_and_prior"  # the null condition of the pipeline
 JUDGE = "texture"  # most results are by the classifier of textures
 
 TOKENS = "tokens"  # the way of a token prior
+WEAKER = "weaker"  # the way of a weaker model as the guide
 
 
 class Number(NamedTuple):
@@ -37,7 +38,7 @@ def way_of(settings: dict[str, Any]) -> str:
     if settings.get("null_condition", DEFAULT) != DEFAULT:
         parts.append(settings["null_condition"])
     if settings.get("guidance_model") is not None:
-        parts.append("weaker")
+        parts.append(WEAKER)
     if settings.get("prior_noise"):
         parts.append(f"noise {settings['prior_noise']}")
     if settings.get("use_token_prior"):

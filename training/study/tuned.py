@@ -10,7 +10,17 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from judge_priors import REAL, WRONG
-from study_results import DIFFERENCE_HEADER, TOKENS, Number, Results, difference_cells, show, show_at, stage_label
+from study_results import (
+    DIFFERENCE_HEADER,
+    TOKENS,
+    WEAKER,
+    Number,
+    Results,
+    difference_cells,
+    show,
+    show_at,
+    stage_label,
+)
 
 from diffusers_dod.metrics.intervals import mean_interval
 from diffusers_dod.results import half_width
@@ -55,7 +65,7 @@ class Contender:
 
     def way(self, judge: str) -> str:
         """Name of the numbers by a `judge`, see `way_of`."""
-        parts = ["weaker"] * self.is_weaker + [f"noise {self.prior_noise}"] * (self.prior_noise > 0)
+        parts = [WEAKER] * self.is_weaker + [f"noise {self.prior_noise}"] * (self.prior_noise > 0)
         return "/".join(filter(None, [*parts, *[TOKENS] * self.has_tokens, JUDGES[judge]]))
 
     def runs(self, labels: str, seeds: Sequence[int]) -> tuple[str, ...]:
@@ -168,7 +178,8 @@ class TunedResults:
     def bounds(self, name: str) -> list[dict]:
         """FID of stage 2 with priors of the set `name` of judge_priors.py, for each seed that has it."""
         runs = STAGE_2.runs(self.labels, self.seeds)
-        found = [self.results.find_all((run,), f"{FID}/{self.judge}/{name}", STEP) for run in runs]
+        label = f"{WEAKER}/{FID}/{self.judge}/{name}"
+        found = [self.results.find_all((run,), label, STEP) for run in runs]
         return [metric for metrics in found for metric in metrics]
 
 
@@ -312,8 +323,8 @@ def draw_map(results: Results, folder: Path) -> None:
     """
     Draws `label_map.png` in `folder`: by how much DoD's FID is below FiTv2's, against the bits of the label.
 
-    Priors of real images are a bound: no source of priors is expected to be better. The figure takes sets of labels
-    with at least three trainings of each model; if there are none it draws nothing.
+    Priors of real images stand beside DoD's sources. The figure takes sets of labels with at least three trainings of
+    each model; if there are none it draws nothing.
     """
     points = {
         (labels, source, judge): found
