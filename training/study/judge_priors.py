@@ -31,7 +31,7 @@ from diffusers_dod.tables import format_table
 
 
 REFERENCE_SEED = 101  # of the images that the judges compare with
-IMAGE_SEED = 102  # of the images whose priors are bounds: neither the judges' nor the generator's
+IMAGE_SEED = 102  # of the images that priors are computed of: neither the judges' nor the generator's
 JUDGES_FOLDER = Path(__file__).parents[1] / "desk"
 # Arguments of the pipeline's call. `image` says whose visual prior an image has: one of its class, or of another.
 ONE, TWO = {"num_stages": 1}, {"num_stages": 2}

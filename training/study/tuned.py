@@ -83,8 +83,6 @@ NOISED = Contender("DoD of noised priors, stage 2", "noised-dod", "1:")
 NOISED_25 = replace(NOISED, name="DoD of noised priors, stage 2, noise 0.25", prior_noise=0.25)
 DRAWN = Contender("DoD, tokens drawn", "dod", "", has_tokens=True)
 GUIDED = (FITV2, FITV2_40, STAGE_1, STAGE_2, BOTH, NOISED, NOISED_25, DRAWN)
-
-
 AUTO_FITV2 = replace(FITV2, name="FiTv2, autoguided", is_weaker=True)
 AUTO_FITV2_40 = replace(FITV2_40, name="FiTv2, autoguided, 40 steps", is_weaker=True)
 LONG_FITV2 = replace(AUTO_FITV2, name="FiTv2, trained longer, autoguided", **LONG)
