@@ -210,6 +210,16 @@ def test_flops_are_those_of_a_call(pipe, setting):
     assert found["flops"] == sum(stage["flops"] for stage in found["stages"])
 
 
+@pytest.mark.parametrize("has_prior", [True, False])
+def test_flops_of_a_weaker_model_are_those_of_a_call(pipe, has_prior):
+    config = {"num_layers": 1, "sample_size": 4} | ({} if has_prior else {"prior_embed_dim": None})
+    weaker = DoDTransformer2DModel.from_config(pipe.transformer.config, **config).eval()
+    kwargs = SETTINGS["guided"] | {"guidance": Guidance(transformer=weaker)}
+    found = sampling_compute(pipe, **kwargs)
+    assert count_call(lambda: sample(pipe, num_stages=2, **kwargs)) == 3 * found["flops"]
+    assert found["flops"] < sampling_compute(pipe, **SETTINGS["guided"])["flops"]
+
+
 def test_flops_of_another_size_and_of_the_decoder(pipe):
     found = sampling_compute(pipe, latent_size=(12, 8))
     images = count_call(lambda: sample(pipe, [0], height=24, width=16, output_type="pt"))

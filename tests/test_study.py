@@ -367,7 +367,7 @@ def test_gains_of_visual_priors_by_labels_and_judge(tmp_path, monkeypatch):
         write_tuned(tmp_path, f"none-fitv2-seed{seed}", judge, {"2": 20.0 + seed}, 40, **auto)
         write_tuned(tmp_path, f"none-dod-seed{seed}", judge, {"1:3": 15.0}, **auto)
     write_tuned(tmp_path, "classes-fitv2-seed3", "texture", {"3": 1.0})  # its DoD is not there yet
-    write_tuned(tmp_path, "classes-fitv2-long-seed1", "texture", {"4": 6.0}, trained=6000, **auto)
+    write_tuned(tmp_path, "classes-fitv2-long-seed1", "texture", {"4": 6.0}, trained=6500, **auto)
     report.draw_map(report.Results(tmp_path / "empty"), tmp_path)
     assert not (tmp_path / "label_map.png").exists()
     results = report.Results(tmp_path)

@@ -35,6 +35,13 @@ def test_a_new_model_draws_normal_tokens_with_the_statistics_of_images():
     assert_near(drawn, mean + std * noise, rtol=0, atol=5e-2)
 
 
+def test_from_config_keeps_positional_arguments():
+    prior = TokenPrior(2, 4, 5, hidden_dim=8)
+    again = TokenPrior.from_config(prior.config)
+    assert again.token_shape == (2, 4) and again.config.num_classes == 5 and again.config.hidden_dim == 8
+    assert prior.config["_use_default_values"] == ["num_layers"]
+
+
 def test_statistics_are_those_of_the_tokens():
     prior = TokenPrior(2, 4, num_classes=2)
     tokens, labels = normal(50, 2, 4) * 3 + 1, torch.arange(50) % 2

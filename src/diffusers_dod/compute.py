@@ -433,7 +433,7 @@ class EvaluationCost:
 
     Args:
         first_stage (`float`): The backbone without a prior: in stage 1, and in the unconditional half of any stage.
-        later_stages (`float`, *optional*): The backbone with a prior.
+        later_stages (`float`, *optional*): The backbone with a prior, if it takes one.
         latent_embedder (`float`, *optional*): The LEM, which runs once before each later stage.
         latent_decoder (`float`, *optional*): The decoder of the LEM alone, for latent tokens that are given.
         token_prior (`float`, *optional*): The token prior, each half of a guided evaluation.
@@ -445,7 +445,14 @@ class EvaluationCost:
     latent_decoder: float | None = None
     token_prior: float | None = None
 
-    def stage(self, stage: int, num_evaluations: int, num_guided_evaluations: int, has_tokens: bool = False) -> float:
+    def stage(
+        self,
+        stage: int,
+        num_evaluations: int,
+        num_guided_evaluations: int,
+        has_tokens: bool = False,
+        weaker: "EvaluationCost | None" = None,
+    ) -> float:
         """
         The cost of a stage for one image, with the LEM before it.
 
@@ -454,15 +461,19 @@ class EvaluationCost:
             num_evaluations (`int`): Evaluations of the conditional velocity.
             num_guided_evaluations (`int`): Evaluations among them that also have an unconditional half.
             has_tokens (`bool`, defaults to `False`): Whether latent tokens are given, which the LEM only decodes.
+            weaker ([`EvaluationCost`], *optional*): Cost of a weaker model, whose prediction takes the place of the
+                unconditional one. It gets the same prior, if it takes one.
 
         Returns:
             `float`: The cost.
         """
-        unconditional = num_guided_evaluations * self.first_stage
+        guiding = self.first_stage if weaker is None else weaker.first_stage
         if stage == 1:
-            return num_evaluations * self.first_stage + unconditional
+            return num_evaluations * self.first_stage + num_guided_evaluations * guiding
+        if weaker is not None and weaker.later_stages is not None:
+            guiding = weaker.later_stages
         embedder = self.latent_decoder if has_tokens else self.latent_embedder
-        return embedder + num_evaluations * self.later_stages + unconditional
+        return embedder + num_evaluations * self.later_stages + num_guided_evaluations * guiding
 
 
 @dataclass(frozen=True)
@@ -519,9 +530,23 @@ def count_model(model: Preset | DiffusionPipeline, latent_size: tuple[int, int] 
         `TypeError`, `ValueError`: the model is neither, or does not take latents of this size.
     """
     check_type("model", model, (Preset, DiffusionPipeline))
-    cost = _count_preset(model if isinstance(model, Preset) else Preset.from_pipeline(model), latent_size)
+    cost = _count_preset(_as_preset(model), latent_size)
     token_prior = getattr(model, "token_prior", None)
     return cost if token_prior is None else _with_token_prior(cost, token_prior)
+
+
+def _as_preset(model: Preset | DiffusionPipeline) -> Preset:
+    return model if isinstance(model, Preset) else Preset.from_pipeline(model)
+
+
+def _count_weaker(
+    weaker: DoDTransformer2DModel, model: Preset | DiffusionPipeline, latent_size: tuple[int, int] | None
+) -> ModelCost:
+    """Counts the `weaker` model that guides `model`, on the latents of that."""
+    with torch.device("meta"):
+        latent_size = _latent_size(_as_preset(model).build()[0], latent_size)
+    arguments = {name: value for name, value in weaker.config.items() if not name.startswith("_")}
+    return _count_preset(Preset(arguments), latent_size)
 
 
 def _with_token_prior(cost: ModelCost, token_prior: TokenPrior) -> ModelCost:
@@ -541,9 +566,12 @@ def _count_preset(preset: Preset, latent_size: tuple[int, int] | None) -> ModelC
         latents = torch.empty(1, transformer.config.in_channels, *_latent_size(transformer, latent_size))
         inputs = latents, torch.empty(1), torch.zeros(1, dtype=torch.int64)
         counts = [_count_operations(lambda: transformer(*inputs))]
-        if embedder is not None:
-            prior_embeds, tokens = embedder(latents, return_dict=False)
+        if transformer.config.prior_embed_dim is not None:
+            num_patches = latents[0, 0].numel() // transformer.config.patch_size**2
+            prior_embeds = torch.empty(1, num_patches, transformer.config.prior_embed_dim)
             counts.append(_count_operations(lambda: transformer(*inputs, prior_embeds=prior_embeds)))
+        if embedder is not None:
+            tokens = embedder.encode(latents)
             counts.append(_count_operations(lambda: embedder(latents)))
             counts.append(_count_operations(lambda: embedder.decode(tokens, *latents.shape[2:])))
     flops, linear_macs = (EvaluationCost(*figures) for figures in zip(*counts, strict=True))
@@ -560,7 +588,7 @@ def _count_guided(stage: Stage, guidance: Guidance) -> int:
 def has_known_cost(guidance: Guidance) -> bool:
     """Whether [`sampling_compute`] can count the cost of `guidance`, which is known before a call."""
     has_default_condition = guidance.null_condition == "class_and_prior" and guidance.prior_scale is None
-    return has_default_condition and guidance.cosine_threshold is None and guidance.transformer is None
+    return has_default_condition and guidance.cosine_threshold is None
 
 
 def sampling_compute(
@@ -590,7 +618,7 @@ def sampling_compute(
             stages, or of each stage. It must have fixed steps.
         guidance ([`Guidance`], *optional*): Guidance, one that [`has_known_cost`].
         latent_size (`tuple[int, int]`, *optional*): Height and width of the latents. By default the trained ones.
-        cost ([`ModelCost`], *optional*): Cost of the model, if [`count_model`] has counted it already.
+        cost ([`ModelCost`], *optional*): Cost of the model on these latents, if [`count_model`] has counted it.
         use_token_prior (`bool`, defaults to `False`): Whether the pipeline's token prior takes the place of stage 1.
         token_prior_num_inference_steps (`int`, *optional*): Number of its steps.
         token_prior_guidance_scale (`float`, *optional*): Scale of its class guidance.
@@ -628,7 +656,7 @@ def sampling_compute(
     if not has_known_cost(guidance):
         raise ValueError(
             "`guidance` must be one whose cost is known before a call, with the default `null_condition` and without "
-            f"`prior_scale`, `cosine_threshold` and `transformer`, got {guidance}."
+            f"`prior_scale` and `cosine_threshold`, got {guidance}."
         )
     planned = plan_stages(
         range(first, num_stages + 1),
@@ -641,6 +669,7 @@ def sampling_compute(
         guidance_scale=guidance_scale,
         schedulers=copy.deepcopy(schedulers),
     )
+    weaker = None if guidance.transformer is None else _count_weaker(guidance.transformer, model, latent_size)
     stages = []
     for stage in planned:
         num_evaluations = stage.lay_out()
@@ -651,7 +680,12 @@ def sampling_compute(
             )
         counts = num_evaluations, _count_guided(stage, guidance)
         has_tokens = use_token_prior and stage.number == first
-        found = {unit: getattr(cost, unit).stage(stage.number, *counts, has_tokens=has_tokens) for unit in UNITS}
+        found = {
+            unit: getattr(cost, unit).stage(
+                stage.number, *counts, has_tokens=has_tokens, weaker=weaker and getattr(weaker, unit)
+            )
+            for unit in UNITS
+        }
         stages.append(dict(zip(("num_evaluations", "num_guided_evaluations"), counts, strict=True)) | found)
     token_prior = {"token_prior": _token_prior_compute(cost, token_settings)} if use_token_prior else {}
     sums = {unit: sum(part[unit] for part in [*token_prior.values(), *stages]) for unit in UNITS}

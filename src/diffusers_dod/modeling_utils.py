@@ -180,15 +180,21 @@ class DoDModelMixin(StrictConfigMixin, ModelMixin, ConfigMixin):
         """
         Adds entries to the config as `ConfigMixin.register_to_config` does, and marks them as chosen.
 
-        `from_config` drops entries that were defaults of the constructor. Entries that were set later must stay.
+        `from_config` drops entries that were defaults of the constructor. Entries that were set later must stay,
+        and so must positional arguments, which Diffusers takes for defaults.
 
         Args:
             kwargs: The entries.
         """
         super().register_to_config(**to_plain(kwargs))
         defaults = self._internal_dict.get("_use_default_values", [])
-        if "_use_default_values" not in kwargs and not set(defaults).isdisjoint(kwargs):
-            super().register_to_config(_use_default_values=[name for name in defaults if name not in kwargs])
+        if "_use_default_values" in kwargs:  # from the constructor
+            parameters = inspect.signature(type(self).__init__).parameters
+            chosen = {name for name, value in parameters.items() if value.default != self._internal_dict.get(name)}
+        else:
+            chosen = set(kwargs)
+        if not chosen.isdisjoint(defaults):
+            super().register_to_config(_use_default_values=[name for name in defaults if name not in chosen])
 
     def save_pretrained(
         self,

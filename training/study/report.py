@@ -28,8 +28,23 @@ from study_results import (
     show_at,
     stage_label,
 )
-from tuned import bounds_table, draw_map, grid_table, map_table, tuned_differences_table, tuned_table, variants_table
+from tuned import (
+    AUTO_DRAWN,
+    AUTO_FITV2,
+    AUTO_FITV2_40,
+    AUTO_STAGE_2,
+    LONG_FITV2,
+    LONG_FITV2_40,
+    bounds_table,
+    draw_map,
+    grid_table,
+    map_table,
+    tuned_differences_table,
+    tuned_table,
+    variants_table,
+)
 
+from diffusers_dod import DoDFlowMatchScheduler, DoDPipeline, Guidance, TokenPrior
 from diffusers_dod.compute import TrainingStep, count_model, sampling_compute, training_cost
 from diffusers_dod.presets import PRESETS
 from diffusers_dod.results import half_width, read_results
@@ -42,7 +57,8 @@ IMAGES = Path("docs/images")
 DOD = ("dod-seed0", "dod-seed1", "dod-seed2")
 OFTEN = ("dod-ps25", "dod-ps25-seed1", "dod-ps25-seed2")  # DoD that has its prior more often: p_s = 0.25
 FITV2 = ("fitv2-seed0", "fitv2-seed1", "fitv2-seed2")
-LATENT_SHAPE, NUM_CLASSES = (4, 8, 8), 12
+LATENT_SHAPE, NUM_CLASSES, NUM_IMAGES = (4, 8, 8), 12, 192_000
+TOKEN_PRIOR_STEPS, TOKENS_PER_STEP = 10_000, 256
 COLOURS = {"stage 1": "#0072B2", "stage 2": "#D55E00", "stage 2 of p_s 0.25": "#009E73", "FiTv2": "#555555"}
 
 
@@ -320,6 +336,40 @@ def training_compute_table(results: Results) -> str:
     return format_table(header, rows)
 
 
+def map_compute_table(results: Results) -> str:
+    """Table of what the models of the map cost; it has no results."""
+    pipelines, training = {}, {}
+    for name in ("FiTv2-Desk", "DoD-Desk"):
+        transformer, embedder = PRESETS[name].build(LATENT_SHAPE, NUM_CLASSES)
+        prior = None if embedder is None else TokenPrior(*embedder.token_shape, NUM_CLASSES)
+        pipelines[name] = DoDPipeline(transformer, DoDFlowMatchScheduler(), None, embedder, prior)
+        training[name] = training_cost(PRESETS[name], LATENT_SHAPE, NUM_CLASSES, TrainingStep()).training_flops
+    cost = count_model(pipelines["DoD-Desk"]).flops
+    tokens = NUM_IMAGES * (cost.latent_embedder - cost.latent_decoder)  # the tokens of all images, then forth and back
+    tokens += 3 * TOKEN_PRIOR_STEPS * TOKENS_PER_STEP * cost.token_prior
+    rows = []
+    for contender in (AUTO_FITV2, AUTO_FITV2_40, LONG_FITV2, LONG_FITV2_40, AUTO_STAGE_2, AUTO_DRAWN):
+        name = "DoD-Desk" if contender in (AUTO_STAGE_2, AUTO_DRAWN) else "FiTv2-Desk"
+        pipe, has_tokens = pipelines[name], contender.has_tokens
+        scales = [1.0, 3.0] if contender is AUTO_STAGE_2 else [3.0]
+        steps = [contender.steps] * len(scales)
+        scale = 2.0 if has_tokens else None
+        guidance = Guidance(transformer=pipe.transformer)  # of the same size
+        sampling = sampling_compute(
+            pipe,
+            steps,
+            scales,
+            guidance=guidance,
+            use_token_prior=has_tokens,
+            token_prior_guidance_scale=scale,
+        )["flops"]
+        teraflops = training[name] * IMAGES_PER_STEP * contender.trained_steps + tokens * has_tokens
+        cells = f"{contender.trained_steps:,}", f"{teraflops / 1e12:.1f}", " + ".join(map(str, steps))
+        rows.append([contender.name, *cells, f"{sampling / 1e9:.2f}"])
+    header = ["", "steps of training", "TFLOPs of training", "steps of sampling", "GFLOPs an image"]
+    return format_table(header, rows)
+
+
 def training_table(results: Results) -> str:
     """Table of claim f: FID by images seen."""
     rows = []
@@ -490,6 +540,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "grid": grid_table,
     "variants": variants_table,
     "map": map_table,
+    "map-compute": map_compute_table,
     "bounds": bounds_table,
     "tuned": tuned_table,
     "tuned-differences": tuned_differences_table,

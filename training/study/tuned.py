@@ -73,7 +73,7 @@ class Contender:
         return tuple(f"{labels}-{self.model}-seed{seed}" for seed in seeds)
 
 
-LONG = {"model": "fitv2-long", "trained_steps": 6000}
+LONG = {"model": "fitv2-long", "trained_steps": 6500}
 FITV2 = Contender("FiTv2, guided", "fitv2", "")
 FITV2_40 = replace(FITV2, name="FiTv2, guided, 40 steps", steps=40)
 STAGE_1 = Contender("DoD, stage 1, guided", "dod", "")

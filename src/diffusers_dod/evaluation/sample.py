@@ -211,14 +211,12 @@ def sample_settings(options: SamplingOptions, pipeline: DoDPipeline) -> dict[str
     }
 
 
-def load_guidance(options: SamplingOptions) -> Guidance:
+def load_guidance(options: GuidanceOptions, guidance_model: str | None, dtype: torch.dtype) -> Guidance:
     """The [`Guidance`] of the `options`, with the weaker model, if there is one, on the CPU."""
-    guidance = options.guidance.to_guidance()
-    if options.guidance_model is None:
+    guidance = options.to_guidance()
+    if guidance_model is None:
         return guidance
-    weaker = DoDTransformer2DModel.from_pretrained(
-        find_shipped(options.guidance_model), subfolder="transformer", dtype=DTYPES[options.dtype]
-    )
+    weaker = DoDTransformer2DModel.from_pretrained(find_shipped(guidance_model), subfolder="transformer", dtype=dtype)
     return replace(guidance, transformer=weaker)
 
 
@@ -476,7 +474,7 @@ def sample(options: SamplingOptions, accelerator: Accelerator) -> list[dict[str,
             use_token_prior=options.call.token_prior.use_token_prior,
         )
         settings = sample_settings(options, pipeline)
-        guidance = load_guidance(options)
+        guidance = load_guidance(options.guidance, options.guidance_model, DTYPES[options.dtype])
     pipeline.to(accelerator.device)
     if guidance.transformer is not None:
         guidance.transformer.to(accelerator.device)

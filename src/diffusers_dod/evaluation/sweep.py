@@ -345,7 +345,8 @@ class Sweep:
         side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
         num_classes = None if options.labels == "null" else pipeline.transformer.config.num_classes
         self.evaluator.check((side, side), num_classes)  # before anything is sampled
-        cost, guidance = count_model(pipeline), options.guidance.to_guidance()
+        cost = count_model(pipeline)
+        guidance = sample.load_guidance(options.guidance, options.guidance_model, pipeline.dtype)
         token_prior, first = to_values(options.token_prior), options.token_prior.first_stage
         del token_prior["token_prior_truncation"]  # which costs nothing
         metrics: dict[str, dict[str, Any]] = {}
@@ -368,7 +369,7 @@ class Sweep:
                     "gflops": None,
                 }
                 is_known = solver != "dopri5" and has_known_cost(guidance)
-                if is_known and options.guidance_model is None and options.lora_weights is None:
+                if is_known and options.lora_weights is None:
                     solvers = [solver] * number if solver in SOLVERS else None
                     steps = [num_steps] * number
                     found = sampling_compute(
