@@ -138,6 +138,14 @@ def test_another_pipeline_is_not_replaced(source, tmp_path, capsys):
     assert contents(tmp_path) == before
 
 
+def test_a_training_that_has_not_ended_is_left_alone(source, tmp_path, capsys):
+    (tmp_path / "checkpoint-5").mkdir()
+    with pytest.raises(SystemExit):
+        run(source, tmp_path, 2)
+    assert f"got {tmp_path} with checkpoints of a training" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
 def test_a_class_without_images_is_found_before_the_tokens(source, tmp_path):
     with pytest.raises(ValueError, match=says("`labels` must hold all 12 classes", "[5, 6, 7, 8, 9]")):
         run(source, tmp_path, 2, "--num_train_samples", "5")

@@ -39,6 +39,7 @@ from ..seeding import stateless_generator, stateless_noise
 from ..shipped import find_shipped
 from ..token_prior import TokenPrior, count_classes
 from ..training_options import DataOptions, find_mixed_folders
+from .checkpoints import list_checkpoints
 from .ema import WeightAverage
 from .encode_latents import load_autoencoder
 from .training_data import open_stored_latents
@@ -89,6 +90,11 @@ class TokenPriorOptions:
         found += find_mixed_folders(self.data.images, "output_dir", self.output_dir)
         if self.output_dir.resolve() == Path(find_shipped(self.pretrained_model_name_or_path)).resolve():
             found.append(f"`output_dir` must be another folder than that of the pipeline, got {self.output_dir}.")
+        elif list_checkpoints(self.output_dir):
+            found.append(
+                "`output_dir` must be a new folder, or that of a run of this command, got "
+                f"{self.output_dir} with checkpoints of a training, whose pipeline goes there."
+            )
         elif (self.output_dir / DoDPipeline.config_name).exists() and not (self.output_dir / TOKENS_FILE).exists():
             found.append(
                 "`output_dir` must be a new folder, or that of a run of this command, got "
