@@ -212,7 +212,20 @@ def sample_settings(options: SamplingOptions, pipeline: DoDPipeline) -> dict[str
 
 
 def load_guidance(options: GuidanceOptions, guidance_model: str | None, dtype: torch.dtype) -> Guidance:
-    """The [`Guidance`] of the `options`, with the weaker model, if there is one, on the CPU."""
+    """
+    Makes the guidance of a command.
+
+    Args:
+        options ([`GuidanceOptions`]): The settings of the guidance.
+        guidance_model (`str` or `None`): The pipeline whose transformer, a weaker model, is the guide.
+        dtype (`torch.dtype`): Data type of the weights of the weaker model.
+
+    Returns:
+        [`Guidance`]: The guidance. A weaker model is on the CPU.
+
+    Raises:
+        `OSError`: there is no such pipeline.
+    """
     guidance = options.to_guidance()
     if guidance_model is None:
         return guidance
